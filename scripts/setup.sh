@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Make the virtual environment that every other script uses: pinned packages for this machine, installed once.
+#
+#   bash scripts/setup.sh [--dev]      --dev adds what the tests need
+#
+# SLIME_VENV     where the environment lives               (default: .venv beside this project)
+# SLIME_PYTHON   interpreter to build it with, 3.11 or 3.12 (default: the first of python3.11, python3.12, python3)
+# SLIME_EXTRA    cpu or gpu                                (default: gpu where nvidia-smi lists a GPU, else cpu)
+# A second run finds the same pins installed and returns at once. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf)
+# are honoured; an index with CPU builds of torch saves a download of several GB on machines without a GPU.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${SLIME_VENV:-$root/.venv}
+dev=no
+[[ ${1:-} == --dev ]] && dev=yes
+
+say() { printf '[setup] %s\n' "$*" >&2; }
+die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
+
+pick_python() {
+    local candidate
+    for candidate in ${SLIME_PYTHON:-} python3.11 python3.12 python3; do
+        if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.11 or 3.12 found; install one or name it with SLIME_PYTHON"
+}
+
+pick_extra() {
+    if [[ -n ${SLIME_EXTRA:-} ]]; then echo "$SLIME_EXTRA"
+    elif nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then echo gpu
+    else echo cpu
+    fi
+}
+
+# The engines' KV transfer library links against libibverbs even when it only speaks TCP.
+provide_libibverbs() {
+    if "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libibverbs.so.1")' 2>/dev/null || [[ -e $venv/syslib/libibverbs.so.1 ]]; then return; fi
+    command -v apt-get >/dev/null || die "libibverbs.so.1 is missing and this is no Debian-like system; install rdma-core (libibverbs) and run again"
+    say "libibverbs.so.1 is missing: unpacking Debian's libibverbs1, libnl-3-200, libnl-route-3-200 into $venv/syslib"
+    local work
+    work=$(mktemp -d)
+    (
+        cd "$work"
+        if ! apt-get download -q libibverbs1 libnl-3-200 libnl-route-3-200 >/dev/null 2>&1; then
+            [[ $(id -u) == 0 ]] || die "apt-get has no package lists; run 'sudo apt-get update' or 'sudo apt-get install libibverbs1' and try again"
+            apt-get update -q >/dev/null
+            apt-get download -q libibverbs1 libnl-3-200 libnl-route-3-200 >/dev/null
+        fi
+        local deb
+        for deb in *.deb; do dpkg -x "$deb" unpacked; done
+        mkdir -p "$venv/syslib"
+        find unpacked -name '*.so*' -exec cp -a {} "$venv/syslib/" \;
+    )
+    rm -rf "$work"
+}
+
+install_packages() {
+    local list=$root/scripts/constraints/$extra.txt pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+    if [[ $extra == cpu ]]; then
+        say "1/3 torch (the CPU build where pip's index offers it)"
+        "${pip[@]}" install -q -c "$list" "$(grep -m1 '^torch==' "$list")"
+        say "2/3 $(grep -vc '^#' "$list") pinned packages, about 2 GB on disk"
+        grep -v '^torch==' "$list" > "$venv/install.txt"
+    else
+        say "1/3 torch comes with the list"
+        say "2/3 $(grep -vc '^#' "$list") pinned packages, several GB"
+        cp "$list" "$venv/install.txt"
+    fi
+    "${pip[@]}" install -q --no-deps -r "$venv/install.txt"
+    if [[ $dev == yes ]]; then "${pip[@]}" install -q --no-deps -r "$root/scripts/constraints/dev.txt"; fi
+    say "3/3 this project, editable"
+    "${pip[@]}" install -q --no-deps --no-build-isolation -e "$root"
+}
+
+extra=$(pick_extra)
+[[ -f $root/scripts/constraints/$extra.txt ]] || die "SLIME_EXTRA=$extra: choose cpu or gpu"
+python=$(pick_python)
+wanted=$(cat "$root/scripts/constraints/$extra.txt" "$root/scripts/constraints/dev.txt" "$root/scripts/setup.sh" | sha256sum | cut -d' ' -f1)-$extra-$dev
+stamp=$venv/slime-setup
+if [[ -x $venv/bin/python && -f $stamp ]]; then
+    have=$(<"$stamp")
+    # An environment with the test packages also serves a call that does not ask for them.
+    if [[ $have == "$wanted" || $have == "${wanted%-no}-yes" ]]; then say "ready: $venv ($extra)"; exit 0; fi
+fi
+say "building $venv with $($python --version), extra '$extra'"
+[[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
+rm -f "$stamp"
+install_packages
+if [[ $extra == cpu ]]; then provide_libibverbs; fi
+printf '%s\n' "$wanted" > "$stamp"
+say "done: $venv"
