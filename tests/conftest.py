@@ -1,0 +1,29 @@
+"""Rules for every test: one thread per process, `gpu` tests only where there is a CUDA device, floors importable."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_TESTS = pathlib.Path(__file__).parent
+for folder in (_TESTS, _TESTS.parent):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanting = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanting:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in wanting:
+        item.add_marker(pytest.mark.skip(reason="needs one CUDA device; none here"))
