@@ -1,0 +1,51 @@
+"""Block FP8: e4m3 codes with one float32 scale per tile, the layout of the DeepSeek-V3 and GLM-5.2 FP8 checkpoints."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+# Below this a quotient amax / 448 is subnormal, which GPUs flush to zero: the tile would be divided by 0.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def scale_shape(shape: tuple[int, ...] | torch.Size, block: int = 128) -> tuple[int, int]:
+    """[out, in] -> shape of its scale tensor, [ceil(out/block), ceil(in/block)]."""
+    rows, cols = shape
+    return -(-rows // block), -(-cols // block)
+
+
+def quantize_blockwise(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """FP8 e4m3 with one float32 scale per block x block tile; the last tile may be partial.
+
+    weight [out, in] bf16 or fp32 -> (fp8 [out, in], scale_inv [ceil(out/block), ceil(in/block)]).
+    scale_inv = amax / 448 (at least the smallest normal float32), codes = round_to_e4m3(weight / scale_inv).
+    An all-zero tile gets scale 1, so it restores to exact zeros. Raises ValueError unless weight is 2-D.
+    A tile's result depends on that tile alone: a shard cut at a multiple of `block` gives the same bytes as the whole matrix.
+    Layout: `weight_scale_inv` of the DeepSeek-V3 checkpoints, which SGLang's FP8 loader reads.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"block FP8 quantises matrices; got a tensor of shape {tuple(weight.shape)}")
+    rows, cols = weight.shape
+    tile_rows, tile_cols = scale_shape(weight.shape, block)
+    padded = torch.zeros(tile_rows * block, tile_cols * block, dtype=torch.float32, device=weight.device)
+    padded[:rows, :cols] = weight
+    tiles = padded.view(tile_rows, block, tile_cols, block)
+    amax = tiles.abs().amax(dim=(1, 3)) if padded.numel() else padded.new_zeros(tile_rows, tile_cols)
+    scale_inv = torch.where(amax == 0, 1.0, (amax / FP8_MAX).clamp_min(SMALLEST_SCALE))
+    codes = (tiles / scale_inv[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+    return codes.view_as(padded)[:rows, :cols].contiguous(), scale_inv
+
+
+def dequantize_blockwise(fp8: Tensor, scale_inv: Tensor, block: int = 128, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The inverse of quantize_blockwise: codes * scale in float32, rounded once to `dtype`.
+
+    fp8 [out, in] e4m3, scale_inv [ceil(out/block), ceil(in/block)] -> [out, in]. Raises ValueError when the shapes disagree.
+    """
+    if fp8.dim() != 2 or tuple(scale_inv.shape) != scale_shape(fp8.shape, block):
+        raise ValueError(f"codes {tuple(fp8.shape)} with block {block} do not fit scales {tuple(scale_inv.shape)}")
+    rows, cols = fp8.shape
+    scale = scale_inv.float().repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :cols]
+    return (fp8.float() * scale).to(dtype)

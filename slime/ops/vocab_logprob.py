@@ -1,0 +1,203 @@
+"""Log-probability and entropy of target tokens over a vocabulary that is split over tensor-parallel ranks.
+
+Both functions make exactly two all-reduces in the forward pass (one MAX, one SUM, each over [rows] vectors) whatever the chunk
+size and also for 0 rows, and none in the backward pass, so ranks cannot disagree about the number of collectives.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+VOCAB_TILE = 4096  # columns of the head computed at once by linear_log_prob
+DEFAULT_ROWS = 16384  # rows at once where the caller leaves the chunk size to us: 16,384 x 4096 fp32 = 268 MB
+
+
+def vocab_parallel_log_prob(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    temperature: float = 1.0,
+    chunk_size: int = -1,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """log softmax(logits / temperature)[target] per row, and the entropy of the whole distribution (nats).
+
+    logits [t, v_local]: this rank's columns, global ids vocab_start .. vocab_start + v_local. targets [t]: global ids; an id
+    that no rank holds gives -logsumexp, so mask such rows. -> (log_prob [t] fp32, entropy [t] fp32 or None); float64 logits
+    stay float64.
+    Both outputs have gradients to logits, in the dtype of logits. Every rank of `group` must pass the same t; None means that
+    v_local is the whole vocabulary. Extra memory is chunk_size x v_local fp32 (-1: all rows at once) plus a few [t] vectors.
+    """
+    if logits.dim() != 2 or targets.shape != logits.shape[:1]:
+        raise ValueError(f"want logits [t, v] and targets [t]; got {tuple(logits.shape)} and {tuple(targets.shape)}")
+    log_prob, entropy = _VocabParallelLogProb.apply(logits, targets, group, vocab_start, temperature, chunk_size, with_entropy)
+    return log_prob, entropy if with_entropy else None
+
+
+def linear_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    temperature: float = 1.0,
+    chunk_size: int = -1,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """vocab_parallel_log_prob(hidden @ weight.T, targets) without ever holding [t, v_local] logits.
+
+    hidden [t, h], weight [v_local, h] -> (log_prob [t] fp32, entropy [t] fp32 or None). Works through tiles of chunk_size rows
+    (-1: 16,384) x 4096 columns: one product forward; one recomputation and two gradient products backward. The gradient of
+    weight is accumulated in fp32 over the rows of a tile column and rounded once; that of hidden in an fp32 [t, h] buffer.
+    The gradient of hidden is this rank's share: sum it over `group` (as a column-parallel linear does; reduce-scatter it under
+    sequence parallelism). Temperature, targets, group and collectives as in vocab_parallel_log_prob.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"want hidden [t, h], weight [v, h], targets [t]; "
+            f"got {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(targets.shape)}"
+        )
+    log_prob, entropy = _LinearLogProb.apply(hidden, weight, targets, group, vocab_start, temperature, chunk_size, with_entropy)
+    return log_prob, entropy if with_entropy else None
+
+
+class _Stats:
+    """Per row, over the columns seen so far: max of x, sum of e^(x-max), sum of x e^(x-max), x at the target (0 if unseen)."""
+
+    def __init__(self, rows: int, device: torch.device, dtype: torch.dtype):
+        self.max = torch.full((rows,), float("-inf"), dtype=dtype, device=device)
+        self.sum_exp = torch.zeros(rows, dtype=dtype, device=device)
+        self.sum_x_exp = torch.zeros_like(self.sum_exp)
+        self.target = torch.zeros_like(self.sum_exp)
+
+    def add(self, rows: slice, x: Tensor, local_targets: Tensor) -> None:
+        """x [r, v] scaled logits (overwritten); local_targets [r], outside 0..v where the target is not in these columns."""
+        held = (local_targets >= 0) & (local_targets < x.shape[1])
+        at_target = x.gather(1, local_targets.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
+        self.target[rows] += torch.where(held, at_target, 0.0)
+        old_max = self.max[rows]
+        new_max = torch.maximum(old_max, x.amax(dim=1))
+        shift = _finite(new_max)
+        rescale = torch.exp(old_max - shift)
+        e = torch.exp(x - shift[:, None])
+        self.sum_exp[rows] = self.sum_exp[rows] * rescale + e.sum(1)
+        # A column of -inf has probability 0 and adds 0 to the entropy, not 0 * inf.
+        self.sum_x_exp[rows] = self.sum_x_exp[rows] * rescale + e.mul_(x.clamp_min_(torch.finfo(x.dtype).min)).sum(1)
+        self.max[rows] = new_max
+
+    def reduce(self, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+        """-> (lse, log_prob, entropy), each [rows], over the columns of every rank."""
+        top = self.max.clone()
+        if group is not None:
+            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+        shift = _finite(top)
+        rescale = torch.exp(self.max - shift)
+        sums = torch.stack([self.sum_exp * rescale, self.sum_x_exp * rescale, self.target])
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        sum_exp, sum_x_exp, target = sums
+        lse = shift + torch.log(sum_exp)
+        return lse, target - lse, lse - sum_x_exp / sum_exp
+
+
+class _VocabParallelLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, group, vocab_start, temperature, chunk_size, with_entropy):
+        dtype = _accumulation_dtype(logits)
+        local_targets = targets.to(torch.int64) - vocab_start
+        stats = _Stats(logits.shape[0], logits.device, dtype)
+        for rows in _chunks(logits.shape[0], chunk_size):
+            stats.add(rows, logits[rows].to(dtype, copy=True).div_(temperature), local_targets[rows])
+        lse, log_prob, entropy = stats.reduce(group)
+        ctx.save_for_backward(logits, local_targets, lse, entropy)
+        ctx.temperature, ctx.chunk_size, ctx.with_entropy = temperature, chunk_size, with_entropy
+        return log_prob, entropy
+
+    @staticmethod
+    def backward(ctx, grad_log_prob, grad_entropy):
+        logits, local_targets, lse, entropy = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        for rows in _chunks(logits.shape[0], ctx.chunk_size):
+            x = logits[rows].to(lse.dtype, copy=True).div_(ctx.temperature)
+            grad_entropy_rows = grad_entropy[rows] if ctx.with_entropy else None
+            grad[rows] = _grad_logits(
+                x, local_targets[rows], lse[rows], entropy[rows], grad_log_prob[rows], grad_entropy_rows, ctx.temperature
+            )
+        return grad, None, None, None, None, None, None
+
+
+class _LinearLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, group, vocab_start, temperature, chunk_size, with_entropy):
+        local_targets = targets.to(torch.int64) - vocab_start
+        stats = _Stats(hidden.shape[0], hidden.device, _accumulation_dtype(hidden))
+        for rows in _chunks(hidden.shape[0], chunk_size, DEFAULT_ROWS):
+            for cols in _chunks(weight.shape[0], VOCAB_TILE):
+                x = _product(hidden[rows], weight[cols]).div_(temperature)
+                stats.add(rows, x, local_targets[rows] - cols.start)
+        lse, log_prob, entropy = stats.reduce(group)
+        ctx.save_for_backward(hidden, weight, local_targets, lse, entropy)
+        ctx.temperature, ctx.chunk_size, ctx.with_entropy = temperature, chunk_size, with_entropy
+        return log_prob, entropy
+
+    @staticmethod
+    def backward(ctx, grad_log_prob, grad_entropy):
+        hidden, weight, local_targets, lse, entropy = ctx.saved_tensors
+        grad_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device)
+        grad_weight = torch.empty_like(weight)
+        for cols in _chunks(weight.shape[0], VOCAB_TILE):
+            grad_tile = torch.zeros(weight[cols].shape, dtype=lse.dtype, device=weight.device)
+            for rows in _chunks(hidden.shape[0], ctx.chunk_size, DEFAULT_ROWS):
+                x = _product(hidden[rows], weight[cols]).div_(ctx.temperature)
+                grad_entropy_rows = grad_entropy[rows] if ctx.with_entropy else None
+                grad_x = _grad_logits(
+                    x, local_targets[rows] - cols.start, lse[rows], entropy[rows], grad_log_prob[rows], grad_entropy_rows,
+                    ctx.temperature,
+                ).to(hidden.dtype)
+                grad_hidden[rows] += _product(grad_x, weight[cols].t())
+                grad_tile += _product(grad_x.t(), hidden[rows].t())
+            grad_weight[cols] = grad_tile
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None, None
+
+
+def _grad_logits(x, local_targets, lse, entropy, grad_log_prob, grad_entropy, temperature) -> Tensor:
+    """d loss / d logits [r, v] from scaled logits x (overwritten).
+
+    d log p_target / dx_j = [j = target] - p_j;   d H / dx_j = -p_j (log p_j + H).
+    """
+    log_p = x.sub_(lse[:, None])
+    p = torch.exp(log_p)
+    slope = -grad_log_prob[:, None]
+    if grad_entropy is not None:
+        # log p = -inf only where p = 0: the finite floor makes the product 0.
+        slope = slope - grad_entropy[:, None] * (log_p.clamp_min_(torch.finfo(x.dtype).min) + entropy[:, None])
+    grad = p.mul_(slope)
+    held = (local_targets >= 0) & (local_targets < x.shape[1])
+    grad.scatter_add_(1, local_targets.clamp(0, x.shape[1] - 1)[:, None], torch.where(held, grad_log_prob, 0.0)[:, None])
+    return grad.div_(temperature)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, k] @ b [n, k].T; for 16-bit operands the fp32 accumulator itself, not rounded to 16 bits."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b.t(), out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float().t()
+    return a @ b.t()
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Replaces -inf (a row without a finite logit) so that x - shift is not inf - inf."""
+    return torch.where(torch.isneginf(x), torch.zeros_like(x), x)
+
+
+def _chunks(length: int, chunk_size: int, default: int | None = None) -> list[slice]:
+    step = chunk_size if chunk_size > 0 else (default or max(length, 1))
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]

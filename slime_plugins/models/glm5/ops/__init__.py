@@ -1,0 +1,45 @@
+"""DSA operators of GLM-5.2: sparse MLA, the indexer's top-k, interleaved RoPE, RMSNorm.
+
+In: tensors, every dimension read from them. Out: tensors. `get_ops` chooses the implementation once, by what is installed and
+what the device is, and logs why; `torch_ops` is the reference and the answer on a CPU. Must never know: configs, process
+groups, layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from slime_plugins.models.glm5.ops import torch_ops
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of each operator, all with the signatures of torch_ops."""
+
+    sparse_mla: Callable[..., tuple[Tensor, Tensor]]
+    index_topk: Callable[..., Tensor]
+    rope_interleaved: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    reason: str
+    """What was chosen, and why."""
+
+
+@functools.cache
+def get_ops(device_type: str) -> Ops:
+    """The operators for tensors on `device_type` ("cpu", "cuda"); chosen at the first call, logged, the same afterwards."""
+    ops = Ops(
+        sparse_mla=torch_ops.sparse_mla,
+        index_topk=torch_ops.index_topk,
+        rope_interleaved=torch_ops.rope_interleaved,
+        rms_norm=torch_ops.rms_norm,
+        reason=f"plain torch (device {device_type})",
+    )
+    logger.info("DSA operators: %s", ops.reason)
+    return ops

@@ -1,0 +1,135 @@
+"""DSA operators in plain torch: the reference for every kernel, and the answer on a CPU.
+
+Every dimension comes from the tensors. 16-bit inputs are computed in float32, float64 stays float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24  # floats of the largest temporary: bounds memory whatever t and T are (64 MB in float32)
+
+
+def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, *, scale: float, v_dim: int) -> tuple[Tensor, Tensor]:
+    """Attention of each query row over its own list of keys; all heads share one latent KV row per token.
+
+    q [t, h, dk], kv [T, dk] (the value is its first v_dim columns), indices [t, k] int32 rows of kv, -1 = no key, in any place
+    and order; a key listed twice counts twice. -> (out [t, h, v_dim] in q's dtype, lse [t, h] float32, natural log).
+    Gradients to q and kv; lse has none. A row without a valid key gives out 0, lse -inf and zero gradients. Keys that no row
+    lists do not matter (they may hold NaN). Memory beyond the outputs is bounded by CHUNK_ELEMENTS.
+    """
+    if q.dim() != 3 or kv.dim() != 2 or indices.dim() != 2 or q.shape[2] != kv.shape[1] or len(q) != len(indices):
+        raise ValueError(
+            f"want q [t, h, dk], kv [T, dk], indices [t, k]; got {tuple(q.shape)}, {tuple(kv.shape)}, {tuple(indices.shape)}"
+        )
+    return _SparseMLA.apply(q, kv, indices, scale, v_dim)
+
+
+class _SparseMLA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, kv, indices, scale, v_dim):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_empty(*q.shape[:2], v_dim)
+        lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
+        for rows in _row_chunks(q, indices):
+            keys, _ = _gather(kv, indices[rows], dtype)
+            scores = _scores(q[rows].to(dtype), keys, indices[rows], scale)
+            lse[rows] = torch.logsumexp(scores, dim=-1)
+            out[rows] = (_probabilities(scores, lse[rows]) @ keys[..., :v_dim]).to(q.dtype)
+        ctx.save_for_backward(q, kv, indices, out, lse)
+        ctx.scale, ctx.v_dim = scale, v_dim
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        q, kv, indices, out, lse = ctx.saved_tensors
+        grad_q = torch.empty_like(q)
+        grad_kv = torch.zeros(kv.shape, dtype=lse.dtype, device=kv.device)
+        for rows in _row_chunks(q, indices):
+            keys, addresses = _gather(kv, indices[rows], lse.dtype)
+            queries, d_out = q[rows].to(lse.dtype), grad_out[rows].to(lse.dtype)
+            p = _probabilities(_scores(queries, keys, indices[rows], ctx.scale), lse[rows])
+            delta = (d_out * out[rows]).sum(-1, keepdim=True)
+            d_scores = p * (d_out @ keys[..., : ctx.v_dim].transpose(1, 2) - delta) * ctx.scale
+            grad_q[rows] = (d_scores @ keys).to(q.dtype)
+            d_keys = d_scores.transpose(1, 2) @ queries
+            d_keys[..., : ctx.v_dim] += p.transpose(1, 2) @ d_out
+            # p is exactly 0 for an absent key, so what is added to the stand-in address is 0.
+            grad_kv.index_add_(0, addresses.flatten(), d_keys.flatten(0, 1))
+        return grad_q, grad_kv.to(kv.dtype), None, None, None
+
+
+def _row_chunks(q: Tensor, indices: Tensor) -> list[slice]:
+    per_row = max(1, indices.shape[1] * (q.shape[2] + q.shape[1]))
+    step = max(1, CHUNK_ELEMENTS // per_row)
+    return [slice(start, min(start + step, len(q))) for start in range(0, len(q), step)]
+
+
+def _gather(kv: Tensor, indices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """-> (keys [t, k, dk], zeros for -1; addresses [t, k], any valid row for -1)."""
+    valid = indices >= 0
+    addresses = torch.where(valid, indices, 0).long()
+    return torch.where(valid[..., None], kv[addresses].to(dtype), 0.0), addresses
+
+
+def _scores(q: Tensor, keys: Tensor, indices: Tensor, scale: float) -> Tensor:
+    return (q @ keys.transpose(1, 2) * scale).masked_fill(indices[:, None, :] < 0, float("-inf"))
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """e^(scores - lse); 0 throughout a row whose every score is -inf."""
+    return torch.exp(scores - torch.where(torch.isneginf(lse), 0.0, lse)[..., None])
+
+
+@torch.no_grad()
+def index_topk(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor, *, topk: int) -> Tensor:
+    """The topk keys with the largest indexer score for each query row, as int32 [t, topk].
+
+    q [t, H, D], k [T, D], gates [t, H] float32 (all constant factors folded in), starts and ends [t]: the keys of row i are
+    starts[i] <= j < ends[i] (its packed sample, up to itself). score = sum_h gate_h * relu(q_h . k_j) in float32.
+    Of equal scores the lowest position wins. Positions ascend; a row with fewer than topk keys is padded with -1 at its end.
+    Streamed over rows: memory is bounded by CHUNK_ELEMENTS, keys outside a row's range may hold NaN. No gradient.
+    """
+    t, heads, _ = q.shape
+    picked = torch.full((t, topk), -1, dtype=torch.int32, device=q.device)
+    step = max(1, CHUNK_ELEMENTS // max(1, heads * k.shape[0]))
+    for first in range(0, t, step):
+        rows = slice(first, min(first + step, t))
+        low, high = int(starts[rows].min()), int(ends[rows].max())
+        if high <= low:
+            continue
+        per_head = torch.relu(torch.einsum("thd,sd->ths", q[rows].float(), k[low:high].float()))
+        scores = torch.einsum("ths,th->ts", per_head, gates[rows].float())
+        position = torch.arange(low, high, device=q.device)
+        own = (position >= starts[rows, None]) & (position < ends[rows, None])
+        picked[rows] = select_topk(scores.masked_fill(~own, float("-inf")), own, topk, low)
+    return picked
+
+
+def select_topk(scores: Tensor, own: Tensor, topk: int, first_position: int) -> Tensor:
+    """int32 [t, topk]: ascending positions (column + first_position) of the best own columns, -1 last; ties by key order."""
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :topk]
+    outside = torch.iinfo(torch.int32).max
+    positions = torch.where(own.gather(1, best), best + first_position, outside).sort(dim=1).values
+    positions = torch.where(positions == outside, -1, positions).to(torch.int32)
+    return torch.nn.functional.pad(positions, (0, topk - positions.shape[1]), value=-1)
+
+
+def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates each pair (2i, 2i+1) of the last dimension by the angle whose cosine and sine are cos[:, i], sin[:, i].
+
+    x [t, d] or [t, h, d]; cos, sin [t, d/2] -> as x. Computed in float32, rounded once.
+    """
+    if x.dim() == 3:
+        cos, sin = cos[:, None, :], sin[:, None, :]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    even, odd = x[..., 0::2].to(dtype), x[..., 1::2].to(dtype)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; float32 throughout, rounded once to x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)).to(x.dtype)
