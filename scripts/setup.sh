@@ -62,7 +62,7 @@ install_packages() {
     local list=$root/scripts/constraints/$extra.txt pip=("$venv/bin/python" -m pip --disable-pip-version-check)
     if [[ $extra == cpu ]]; then
         say "1/3 torch (the CPU build where pip's index offers it)"
-        "${pip[@]}" install -q -c "$list" "$(grep -m1 '^torch==' "$list")"
+        "${pip[@]}" install -qq -c "$list" "$(grep -m1 '^torch==' "$list")"
         say "2/3 $(grep -vc '^#' "$list") pinned packages, about 2 GB on disk"
         grep -v '^torch==' "$list" > "$venv/install.txt"
     else
@@ -70,10 +70,10 @@ install_packages() {
         say "2/3 $(grep -vc '^#' "$list") pinned packages, several GB"
         cp "$list" "$venv/install.txt"
     fi
-    "${pip[@]}" install -q --no-deps -r "$venv/install.txt"
-    if [[ $dev == yes ]]; then "${pip[@]}" install -q --no-deps -r "$root/scripts/constraints/dev.txt"; fi
+    "${pip[@]}" install -qq --no-deps -r "$venv/install.txt"
+    if [[ $dev == yes ]]; then "${pip[@]}" install -qq --no-deps -r "$root/scripts/constraints/dev.txt"; fi
     say "3/3 this project, editable"
-    "${pip[@]}" install -q --no-deps --no-build-isolation -e "$root"
+    "${pip[@]}" install -qq --no-deps --no-build-isolation -e "$root"
 }
 
 extra=$(pick_extra)

@@ -1,0 +1,76 @@
+"""The order in which engines change their weights.
+
+    idle --pause--> paused --flush--> empty --begin--> open --stream--> open --end--> sealed --check--> verified --continue--> idle
+
+Between begin and end an engine holds a mixture of two models, so it is paused and answers no request; `check` reads the version back from
+every engine before any is allowed to continue. If anything raises on the way, the engines stay paused: a half-updated model never answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Engines(Protocol):
+    """The engines of the model being trained. Each call returns when all of them have answered."""
+
+    def pause(self) -> None: ...
+    def flush(self) -> None: ...
+    def begin(self, version: int) -> None: ...
+    def end(self, version: int) -> None: ...
+    def versions(self) -> Mapping[str, str]: ...
+    def proceed(self) -> None: ...
+
+
+class Trainers(Protocol):
+    """All ranks of the trainer."""
+
+    def stream(self, version: int) -> StreamReport: ...
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """What one trainer group sent for one version."""
+
+    buckets: int
+    nbytes: int
+    """Bytes of one copy of the model as it travelled."""
+    tensors: int
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    version: int
+    stream: StreamReport
+    pause_seconds: float
+    """From the pause to the moment the engines may answer again."""
+    stream_seconds: float
+
+    def line(self) -> str:
+        return (
+            f"weights v{self.version}: {self.stream.buckets} buckets, {self.stream.tensors} tensors, {self.stream.nbytes / 1e6:.1f} MB "
+            f"in {self.stream_seconds:.2f} s (pause {self.pause_seconds:.2f} s)"
+        )
+
+
+def sync_weights(engines: Engines, trainers: Trainers, *, version: int) -> SyncReport:
+    """Give the engines weight version `version`. Raises RuntimeError if one of them reports another version afterwards."""
+    started = time.monotonic()
+    engines.pause()
+    engines.flush()
+    engines.begin(version)
+    streaming = time.monotonic()
+    stream = trainers.stream(version)
+    streamed = time.monotonic()
+    engines.end(version)
+    stale = {engine: found for engine, found in engines.versions().items() if found != str(version)}
+    if stale:
+        raise RuntimeError(
+            f"after sending weights v{version}, these engines report another version: {stale}; they stay paused. "
+            "Look at their logs for a refused update and start the run again: it resumes from the last checkpoint."
+        )
+    engines.proceed()
+    return SyncReport(version, stream, time.monotonic() - started, streamed - streaming)

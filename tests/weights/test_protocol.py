@@ -1,0 +1,61 @@
+import pytest
+
+from slime.weights.protocol import StreamReport, sync_weights
+
+
+class RecordingEngines:
+    """Engines that write down what they were told; `found` is the version they report afterwards."""
+
+    def __init__(self, events, found):
+        self.events, self.found = events, found
+
+    def pause(self):
+        self.events.append("pause")
+
+    def flush(self):
+        self.events.append("flush")
+
+    def begin(self, version):
+        self.events.append(f"begin {version}")
+
+    def end(self, version):
+        self.events.append(f"end {version}")
+
+    def versions(self):
+        self.events.append("check")
+        return self.found
+
+    def proceed(self):
+        self.events.append("continue")
+
+
+class RecordingTrainers:
+    def __init__(self, events, error=None):
+        self.events, self.error = events, error
+
+    def stream(self, version):
+        self.events.append(f"stream {version}")
+        if self.error:
+            raise self.error
+        return StreamReport(buckets=2, nbytes=10, tensors=5)
+
+
+def test_an_update_runs_in_the_one_legal_order():
+    events = []
+    report = sync_weights(RecordingEngines(events, {"p": "7", "d": "7"}), RecordingTrainers(events), version=7)
+    assert events == ["pause", "flush", "begin 7", "stream 7", "end 7", "check", "continue"]
+    assert report.line().startswith("weights v7: 2 buckets, 5 tensors")
+
+
+def test_an_engine_with_another_version_keeps_all_paused_and_is_named():
+    events = []
+    with pytest.raises(RuntimeError, match=r"v3.*decode 0.*2"):
+        sync_weights(RecordingEngines(events, {"prefill 0": "3", "decode 0": "2"}), RecordingTrainers(events), version=3)
+    assert "continue" not in events
+
+
+def test_a_failed_stream_leaves_the_engines_paused_and_the_session_open():
+    events = []
+    with pytest.raises(OSError):
+        sync_weights(RecordingEngines(events, {}), RecordingTrainers(events, OSError("rank 3 died")), version=1)
+    assert events == ["pause", "flush", "begin 1", "stream 1"]
