@@ -1,0 +1,165 @@
+"""Corrections of megatron-core's own bugs on the path without TransformerEngine and apex.
+
+Each `Guard` says why, for which versions, where upstream the bug is, and which test notices that it is no longer needed
+(the test exercises the published code without the guard and expects the bug).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Version = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Guard:
+    name: str
+    reason: str
+    place: str
+    """File and line in megatron-core 0.16.1, relative to megatron/core/."""
+    first: Version
+    last: Version
+    host_only: bool
+    test: str
+    """The test in tests/model/test_compat_megatron.py that fails when this guard is obsolete."""
+    apply: Callable[[], None]
+
+    def applies(self, version: Version, on_host: bool) -> bool:
+        return self.first <= version <= self.last and (on_host or not self.host_only)
+
+
+def _has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def _name_te_general_gemm() -> None:
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _split_sizes_become_numpy() -> None:
+    import torch
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def move(tensor, as_numpy: bool = False, record_stream: bool = False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def _rng_state_of_the_host() -> None:
+    import torch
+    from megatron.core.tensor_parallel import random
+
+    def set_state(new_state, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    random._set_cuda_rng_state = set_state
+
+
+class _TrackerNoiseFilter:
+    """Drops the one record of random.py:262; on the host the "GPU" generator *is* the CPU's, so it would come at every fork."""
+
+    def filter(self, record) -> bool:
+        return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+def _quiet_rng_tracker() -> None:
+    import logging
+
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_TrackerNoiseFilter())
+
+
+def _steps_of_torch_adam() -> None:
+    """Three faults of DistributedOptimizer with torch.optim.AdamW inside, see the reasons in GUARDS."""
+    if _has_transformer_engine() or importlib.util.find_spec("apex") is not None:
+        return
+    import torch
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    published_state_dict, published_load = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+    published_set = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def state_dict(self):
+        if self.optimizer is not None and not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                for param in group["params"]:
+                    moments = {name: torch.zeros_like(param.data) for name in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[param] = {"step": torch.tensor(0.0), **moments}
+        return published_state_dict(self)
+
+    def load_state_dict(self, state):
+        published_load(self, state)
+        if self.optimizer is not None:
+            for moments in self.optimizer.state.values():
+                if torch.is_tensor(moments.get("step")):
+                    moments["step"] = moments["step"].clone()
+
+    def set_states(self, model_param, tensors):
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        step = self.optimizer.state[main].get("step")
+        published_set(self, model_param, tensors if "step" in tensors or step is None else {**tensors, "step": step})
+
+    DistributedOptimizer.state_dict = state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+GUARDS: tuple[Guard, ...] = (
+    Guard(
+        name="te_general_gemm",
+        reason="the router's linear names te_general_gemm, which is never bound without TransformerEngine (NameError)",
+        place="transformer/moe/moe_utils.py:1192",
+        first=(0, 16, 0),
+        last=(0, 19, 99),
+        host_only=False,
+        test="test_router_gating_still_needs_te_general_gemm",
+        apply=_name_te_general_gemm,
+    ),
+    Guard(
+        name="split_sizes",
+        reason="all_to_all split sizes stay tensors when they already are on the CPU, which the collective rejects",
+        place="transformer/moe/moe_utils.py:1094",
+        first=(0, 16, 0),
+        last=(0, 19, 99),
+        host_only=True,
+        test="test_split_sizes_still_stay_tensors_on_the_cpu",
+        apply=_split_sizes_become_numpy,
+    ),
+    Guard(
+        name="rng_state",
+        reason="the RNG tracker restores a CUDA generator; on the host it must restore the CPU's",
+        place="tensor_parallel/random.py:90",
+        first=(0, 16, 0),
+        last=(0, 19, 99),
+        host_only=True,
+        test="test_rng_tracker_still_restores_a_cuda_generator",
+        apply=_rng_state_of_the_host,
+    ),
+    Guard(
+        name="rng_noise",
+        reason="the tracker warns at every fork that the CPU generator moved, which on the host is its purpose",
+        place="tensor_parallel/random.py:262",
+        first=(0, 16, 0),
+        last=(0, 19, 99),
+        host_only=True,
+        test="test_rng_tracker_still_warns",
+        apply=_quiet_rng_tracker,
+    ),
+    Guard(
+        name="adam_steps",
+        reason="DistributedOptimizer over torch AdamW: a fresh optimizer cannot be saved; one shared `step` tensor after a load counts "
+        "once per parameter; the reshardable loaders miss `step`",
+        place="optimizer/distrib_optimizer.py:641, 825, 911",
+        first=(0, 16, 0),
+        last=(0, 19, 99),
+        host_only=False,
+        test="test_adam_steps_still_shared_after_a_load",
+        apply=_steps_of_torch_adam,
+    ),
+)

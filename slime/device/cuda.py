@@ -1,0 +1,92 @@
+"""NVIDIA GPUs: NCCL, bf16, sleep to pinned host memory, CUDA IPC."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping
+from multiprocessing.reduction import ForkingPickler
+
+import torch
+from torch import Tensor
+
+from slime.device.base import Device, MemoryUse, SleepReport
+
+
+class CudaDevice(Device):
+    kind = "cuda"
+    backend = "nccl"
+    default_params_dtype = torch.bfloat16
+    default_params_dtype_reason = "tensor cores: bf16 parameters and activations, float32 main parameters and gradients"
+
+    def __init__(self) -> None:
+        self.reason = f"torch sees {torch.cuda.device_count()} CUDA device(s), {torch.cuda.get_device_name(0)}"
+        self._asleep: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def init_process(self, local_rank: int) -> None:
+        """With one visible device per process (how Ray starts actors) that device is number 0 whatever the local rank."""
+        visible = torch.cuda.device_count()
+        if visible == 0:
+            raise ValueError(f"local rank {local_rank}: no CUDA device is visible to this process; check CUDA_VISIBLE_DEVICES")
+        if visible > 1 and local_rank >= visible:
+            raise ValueError(f"local rank {local_rank}, but only {visible} CUDA devices are visible; start at most {visible} ranks here")
+        torch.cuda.set_device(local_rank if visible > 1 else 0)
+
+    def memory(self) -> MemoryUse:
+        free, total = torch.cuda.mem_get_info()
+        return MemoryUse(used=torch.cuda.memory_allocated(), peak=torch.cuda.max_memory_allocated(), free=free, total=total)
+
+    def empty_cache(self) -> None:
+        torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def sleep(self, tensors: Mapping[str, Tensor]) -> SleepReport:
+        begin = time.monotonic()
+        torch.cuda.synchronize()
+        moved = 0
+        for tensor in tensors.values():
+            storage = tensor.untyped_storage()
+            nbytes = storage.nbytes()
+            # Views of one storage share the StorageImpl: its address is the identity, the data pointer may be reused.
+            if storage.device.type != "cuda" or nbytes == 0 or storage._cdata in self._asleep:
+                continue
+            kept = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            kept.copy_(_bytes_of(storage, tensor.device), non_blocking=True)
+            self._asleep[storage._cdata] = (storage, kept)
+            moved += nbytes
+        # The copies must have ended before their sources are freed.
+        torch.cuda.synchronize()
+        for storage, kept in self._asleep.values():
+            if storage.nbytes() == kept.numel():
+                storage.resize_(0)
+        torch.cuda.empty_cache()
+        return SleepReport(moved, time.monotonic() - begin, "cuda: storages moved to pinned host memory")
+
+    def wake(self) -> SleepReport:
+        begin = time.monotonic()
+        moved = 0
+        for storage, kept in self._asleep.values():
+            storage.resize_(kept.numel())
+            _bytes_of(storage, storage.device).copy_(kept, non_blocking=True)
+            moved += kept.numel()
+        torch.cuda.synchronize()
+        self._asleep.clear()
+        return SleepReport(moved, time.monotonic() - begin, "cuda: storages back on the device")
+
+    def share(self, value: object) -> bytes:
+        # Importing the reductions registers them with ForkingPickler; a CUDA tensor then becomes its IPC handle.
+        import torch.multiprocessing.reductions  # noqa: F401
+
+        buffer = io.BytesIO()
+        ForkingPickler(buffer).dump(value)
+        return buffer.getvalue()
+
+
+def _bytes_of(storage: torch.UntypedStorage, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (storage.nbytes(),), (1,))
