@@ -19,7 +19,9 @@ def normalize_by_group(rewards: np.ndarray, groups: np.ndarray, divide_by_std: b
         raise ValueError(f"rewards {rewards.shape} and groups {groups.shape} must be two vectors of one length")
     if not np.isfinite(rewards).all():
         bad = np.flatnonzero(~np.isfinite(rewards))
-        raise ValueError(f"rewards of rows {bad[:8].tolist()} are not finite: {rewards[bad[:8]].tolist()}; check the reward function")
+        raise ValueError(
+            f"rewards of rows {bad[:8].tolist()} are not finite: {rewards[bad[:8]].tolist()}; check the reward function"
+        )
     values = rewards.astype(np.float64)
     _, member = np.unique(groups, return_inverse=True)
     count = np.bincount(member)

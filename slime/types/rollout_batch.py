@@ -43,20 +43,18 @@ class RolloutBatch:
     """Per sample the weight versions that generated it; empty where none was recorded."""
 
     def __post_init__(self) -> None:
-        n = len(self.tokens)
+        n, where = len(self.tokens), f"rollout {self.rollout_id}"
         for name in ("response_lengths", "rewards", "raw_rewards", "groups", "trajectories", "sample_ids", "truncated"):
             column = getattr(self, name)
             if column.shape != (n,):
-                raise ValueError(f"rollout {self.rollout_id}: column {name} has shape {column.shape}, but there are {n} samples")
+                raise ValueError(f"{where}: column {name} has shape {column.shape}, but there are {n} samples")
         if self.weight_versions and len(self.weight_versions) != n:
-            raise ValueError(
-                f"rollout {self.rollout_id}: column weight_versions has {len(self.weight_versions)} rows, but there are {n} samples"
-            )
+            raise ValueError(f"{where}: column weight_versions has {len(self.weight_versions)} rows, but there are {n} samples")
         for row, (tokens, response) in enumerate(zip(self.tokens, self.response_lengths, strict=True)):
             if tokens.ndim != 1 or not 0 < response < len(tokens):
                 raise ValueError(
-                    f"rollout {self.rollout_id}, row {row} (sample {self.sample_ids[row]}): {tokens.shape} tokens with a response of "
-                    f"{response}; a sample needs at least one prompt token and one response token"
+                    f"{where}, row {row} (sample {self.sample_ids[row]}): {tokens.shape} tokens with a response of {response}; "
+                    f"a sample needs at least one prompt token and one response token"
                 )
         for name in ("loss_masks", "rollout_log_probs", "teacher_log_probs"):
             self._check_per_token(name)

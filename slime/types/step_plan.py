@@ -27,7 +27,7 @@ class StepPlan:
     def __post_init__(self) -> None:
         counts = {len(rank) for rank in self.micro_batches}
         if len(counts) != 1:
-            raise ValueError(f"step {self.step_id}: data-parallel ranks have {sorted(counts)} micro-batches; a pipeline would hang")
+            raise ValueError(f"step {self.step_id}: data-parallel ranks have {sorted(counts)} micro-batches, not equally many")
         placed = [position for rank in self.micro_batches for micro in rank for position in micro]
         if len(placed) != len(set(placed)):
             twice = sorted({position for position in placed if placed.count(position) > 1})

@@ -16,7 +16,8 @@ def test_groups_of_unequal_size_and_any_order_are_centred_by_hand():
 def test_scaled_rewards_use_the_unbiased_deviation():
     rewards = np.array([0.0, 1.0, 1.0, 0.0], dtype=np.float32)
     # mean 0.5, unbiased variance 4 * 0.25 / 3 = 1/3
-    np.testing.assert_allclose(normalize_by_group(rewards, np.zeros(4, int), True), np.array([-1, 1, 1, -1]) * 0.5 * 3**0.5, rtol=1e-5)
+    expected = np.array([-1, 1, 1, -1]) * 0.5 * 3**0.5
+    np.testing.assert_allclose(normalize_by_group(rewards, np.zeros(4, int), True), expected, rtol=1e-5)
 
 
 def test_equal_rewards_and_single_samples_give_exact_zeros():

@@ -1,0 +1,80 @@
+"""Pack samples of a RolloutBatch into one MicroBatch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slime.batch.layout import SequenceLayout
+from slime.types import RolloutBatch
+from slime.types.micro_batch import MicroBatch
+
+Column = Mapping[int, "np.ndarray | Tensor"]
+"""Per-token values by sample position, each [response_length]."""
+
+
+def pack(
+    batch: RolloutBatch,
+    positions: Sequence[int],
+    *,
+    loss_weight: np.ndarray,
+    contiguous: bool = True,
+    cp_rank: int = 0,
+    cp_size: int = 1,
+    multiple: int = 1,
+    columns: Mapping[str, Column] | None = None,
+) -> MicroBatch:
+    """The micro-batch of the samples at `positions`, in that order, as context-parallel rank `cp_rank` sees it.
+
+    loss_weight: float64 [n] over the batch (StepPlan.loss_weight). contiguous: --allgather-cp, else zigzag. multiple: rows per
+    rank are a multiple of it. columns: further per-token MicroBatch fields by name (old_log_probs, ref_log_probs, advantages);
+    rollout and teacher log-probs come from the batch. No positions give a stream of padding without a response token.
+    """
+    positions = tuple(int(position) for position in positions)
+    make = SequenceLayout.contiguous if contiguous else SequenceLayout.zigzag
+    lengths = [len(batch.tokens[position]) for position in positions]
+    layout = make(lengths, cp_rank=cp_rank, cp_size=cp_size, multiple=multiple)
+    tokens = _join([batch.tokens[position] for position in positions], np.int64)
+    following = _join([np.append(batch.tokens[position][1:], 0) for position in positions], np.int64)
+    within = _join([np.arange(length) for length in lengths], np.int64)
+    responses = [int(batch.response_lengths[position]) for position in positions]
+    # The row of token j - 1 predicts token j, so a response of R tokens ends one row before its sample does.
+    rows = [
+        np.arange(start + length - response - 1, start + length - 1)
+        for start, length, response in zip(layout.starts, lengths, responses, strict=True)
+    ]
+    given: dict[str, Column] = dict(columns or {})
+    for name in ("rollout_log_probs", "teacher_log_probs"):
+        column = getattr(batch, name)
+        if column is not None:
+            given[name] = {position: column[position] for position in positions}
+    return MicroBatch(
+        positions=positions,
+        layout=layout,
+        tokens=layout.take(tokens, 0)[None],
+        position_ids=layout.take(within, 0)[None],
+        targets=layout.take(following, 0),
+        response_rows=_join(rows, np.int64),
+        segments=_join([np.full(response, number) for number, response in enumerate(responses)], np.int64),
+        loss_mask=_join([batch.loss_masks[position] for position in positions], np.float32),
+        loss_weight=_join(
+            [np.full(response, loss_weight[position]) for position, response in zip(positions, responses, strict=True)],
+            np.float32,
+        ),
+        **{name: _join_column(name, column, positions, responses) for name, column in given.items()},
+    )
+
+
+def _join(pieces: Sequence[np.ndarray], dtype: type) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(piece, dtype) for piece in pieces]) if pieces else np.zeros(0, dtype))
+
+
+def _join_column(name: str, column: Column, positions: Sequence[int], responses: Sequence[int]) -> Tensor:
+    pieces = [torch.as_tensor(column[position], dtype=torch.float32) for position in positions]
+    for position, response, piece in zip(positions, responses, pieces, strict=True):
+        if piece.shape != (response,):
+            raise ValueError(f"column {name} of sample position {position} has shape {tuple(piece.shape)}, not ({response},)")
+    return torch.cat(pieces) if pieces else torch.zeros(0)

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slime.batch.pack import pack
+from slime.types import RolloutBatch
+
+
+def make_batch(lengths, responses, seed=0):
+    rng = np.random.default_rng(seed)
+    n = len(lengths)
+    return RolloutBatch(
+        rollout_id=0,
+        tokens=tuple(rng.integers(1, 1000, length) for length in lengths),
+        response_lengths=np.array(responses, dtype=np.int64),
+        loss_masks=tuple(rng.integers(0, 2, response).astype(np.float32) for response in responses),
+        rewards=np.zeros(n, np.float32),
+        raw_rewards=np.zeros(n, np.float32),
+        groups=np.zeros(n, np.int64),
+        trajectories=np.arange(n),
+        sample_ids=np.arange(n) + 100,
+        truncated=np.zeros(n, bool),
+        rollout_log_probs=tuple(-rng.random(response).astype(np.float32) for response in responses),
+    )
+
+
+def test_two_samples_by_hand():
+    batch = make_batch([4, 3], [2, 1])
+    micro = pack(batch, [1, 0], loss_weight=np.array([0.25, 0.5]), multiple=4)
+    a, b = batch.tokens[1].tolist(), batch.tokens[0].tolist()
+    assert micro.tokens.tolist() == [a + b + [0]]
+    assert micro.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
+    assert micro.targets.tolist() == a[1:] + [0] + b[1:] + [0, 0]
+    assert micro.response_rows.tolist() == [1, 4, 5]
+    assert micro.segments.tolist() == [0, 1, 1]
+    assert micro.loss_weight.tolist() == [0.5, 0.25, 0.25]
+    assert micro.layout.cu_seqlens.tolist() == [0, 3, 7, 8]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=5),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.booleans(),
+)
+def test_the_row_that_predicts_each_response_token_has_it_as_target_in_every_layout(shapes, cp_size, multiple, contiguous):
+    prompts, responses = zip(*shapes)
+    batch = make_batch([p + r for p, r in shapes], responses)
+    order = list(range(len(shapes)))[::-1]
+    micros = [
+        pack(
+            batch,
+            order,
+            loss_weight=np.ones(len(order)),
+            contiguous=contiguous,
+            cp_rank=rank,
+            cp_size=cp_size,
+            multiple=multiple,
+        )
+        for rank in range(cp_size)
+    ]
+    whole_targets = sum(micro.layout.spread(micro.targets) for micro in micros)
+    whole_tokens = sum(micro.layout.spread(micro.tokens[0]) for micro in micros)
+    assert torch.equal(whole_tokens, torch.from_numpy(np.concatenate([batch.tokens[p] for p in order])))
+    expected = np.concatenate([batch.tokens[p][-batch.response_lengths[p] :] for p in order])
+    for micro in micros:
+        assert torch.equal(whole_targets[micro.response_rows], torch.from_numpy(expected))
+        assert torch.equal(
+            micro.rollout_log_probs, torch.from_numpy(np.concatenate([batch.rollout_log_probs[p] for p in order]))
+        )
+
+
+def test_an_empty_micro_batch_is_padding_only():
+    micro = pack(make_batch([4], [2]), [], loss_weight=np.zeros(1), multiple=8)
+    assert (
+        micro.tokens.tolist() == [[0] * 8] and micro.response_rows.numel() == 0 and micro.layout.cu_seqlens.tolist() == [0, 8]
+    )

@@ -1,0 +1,119 @@
+"""The planner's promises, on random rollouts and by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slime.batch.plan import plan_steps
+
+
+@dataclass(frozen=True)
+class Rules:
+    global_batch_size: int = 4
+    micro_batch_size: int = 1
+    use_dynamic_batch_size: bool = True
+    max_tokens_per_gpu: int | None = 32
+    balance_data: bool = False
+    balance_by_flops: bool = False
+
+
+@st.composite
+def rollouts(draw):
+    n = draw(st.integers(1, 40))
+    lengths = draw(st.lists(st.integers(2, 70), min_size=n, max_size=n))
+    trajectories = draw(st.lists(st.integers(0, n), min_size=n, max_size=n))
+    mask_sums = [draw(st.integers(0, length - 1)) for length in lengths]
+    dynamic = draw(st.booleans())
+    rules = Rules(
+        global_batch_size=draw(st.integers(1, 12)),
+        micro_batch_size=draw(st.integers(1, 4)),
+        use_dynamic_batch_size=dynamic,
+        balance_data=draw(st.booleans()),
+        balance_by_flops=dynamic and draw(st.booleans()),
+    )
+    sizes = dict(dp_size=draw(st.integers(1, 5)), cp_size=draw(st.integers(1, 3)), vpp_group=draw(st.integers(1, 3)))
+    return lengths, trajectories, mask_sums, rules, sizes
+
+
+@settings(max_examples=300, deadline=None)
+@given(rollouts(), st.booleans())
+def test_nothing_is_lost_nothing_is_twice_and_every_rank_keeps_step(rollout, per_token):
+    lengths, trajectories, mask_sums, rules, sizes = rollout
+    plans = plan_steps(lengths, trajectories, mask_sums, batch=rules, per_token=per_token, **sizes)
+    placed = [position for plan in plans for position in plan.positions]
+    assert sorted(placed) == list(range(len(lengths)))
+    for plan in plans:
+        assert len(plan.micro_batches) == sizes["dp_size"]
+        assert plan.num_micro_batches % sizes["vpp_group"] == 0
+        inside = {trajectories[p] for p in plan.positions}
+        assert len(inside) == plan.num_trajectories
+        assert not inside & {trajectories[p] for other in plans if other is not plan for p in other.positions}
+        assert set(np.flatnonzero(plan.loss_weight)) == set(plan.positions), "weights are positive in the step, zero outside"
+    counts = [plan.num_trajectories for plan in plans]
+    assert max(counts) - min(counts) <= 1
+    assert len(plans) == max(1, sum(counts) // rules.global_batch_size)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rollouts())
+def test_loss_weights_give_the_mean_over_trajectories_of_token_means(rollout):
+    lengths, trajectories, mask_sums, rules, sizes = rollout
+    token_loss = np.arange(1, len(lengths) + 1) * 0.25  # the same loss on every token of a sample
+    for plan in plan_steps(lengths, trajectories, mask_sums, batch=rules, per_token=False, **sizes):
+        means = []
+        for trajectory in {trajectories[p] for p in plan.positions}:
+            mine = [p for p in range(len(lengths)) if trajectories[p] == trajectory]
+            means.append(sum(mask_sums[p] * token_loss[p] for p in mine) / max(sum(mask_sums[p] for p in mine), 1))
+        assert np.dot(plan.loss_weight, np.array(mask_sums) * token_loss) == pytest.approx(np.mean(means))
+
+
+@settings(max_examples=100, deadline=None)
+@given(rollouts())
+def test_per_token_weights_give_the_mean_over_the_steps_tokens(rollout):
+    lengths, trajectories, mask_sums, rules, sizes = rollout
+    for plan in plan_steps(lengths, trajectories, mask_sums, batch=rules, per_token=True, **sizes):
+        total = sum(mask_sums[p] for p in plan.positions)
+        assert np.dot(plan.loss_weight, mask_sums) == pytest.approx(1.0 if total else 0.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rollouts())
+def test_a_packed_micro_batch_exceeds_the_capacity_only_when_one_sample_does(rollout):
+    lengths, trajectories, mask_sums, rules, sizes = rollout
+    if not rules.use_dynamic_batch_size or rules.balance_by_flops:
+        return
+    for plan in plan_steps(lengths, trajectories, mask_sums, batch=rules, per_token=False, **sizes):
+        for micro in (m for rank in plan.micro_batches for m in rank):
+            assert len(micro) <= 1 or sum(lengths[p] for p in micro) <= rules.max_tokens_per_gpu * sizes["cp_size"]
+
+
+def test_first_fit_by_hand():
+    rules = Rules(global_batch_size=5, max_tokens_per_gpu=10)
+    (plan,) = plan_steps([6, 5, 4, 12, 5], range(5), [1] * 5, dp_size=1, cp_size=1, batch=rules, per_token=False)
+    assert plan.micro_batches == (((0, 2), (1, 4), (3,)),)
+
+
+def test_balancing_puts_the_heavy_micro_batches_on_different_ranks():
+    rules = Rules(global_batch_size=4, use_dynamic_batch_size=False, balance_data=True)
+    lengths = [100, 10, 100, 10]
+    (plan,) = plan_steps(lengths, range(4), [1] * 4, dp_size=2, cp_size=1, batch=rules, per_token=False)
+    assert [sum(lengths[p] for micro in rank for p in micro) for rank in plan.micro_batches] == [110, 110]
+    (plain,) = plan_steps(
+        lengths, range(4), [1] * 4, dp_size=2, cp_size=1, batch=Rules(use_dynamic_batch_size=False), per_token=False
+    )
+    assert [sum(lengths[p] for micro in rank for p in micro) for rank in plain.micro_batches] == [200, 20]
+
+
+def test_fewer_samples_than_ranks_leaves_empty_micro_batches_instead_of_a_hang():
+    (plan,) = plan_steps([5], [0], [3], dp_size=3, cp_size=1, batch=Rules(), per_token=False)
+    assert plan.micro_batches == (((0,),), ((),), ((),))
+
+
+def test_dynamic_batches_need_a_capacity():
+    with pytest.raises(ValueError, match="--max-tokens-per-gpu"):
+        plan_steps([5], [0], [3], dp_size=1, cp_size=1, batch=Rules(max_tokens_per_gpu=None), per_token=False)
