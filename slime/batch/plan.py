@@ -46,8 +46,8 @@ def plan_steps(
     `vpp_group`: microbatch_group_size_per_vp_stage under virtual pipelining, else 1.
 
     The number of steps is floor(trajectories / global_batch_size), at least 1; a remainder is spread over the steps instead of
-    being dropped, so steps differ by at most one trajectory. A rank without a sample gets an empty micro-batch: the pipeline and
-    every collective run on all ranks alike.
+    being dropped, so steps differ by at most one trajectory. A rank without a sample gets an empty micro-batch, so that the
+    pipeline and every collective run on all ranks alike.
     """
     lengths, mask_sums = np.asarray(lengths, dtype=np.int64), np.asarray(mask_sums, dtype=np.float64)
     trajectories = np.asarray(trajectories, dtype=np.int64)

@@ -1,0 +1,137 @@
+"""Every formula against numbers worked out by hand or by another route."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from slime.algorithms import advantages, importance, kl, policy_loss
+from slime.algorithms.entropy import entropy
+from slime.algorithms.sft import nll
+
+T = torch.tensor
+LN2 = math.log(2.0)
+
+
+@pytest.mark.parametrize(
+    "kind, up, down",
+    [
+        ("k1", LN2, -LN2),
+        ("k2", LN2**2 / 2, LN2**2 / 2),
+        ("k3", 0.5 - 1 + LN2, 2 - 1 - LN2),  # e^-d - 1 + d at d = +-ln 2
+        ("low_var_kl", 0.5 - 1 + LN2, 2 - 1 - LN2),
+    ],
+)
+def test_kl_estimators_at_a_ratio_of_two_and_of_a_half(kind, up, down):
+    value = kl.approx_kl(T([-1.0, -1.0]), T([-1.0 - LN2, -1.0 + LN2]), kind)
+    torch.testing.assert_close(value, T([up, down]))
+
+
+def test_the_mean_of_k1_and_k3_over_the_policy_is_the_true_divergence():
+    p, q = torch.softmax(T([0.3, -1.0, 2.0, 0.1]), 0), torch.softmax(T([1.0, 0.0, 0.5, -2.0]), 0)
+    true = (p * (p / q).log()).sum()
+    for kind in ("k1", "k3"):
+        torch.testing.assert_close((p * kl.approx_kl(p.log(), q.log(), kind)).sum(), true)
+
+
+def test_unbiased_kl_of_another_policys_samples_is_the_policys_own():
+    p, q, sampler = (torch.softmax(T(x), 0) for x in ([0.3, -1.0, 2.0], [1.0, 0.0, 0.5], [0.0, 0.0, 0.0]))
+    estimate = (sampler * kl.approx_kl(p.log(), q.log(), "k3", importance_log_ratio=p.log() - sampler.log())).sum()
+    torch.testing.assert_close(estimate, (p * (p / q).log()).sum())
+
+
+def test_low_var_kl_is_bounded_and_a_wrong_kind_is_named():
+    assert kl.approx_kl(T([-30.0]), T([-1.0]), "low_var_kl").item() == 10.0
+    with pytest.raises(ValueError, match="'k4' is none of k1, k2"):
+        kl.approx_kl(T([0.0]), T([0.0]), "k4")
+
+
+def test_clipped_loss_by_hand_in_all_four_corners():
+    log_ratio = T([1.5, 0.5, 1.5, 0.5]).log().requires_grad_()
+    loss, clipped = policy_loss.clipped_loss(log_ratio, T([2.0, 2.0, -2.0, -2.0]), eps_clip=0.2, eps_clip_high=0.28)
+    # A > 0: -min(r, 1.28) A and free below; A < 0: free above, -max(r, 0.8) A below
+    torch.testing.assert_close(loss, T([-2.56, -1.0, 3.0, 1.6]))
+    assert clipped.tolist() == [1, 0, 0, 1]
+    loss.sum().backward()
+    torch.testing.assert_close(log_ratio.grad, T([0.0, -1.0, 3.0, 0.0]))
+
+
+def test_dual_clip_bounds_the_loss_of_negative_advantages_only():
+    log_ratio = T([10.0, 10.0, 2.0]).log()
+    loss, _ = policy_loss.clipped_loss(log_ratio, T([-1.0, 1.0, -1.0]), eps_clip=0.2, eps_clip_high=0.2, eps_clip_c=3.0)
+    torch.testing.assert_close(loss, T([3.0, -1.2, 2.0]))
+    with pytest.raises(ValueError, match="--eps-clip-c 1.0"):
+        policy_loss.clipped_loss(log_ratio, log_ratio, eps_clip=0.2, eps_clip_high=0.2, eps_clip_c=1.0)
+
+
+def test_cispo_keeps_the_gradient_of_clipped_tokens():
+    log_probs = T([-1.0, -2.0]).requires_grad_()
+    loss, clipped = policy_loss.cispo_loss(
+        log_probs - T([-3.0, -2.0]), log_probs, T([1.0, -2.0]), eps_clip=0.2, eps_clip_high=3.0
+    )
+    torch.testing.assert_close(loss, T([4.0, -4.0]))  # weight min(e^2, 4) = 4, and 1
+    assert clipped.tolist() == [1, 0]
+    loss.sum().backward()
+    torch.testing.assert_close(log_probs.grad, T([-4.0, 2.0]))
+
+
+def test_gspo_uses_one_ratio_per_sequence_and_ignores_masked_tokens():
+    log_ratio = T([0.1, 0.3, 9.0, -0.2]).requires_grad_()
+    value = policy_loss.sequence_log_ratio(log_ratio, T([1.0, 1.0, 0.0, 1.0]), T([0, 0, 0, 1]), 2)
+    torch.testing.assert_close(value, T([0.2, 0.2, 0.2, -0.2]))
+    value[:2].sum().backward()
+    torch.testing.assert_close(log_ratio.grad, T([1.0, 1.0, 0.0, 0.0]))
+
+
+def test_off_policy_sequences_with_negative_advantage_are_dropped():
+    log_ratio, mask = T([-0.4, -0.2, -0.4, -0.2, 0.4, 0.2]), torch.ones(6)
+    keep = policy_loss.off_policy_sequence_mask(
+        log_ratio, T([-1.0, -1.0, 1.0, 1.0, -1.0, -1.0]), mask, T([0, 0, 1, 1, 2, 2]), 3, delta=0.25
+    )
+    assert keep.tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_truncated_importance_clamps_and_icepop_drops():
+    train, rollout = T([0.0, 0.0, 0.0]), -T([0.25, 1.5, 4.0]).log()
+    tis = importance.truncated(train, rollout, low=0.5, high=2.0)
+    torch.testing.assert_close(tis.weight, T([0.5, 1.5, 2.0]))
+    assert tis.changed.tolist() == [1, 0, 1]
+    pop = importance.icepop(train, rollout, low=0.5, high=2.0)
+    torch.testing.assert_close(pop.weight, T([0.0, 1.5, 0.0]))
+    torch.testing.assert_close(pop.ratio, T([0.25, 1.5, 4.0]))
+    assert not tis.weight.requires_grad
+
+
+def test_reinforce_plus_plus_by_hand():
+    value = advantages.reinforce_plus_plus(2.0, T([1.0, 2.0, 5.0]), T([1.0, 1.0, 0.0]), kl_coef=0.1, gamma=0.5)
+    # token rewards: -0.1, -0.2 + 2, 0; returns from the back: 0, 1.8, -0.1 + 0.9
+    torch.testing.assert_close(value, T([0.8, 1.8, 0.0]))
+    with pytest.raises(ValueError, match="trains none"):
+        advantages.reinforce_plus_plus(1.0, T([0.0]), T([0.0]), kl_coef=0.0, gamma=1.0)
+
+
+def test_simple_advantages_by_hand():
+    assert advantages.broadcast_reward(-0.5, 3).tolist() == [-0.5] * 3
+    torch.testing.assert_close(advantages.reinforce_plus_plus_baseline(1.0, T([1.0, -2.0]), kl_coef=0.1), T([0.9, 1.2]))
+    torch.testing.assert_close(advantages.distilled(T([1.0, 1.0]), T([-1.0, -2.0]), T([-2.0, -1.0]), coef=0.5), T([0.5, 1.5]))
+
+
+def test_whitening_over_ranks_equals_whitening_the_whole_batch():
+    generator = torch.Generator().manual_seed(0)
+    values, mask = torch.randn(50, generator=generator) * 3 + 7, (torch.rand(50, generator=generator) > 0.3).float()
+    parts = [advantages.masked_moments(values[a:b], mask[a:b]) for a, b in ((0, 13), (13, 13), (13, 50))]
+    kept = values[mask > 0]
+    expected = (values - kept.mean()) / kept.std()
+    torch.testing.assert_close(advantages.whitened(values, sum(parts)), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="no token"):
+        advantages.whitened(values, torch.zeros(3, dtype=torch.float64))
+
+
+def test_entropy_of_a_fair_coin_and_of_an_impossible_word():
+    torch.testing.assert_close(entropy(T([[0.0, 0.0, -torch.inf]])), T([LN2]))
+
+
+def test_sft_loss_is_the_negative_log_likelihood():
+    assert nll(T([-0.5, -2.0])).tolist() == [0.5, 2.0]
