@@ -1,0 +1,189 @@
+"""The difference between an engine on CUDA and one on the CPU; nothing else in this room knows it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slime.compat.sglang import host_environment
+from slime.engine.ports import EnginePorts
+from slime.engine.spec import EngineSpec, NodePlacement
+from slime.engine.versions import Capabilities, translate
+
+HOST_MODEL_CLASS = {"glm_moe_dsa": ("SlimeGlmMoeDsaForCausalLM", "DeepseekV2ForCausalLM")}
+
+# What a launcher written for GPUs may say and a CPU cannot do. Each is dropped with a note.
+CUDA_ONLY = (
+    "kv_cache_dtype", "page_size", "dsa_prefill_backend", "dsa_decode_backend", "moe_a2a_backend", "moe_runner_backend", "deepep_mode",
+    "cuda_graph_max_bs_decode", "cuda_graph_max_bs_prefill", "disable_cuda_graph", "enable_dp_attention", "enable_dp_lm_head", "attn_dp_size",
+    "dp_size", "ep_size", "moe_dense_tp_size", "mem_fraction_static", "enable_memory_saver", "enable_draft_weights_cpu_backup",
+    "speculative_algorithm", "speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens",
+    "speculative_draft_attention_backend", "disaggregation_ib_device", "base_gpu_id", "gpu_id_step",
+)  # fmt: skip
+HOST_TRANSFER = {"mooncake": "mooncake_tcp"}
+HOST_ATTENTION = "torch_native"
+
+# SGLang would take 15 GB for its cache otherwise.
+HOST_MAX_TOTAL_TOKENS = 16384
+HOST_MAX_RUNNING_REQUESTS = 32
+
+
+@dataclass(frozen=True)
+class Command:
+    """How to start one process of an engine."""
+
+    settings: dict[str, object]
+    env: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def command(
+    kind: str, spec: EngineSpec, place: NodePlacement, ports: EnginePorts, column: Capabilities, *, base_env: Mapping[str, str] | None = None
+) -> Command:
+    """kind "cuda" or "host" -> the complete settings and environment. Raises ValueError for what the kind cannot do."""
+    translated = translate(spec.settings, column)
+    common = _common_settings(spec, place, ports)
+    env = dict(os.environ if base_env is None else base_env)
+    build = {"cuda": _cuda, "host": _host}.get(kind)
+    if build is None:
+        raise ValueError(f"device kind {kind!r} is neither cuda nor host")
+    settings, env, notes = build(spec, place, column, translated.settings, common, env)
+    return Command(settings, env, (*translated.notes, *notes))
+
+
+def _common_settings(spec: EngineSpec, place: NodePlacement, ports: EnginePorts) -> dict[str, object]:
+    common: dict[str, object] = {
+        "model_path": spec.model_path,
+        "trust_remote_code": True,
+        "random_seed": spec.random_seed,
+        "host": place.host,
+        "port": ports.http,
+        "nccl_port": ports.nccl,
+        "nnodes": spec.num_nodes,
+        "node_rank": place.node_rank,
+        "dist_init_addr": place.dist_init_addr or f"{place.host}:{ports.dist_init}",
+        "tp_size": spec.tp_size,
+        "skip_server_warmup": True,
+    }
+    if spec.role == "prefill":
+        common |= {
+            "disaggregation_mode": "prefill",
+            "disaggregation_bootstrap_port": ports.bootstrap,
+            "load_balance_method": "follow_bootstrap_room",
+        }
+    elif spec.role == "decode":
+        common["disaggregation_mode"] = "decode"
+    elif spec.role == "encoder":
+        common["encoder_only"] = True
+    return common
+
+
+def _cuda(spec, place, column, asked, common, env) -> tuple[dict[str, object], dict[str, str], list[str]]:
+    common |= {
+        "pp_size": spec.pp_size,
+        "base_gpu_id": place.base_gpu_id,
+        "gpu_id_step": 1,
+        "enable_memory_saver": spec.needs_offload,
+        "enable_metrics": True,
+    }
+    if column.attention_dp_option is None or column.attention_dp_option not in asked:
+        common["dp_size"] = spec.dp_size
+    common["ep_size"] = spec.ep_size
+    if asked.get("speculative_algorithm"):
+        common["enable_draft_weights_cpu_backup"] = True
+    notes = _override_notes(common, asked)
+    settings = common | asked
+    if settings["enable_memory_saver"] and "cuda_graph_backend_prefill" not in settings:
+        # Captured prefill graphs keep addresses that the memory saver gives back.
+        settings["cuda_graph_backend_prefill"] = "disabled"
+    for allocator in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        env.pop(allocator, None)  # expandable segments and the memory saver exclude each other
+    defaults = {
+        "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "false",
+        "SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "true",
+        "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK": "true",
+        "SGLANG_DISABLE_TP_MEMORY_INBALANCE_CHECK": "true",
+        "SGLANG_MEMORY_SAVER_CUDA_GRAPH": "true",
+        "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_FALLBACK_VARIANT": "true",
+        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "false",
+    }
+    return settings, defaults | env, notes
+
+
+def _host(spec, place, column, asked, common, env) -> tuple[dict[str, object], dict[str, str], list[str]]:
+    if not column.cpu_engine:
+        raise ValueError(f"sglang {column.version} cannot serve on a CPU here; install 0.5.23 (scripts/setup.sh, extra cpu)")
+    if spec.num_nodes > 1:
+        raise ValueError(f"engine {spec.label} spans {spec.num_nodes} nodes; a CPU engine runs on one")
+    notes = []
+    kept = {}
+    for name, value in asked.items():
+        if name in CUDA_ONLY:
+            notes.append(f"CPU engine: {name} {value} is for CUDA and not passed on")
+        elif name == "disaggregation_transfer_backend" and value in HOST_TRANSFER:
+            kept[name] = HOST_TRANSFER[value]
+            notes.append(f"CPU engine: KV transfer {value} becomes {kept[name]} (no RDMA)")
+        elif name == "attention_backend" and value != HOST_ATTENTION:
+            notes.append(f"CPU engine: attention_backend {value} becomes {HOST_ATTENTION}")
+        else:
+            kept[name] = value
+    common |= {
+        "device": "cpu",
+        # Nothing is gained by bf16 on a CPU, and log-probs would be 1e-3 off the trainer's.
+        "dtype": "float32",
+        "attention_backend": HOST_ATTENTION,
+        "max_total_tokens": HOST_MAX_TOTAL_TOKENS,
+        "max_running_requests": HOST_MAX_RUNNING_REQUESTS,
+        "sleep_on_idle": True,
+        "disable_overlap_schedule": True,
+        "enable_memory_saver": False,
+    }
+    if spec.role in ("prefill", "decode"):
+        common["disaggregation_transfer_backend"] = "mooncake_tcp"
+    if spec.role == "decode":
+        common["disaggregation_decode_retraction_backup"] = "cpu_tensor"
+    model_override = host_model_override(spec.model_path, kept.pop("json_model_override_args", None))
+    if model_override:
+        common["json_model_override_args"] = json.dumps(model_override)
+    notes += _override_notes(common, kept)
+    env = host_environment(cores=_cores(spec), base=env)
+    return common | kept, env, notes
+
+
+def _override_notes(common: Mapping[str, object], asked: Mapping[str, object]) -> list[str]:
+    return [
+        f"{name} {asked[name]} as asked, not {common[name]}" for name in asked if name in common and str(asked[name]) != str(common[name])
+    ]
+
+
+def _cores(spec: EngineSpec) -> Sequence[int]:
+    """One core per tensor-parallel rank, spread over the cores that this process may use."""
+    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return [available[(spec.gpu_offset + rank) % len(available)] for rank in range(spec.tp_size)]
+
+
+def host_model_override(model_path: str, asked: object = None) -> dict[str, object]:
+    """Overrides of config.json with which SGLang serves the model on a CPU; {} for models that it serves as they are.
+
+    See slime/engine/host_models/glm_moe_dsa.py for what each is for. The FP8 section is taken away because SGLang's FP8
+    path needs CUDA; our loader restores the weights itself, from the block size kept in `slime_model`.
+    """
+    override: dict[str, object] = dict(json.loads(asked) if isinstance(asked, str) else (asked or {}))
+    path = Path(model_path) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{model_path} has no config.json; --hf-checkpoint must be a local Hugging Face folder")
+    config = json.loads(path.read_text())
+    if config.get("model_type") not in HOST_MODEL_CLASS:
+        if config.get("quantization_config"):
+            raise ValueError(f"{model_path} ({config.get('model_type')}) is quantised; on a CPU only {', '.join(HOST_MODEL_CLASS)} may be")
+        return override
+    return override | {
+        "architectures": list(HOST_MODEL_CLASS[config["model_type"]]),
+        "qk_rope_head_dim": config["qk_rope_head_dim"] + config["index_head_dim"],
+        "quantization_config": None,
+        "slime_model": config,
+    }

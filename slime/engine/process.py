@@ -1,0 +1,213 @@
+"""One engine process: started, waited for, and stopped with everything it started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import httpx
+
+from slime.engine import kinds
+from slime.engine.ports import EnginePorts, PortBook, take_engine_ports
+from slime.engine.spec import EngineSpec, NodePlacement
+from slime.engine.versions import capabilities, installed_version, option_table, typed_argv
+
+TERMINATE_SECONDS = 8.0
+KILL_SECONDS = 5.0
+LAST_LINES = 25
+
+# What a server's log shows, in order; the last one seen is the phase that `wait_ready` reports.
+PHASES = (
+    ("server_args=", "read options"),
+    ("Init torch distributed begin", "joining ranks"),
+    ("Load weight begin", "loading weights"),
+    ("Load weight end", "weights loaded"),
+    ("KV Cache is allocated", "cache allocated"),
+    ("Capture", "capturing graphs"),
+    ("Uvicorn running", "listening"),
+)
+
+
+class EngineDied(RuntimeError):
+    """A server ended by itself; the message holds the last lines of its log."""
+
+
+@dataclass
+class ChildProcess:
+    """A server child in a process group of its own, with its log and the pipe that ties its life to ours."""
+
+    label: str
+    log_path: Path
+    popen: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    _log: BinaryIO | None = field(default=None, repr=False)
+
+    def launch(self, argv: Sequence[str], env: dict[str, str], token: str) -> None:
+        """Start `argv`; the token is written to its stdin, which stays open until `stop`."""
+        if self.is_alive():
+            raise ValueError(f"{self.label} is already running (pid {self.popen.pid})")
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        # Servers print their options, keys included: the log is the owner's alone.
+        descriptor = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._log = os.fdopen(descriptor, "wb")
+        self.started = time.monotonic()
+        self.popen = subprocess.Popen(
+            list(argv), env=env, stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        self.popen.stdin.write(token.encode() + b"\n")
+        self.popen.stdin.flush()
+
+    def is_alive(self) -> bool:
+        return self.popen is not None and self.popen.poll() is None
+
+    @property
+    def pid(self) -> int:
+        if self.popen is None:
+            raise ValueError(f"{self.label} was not started")
+        return self.popen.pid
+
+    def wait(self, ready: Callable[[], bool], *, timeout: float, phase: Callable[[], str], report: Callable[[str], None]) -> float:
+        """Seconds until `ready`. Raises EngineDied when the child ends, TimeoutError after `timeout` seconds."""
+        last_phase, next_report = "", 0.0
+        while True:
+            elapsed = time.monotonic() - self.started
+            if not self.is_alive():
+                raise EngineDied(self.obituary())
+            if ready():
+                return elapsed
+            now = phase()
+            if now != last_phase or elapsed > next_report:
+                report(f"{self.label}: {now} ({elapsed:.0f} s)")
+                last_phase, next_report = now, elapsed + 30.0
+            if elapsed > timeout:
+                raise TimeoutError(f"{self.label} is not ready after {elapsed:.0f} s (phase: {now}); its log {self.log_path} ends\n{self.tail()}")
+            time.sleep(0.25)
+
+    def obituary(self) -> str:
+        code = self.popen.returncode if self.popen is not None else None
+        how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code is not None and code < 0 else f"exited with {code}"
+        return f"{self.label} {how}; its log {self.log_path} ends\n{self.tail()}"
+
+    def tail(self) -> str:
+        try:
+            lines = self.log_path.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return "  (no log)"
+        return "\n".join("  " + line[:400] for line in [line for line in lines if line.strip()][-LAST_LINES:])
+
+    def stop(self) -> None:
+        """End the whole process group and see it gone: TERM, then KILL. Safe to call twice."""
+        if self.popen is None:
+            return
+        group = self.popen.pid  # start_new_session made the child the leader of its group
+        for number, patience in ((signal.SIGTERM, TERMINATE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
+            if not group_exists(group):
+                break
+            try:
+                os.killpg(group, number)
+            except ProcessLookupError:
+                break
+            deadline = time.monotonic() + patience
+            while group_exists(group) and time.monotonic() < deadline:
+                self.popen.poll()
+                time.sleep(0.05)
+        self.popen.poll()
+        if self.popen.stdin is not None:
+            try:
+                self.popen.stdin.close()
+            except BrokenPipeError:
+                pass
+        if self._log is not None:
+            self._log.close()
+        if group_exists(group):
+            raise RuntimeError(f"{self.label}: process group {group} survived SIGKILL; look at it with: ps -o pid,stat,cmd --ppid {group}")
+
+
+def group_exists(group: int) -> bool:
+    """Is any process of the group alive (a zombie is not)?"""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            # After the command in parentheses: state, parent, group.
+            state, _, pgrp = entry.joinpath("stat").read_text().rpartition(")")[2].split()[:3]
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        if int(pgrp) == group and state != "Z":
+            return True
+    return False
+
+
+class EngineProcess:
+    """The part of an engine that runs on one node. `url` answers when `place.node_rank` is 0."""
+
+    def __init__(
+        self, spec: EngineSpec, *, device_kind: str, token: str, log_path: str | Path, place: NodePlacement | None = None,
+        host: str = "127.0.0.1", ports: EnginePorts | None = None, base_gpu_id: int = 0, report: Callable[[str], None] = lambda line: None,
+    ):  # fmt: skip
+        if not token:
+            raise ValueError("an engine needs the run's token: its control endpoints change weights and stop generation")
+        self.spec, self.device_kind, self.token, self.report = spec, device_kind, token, report
+        self.place = place or NodePlacement(0, host, base_gpu_id)
+        self._book = PortBook(self.place.host)
+        self.ports = ports or take_engine_ports(self._book, prefill=spec.role == "prefill", dp_size=spec.dp_size)
+        self.child = ChildProcess(f"engine {spec.label}", Path(log_path))
+        self.notes: tuple[str, ...] = ()
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.place.host}]" if ":" in self.place.host else self.place.host
+        return f"http://{host}:{self.ports.http}"
+
+    def start(self) -> None:
+        """Returns when the process runs, not when it serves. Options are checked before anything starts."""
+        found = installed_version()
+        plan = kinds.command(self.device_kind, self.spec, self.place, self.ports, capabilities(found))
+        argv = typed_argv(plan.settings, option_table(found))
+        self.notes = plan.notes
+        for note in plan.notes:
+            self.report(f"engine {self.spec.label}: {note}")
+        self.child.launch([sys.executable, "-u", "-m", "slime.engine.serve", *argv], plan.env, self.token)
+
+    def wait_ready(self, timeout: float = 600.0) -> float:
+        """Seconds until the server answers (node 0), or until its ranks are up (other nodes).
+
+        Raises EngineDied with the log's last lines when the process ends, TimeoutError with the phase it is stuck in.
+        """
+        if self.place.node_rank != 0:
+            return 0.0
+        took = self.child.wait(self._answers, timeout=timeout, phase=self._phase, report=self.report)
+        self._book.release()
+        self.report(f"engine {self.spec.label}: ready at {self.url} after {took:.1f} s (pid {self.child.pid}, log {self.child.log_path})")
+        return took
+
+    def _answers(self) -> bool:
+        try:
+            headers = {"Authorization": f"Bearer {self.token}"}
+            return httpx.get(f"{self.url}/model_info", headers=headers, timeout=2.0, trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _phase(self) -> str:
+        text = self.child.log_path.read_text(errors="replace")
+        seen = [name for marker, name in PHASES if marker in text]
+        return seen[-1] if seen else "starting Python"
+
+    def is_alive(self) -> bool:
+        return self.child.is_alive()
+
+    def check(self) -> None:
+        """Raises EngineDied with the reason when the process has ended."""
+        if not self.is_alive():
+            raise EngineDied(self.child.obituary())
+
+    def stop(self) -> None:
+        self._book.release()
+        self.child.stop()

@@ -1,0 +1,121 @@
+"""The router in front of a model's engines: one process, only the workers we give it, nothing but loopback unless told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from slime.compat.sglang import REPOSITORY
+from slime.engine.ports import ROUTER_FIRST_PORT, PortBook, require_port
+from slime.engine.process import ChildProcess, EngineDied
+
+
+@dataclass(frozen=True)
+class Worker:
+    """An engine as the router knows it."""
+
+    url: str
+    role: str
+    bootstrap_port: int | None = None
+
+
+ROUTER_DEFAULTS: Mapping[str, object] = {
+    "log_level": "warn",
+    "balance_abs_threshold": 10,
+    "balance_rel_threshold": 1.2,
+    "request_timeout_secs": 14400,
+    "worker_startup_timeout_secs": 600,
+    "worker_startup_check_interval": 1,
+    # A paused engine answers nothing for the length of a weight update: neither may take it out of the rotation.
+    "disable_circuit_breaker": True,
+    "disable_health_check": True,
+    # Groups of n samples come at once; the router's own queue would refuse them.
+    "max_concurrent_requests": -1,
+    "max_payload_size": 2**31,
+    "shutdown_grace_period_secs": 1,
+}
+
+
+def router_argv(workers: Sequence[Worker], *, host: str, port: int, prometheus_port: int, options: Mapping[str, object]) -> list[str]:
+    """The command line of `sglang_router.launch_router`. Raises ValueError for half a PD pair or an encoder."""
+    roles = [worker.role for worker in workers]
+    paired = any(role in ("prefill", "decode") for role in roles)
+    if paired and ("prefill" not in roles or "decode" not in roles or "regular" in roles):
+        raise ValueError(f"prefill/decode needs at least one engine of each kind and no regular one behind a router, got {roles}")
+    argv = [f"--host={host}", f"--port={port}", f"--prometheus-host={host}", f"--prometheus-port={prometheus_port}"]
+    for name, value in {**ROUTER_DEFAULTS, **options}.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None or value is False:
+            continue
+        argv += [flag] if value is True else [f"{flag}={value}"]
+    if not paired:
+        return [*argv, "--worker-urls", *(worker.url for worker in workers)] if workers else argv
+    argv.append("--pd-disaggregation")
+    for worker in workers:
+        if worker.role == "prefill":
+            argv += ["--prefill", worker.url, str(worker.bootstrap_port)]
+        else:
+            argv += ["--decode", worker.url]
+    return argv
+
+
+class RouterProcess:
+    """A running router. The token goes to the engines with every request."""
+
+    def __init__(
+        self, workers: Sequence[Worker], *, token: str, log_path: str | Path, host: str = "127.0.0.1", port: int | None = None,
+        options: Mapping[str, object] | None = None, report: Callable[[str], None] = lambda line: None,
+    ):  # fmt: skip
+        self.workers, self.token, self.host, self.report = tuple(workers), token, host, report
+        self._book = PortBook(host, ROUTER_FIRST_PORT)
+        if port is None:
+            self.port = self._book.take()
+        else:
+            self._book.held[port] = require_port(host, port, "--sglang-router-port")
+            self.port = port
+        self._argv = router_argv(workers, host=host, port=self.port, prometheus_port=self._book.take(), options=dict(options or {}))
+        self.child = ChildProcess("router", Path(log_path))
+
+    @property
+    def url(self) -> str:
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    def start(self) -> None:
+        env = dict(os.environ)
+        env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(part for part in (str(REPOSITORY), env.get("PYTHONPATH", "")) if part))
+        self.child.launch([sys.executable, "-u", "-m", "slime.engine.serve_router", *self._argv], env, self.token)
+
+    def wait_ready(self, timeout: float = 120.0) -> float:
+        """Seconds until every worker is registered."""
+        took = self.child.wait(self._answers, timeout=timeout, phase=lambda: "registering engines", report=self.report)
+        self._book.release()
+        self.report(f"router: ready at {self.url} after {took:.1f} s, {len(self.workers)} engines")
+        return took
+
+    def _answers(self) -> bool:
+        try:
+            headers = {"Authorization": f"Bearer {self.token}"}
+            answer = httpx.get(f"{self.url}/workers", headers=headers, timeout=2.0, trust_env=False)
+        except httpx.TransportError:
+            return False
+        if answer.status_code != 200:
+            return False
+        found = {worker["url"] for worker in answer.json()["workers"]}
+        return found >= {worker.url for worker in self.workers}
+
+    def is_alive(self) -> bool:
+        return self.child.is_alive()
+
+    def check(self) -> None:
+        """Raises EngineDied with the reason when the process has ended."""
+        if not self.is_alive():
+            raise EngineDied(self.child.obituary())
+
+    def stop(self) -> None:
+        self._book.release()
+        self.child.stop()

@@ -1,0 +1,58 @@
+"""The program of an engine process: SGLang's own server, with the run's token and a life bound to its parent's.
+
+    python -m slime.engine.serve <sglang options>        (started by slime.engine.process, not by hand)
+
+The token is the first line of stdin, so that it is in no argument list and no environment. The pipe stays open for as
+long as the parent lives; when it closes, the whole process group is stopped, so a killed actor leaves no server behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+GRACE_SECONDS = 5.0
+
+
+def read_token() -> str:
+    """The first line of file descriptor 0, byte by byte: a buffered reader would hold a lock at exit."""
+    line = bytearray()
+    while (byte := os.read(0, 1)) not in (b"", b"\n"):
+        line += byte
+    return line.decode()
+
+
+def stop_with_parent() -> None:
+    """Returns at once; a thread waits for the parent's end of stdin to close."""
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        group = os.getpgid(0)
+        os.killpg(group, signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
+        os.killpg(group, signal.SIGKILL)
+
+    threading.Thread(target=wait, name="stop-with-parent", daemon=True).start()
+
+
+def main() -> None:
+    token = read_token()
+    stop_with_parent()
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    keys = [f"--api-key={token}", f"--admin-api-key={token}"] if token else []
+    arguments = prepare_server_args([*sys.argv[1:], *keys])
+    try:
+        run_server(arguments)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main()
