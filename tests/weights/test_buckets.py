@@ -1,11 +1,19 @@
 import pytest
 import torch
 
+from slime.model.hf_config import HfConfig
 from slime.weights.buckets import fill_buckets, pack_bucket, unpack_bucket
 from slime.weights.quantize import WireFormat
 
-FP8_CONFIG = {
-    "dtype": "bfloat16",
+# The shape of zai-org/GLM-5.2-FP8's config.json: its exclusion list names `indexers_proj`, which no tensor is called.
+GLM = {
+    "model_type": "glm_moe_dsa", "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128,
+    "num_hidden_layers": 8, "num_attention_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "first_k_dense_replace": 3, "q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+    "index_n_heads": 4, "index_head_dim": 128, "index_topk": 16, "index_topk_freq": 4, "index_skip_topk_offset": 3,
+    "num_nextn_predict_layers": 1, "dtype": "bfloat16",
+}  # fmt: skip
+GLM_FP8 = GLM | {
     "quantization_config": {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -55,23 +63,23 @@ def test_a_bucket_size_that_is_not_positive_is_refused():
         ("model.layers.3.self_attn.kv_a_proj_with_mqa.weight", True),
         ("model.layers.0.self_attn.indexer.wk.weight", True),
         ("model.layers.0.self_attn.indexer.weights_proj.weight", False),
-        ("model.layers.5.mlp.experts.17.down_proj.weight", True),
+        ("model.layers.5.mlp.experts.3.down_proj.weight", True),
         ("model.layers.5.mlp.shared_experts.gate_proj.weight", True),
         ("model.layers.5.mlp.gate.weight", False),
         ("model.layers.5.input_layernorm.weight", False),
-        ("model.layers.78.eh_proj.weight", False),
+        ("model.layers.8.eh_proj.weight", False),
         ("model.embed_tokens.weight", False),
         ("lm_head.weight", False),
     ],
 )
 def test_the_released_fp8_checkpoint_decides_what_is_quantised(name, is_fp8):
-    assert WireFormat.of_checkpoint(FP8_CONFIG).is_fp8(name) is is_fp8
-    assert not WireFormat.of_checkpoint({"dtype": "bfloat16"}).is_fp8(name)
+    assert (name in WireFormat.of_checkpoint(HfConfig(GLM_FP8)).fp8_names) is is_fp8
+    assert not WireFormat.of_checkpoint(HfConfig(GLM)).fp8_names
 
 
 def test_an_encoded_weight_restores_within_half_a_step_of_e4m3():
     weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(1))
-    (name, codes), (scale_name, scales) = WireFormat.of_checkpoint(FP8_CONFIG).encode("model.layers.0.self_attn.o_proj.weight", weight)
+    (name, codes), (scale_name, scales) = WireFormat.of_checkpoint(HfConfig(GLM_FP8)).encode("model.layers.0.self_attn.o_proj.weight", weight)
     assert (name, scale_name) == ("model.layers.0.self_attn.o_proj.weight", "model.layers.0.self_attn.o_proj.weight_scale_inv")
     assert scales.shape == (2, 3) and scales.dtype == torch.float32
     spread = scales.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
@@ -81,7 +89,7 @@ def test_an_encoded_weight_restores_within_half_a_step_of_e4m3():
 
 
 def test_the_router_bias_stays_float32_and_the_rest_takes_the_checkpoint_dtype():
-    wire = WireFormat.of_checkpoint(FP8_CONFIG)
+    wire = WireFormat.of_checkpoint(HfConfig(GLM_FP8))
     [(_, bias)] = wire.encode("model.layers.3.mlp.gate.e_score_correction_bias", torch.tensor([1.0001]))
     [(_, norm)] = wire.encode("model.norm.weight", torch.tensor([1.0001]))
     assert bias.dtype == torch.float32 and bias.item() == torch.tensor(1.0001).item()
@@ -90,4 +98,4 @@ def test_the_router_bias_stays_float32_and_the_rest_takes_the_checkpoint_dtype()
 
 def test_a_quantisation_that_cannot_be_sent_is_named():
     with pytest.raises(ValueError, match="compressed-tensors.*Serve the BF16 checkpoint"):
-        WireFormat.of_checkpoint({"quantization_config": {"quant_method": "compressed-tensors"}})
+        WireFormat.of_checkpoint(HfConfig(GLM | {"quantization_config": {"quant_method": "compressed-tensors"}}))
