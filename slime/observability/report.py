@@ -1,0 +1,47 @@
+"""The line that a user watches: one per rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RolloutLine:
+    """The figures of one rollout, one training pass and one weight update."""
+
+    rollout_id: int
+    num_rollout: int
+    reward: float
+    response_length: float
+    """Mean tokens of a response."""
+    log_prob_gap: float | None
+    """Mean |log-prob of the trainer - log-prob of the engine| per response token; None when the engine's were not recorded."""
+    entropy: float | None
+    loss: float | None
+    generate_seconds: float
+    train_seconds: float
+    sync_seconds: float
+    step_seconds: float
+
+    def text(self) -> str:
+        width = len(str(self.num_rollout))
+        gap = f"gap {self.log_prob_gap:.4f}" if self.log_prob_gap is not None else "gap -"
+        entropy = f" | entropy {self.entropy:.3f}" if self.entropy is not None else ""
+        loss = f" | loss {self.loss:7.4f}" if self.loss is not None else ""
+        return (
+            f"rollout {self.rollout_id + 1:>{width}}/{self.num_rollout} | reward {self.reward:6.3f} {bar(self.reward)} | "
+            f"response {self.response_length:6.1f} tok | {gap}{entropy}{loss} | step {self.step_seconds:5.1f} s "
+            f"(generate {self.generate_seconds:.1f}, train {self.train_seconds:.1f}, sync {self.sync_seconds:.1f})"
+        )
+
+
+def bar(share: float, *, cells: int = 10) -> str:
+    """A reward between 0 and 1 as a short bar; values outside are cut to the ends."""
+    full = round(max(0.0, min(1.0, share)) * cells)
+    return "█" * full + "·" * (cells - full)
+
+
+def evaluation_line(rollout_id: int, scores: Mapping[str, float], *, when: str) -> str:
+    listed = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+    return f"evaluation {when} (rollout {rollout_id}): {listed}"

@@ -1,0 +1,22 @@
+from slime.observability.report import RolloutLine, bar, evaluation_line
+
+
+def test_a_rollout_is_one_line_with_its_figures():
+    line = RolloutLine(
+        rollout_id=4, num_rollout=20, reward=0.52, response_length=6.25, log_prob_gap=0.0123, entropy=0.4, loss=-0.01,
+        generate_seconds=3.0, train_seconds=4.5, sync_seconds=0.5, step_seconds=8.04,
+    ).text()  # fmt: skip
+    assert "\n" not in line
+    for part in ("rollout  5/20", "reward  0.520", "6.2 tok", "gap 0.0123", "entropy 0.400", "step   8.0 s", "sync 0.5"):
+        assert part in line, (part, line)
+
+
+def test_the_bar_has_one_cell_per_tenth_and_stays_within_its_ends():
+    assert bar(0.52).count("█") == 5 and len(bar(0.52)) == 10
+    assert bar(-3.0) == "·" * 10 and bar(7.0) == "█" * 10
+
+
+def test_an_evaluation_names_every_dataset():
+    assert evaluation_line(3, {"add": 0.5, "hard": 0.25}, when="before training") == (
+        "evaluation before training (rollout 3): add 0.500, hard 0.250"
+    )

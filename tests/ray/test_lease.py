@@ -1,0 +1,80 @@
+import pytest
+
+from slime.ray.lease import FreeLease, Holder, Lease
+from slime.ray.placement import slot_counts
+
+
+class Recorder:
+    """Engines and trainer in one: writes down who is told what."""
+
+    def __init__(self):
+        self.events = []
+
+    def release_memory(self):
+        self.events.append("engines release")
+
+    def resume_memory(self, what):
+        self.events.append(f"engines resume {what}")
+
+    def sleep(self):
+        self.events.append("trainer sleeps")
+
+    def wake(self):
+        self.events.append("trainer wakes")
+
+
+def test_one_iteration_hands_the_devices_over_in_the_legal_order():
+    both = Recorder()
+    lease = Lease(both, both, holder=Holder.ENGINES)
+    with lease.training():
+        both.events.append("train")
+    with lease.syncing():
+        both.events.append("sync")
+    assert both.events == [
+        "engines release",
+        "trainer wakes",
+        "train",
+        "trainer sleeps",
+        "engines resume weights",
+        "sync",
+        "engines resume kv_cache",
+    ]
+    assert lease.holder is Holder.ENGINES
+
+
+def test_training_twice_without_giving_the_devices_back_is_our_mistake():
+    both = Recorder()
+    lease = Lease(both, both, holder=Holder.ENGINES)
+    with lease.training():
+        pass
+    with pytest.raises(AssertionError, match="devices are with trainer"):
+        with lease.training():
+            pass
+
+
+def test_a_failed_sync_does_not_wake_the_cache_of_half_updated_engines():
+    both = Recorder()
+    lease = Lease(both, both, holder=Holder.TRAINER)
+    with pytest.raises(RuntimeError):
+        with lease.syncing():
+            raise RuntimeError("a bucket was refused")
+    assert both.events == ["trainer sleeps", "engines resume weights"]
+    assert lease.holder is Holder.SYNC
+
+
+def test_separate_devices_never_change_hands():
+    lease = FreeLease()
+    for _ in range(2):
+        with lease.training():
+            pass
+        with lease.syncing():
+            pass
+    assert lease.holder is Holder.ENGINES
+
+
+@pytest.mark.parametrize(
+    ("num_trainer", "num_engine", "colocate", "expected"),
+    [(256, 256, True, (256, 0)), (8, 4, True, (8, 0)), (8, 16, True, (16, 0)), (8, 4, False, (12, 8)), (0, 4, False, (4, 0))],
+)
+def test_slots_are_shared_when_colocated_and_side_by_side_otherwise(num_trainer, num_engine, colocate, expected):
+    assert slot_counts(num_trainer=num_trainer, num_engine=num_engine, colocate=colocate) == expected
