@@ -90,9 +90,14 @@ class HfConfig(Mapping[str, Any]):
         return (layer + 1) % self.get("decoder_sparse_step", 1) == 0
 
     def runs_indexer(self, layer: int) -> bool:
-        """True on a computing layer (0-based), False where the nearest earlier one's indices are reused."""
+        """True on a computing layer (0-based), False where the nearest earlier one's indices are reused.
+
+        A multi-token-prediction layer always owns an indexer, wherever the schedule would put it.
+        """
         if not self.has_indexer:
             return False
+        if layer >= self.num_layers:
+            return True
         frequency, offset = self.get("index_topk_freq", 1), self.get("index_skip_topk_offset", 0)
         return max(layer + 1 - offset, 0) % frequency == 0
 

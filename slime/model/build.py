@@ -1,0 +1,96 @@
+"""Build this rank's model chunks."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+from collections.abc import Callable
+
+from slime.compat.megatron import prepare
+
+prepare()
+
+from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+from slime.device import Device  # noqa: E402
+from slime.model.geometry import differences  # noqa: E402
+from slime.model.hf_config import HfConfig  # noqa: E402
+from slime.model.spec import decoder_spec  # noqa: E402
+from slime.model.transformer_config import transformer_config  # noqa: E402
+from slime.parallel import Ranks  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(config: object, hf: HfConfig, ranks: Ranks, device: Device, *, check: bool = True) -> list[GPTModel]:
+    """This rank's chunks (one, or one per virtual stage), without DDP and with uninitialised weights: load a checkpoint next.
+
+    check: refuse, listing all differences, when MODEL_ARGS and config.json describe different models.
+    Raises ValueError for that, and for layouts that cannot compute what was asked.
+    """
+    megatron, notes = transformer_config(config, device)
+    if ranks.rank == 0:
+        for note in notes:
+            logger.info("model: %s", note)
+    if check and (lines := differences(config.model.megatron, config.model, hf)):
+        raise ValueError("MODEL_ARGS and the checkpoint describe different models:\n  " + "\n  ".join(lines))
+    chunks = [
+        _chunk(config, megatron, hf, ranks, vp_stage) for vp_stage in (range(ranks.vpp_size) if ranks.vpp_size else [None])
+    ]
+    freeze(chunks, config.model)
+    return chunks
+
+
+def padded_vocab_size(config: object, hf: HfConfig) -> int:
+    """Rows of the embedding: --padded-vocab-size, else the vocabulary up to a multiple of divisible-by x TP."""
+    if config.model.padded_vocab_size:
+        return config.model.padded_vocab_size
+    unit = config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
+    return -(-hf["vocab_size"] // unit) * unit
+
+
+def load_attribute(module: str, name: str) -> Callable:
+    """`name` of `module`, with an error that says which flag's value was wrong."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as missing:
+        raise ValueError(f"{module} {name}: {missing}") from missing
+
+
+def _chunk(config: object, megatron: TransformerConfig, hf: HfConfig, ranks: Ranks, vp_stage: int | None) -> GPTModel:
+    first = ranks.is_first_stage and vp_stage in (None, 0)
+    last = ranks.is_last_stage and vp_stage in (None, (ranks.vpp_size or 1) - 1)
+    if config.model.custom_model_provider_path:
+        module, _, name = config.model.custom_model_provider_path.rpartition(".")
+        return load_attribute(module, name)(pre_process=first, post_process=last, vp_stage=vp_stage)
+    if config.model.spec:
+        spec = load_attribute(*config.model.spec)(config.args, megatron, vp_stage)
+    else:
+        spec = decoder_spec(megatron, hf, contiguous_cp=config.parallel.allgather_cp, vp_stage=vp_stage)
+    return GPTModel(
+        config=megatron,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(config, hf),
+        max_sequence_length=hf.get("max_position_embeddings", config.model.seq_length),
+        pre_process=first,
+        post_process=last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+        position_embedding_type="none",  # rotary tables belong to the attention modules, which know the packed positions
+        vp_stage=vp_stage,
+    )
+
+
+def freeze(chunks: list[GPTModel], model: object) -> None:
+    """--only-train-params-name-list or --freeze-params-name-list: regular expressions on parameter names."""
+    only, frozen = model.only_train_params_name_list, model.freeze_params_name_list
+    if only and frozen:
+        raise ValueError("--only-train-params-name-list and --freeze-params-name-list exclude each other; pass one")
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if only and not any(re.search(pattern, name) for pattern in only):
+                parameter.requires_grad = False
+            if frozen and any(re.search(pattern, name) for pattern in frozen):
+                parameter.requires_grad = False

@@ -1,0 +1,215 @@
+"""Hugging Face files: read (BF16 or block FP8), load into sharded chunks, save."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slime.model.coverage import check_files
+from slime.model.layout import merge, shard
+from slime.model.local import LocalTensor, check_shapes, local_tensors, split_of
+from slime.model.names import HfTensor, NameTable
+from slime.ops.fp8 import dequantize_blockwise
+from slime.parallel import Ranks
+
+logger = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+
+
+class SafetensorsReader:
+    """All tensors of a checkpoint folder by name, whichever file they are in; files are opened once and read lazily."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{folder} is not a folder; --hf-checkpoint wants a Hugging Face checkpoint")
+        self._files = _weight_map(self.folder)
+        self._open: dict[str, object] = {}
+        block = _quantization(self.folder).get("weight_block_size") or [128, 128]
+        self.block = int(block[0])
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def raw(self, name: str) -> Tensor:
+        """As stored."""
+        return self._handle(name).get_tensor(name)
+
+    def read(self, tensor: HfTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """De-quantised to `dtype` when stored as FP8, as stored otherwise. Raises ValueError when the scale is missing."""
+        stored = self.raw(tensor.name)
+        if stored.dtype != torch.float8_e4m3fn:
+            return stored
+        if tensor.scale_name not in self:
+            raise ValueError(f"{self.folder}: {tensor.name} is FP8, but {tensor.scale_name} is missing")
+        return dequantize_blockwise(stored, self.raw(tensor.scale_name), self.block, dtype)
+
+    def _handle(self, name: str):
+        if name not in self._files:
+            raise ValueError(f"{self.folder} has no tensor {name}")
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self.folder / file, framework="pt")
+        return self._open[file]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    index = folder / INDEX
+    if index.is_file():
+        files = json.loads(index.read_text())["weight_map"]
+        if absent := sorted({file for file in files.values() if not (folder / file).is_file()}):
+            raise ValueError(f"{index} names files that are not there: {', '.join(absent[:5])} ({len(absent)} in all)")
+        return files
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ValueError(f"{folder} holds neither {INDEX} nor *.safetensors; is the download complete?")
+    files: dict[str, str] = {}
+    for path in found:
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():
+                if name in files:
+                    raise ValueError(f"{folder}: {name} is in {files[name]} and in {path.name}")
+                files[name] = path.name
+    return files
+
+
+def _quantization(folder: Path) -> dict:
+    path = folder / "config.json"
+    return (json.loads(path.read_text()).get("quantization_config") or {}) if path.is_file() else {}
+
+
+def load_hf(
+    chunks: list[torch.nn.Module],
+    table: NameTable,
+    reader: SafetensorsReader,
+    ranks: Ranks,
+    *,
+    padded_vocab: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Fill this rank's tensors from the HF files; returns how many Megatron tensors were written.
+
+    Reads only what this rank holds, one tensor at a time. FP8 is de-quantised through bf16 for bf16 models, straight to float32 for
+    float32 ones. Raises ValueError listing tensors that are missing, unexpected or of another shape, before anything is written.
+    """
+    check_files(table, reader)
+    check_shapes(chunks, table, ranks, padded_vocab)
+    todo = list(local_tensors(chunks, ranks))
+    for done, local in enumerate(todo):
+        _fill(local, table, reader, ranks, padded_vocab)
+        if progress is not None:
+            progress(done + 1, len(todo))
+    return len(todo)
+
+
+@torch.no_grad()
+def _fill(local: LocalTensor, table: NameTable, reader: SafetensorsReader, ranks: Ranks, padded_vocab: int) -> None:
+    entry = table[local.name]
+    whole = merge(entry, [reader.read(tensor, local.tensor.dtype) for tensor in entry.hf])
+    position, size = split_of(entry, ranks)
+    local.tensor.copy_(shard(entry, whole, position, size, padded_vocab=padded_vocab))
+
+
+class HfWriter:
+    """Writes HF tensors into numbered safetensors files of at most `max_bytes`, then the index; `close` makes the folder valid.
+
+    One process writes. Files carry temporary names until their number is known; the index is written last.
+    """
+
+    def __init__(self, folder: str | Path, *, max_bytes: int = 5 * 2**30) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in [*self.folder.glob("*.safetensors"), self.folder / INDEX]:
+            old.unlink(missing_ok=True)
+        self.max_bytes = max_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._written: list[list[str]] = []
+        self._seen: set[str] = set()
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if name in self._seen:
+            raise ValueError(f"{name} would be written twice")
+        self._seen.add(name)
+        tensor = tensor.detach().to("cpu").contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_bytes:
+            self._flush()
+        # A view would drag its whole storage into the file and safetensors refuses shared ones.
+        self._pending[name] = tensor.clone() if tensor.untyped_storage().nbytes() != size else tensor
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def _flush(self) -> None:
+        save_file(self._pending, str(self._part(len(self._written))), metadata={"format": "pt"})
+        self._written.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f".writing-{number:05d}.safetensors"
+
+    def close(self, table: NameTable | None = None, *, with_mtp: bool = True) -> None:
+        """Rename, write the index; with a table, first check that every one of its tensors was written."""
+        if self._pending or not self._written:
+            self._flush()
+        if table is not None:
+            missing = [name for name in table.hf_names() if name not in self._seen]
+            if missing:
+                raise ValueError(f"{len(missing)} tensors were never written, e.g. {', '.join(missing[:5])}")
+        weight_map, count = {}, len(self._written)
+        for number, names in enumerate(self._written):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            os.replace(self._part(number), self.folder / file)
+            weight_map.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        partial = self.folder / f".{INDEX}"
+        partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        os.replace(partial, self.folder / INDEX)
+
+
+def copy_assets(origin: str | Path, target: str | Path, *, config_changes: Mapping[str, object] | None = None) -> None:
+    """Tokenizer, templates, generation config and config.json of `origin`; never weights.
+
+    config.json loses `quantization_config`, because the weights beside it are not quantised; `config_changes` are written over it.
+    """
+    origin, target = Path(origin), Path(target)
+    if origin.resolve() == target.resolve():
+        raise ValueError(f"{target} is the checkpoint that is read from; choose another folder to save to")
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(origin.iterdir()):
+        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt") and path.name not in (INDEX, "config.json"):
+            shutil.copy2(path, target / path.name)
+    config = json.loads((origin / "config.json").read_text())
+    config.pop("quantization_config", None)
+    config.update(config_changes or {})
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_hf(folder: str | Path, tensors: Iterable[tuple[str, Tensor]], *, origin: str | Path, table: NameTable, mtp_kept: bool) -> int:
+    """A complete HF checkpoint: weights, index, assets. Returns the number of weight bytes.
+
+    mtp_kept: whether `tensors` include the multi-token-prediction layers; if not, config.json stops announcing them.
+    """
+    writer = HfWriter(folder)
+    for name, tensor in tensors:
+        writer.add(name, tensor)
+    writer.close(table)
+    copy_assets(origin, folder, config_changes=None if mtp_kept else {"num_nextn_predict_layers": 0})
+    return writer.total_bytes

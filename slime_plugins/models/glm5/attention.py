@@ -1,0 +1,136 @@
+"""Sparse latent attention of GLM-5.2: the indexer, and MLA in absorbed form over the selected keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slime.compat.megatron import prepare
+
+prepare()
+
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+
+from slime.model.attention import LatentAttention, MlaShape  # noqa: E402
+from slime.model.hf_config import HfConfig  # noqa: E402
+from slime.model.layers import DuplicatedLinear, LayerNorm  # noqa: E402
+from slime.model.stream import Stream  # noqa: E402
+from slime_plugins.models.glm5.ops import get_ops  # noqa: E402
+
+KEY_NORM_EPS = 1e-6  # fixed in the released model, whatever rms_norm_eps says
+
+
+@dataclass(frozen=True)
+class IndexerShape:
+    """Sizes of the indexer, from the HF config."""
+
+    heads: int
+    width: int
+    topk: int
+    interleaved: bool
+
+    @staticmethod
+    def for_model(hf: HfConfig) -> IndexerShape:
+        if not hf["q_lora_rank"] or hf["index_head_dim"] < hf["qk_rope_head_dim"]:
+            raise ValueError(f"{hf.source}: an indexer needs q_lora_rank and index_head_dim >= qk_rope_head_dim")
+        # DeepSeek-V3.2 pairs (i, i + half) in the indexer; GLM-5.2 pairs neighbours and says so.
+        interleaved = bool(hf.get("indexer_rope_interleave", hf.model_type == "glm_moe_dsa"))
+        return IndexerShape(hf["index_n_heads"], hf["index_head_dim"], hf["index_topk"], interleaved)
+
+
+class SparseLatentAttention(LatentAttention):
+    """MLA over at most `topk` keys per query. hidden [t / tp, 1, h] -> same.
+
+    A computing layer (index_source == its own layer number) owns wq_b, wk, k_norm and weights_proj; a shared layer has none of them
+    and reads the indices from the micro-batch's stream.
+    """
+
+    def __init__(
+        self, config: object, layer_number: int, shape: MlaShape, indexer: IndexerShape, index_source: int, **kwargs: object
+    ) -> None:
+        super().__init__(config, layer_number, shape, **kwargs)
+        self.indexer_shape, self.index_source = indexer, index_source
+        if self.runs_indexer:
+            self.wq_b = DuplicatedLinear(shape.q_latent, indexer.heads * indexer.width, config=config)
+            self.wk = DuplicatedLinear(config.hidden_size, indexer.width, config=config)
+            self.k_norm = LayerNorm(config, indexer.width, eps=KEY_NORM_EPS)
+            self.weights_proj = DuplicatedLinear(config.hidden_size, indexer.heads, config=config)
+            for module in (self.wq_b, self.wk, self.k_norm, self.weights_proj):
+                module.requires_grad_(False)
+
+    @property
+    def runs_indexer(self) -> bool:
+        return self.index_source == self.layer_number
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: PackedSeqParams = None, **_: object
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = self.shape
+        stream = self.stream(packed_seq_params, self.local_rows(hidden_states), hidden_states.device)
+        nope, rope, query_latent = self.queries(hidden_states, stream)
+        latent, shared_key = self.latents(hidden_states, stream)
+        keys = stream.gather(torch.cat([latent, shared_key], dim=-1))
+        indices = self.selected_keys(hidden_states, query_latent, stream)
+        # Absorbed form: W_k moves from the keys to the queries, W_v from the values to the outputs, so that all heads read one latent.
+        up = self.linear_kv_up_proj.weight.view(self.heads_here, shape.nope + shape.value, shape.kv_latent)
+        w_key, w_value = up.split([shape.nope, shape.value], dim=1)
+        query = torch.cat([torch.einsum("thn,hnl->thl", nope, w_key), rope], dim=-1)
+        ops = get_ops(query.device.type)
+        out, _ = ops.sparse_mla(query, keys, indices, scale=shape.scale, v_dim=shape.kv_latent)
+        out = torch.einsum("thl,hvl->thv", out, w_value)
+        return self.linear_proj(out.flatten(1).unsqueeze(1))
+
+    def selected_keys(self, hidden: Tensor, query_latent: Tensor, stream: Stream) -> Tensor:
+        """int32 [t, topk] rows of the whole stream, -1 = none: computed here, or by the layer this one shares with."""
+        if self.runs_indexer:
+            stream.indices[self.layer_number] = self.run_indexer(hidden, query_latent, stream)
+        elif self.index_source not in stream.indices:
+            raise RuntimeError(
+                f"layer {self.layer_number} reuses the indices of layer {self.index_source}, which has not run on this micro-batch"
+            )
+        return stream.indices[self.index_source]
+
+    @torch.no_grad()
+    def run_indexer(self, hidden: Tensor, query_latent: Tensor, stream: Stream) -> Tensor:
+        """Score and select for this rank's slice of the rows, then hand the int32 indices round the tensor-parallel group.
+
+        Each query is scored once in the whole TP x CP group: a rank has its own rows of q and gates, and everybody's keys.
+        """
+        index, mine = self.indexer_shape, self._slice(stream)
+        ops = get_ops(hidden.device.type)
+        flat = hidden.squeeze(1)
+        query = self.wq_b(self.linear_q_up_proj.normalised(query_latent).squeeze(1)).view(-1, index.heads, index.width)
+        key = self.k_norm(self.wk(flat)).unsqueeze(1)
+        # The gate's projection stays float32: its spread over heads is small.
+        gates = flat.float() @ self.weights_proj.weight.float().t() * (index.heads**-0.5 * index.width**-0.5)
+        cos, sin = self.shape.rope.cos_sin(stream)
+        query = self._rotate(query, cos[mine], sin[mine])
+        key = self._rotate(key, cos[mine], sin[mine]).squeeze(1)
+        keys = stream.gather(self.whole_sequence(key))
+        picked = ops.index_topk(query, keys, gates, stream.starts[mine], stream.ends[mine], topk=index.topk)
+        return self._everyone(picked)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The first rope_width dimensions turn (rope first here, last in the attention's heads)."""
+        from slime.model.rope import rotate
+
+        return rotate(x, cos, sin, interleaved=self.indexer_shape.interleaved)
+
+    def _slice(self, stream: Stream) -> slice:
+        if self.tp_size == 1 or not self.config.sequence_parallel:
+            return slice(None)
+        share, rank = len(stream.rows) // self.tp_size, dist.get_rank(self.tp_group)
+        return slice(rank * share, (rank + 1) * share)
+
+    def _everyone(self, picked: Tensor) -> Tensor:
+        if self.tp_size == 1 or not self.config.sequence_parallel:
+            return picked
+        whole = picked.new_empty(picked.shape[0] * self.tp_size, picked.shape[1])
+        dist.all_gather_into_tensor(whole, picked.contiguous(), group=self.tp_group)
+        return whole
+
+
+__all__ = ["IndexerShape", "SparseLatentAttention"]
