@@ -7,6 +7,8 @@ import logging
 import re
 from collections.abc import Callable
 
+import torch
+
 from slime.compat.megatron import prepare
 
 prepare()
@@ -17,6 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 from slime.device import Device  # noqa: E402
 from slime.model.geometry import differences  # noqa: E402
 from slime.model.hf_config import HfConfig  # noqa: E402
+from slime.model.local import local_tensors  # noqa: E402
+from slime.model.names import NameTable  # noqa: E402
 from slime.model.spec import decoder_spec  # noqa: E402
 from slime.model.transformer_config import transformer_config  # noqa: E402
 from slime.parallel import Ranks  # noqa: E402
@@ -24,13 +28,15 @@ from slime.parallel import Ranks  # noqa: E402
 logger = logging.getLogger(__name__)
 
 
-def build_model(config: object, hf: HfConfig, ranks: Ranks, device: Device, *, check: bool = True) -> list[GPTModel]:
+def build_model(
+    config: object, hf: HfConfig, ranks: Ranks, device: Device, *, check: bool = True, dtype: torch.dtype | None = None
+) -> list[GPTModel]:
     """This rank's chunks (one, or one per virtual stage), without DDP and with uninitialised weights: load a checkpoint next.
 
-    check: refuse, listing all differences, when MODEL_ARGS and config.json describe different models.
+    dtype: of the parameters, where it is not the config's to say (conversion keeps the checkpoint's). check: refuse, listing all differences, when MODEL_ARGS and config.json describe different models.
     Raises ValueError for that, and for layouts that cannot compute what was asked.
     """
-    megatron, notes = transformer_config(config, device)
+    megatron, notes = transformer_config(config, device, dtype=dtype)
     if ranks.rank == 0:
         for note in notes:
             logger.info("model: %s", note)
@@ -39,8 +45,26 @@ def build_model(config: object, hf: HfConfig, ranks: Ranks, device: Device, *, c
     chunks = [
         _chunk(config, megatron, hf, ranks, vp_stage) for vp_stage in (range(ranks.vpp_size) if ranks.vpp_size else [None])
     ]
+    mark_sharded(chunks, NameTable.for_model(hf, with_mtp=False), ranks)
     freeze(chunks, config.model)
     return chunks
+
+
+def mark_sharded(chunks: list[GPTModel], table: NameTable, ranks: Ranks) -> None:
+    """Tell the optimizer which parameters are parts of a whole: grad norms count the others on tensor-parallel rank 0 only.
+
+    megatron-core sets these attributes while it initialises weights, which is skipped here; without them a norm under TP > 1 would
+    silently miss every other rank's shard. Experts are parts always, as in megatron-core: their replicas are told apart by the
+    expert-data-parallel group.
+    """
+    for local in local_tensors(chunks, ranks, experts=False):
+        if local.parameter is None:
+            continue
+        split = "rows" if local.is_expert else table[local.name].split
+        if split != "none":
+            local.parameter.tensor_model_parallel = True
+            local.parameter.partition_dim = 1 if split == "columns" else 0
+            local.parameter.partition_stride = 2 if split == "gated_rows" else 1
 
 
 def padded_vocab_size(config: object, hf: HfConfig) -> int:

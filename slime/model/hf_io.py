@@ -165,7 +165,7 @@ class HfWriter:
     def _part(self, number: int) -> Path:
         return self.folder / f".writing-{number:05d}.safetensors"
 
-    def close(self, table: NameTable | None = None, *, with_mtp: bool = True) -> None:
+    def close(self, table: NameTable | None = None) -> None:
         """Rename, write the index; with a table, first check that every one of its tensors was written."""
         if self._pending or not self._written:
             self._flush()
@@ -202,12 +202,20 @@ def copy_assets(origin: str | Path, target: str | Path, *, config_changes: Mappi
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write_hf(folder: str | Path, tensors: Iterable[tuple[str, Tensor]], *, origin: str | Path, table: NameTable, mtp_kept: bool) -> int:
+def write_hf(
+    folder: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    origin: str | Path,
+    table: NameTable,
+    mtp_kept: bool,
+    max_bytes: int = 5 * 2**30,
+) -> int:
     """A complete HF checkpoint: weights, index, assets. Returns the number of weight bytes.
 
     mtp_kept: whether `tensors` include the multi-token-prediction layers; if not, config.json stops announcing them.
     """
-    writer = HfWriter(folder)
+    writer = HfWriter(folder, max_bytes=max_bytes)
     for name, tensor in tensors:
         writer.add(name, tensor)
     writer.close(table)

@@ -44,8 +44,8 @@ def params_dtype(config: object, device: Device) -> torch.dtype:
     return torch.bfloat16 if config.model.bf16 else device.default_params_dtype
 
 
-def transformer_config(config: object, device: Device) -> tuple[TransformerConfig, list[str]]:
-    """(megatron-core's config, notes: one line per value changed, with the reason).
+def transformer_config(config: object, device: Device, *, dtype: torch.dtype | None = None) -> tuple[TransformerConfig, list[str]]:
+    """(megatron-core's config, notes: one line per value changed, with the reason). dtype overrides the config's parameter dtype.
 
     `config.model.megatron` holds the values of the command line under megatron-core's field names; `config.parallel` the sizes.
     Raises ValueError for combinations that would compute something else than asked.
@@ -63,9 +63,10 @@ def transformer_config(config: object, device: Device) -> tuple[TransformerConfi
         values["attention_backend"] = AttnBackend[values["attention_backend"]]
     if model.swiglu or values.get("gated_linear_unit"):
         values.update(gated_linear_unit=True, activation_func=F.silu)
-    dtype = params_dtype(config, device)
-    if config.model.params_dtype == "auto" and not config.model.bf16:
-        notes.append(f"params_dtype {dtype}: {device.default_params_dtype_reason}")
+    if dtype is None:
+        dtype = params_dtype(config, device)
+        if config.model.params_dtype == "auto" and not config.model.bf16:
+            notes.append(f"params_dtype {dtype}: {device.default_params_dtype_reason}")
     values.update(_parallel_values(parallel))
     values.update(
         params_dtype=dtype,

@@ -1,0 +1,152 @@
+"""Model weights as a Megatron `torch_dist` checkpoint, which loads under any other TP, PP and EP.
+
+Folder layout: `<save>/latest_checkpointed_iteration.txt` (an iteration, or `release`), `<save>/release/` or `<save>/iter_0000012/`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from slime.compat.megatron import prepare
+
+prepare()
+
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing.serialization import (  # noqa: E402
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa: E402
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+
+from slime.model.geometry import megatron_values  # noqa: E402
+from slime.model.hf_config import HfConfig  # noqa: E402
+from slime.model.local import unwrap  # noqa: E402
+from slime.parallel import Ranks  # noqa: E402
+
+TRACKER = "latest_checkpointed_iteration.txt"
+DESCRIPTION = "slime_model"
+
+
+def sharding_metadata(ranks: Ranks) -> dict[str, Any]:
+    """What sharded_state_dict wants to know. Layers are saved one by one: they differ (dense and MoE, with and without indexer)."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "non_homogeneous_layers": True,
+        "dp_cp_group": ranks.dp_cp_group,
+    }
+
+
+def sharded_model(chunks: list[torch.nn.Module], ranks: Ranks) -> dict[str, Any]:
+    """{"model": ...} or {"model0": ..., "model1": ...}: the sharded state of this rank's chunks, under global keys."""
+    states = [unwrap(chunk).sharded_state_dict(metadata=sharding_metadata(ranks)) for chunk in chunks]
+    return {"model": states[0]} if len(states) == 1 else {f"model{number}": state for number, state in enumerate(states)}
+
+
+def describe(hf: HfConfig) -> dict[str, Any]:
+    """What the checkpoint is of; compared when it is loaded."""
+    values = {**megatron_values(hf), "vocab_size": hf["vocab_size"], "rotary_base": hf.rope_theta}
+    if hf.has_indexer:
+        for name in ("index_n_heads", "index_head_dim", "index_topk", "index_topk_freq", "index_skip_topk_offset"):
+            values[name] = hf.get(name)
+    return {"model_type": hf.model_type, **values}
+
+
+def save_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks, *, async_save: bool = False) -> Any:
+    """Write a sharded state dict; every rank calls it. Returns the async request, or None when everything is on disk.
+
+    Raises ValueError where the package psutil is missing, without which megatron-core would wait forever.
+    """
+    if importlib.util.find_spec("psutil") is None:
+        raise ValueError("saving a checkpoint needs the package psutil, without which megatron-core's writers hang; pip install psutil")
+    if ranks.rank == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    strategy = get_default_save_sharded_strategy("torch_dist")
+    if dist.get_world_size(ranks.dp_cp_group) > 1:
+        strategy = FullyParallelSaveStrategyWrapper(strategy, ranks.dp_cp_group)
+    return dist_checkpointing.save(dict(state), str(folder), strategy, async_sharded_save=async_save)
+
+
+def load_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks) -> dict[str, Any]:
+    """Fill a sharded state dict from `folder`, whatever layout wrote it. Raises ValueError listing tensors it does not hold."""
+    if not (Path(folder) / "metadata.json").is_file():
+        raise ValueError(f"{folder} is not a finished torch_dist checkpoint: it has no metadata.json")
+    strategy = get_default_load_sharded_strategy(str(folder))
+    if dist.get_world_size(ranks.dp_cp_group) > 1:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, ranks.dp_cp_group)
+    loaded, _, absent = dist_checkpointing.load(dict(state), str(folder), strategy, strict="return_all")
+    # Modules announce an empty `_extra_state`; a checkpoint need not have it.
+    absent = sorted(key for key in absent if not key.endswith("_extra_state"))
+    if absent:
+        raise ValueError(f"{folder} lacks {len(absent)} tensors of this model: {', '.join(absent[:10])}{' ...' if len(absent) > 10 else ''}")
+    return loaded
+
+
+def save_model(chunks: list[torch.nn.Module], hf: HfConfig, folder: str | Path, ranks: Ranks, *, common: Mapping[str, Any] | None = None) -> None:
+    """Weights only (and `common`, small values every rank agrees on) into `folder`."""
+    save_sharded({**sharded_model(chunks, ranks), DESCRIPTION: describe(hf), **(common or {})}, folder, ranks)
+
+
+def load_model(chunks: list[torch.nn.Module], hf: HfConfig, folder: str | Path, ranks: Ranks) -> dict[str, Any]:
+    """Fill the chunks from `folder`; optimizer state in it is left alone. Returns the checkpoint's common values.
+
+    Raises ValueError, listing the differences, when the checkpoint is of another model.
+    """
+    common = check_description(hf, folder)
+    state = load_sharded(sharded_model(chunks, ranks), folder, ranks)
+    fill_chunks(chunks, state)
+    return common
+
+
+def fill_chunks(chunks: list[torch.nn.Module], state: Mapping[str, Any]) -> None:
+    """Copy a loaded state (see sharded_model) into the chunks; every parameter must be there."""
+    for number, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"], strict=True)
+
+
+def check_description(hf: HfConfig, folder: str | Path) -> dict[str, Any]:
+    """The checkpoint's common values. Raises ValueError listing in what its model differs from `hf`'s."""
+    if not (Path(folder) / "common.pt").is_file():
+        raise ValueError(f"{folder} is not a torch_dist checkpoint: it has no common.pt")
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    saved, wanted = common.get(DESCRIPTION), describe(hf)
+    if saved is None:
+        raise ValueError(f"{folder} does not say which model it holds; convert it anew with tools/convert_hf_to_torch_dist.py")
+    lines = [f"{key}: checkpoint {saved.get(key)!r}, {hf.source} {wanted.get(key)!r}" for key in sorted({*saved, *wanted}) if saved.get(key) != wanted.get(key)]
+    if lines:
+        raise ValueError(f"{folder} holds another model:\n  " + "\n  ".join(lines))
+    return common
+
+
+def write_tracker(save: str | Path, value: str) -> None:
+    """Name the newest complete checkpoint; atomic, and last, so that a torn save leaves the previous one in force."""
+    save = Path(save)
+    partial = save / f".{TRACKER}"
+    with open(partial, "w") as tracker:
+        tracker.write(value)
+        tracker.flush()
+        os.fsync(tracker.fileno())
+    os.replace(partial, save / TRACKER)
+
+
+def read_tracker(save: str | Path) -> str | None:
+    """`release`, an iteration's number, or None where there is no checkpoint."""
+    path = Path(save) / TRACKER
+    return path.read_text().strip() if path.is_file() else None
+
+
+def checkpoint_folder(save: str | Path, tracker: str) -> Path:
+    """`<save>/release` or `<save>/iter_0000012`."""
+    return Path(save) / (tracker if tracker == "release" else f"iter_{int(tracker):07d}")

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Hugging Face checkpoint (BF16 or block FP8) -> Megatron torch_dist, on as many ranks as the parallel flags say.
+
+    source scripts/models/glm5.2-744B-A40B.sh
+    torchrun --nproc-per-node 8 ... tools/convert_hf_to_torch_dist.py ${MODEL_ARGS[@]} \\
+        --tensor-model-parallel-size 8 --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 40 \\
+        --expert-model-parallel-size 16 --expert-tensor-parallel-size 1 --hf-checkpoint HF_DIR --save TORCH_DIST_DIR
+
+The layout need not be that of training: torch_dist loads under any. Weights keep the checkpoint's dtype (FP8 becomes bf16).
+Writes TORCH_DIST_DIR/release and, last, TORCH_DIST_DIR/latest_checkpointed_iteration.txt.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from slime.config import load  # noqa: E402
+
+
+def main(argv: list[str]) -> int:
+    # Parsed before torch is imported: a typo answers in a second on every rank.
+    config = load(argv, door="convert")
+    rank, world_size = _place()
+    folder = _target(config)
+
+    import torch.distributed as dist
+
+    from slime.device import get_device
+    from slime.model.build import build_model, padded_vocab_size
+    from slime.model.dist_ckpt import save_model, write_tracker
+    from slime.model.hf_config import read_hf_config
+    from slime.model.hf_io import SafetensorsReader, load_hf
+    from slime.model.names import NameTable
+    from slime.parallel import check_sizes, init_ranks
+
+    begin = time.monotonic()
+    check_sizes(config.parallel, world_size)
+    hf = read_hf_config(config.checkpoint.hf_checkpoint)
+    device = get_device()
+    device.init_process(int(os.environ.get("LOCAL_RANK", "0")))
+    ranks = init_ranks(config.parallel, rank=rank, world_size=world_size, device=device)
+    say = print if rank == 0 else (lambda *_, **__: None)
+    table = NameTable.for_model(hf)
+    reader = SafetensorsReader(config.checkpoint.hf_checkpoint)
+    chunks = build_model(config, hf, ranks, device, dtype=_dtype(hf))
+    say(f"{hf.model_type}: {table.num_parameters(mtp=False):,} parameters on {world_size} ranks ({device.reason})")
+    say(_coverage(table, reader))
+    written = load_hf(chunks, table, reader, ranks, padded_vocab=padded_vocab_size(config, hf), progress=_progress(rank))
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    dist.barrier()
+    save_model(chunks, hf, folder, ranks, common={"iteration": 1, "hf_checkpoint": str(config.checkpoint.hf_checkpoint)})
+    dist.barrier()
+    if rank == 0:
+        write_tracker(folder.parent, "release")
+    size = sum(file.stat().st_size for file in folder.iterdir()) if rank == 0 else 0
+    say(f"rank 0 held {written} tensors; wrote {folder} ({size / 1e9:.3f} GB) in {time.monotonic() - begin:.1f} s")
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+def _place() -> tuple[int, int]:
+    """(rank, world size) from torchrun or from SLURM; alone without either."""
+    environment = os.environ
+    if "RANK" in environment:
+        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
+        return int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
+    raise ValueError(f"start me with torchrun: torchrun --nproc-per-node N {sys.argv[0]} ...")
+
+
+def _target(config: object) -> Path:
+    if not config.checkpoint.hf_checkpoint or not config.checkpoint.save:
+        raise ValueError("--hf-checkpoint (what to read) and --save (where to write) are both needed")
+    folder = Path(config.checkpoint.save) / "release"
+    if folder.resolve() == Path(config.checkpoint.hf_checkpoint).resolve():
+        raise ValueError(f"--save {config.checkpoint.save} would overwrite --hf-checkpoint")
+    return folder
+
+
+def _dtype(hf: object):
+    """The dtype that config.json names; bf16 where it names none (FP8 checkpoints are of bf16 models)."""
+    import torch
+
+    named = hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
+    return torch.float32 if named == "float32" else torch.bfloat16
+
+
+def _coverage(table: object, reader: object) -> str:
+    from slime.model.coverage import check_files
+
+    return f"{reader.folder}: {check_files(table, reader)}"
+
+
+def _progress(rank: int):
+    """Rank 0 prints a line at every tenth of its tensors, with the rate."""
+    if rank != 0:
+        return None
+    begin, shown = time.monotonic(), [0]
+
+    def show(done: int, total: int) -> None:
+        tenth = done * 10 // total
+        if tenth > shown[0]:
+            shown[0] = tenth
+            print(f"  rank 0: {done}/{total} tensors, {time.monotonic() - begin:.1f} s", flush=True)
+
+    return show
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as wrong:
+        print(f"convert_hf_to_torch_dist: {wrong}", file=sys.stderr)
+        sys.exit(1)
