@@ -1,0 +1,201 @@
+"""What a policy step needs beside the rollout: old and reference log-probs, advantages. By sample position, on the host.
+
+Everything here happens on the last pipeline stage only, on every tensor- and context-parallel rank alike, so those ranks hold equal
+columns for the samples of their data-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slime.algorithms import advantages as adv
+from slime.algorithms.kl import approx_kl
+from slime.parallel import Ranks
+from slime.training.hooks import load_hook
+from slime.types import RolloutBatch
+from slime.types.micro_batch import MicroBatch
+
+if TYPE_CHECKING:
+    from slime.config import Config
+
+Column = dict[int, Tensor]
+
+
+@dataclass
+class Columns:
+    """Per-token values of this data-parallel rank's samples; a column that was not computed is None."""
+
+    positions: tuple[int, ...]
+    old_log_probs: Column | None = None
+    ref_log_probs: Column | None = None
+    entropy: Column | None = None
+    kl: Column | None = None
+    advantages: Column | None = None
+    returns: Column | None = None
+
+    def for_packing(self) -> dict[str, Column]:
+        """The columns that MicroBatch carries."""
+        names = ("old_log_probs", "ref_log_probs", "advantages")
+        return {name: column for name in names if (column := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Which passes without gradient a rollout needs before its steps."""
+
+    old: bool
+    ref: bool
+    reasons: tuple[str, ...] = field(default=())
+    """Why the old-log-prob pass cannot reuse the log-probs of the step itself."""
+
+
+def passes_of(config: Config, num_steps: int) -> Passes:
+    """One step per rollout sees the very weights that are `old`, so its own log-probs serve; otherwise they are computed before."""
+    rules = config.algorithm
+    if rules.loss_type != "policy_loss" or not rules.compute_advantages_and_returns:
+        return Passes(old=False, ref=False)
+    ref = rules.use_kl_loss or rules.kl_coef != 0
+    if rules.use_rollout_logprobs and not rules.get_mismatch_metrics:
+        return Passes(old=rules.kl_coef != 0, ref=ref, reasons=("--kl-coef shapes rewards by them",) if rules.kl_coef else ())
+    reasons = []
+    if num_steps != 1:
+        reasons.append(f"{num_steps} steps in this rollout")
+    if rules.kl_coef != 0:
+        reasons.append("--kl-coef shapes rewards by them")
+    if rules.get_mismatch_metrics:
+        reasons.append("--get-mismatch-metrics")
+    if rules.advantage_estimator == "gspo":
+        reasons.append("gspo")
+    if rules.custom_advantage_function_path:
+        reasons.append("--custom-advantage-function-path may read them")
+    if rules.use_rollout_entropy:
+        reasons.append("--use-rollout-entropy")
+    return Passes(old=bool(reasons), ref=ref, reasons=tuple(reasons))
+
+
+def split_column(micro: MicroBatch, values: Tensor) -> Column:
+    """[r] of a micro-batch -> one host tensor per sample position."""
+    lengths = torch.bincount(micro.segments, minlength=micro.num_samples).tolist()
+    return dict(zip(micro.positions, values.detach().float().cpu().split(lengths), strict=True))
+
+
+def fill_advantages(columns: Columns, batch: RolloutBatch, config: Config, ranks: Ranks) -> None:
+    """Compute kl, advantages and returns. Collective over the data-parallel group with --normalize-advantages."""
+    rules = config.algorithm
+    custom = load_hook("--custom-advantage-function-path", rules.custom_advantage_function_path)
+    columns.kl = {position: _kl(columns, position, batch, rules.kl_loss_type) for position in columns.positions}
+    if custom is not None:
+        _custom_advantages(custom, columns, batch, config)
+    else:
+        columns.returns = {position: _advantage(columns, position, batch, config) for position in columns.positions}
+        columns.advantages = dict(columns.returns)
+    if rules.normalize_advantages:
+        _whiten(columns, batch, ranks)
+
+
+def _kl(columns: Columns, position: int, batch: RolloutBatch, kind: str) -> Tensor:
+    if columns.old_log_probs is None or columns.ref_log_probs is None:
+        return torch.zeros(int(batch.response_lengths[position]))
+    return approx_kl(columns.old_log_probs[position], columns.ref_log_probs[position], kind)
+
+
+def _advantage(columns: Columns, position: int, batch: RolloutBatch, config: Config) -> Tensor:
+    rules = config.algorithm
+    reward, kl = float(batch.rewards[position]), columns.kl[position]
+    mask = torch.from_numpy(batch.loss_masks[position])
+    match rules.advantage_estimator:
+        case "grpo" | "gspo" | "cispo":
+            return adv.broadcast_reward(reward, len(kl))
+        case "reinforce_plus_plus":
+            return adv.reinforce_plus_plus(reward, kl, mask, kl_coef=rules.kl_coef, gamma=rules.gamma)
+        case "reinforce_plus_plus_baseline":
+            return adv.reinforce_plus_plus_baseline(reward, kl, kl_coef=rules.kl_coef)
+    raise ValueError(
+        f"--advantage-estimator {rules.advantage_estimator} is not available; choose grpo, gspo, cispo, reinforce_plus_plus or "
+        f"reinforce_plus_plus_baseline"
+    )
+
+
+def _custom_advantages(custom, columns: Columns, batch: RolloutBatch, config: Config) -> None:
+    """slime's signature: fn(args, rollout_data) sets "advantages" and "returns", lists in the order of the given samples."""
+    order = columns.positions
+
+    def ordered(column: Mapping[int, Tensor] | Sequence | None) -> list | None:
+        return None if column is None else [torch.as_tensor(column[position]) for position in order]
+
+    data = {
+        "tokens": ordered(batch.tokens),
+        "response_lengths": [int(batch.response_lengths[p]) for p in order],
+        "total_lengths": [len(batch.tokens[p]) for p in order],
+        "rewards": [float(batch.rewards[p]) for p in order],
+        "raw_reward": [float(batch.raw_rewards[p]) for p in order],
+        "loss_masks": ordered(batch.loss_masks),
+        "sample_indices": [int(batch.sample_ids[p]) for p in order],
+        "rollout_ids": [int(batch.trajectories[p]) for p in order],
+        "kl": ordered(columns.kl),
+        "log_probs": ordered(columns.old_log_probs),
+        "ref_log_probs": ordered(columns.ref_log_probs),
+        "rollout_log_probs": ordered(batch.rollout_log_probs),
+        "teacher_log_probs": ordered(batch.teacher_log_probs),
+    }
+    custom(config.args, data)
+    for name in ("advantages", "returns"):
+        values = data.get(name)
+        if values is None or len(values) != len(order):
+            raise ValueError(
+                f"--custom-advantage-function-path {config.algorithm.custom_advantage_function_path} must set "
+                f"rollout_data[{name!r}] to {len(order)} tensors, one per sample; it left {None if values is None else len(values)}"
+            )
+        setattr(columns, name, {p: torch.as_tensor(v, dtype=torch.float32) for p, v in zip(order, values, strict=True)})
+
+
+def _whiten(columns: Columns, batch: RolloutBatch, ranks: Ranks) -> None:
+    masks = {position: torch.from_numpy(batch.loss_masks[position]) for position in columns.positions}
+    moments = torch.zeros(3, dtype=torch.float64)
+    for position in columns.positions:
+        moments += adv.masked_moments(columns.advantages[position], masks[position])
+    # Ranks without a sample take part too; context-parallel ranks hold equal columns and must not be counted again.
+    gathered: list[Tensor] = [torch.zeros(3)] * ranks.dp_size
+    dist.all_gather_object(gathered, moments, group=ranks.dp_group)
+    whole = torch.stack(gathered).sum(0)
+    columns.advantages = {position: adv.whitened(values, whole) for position, values in columns.advantages.items()}
+
+
+def rollout_metrics(columns: Columns, batch: RolloutBatch, ranks: Ranks) -> dict[str, float]:
+    """slime's train-side rollout/ values: mean over samples of the mean over a sample's trained tokens. Collective over dp_group."""
+    metrics = {
+        "rollout/rewards": float(batch.rewards.mean()),
+        "rollout/raw_reward": float(batch.raw_rewards.mean()),
+        "rollout/truncated": float(batch.truncated.mean()),
+        "rollout/response_lengths": float(batch.response_lengths.mean()),
+        "rollout/total_lengths": float(batch.total_lengths.mean()),
+    }
+    token_columns: dict[str, Mapping[int, Tensor]] = {}
+    for name in ("old_log_probs", "ref_log_probs", "entropy", "kl", "advantages", "returns"):
+        column = getattr(columns, name)
+        if column is not None:
+            token_columns["log_probs" if name == "old_log_probs" else name] = column
+    for name in ("rollout_log_probs", "teacher_log_probs"):
+        column = getattr(batch, name)
+        if column is not None:
+            token_columns[name] = {position: torch.from_numpy(column[position]) for position in columns.positions}
+    sums = {
+        name: sum(_masked_mean(column[p], batch.loss_masks[p]) for p in columns.positions)
+        for name, column in token_columns.items()
+    }
+    shares: list[dict[str, float]] = [{}] * ranks.dp_size
+    dist.all_gather_object(shares, sums, group=ranks.dp_group)
+    for name in token_columns:
+        metrics[f"rollout/{name}"] = sum(share[name] for share in shares) / len(batch)
+    return metrics
+
+
+def _masked_mean(values: Tensor, mask) -> float:
+    keep = torch.from_numpy(mask) > 0
+    return float(values[keep].double().mean()) if bool(keep.any()) else 0.0

@@ -1,0 +1,106 @@
+"""Non-finite losses and gradients are never skipped silently: step, rank, first bad parameter and sample ids are named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class NonFiniteGradient(RuntimeError):
+    """A step that could not be taken; every rank raises it together."""
+
+
+@dataclass
+class Finding:
+    """What one rank saw in one step, before gradients were summed over ranks."""
+
+    rank: int
+    parameter: str | None = None
+    """First parameter with a NaN or infinity in this rank's own gradient."""
+    samples: tuple[int, ...] = ()
+    """Samples of the first micro-batch whose loss is not finite."""
+
+    @property
+    def is_bad(self) -> bool:
+        return self.parameter is not None or bool(self.samples)
+
+    def __str__(self) -> str:
+        told = []
+        if self.samples:
+            told.append(f"the loss of samples {list(self.samples[:16])} is not finite")
+        if self.parameter:
+            told.append(f"first bad gradient: {self.parameter}")
+        return f"rank {self.rank}: {'; '.join(told)}"
+
+
+@dataclass
+class Guard:
+    """Watches every step. `limit` steps may be skipped in a run; the next one raises. 0 raises at the first."""
+
+    rank: int
+    limit: int
+    skipped: int = 0
+    """Steps skipped so far."""
+    _own: Finding = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._own = Finding(self.rank)
+
+    def scan(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Look at this rank's gradients before they are summed with others', where the culprit can still be told."""
+        self._own = Finding(self.rank, parameter=_first_bad_parameter(chunks))
+
+    def note_loss(self, losses: Sequence[Tensor], samples: Sequence[tuple[int, ...]]) -> None:
+        """losses: one scalar per micro-batch on the last stage; samples: the sample ids of each."""
+        for loss, ids in zip(losses, samples, strict=True):
+            if not math.isfinite(float(loss)):
+                self._own.samples = ids
+                return
+
+    def allows(self, step: str, grad_norm: float, all_samples: Sequence[int], device: torch.device) -> bool:
+        """True where the step may be taken. Called by all ranks together; all get the same answer or the same error.
+
+        grad_norm is equal on all ranks. Raises NonFiniteGradient where no (further) skip is allowed.
+        """
+        bad = torch.tensor([float(self._own.is_bad)], device=device)
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if not bad.item() and math.isfinite(grad_norm):
+            return True
+        found: list[Finding] = [Finding(-1)] * dist.get_world_size()
+        dist.all_gather_object(found, self._own)
+        told = "; ".join(str(finding) for finding in found if finding.is_bad)
+        if not told:
+            told = "every rank's own gradient is finite, so the sum over ranks overflowed"
+        culprits = next((finding.samples for finding in found if finding.samples), tuple(all_samples))
+        message = f"{step}: gradient norm {grad_norm}; {told}; samples {list(culprits[:16])}"
+        if self.skipped >= self.limit:
+            how = (
+                "allow some with --no-check-for-nan-in-loss-and-grad"
+                if self.limit == 0
+                else f"{self.limit} were skipped before"
+            )
+            raise NonFiniteGradient(f"{message}; weights are as before this step ({how})")
+        self.skipped += 1
+        if self.rank == 0:
+            import logging
+
+            logging.getLogger(__name__).error("%s; step skipped, %d of %d allowed", message, self.skipped, self.limit)
+        return False
+
+
+def _first_bad_parameter(chunks: Sequence[torch.nn.Module]) -> str | None:
+    for number, chunk in enumerate(chunks):
+        # One sum per buffer: any NaN or infinity survives it, and it needs no memory.
+        buffers = [*chunk.buffers, *chunk.expert_parallel_buffers]
+        if all(math.isfinite(float(buffer.grad_data.sum(dtype=torch.float64))) for buffer in buffers):
+            continue
+        for name, parameter in chunk.module.named_parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                return name if len(chunks) == 1 else f"chunk {number}: {name}"
+    return None

@@ -1,0 +1,166 @@
+"""From log-probabilities to the one number of a micro-batch, and the values reported beside it.
+
+Every value is sum(loss_weight * loss_mask * token value) over the micro-batch's response tokens: weights come from the StepPlan, so
+adding over micro-batches and ranks gives the step's value with no division anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from slime.algorithms import importance, policy_loss
+from slime.algorithms.kl import approx_kl
+from slime.algorithms.sft import nll
+from slime.parallel import Ranks
+from slime.training.forward import response_log_probs
+from slime.training.hooks import load_hook
+from slime.types.micro_batch import MicroBatch
+
+if TYPE_CHECKING:
+    from slime.config import Config
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises; call it with a micro-batch and its logits."""
+
+    config: Config
+    ranks: Ranks
+    temperature: float
+    custom_loss: Callable[..., Any] | None
+    custom_tis: Callable[..., Any] | None
+
+    @staticmethod
+    def from_config(config: Config, ranks: Ranks) -> Objective:
+        """Loads the user's functions now, so that a wrong path ends the run at its start."""
+        rules = config.algorithm
+        custom = load_hook("--custom-loss-function-path", rules.custom_loss_function_path)
+        if rules.loss_type == "custom_loss" and custom is None:
+            raise ValueError("--loss-type custom_loss needs --custom-loss-function-path")
+        return Objective(
+            config=config,
+            ranks=ranks,
+            # Supervised data was not sampled, so there is no sampling temperature to undo.
+            temperature=1.0 if rules.loss_type == "sft_loss" else config.rollout.rollout_temperature,
+            custom_loss=custom,
+            custom_tis=load_hook("--custom-tis-function-path", rules.custom_tis_function_path),
+        )
+
+    def __call__(self, micro: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.config.batch.recompute_loss_function:
+            return torch.utils.checkpoint.checkpoint(self._value, micro, logits, use_reentrant=False)
+        return self._value(micro, logits)
+
+    def _value(self, micro: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.config.algorithm.loss_type == "custom_loss":
+            loss, values = self.custom_loss(self.config.args, micro, logits, lambda token_values: total(micro, token_values))
+            # A loss that does not touch the logits would leave this rank out of the backward collectives.
+            loss = loss + 0.0 * logits.float().sum()
+            return loss, _report({"loss": loss, **values})
+        log_probs, entropy = response_log_probs(
+            micro, logits, self.ranks, temperature=self.temperature, chunk_size=self.config.batch.log_probs_chunk_size
+        )
+        if self.config.algorithm.loss_type == "sft_loss":
+            loss = total(micro, nll(log_probs))
+            return loss, _report({"loss": loss, "entropy_loss": total(micro, entropy.detach())})
+        return self._policy(micro, log_probs, entropy)
+
+    def _policy(self, micro: MicroBatch, log_probs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        rules = self.config.algorithm
+        assert micro.advantages is not None, "advantages are made before a policy step"
+        old = log_probs.detach() if micro.old_log_probs is None else micro.old_log_probs
+        token_loss, clipped, divergence = self._policy_gradient(micro, log_probs, old)
+        values: dict[str, Tensor] = {"ppo_kl": total(micro, divergence), "pg_clipfrac": total(micro, clipped)}
+        if rules.use_opsm:
+            keep = policy_loss.off_policy_sequence_mask(
+                log_probs - old, micro.advantages, micro.loss_mask, micro.segments, micro.num_samples, delta=rules.opsm_delta
+            )
+            token_loss = token_loss * keep
+            values["opsm_clipfrac"] = total(micro, 1 - keep)
+        if micro.rollout_log_probs is not None:
+            # With the engine's log-probs as the old ones the gap is between them and what the trainer computes now.
+            mine = log_probs.detach() if rules.use_rollout_logprobs else old
+            values["train_rollout_logprob_abs_diff"] = total(micro, (mine - micro.rollout_log_probs).abs())
+        if rules.use_tis or rules.get_mismatch_metrics:
+            weighted, weights = self._importance(micro, token_loss, old, log_probs)
+            values |= weights | {"ois": total(micro, (log_probs.detach() - old).exp())}
+            if rules.use_tis:
+                token_loss = weighted
+        pg_loss = total(micro, token_loss)
+        entropy_loss = total(micro, entropy)
+        loss = pg_loss
+        if rules.entropy_coef:
+            loss = loss - rules.entropy_coef * entropy_loss
+        values |= {"pg_loss": pg_loss, "entropy_loss": entropy_loss}
+        if rules.use_kl_loss:
+            assert micro.ref_log_probs is not None, "reference log-probs are computed before a step with --use-kl-loss"
+            ratio = log_probs - old if rules.use_unbiased_kl else None
+            kl_loss = total(micro, approx_kl(log_probs, micro.ref_log_probs, rules.kl_loss_type, importance_log_ratio=ratio))
+            loss = loss + rules.kl_loss_coef * kl_loss
+            values["kl_loss"] = kl_loss
+        return loss, _report({"loss": loss, **values})
+
+    def _policy_gradient(self, micro: MicroBatch, log_probs: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> (token loss, clipped 0/1, old - new), each [r]."""
+        rules = self.config.algorithm
+        log_ratio = log_probs - old
+        high = rules.eps_clip if rules.eps_clip_high is None else rules.eps_clip_high
+        if rules.advantage_estimator == "gspo":
+            log_ratio = policy_loss.sequence_log_ratio(log_ratio, micro.loss_mask, micro.segments, micro.num_samples)
+        if rules.advantage_estimator == "cispo":
+            loss, clipped = policy_loss.cispo_loss(
+                log_ratio, log_probs, micro.advantages, eps_clip=rules.eps_clip, eps_clip_high=high
+            )
+        else:
+            loss, clipped = policy_loss.clipped_loss(
+                log_ratio, micro.advantages, eps_clip=rules.eps_clip, eps_clip_high=high, eps_clip_c=rules.eps_clip_c
+            )
+        return loss, clipped, -log_ratio.detach()
+
+    def _importance(
+        self, micro: MicroBatch, token_loss: Tensor, old: Tensor, log_probs: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The token loss weighted by trainer / engine, and the weights' own values."""
+        rules = self.config.algorithm
+        if micro.rollout_log_probs is None:
+            raise ValueError("--use-tis needs the engine's log-probs, but this rollout has none; keep return_logprob on")
+        if self.custom_tis is not None:
+            return self._custom_importance(micro, token_loss, old)
+        weights = importance.truncated(old, micro.rollout_log_probs, low=rules.tis_clip_low, high=rules.tis_clip)
+        return token_loss * weights.weight, {
+            "tis": total(micro, weights.ratio),
+            "tis_clipfrac": total(micro, weights.changed),
+            "tis_abs": total(micro, (weights.ratio - 1).abs()),
+        }
+
+    def _custom_importance(self, micro: MicroBatch, token_loss: Tensor, old: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """slime's signature: lists with one tensor per sample, keyword arguments, (loss, masks, metrics) back."""
+        lengths = torch.bincount(micro.segments, minlength=micro.num_samples).tolist()
+        weighted, masks, metrics = self.custom_tis(
+            args=self.config.args,
+            pg_loss=token_loss,
+            train_log_probs=list(old.split(lengths)),
+            rollout_log_probs=list(micro.rollout_log_probs.split(lengths)),
+            loss_masks=list(micro.loss_mask.split(lengths)),
+            total_lengths=list(micro.layout.lengths),
+            response_lengths=lengths,
+        )
+        kept = torch.cat(list(masks)) if len(masks) else micro.loss_mask
+        # total() applies the loss mask again, so a mask that only removes tokens is exact.
+        return weighted * kept, {name: total(micro, value) for name, value in metrics.items()}
+
+
+def total(micro: MicroBatch, token_values: Tensor) -> Tensor:
+    """sum(loss_weight * loss_mask * token_values [r]); 0, still connected to the graph, where there is no token."""
+    # A masked token may hold inf or nan (an engine log-prob of -inf, say), and 0 * nan is nan.
+    kept = torch.where(micro.loss_mask > 0, token_values, torch.zeros_like(token_values))
+    return (kept * (micro.loss_weight * micro.loss_mask)).sum()
+
+
+def _report(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().double() for name, value in values.items()}

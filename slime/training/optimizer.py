@@ -1,0 +1,173 @@
+"""Gradient buffers, the distributed optimizer and its schedule, from megatron-core's own parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slime.compat.megatron import prepare
+
+if TYPE_CHECKING:
+    from slime.config import Config
+
+prepare()
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Lengths in trajectories: the schedule advances by a step's trajectories, so a change of batch size keeps its shape."""
+
+    warmup: int
+    decay: int
+    wsd_decay: int | None
+
+
+def schedule_of(config: Config) -> Schedule:
+    """Lengths of warm-up and decay. `--lr-decay-iters` and `--lr-warmup-iters` count steps of --global-batch-size."""
+    rules, batch_size = config.optimizer, config.batch.global_batch_size
+    if batch_size is None:
+        raise ValueError("--global-batch-size (or --num-steps-per-rollout) is needed to train")
+    if rules.lr_decay_iters:
+        decay = rules.lr_decay_iters * batch_size
+    else:
+        decay = (config.data.num_rollout or 0) * config.data.rollout_batch_size * config.data.n_samples_per_prompt
+    decay = max(decay, 1)
+    warmup = rules.lr_warmup_iters * batch_size
+    if rules.lr_warmup_fraction is not None:
+        warmup = int(rules.lr_warmup_fraction * decay)
+    if warmup >= decay:
+        raise ValueError(
+            f"the learning rate warms up for {warmup} samples, but the run has {decay}; lower --lr-warmup-iters "
+            f"{rules.lr_warmup_iters} / --lr-warmup-fraction {rules.lr_warmup_fraction} or raise --lr-decay-iters"
+        )
+    wsd = None if rules.lr_wsd_decay_iters is None else rules.lr_wsd_decay_iters * batch_size
+    return Schedule(warmup, decay, wsd)
+
+
+def wrap_gradients(chunks: Sequence[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
+    """Each chunk with fp32 gradient buffers that are *summed* over data and context parallel ranks.
+
+    Megatron sums instead of averaging when its model config says calculate_per_token_loss; what users mean by the flag of that name
+    is in StepPlan.loss_weight already.
+    """
+    rules = config.optimizer
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=rules.overlap_grad_reduce,
+        overlap_param_gather=rules.overlap_param_gather,
+        bucket_size=rules.ddp_bucket_size,
+        # training.guard looks at every gradient itself, and can name parameter and samples.
+        check_for_nan_in_grad=False,
+        **dict(rules.ddp),
+    )
+    for chunk in chunks:
+        assert chunk.config.calculate_per_token_loss, "build the model with calculate_per_token_loss=True: gradients are summed"
+    return [
+        DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+def make_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) -> MegatronOptimizer:
+    """Adam (or SGD) with fp32 main parameters, its state sharded over data and context parallel ranks."""
+    rules, params_dtype = config.optimizer, wrapped[0].config.params_dtype
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    values: dict[str, Any] = {
+        "optimizer": rules.optimizer,
+        "lr": rules.lr,
+        "min_lr": rules.min_lr,
+        "weight_decay": rules.weight_decay,
+        "adam_beta1": rules.adam_beta1,
+        "adam_beta2": rules.adam_beta2,
+        "adam_eps": rules.adam_eps,
+        "sgd_momentum": rules.sgd_momentum,
+        "clip_grad": rules.clip_grad,
+        "bf16": params_dtype == torch.bfloat16,
+        "params_dtype": params_dtype,
+        "use_distributed_optimizer": True,
+        "overlap_param_gather": rules.overlap_param_gather,
+        "optimizer_cpu_offload": rules.optimizer_cpu_offload,
+        "optimizer_offload_fraction": rules.optimizer_offload_fraction,
+        "overlap_cpu_optimizer_d2h_h2d": rules.overlap_cpu_optimizer_d2h_h2d,
+        "use_torch_optimizer_for_cpu_offload": rules.use_torch_optimizer_for_cpu_offload,
+        "use_precision_aware_optimizer": rules.use_precision_aware_optimizer,
+    }
+    if rules.use_precision_aware_optimizer:
+        values |= {
+            "main_grads_dtype": dtypes[rules.main_grads_dtype],
+            "main_params_dtype": dtypes[rules.main_params_dtype],
+            "exp_avg_dtype": dtypes[rules.exp_avg_dtype],
+            "exp_avg_sq_dtype": dtypes[rules.exp_avg_sq_dtype],
+        }
+    return get_megatron_optimizer(OptimizerConfig(**values, **dict(rules.megatron)), list(wrapped))
+
+
+def make_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
+    """Learning rate and weight decay by trajectories seen."""
+    rules, schedule = config.optimizer, schedule_of(config)
+    growing = rules.start_weight_decay is not None
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=rules.lr_warmup_init,
+        max_lr=rules.lr,
+        min_lr=rules.min_lr,
+        lr_warmup_steps=schedule.warmup,
+        lr_decay_steps=schedule.decay,
+        lr_decay_style=rules.lr_decay_style,
+        start_wd=rules.start_weight_decay if growing else rules.weight_decay,
+        end_wd=rules.end_weight_decay if growing else rules.weight_decay,
+        wd_incr_steps=schedule.decay,
+        wd_incr_style=rules.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=False,
+        wsd_decay_steps=schedule.wsd_decay,
+        lr_wsd_decay_style=rules.lr_wsd_decay_style,
+    )
+
+
+def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers inside: dense and expert parameters have one each."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def clip_gradients(optimizer: MegatronOptimizer, max_norm: float, total_norm: float) -> None:
+    """Scale all main gradients by max_norm / total_norm where the norm is larger; 0 does not clip."""
+    if max_norm <= 0:
+        return
+    for part in parts_of(optimizer):
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters:
+            decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, max_norm, total_norm, decoupled)
+
+
+def restore_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any], *, take: str) -> None:
+    """Continue a saved schedule at its position.
+
+    take: "same" demands that flags and checkpoint agree, "flags" and "checkpoint" say which one wins. The decay length is allowed to
+    differ under a constant learning rate, where nothing reads it. Raises ValueError with the differing values.
+    """
+    own = scheduler.state_dict()
+    differing = {key: (own[key], saved[key]) for key in own if key != "num_steps" and key in saved and own[key] != saved[key]}
+    if own["lr_decay_style"] == "constant" and own["wd_incr_style"] == "constant":
+        differing = {key: pair for key, pair in differing.items() if key not in ("lr_decay_steps", "wd_incr_steps")}
+    if differing and take == "same":
+        told = ", ".join(f"{key} {mine} (checkpoint: {theirs})" for key, (mine, theirs) in sorted(differing.items()))
+        raise ValueError(
+            f"the learning-rate schedule of the flags is not the checkpoint's: {told}; use the old values, or say "
+            f"--override-opt-param-scheduler (flags win) or --use-checkpoint-opt-param-scheduler (checkpoint wins)"
+        )
+    if take == "checkpoint":
+        for key, (_, theirs) in differing.items():
+            setattr(scheduler, key, theirs)
+    scheduler.num_steps = 0
+    scheduler.step(increment=int(saved["num_steps"]))

@@ -1,0 +1,270 @@
+"""One rank of the trainer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+
+from slime.batch.pack import pack
+from slime.compat.megatron import prepare
+from slime.device import Device
+from slime.model.local import local_tensors
+from slime.parallel import Ranks
+from slime.training.columns import Columns, fill_advantages, passes_of, rollout_metrics, split_column
+from slime.training.forward import Pipeline, response_log_probs
+from slime.training.guard import Guard
+from slime.training.hooks import load_hook
+from slime.training.loss import Objective
+from slime.training.optimizer import clip_gradients, make_optimizer, make_scheduler, wrap_gradients
+from slime.training.snapshots import Snapshots
+from slime.types import RolloutBatch, StepPlan
+from slime.types.micro_batch import MicroBatch
+
+if TYPE_CHECKING:
+    from slime.config import Config
+
+prepare()
+
+from megatron.core.distributed import finalize_model_grads  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What one rollout's training did; equal on every rank."""
+
+    metrics: dict[str, float]
+    """rollout/* values, perf/*_time seconds, and the train/* values of the last step."""
+    per_step: list[dict[str, float]]
+    """train/* of every step."""
+
+
+class Trainer:
+    """DDP, optimizer and schedule around model chunks; every public method is called by all ranks together."""
+
+    def __init__(self, config: Config, device: Device, ranks: Ranks, model: Sequence[Module], *, ref: bool = False) -> None:
+        """model: this rank's chunks as built (no DDP yet), or with `ref` a model that only computes log-probs."""
+        self.config, self.device, self.ranks = config, device, ranks
+        self.model = list(model)
+        self.objective = Objective.from_config(config, ranks)
+        self._hooks = {
+            "log_prob": load_hook(
+                "--custom-megatron-before-log-prob-hook-path", config.algorithm.custom_megatron_before_log_prob_hook_path
+            ),
+            "step": load_hook(
+                "--custom-megatron-before-train-step-hook-path", config.algorithm.custom_megatron_before_train_step_hook_path
+            ),
+            "data": load_hook("--rollout-data-postprocess-path", config.algorithm.rollout_data_postprocess_path),
+        }
+        _prepare_schedules(self.model, ranks)
+        self.snapshots = Snapshots(self.model)
+        self.guard = Guard(ranks.rank, limit=0 if config.optimizer.check_for_nan_in_loss_and_grad else MAX_SKIPPED_STEPS)
+        self.optimizer = self.scheduler = None
+        chunks: Sequence[Module] = self.model
+        # An evaluation-only run has no steps, so it pays for no optimizer state.
+        if not ref and config.data.num_rollout != 0:
+            chunks = wrap_gradients(self.model, config)
+            self.optimizer = make_optimizer(chunks, config)
+            self.scheduler = make_scheduler(self.optimizer, config)
+        self.pipeline = Pipeline(chunks, ranks, device)
+        self.pipeline.config.finalize_model_grads_func = self._finalize_gradients
+        self.pipeline.config.grad_scale_func = None
+
+    def _finalize_gradients(self, chunks, num_tokens=None, **rest) -> None:
+        self.guard.scan(chunks)
+        finalize_model_grads(chunks, None, **rest)
+
+    def train(self, batch: RolloutBatch, steps: Sequence[StepPlan]) -> TrainReport:
+        """Old and reference log-probs, advantages, then every step of the rollout."""
+        if self.optimizer is None:
+            raise ValueError("this trainer was built without an optimizer (--num-rollout 0, or a reference model)")
+        clock = _Clock()
+        columns = self._columns(batch, steps, clock)
+        metrics: dict[str, float] = {}
+        if self.ranks.is_last_stage:
+            metrics = rollout_metrics(columns, batch, self.ranks)
+        per_step = []
+        with clock("actor_train"):
+            for plan in steps:
+                per_step.append(self._step(batch, plan, columns, num_steps=len(steps)))
+        metrics = self._from_last_stage(metrics)
+        return TrainReport({**metrics, **clock.metrics(), **per_step[-1]}, per_step)
+
+    def log_probs(self, batch: RolloutBatch, steps: Sequence[StepPlan]) -> dict[int, Tensor]:
+        """Per-token log-probs of this data-parallel rank's samples under the current weights; {} before the last stage."""
+        return self._log_probs(batch, steps, "")[0]
+
+    # --- before the steps ---
+
+    def _columns(self, batch: RolloutBatch, steps: Sequence[StepPlan], clock: _Clock) -> Columns:
+        passes = passes_of(self.config, len(steps))
+        mine = tuple(p for plan in steps for micro in plan.micro_batches[self.ranks.dp_rank] for p in micro)
+        columns = Columns(positions=mine)
+        if passes.ref:
+            if "ref" not in self.snapshots:
+                raise ValueError("--kl-coef / --use-kl-loss compare with a reference model; give --ref-load")
+            with clock("ref_log_probs"), self.snapshots.playing("ref"):
+                reference, _ = self._log_probs(batch, steps, "ref_")
+            columns.ref_log_probs = reference
+        if passes.old:
+            with clock("log_probs"):
+                columns.old_log_probs, columns.entropy = self._log_probs(batch, steps, "")
+        rules = self.config.algorithm
+        if not self.ranks.is_last_stage:
+            return Columns(positions=mine)
+        if rules.loss_type == "policy_loss" and rules.compute_advantages_and_returns:
+            fill_advantages(columns, batch, self.config, self.ranks)
+        if self._hooks["data"] is not None:
+            self._hooks["data"](self.config.args, batch.rollout_id, columns)
+        return columns
+
+    def _log_probs(self, batch: RolloutBatch, steps: Sequence[StepPlan], prefix: str) -> tuple[dict, dict]:
+        """The micro-batches of the steps themselves, so that numerics of packing cancel in the ratio."""
+        if self._hooks["log_prob"] is not None:
+            self._hooks["log_prob"](self.config.args, self.pipeline.chunks, prefix)
+        micro_batches = [micro for plan in steps for micro in self._pack(batch, plan, {})]
+        log_probs: dict[int, Tensor] = {}
+        entropy: dict[int, Tensor] = {}
+
+        def read(micro: MicroBatch, logits: Tensor) -> tuple[dict, dict]:
+            values, uncertainty = response_log_probs(
+                micro,
+                logits,
+                self.ranks,
+                temperature=self.objective.temperature,
+                chunk_size=self.config.batch.log_probs_chunk_size,
+            )
+            return split_column(micro, values), split_column(micro, uncertainty)
+
+        for values, uncertainty in self.pipeline.evaluate(micro_batches, read):
+            log_probs |= values
+            entropy |= uncertainty
+        return log_probs, entropy
+
+    def _pack(self, batch: RolloutBatch, plan: StepPlan, columns: dict) -> list[MicroBatch]:
+        make = partial(
+            pack,
+            batch,
+            loss_weight=plan.loss_weight,
+            contiguous=self.config.parallel.allgather_cp,
+            cp_rank=self.ranks.cp_rank,
+            cp_size=self.ranks.cp_size,
+            multiple=self.ranks.tp_size * self.config.batch.data_pad_size_multiplier,
+            columns=columns,
+        )
+        return [make(positions) for positions in plan.micro_batches[self.ranks.dp_rank]]
+
+    # --- a step ---
+
+    def _step(self, batch: RolloutBatch, plan: StepPlan, columns: Columns, *, num_steps: int) -> dict[str, float]:
+        where = f"rollout {batch.rollout_id} step {plan.step_id}"
+        carried = columns.for_packing() if self.ranks.is_last_stage else {}
+        rules = self.config.algorithm
+        if rules.use_rollout_logprobs and self.ranks.is_last_stage:
+            carried["old_log_probs"] = dict(enumerate(batch.rollout_log_probs))
+        micro_batches = self._pack(batch, plan, carried)
+        for chunk in self.pipeline.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        if self._hooks["step"] is not None:
+            self._hooks["step"](
+                self.config.args, batch.rollout_id, plan.step_id, self.pipeline.chunks, self.optimizer, self.scheduler
+            )
+        bias = [buffer.clone() for buffer in self._expert_biases()]
+        values = self.pipeline.train(micro_batches, self.objective)
+        if values:
+            ids = [tuple(int(batch.sample_ids[p]) for p in micro.positions) for micro in micro_batches]
+            self.guard.note_loss([value["loss"] for value in values], ids)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        samples = [int(batch.sample_ids[p]) for p in plan.positions]
+        metrics = self._reduce(values)
+        if self.guard.allows(where, grad_norm, samples, self.device.torch_device):
+            clip_gradients(self.optimizer, self.config.optimizer.clip_grad, grad_norm)
+            self.optimizer.step_with_ready_grads()
+            self.scheduler.step(increment=plan.num_trajectories)
+        else:
+            for live, before in zip(self._expert_biases(), bias, strict=True):
+                live.copy_(before)
+        metrics |= {"grad_norm": grad_norm, "global_batch_size": float(plan.num_trajectories)}
+        metrics["skipped_steps"] = float(self.guard.skipped)
+        metrics |= {f"lr-pg_{n}": float(group["lr"]) for n, group in enumerate(self.optimizer.param_groups)}
+        metrics["step"] = float(batch.rollout_id * num_steps + plan.step_id)
+        return {f"train/{name}": value for name, value in metrics.items()}
+
+    def _expert_biases(self) -> list[Tensor]:
+        return [
+            b for chunk in self.model for name, b in chunk.named_buffers() if name.endswith("expert_bias") and b is not None
+        ]
+
+    def _reduce(self, values: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Add up over micro-batches and data-parallel ranks, then tell every stage. Context-parallel ranks hold equal values."""
+        metrics: dict[str, float] = {}
+        if values:
+            names = sorted(values[0])
+            sums = torch.stack([torch.stack([value[name] for value in values]).sum() for name in names])
+            dist.all_reduce(sums, group=self.ranks.dp_group)
+            metrics = dict(zip(names, sums.tolist(), strict=True))
+        return self._from_last_stage(metrics)
+
+    def _from_last_stage(self, metrics: dict[str, float]) -> dict[str, float]:
+        if self.ranks.pp_size == 1:
+            return metrics
+        box = [metrics]
+        last = dist.get_global_rank(self.ranks.pp_group, self.ranks.pp_size - 1)
+        dist.broadcast_object_list(box, src=last, group=self.ranks.pp_group, device=self.device.torch_device)
+        return box[0]
+
+    # --- weights ---
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(global megatron-core name, this rank's tensor) of every parameter and of the routers' expert bias."""
+        for local in local_tensors(self.model, self.ranks):
+            yield local.name, local.tensor
+
+
+MAX_SKIPPED_STEPS = 3
+"""Steps with a non-finite gradient that --no-check-for-nan-in-loss-and-grad lets a run skip."""
+
+
+def _prepare_schedules(chunks: Sequence[Module], ranks: Ranks) -> None:
+    """What the pipeline schedules read and Megatron's own front end would set."""
+    for chunk in chunks:
+        config = chunk.config
+        config.variable_seq_lengths = True
+        config.pipeline_dtype = config.params_dtype
+        config.deallocate_pipeline_outputs = True
+        if ranks.vpp_size:
+            # Batched P2P gives wrong losses under interleaving over gloo, silently (megatron-core 0.16.1).
+            config.overlap_p2p_comm, config.batch_p2p_comm = True, False
+
+
+class _Clock:
+    """Seconds per named phase of one rollout."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._name, self._begin = "", 0.0
+
+    def __call__(self, name: str) -> _Clock:
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        self._begin = time.monotonic()
+
+    def __exit__(self, *exc: object) -> None:
+        self._seconds[self._name] = time.monotonic() - self._begin
+
+    def metrics(self) -> dict[str, float]:
+        return {f"perf/{name}_time": seconds for name, seconds in self._seconds.items()}
