@@ -1,0 +1,54 @@
+"""One node's part of one serving engine, in a Ray actor that sits in the engine's device slot."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import ray
+
+from slime.engine.process import EngineDied, EngineProcess
+from slime.engine.spec import EngineSpec, NodePlacement
+
+logger = logging.getLogger(__name__)
+
+# A cold start on GPUs compiles kernels and captures graphs for minutes; loading 744B from a shared disk takes longer still.
+READY_SECONDS = 3600.0
+
+
+@ray.remote
+class EngineActor:
+    """Starts, watches and stops the server process. Requests do not pass through here."""
+
+    def __init__(self, spec: EngineSpec, place: NodePlacement, token: str, log_folder: Path):
+        from slime.device import get_device
+        from slime.observability.log import setup_logging
+
+        setup_logging(spec.label)
+        self._process = EngineProcess(
+            spec,
+            device_kind=get_device().kind,
+            token=token,
+            log_path=log_folder / f"{spec.label}-{place.node_rank}.log",
+            place=place,
+            report=logger.info,
+        )
+
+    def start(self) -> tuple[str, int | None]:
+        """Start the process; (url, bootstrap port)."""
+        self._process.start()
+        return self._process.url, self._process.ports.bootstrap
+
+    def wait_ready(self) -> float:
+        return self._process.wait_ready(timeout=READY_SECONDS)
+
+    def obituary(self) -> str | None:
+        """Why the process is gone, or None while it lives."""
+        try:
+            self._process.check()
+        except EngineDied as died:
+            return str(died)
+        return None
+
+    def stop(self) -> None:
+        self._process.stop()

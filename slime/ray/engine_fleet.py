@@ -1,0 +1,176 @@
+"""All engines of a run and their router: started, addressed together, watched."""
+
+from __future__ import annotations
+
+import asyncio
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from slime.config import Config
+from slime.engine.client import EngineClient
+from slime.engine.plan import plan_engines
+from slime.engine.process import EngineDied
+from slime.engine.router import RouterProcess, Worker
+from slime.engine.spec import EngineSpec, NodePlacement
+from slime.ray.calls import gather
+from slime.ray.engine_actor import EngineActor
+from slime.ray.placement import ENGINE_SHARE, Placement
+from slime.ray.train_actor import EngineTarget
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Engine:
+    spec: EngineSpec
+    url: str
+    bootstrap_port: int | None
+    actors: tuple
+    """One per node of the engine, node 0 first."""
+
+    @property
+    def label(self) -> str:
+        return self.spec.label
+
+
+class EngineFleet:
+    """Implements the engines' side of the weight protocol and of the lease: each call goes to all engines at once."""
+
+    def __init__(self, config: Config, placement: Placement, log_folder: Path, token: str):
+        self._config, self._placement, self._log_folder, self._token = config, placement, log_folder, token
+        self.engines: list[Engine] = []
+        self.router: RouterProcess | None = None
+
+    def start(self) -> None:
+        """Start every engine process, and the router that knows them. RuntimeError tells which one failed and what its log says."""
+        specs = plan_engines(self._config)
+        actors = {spec.label: self._actors_of(spec) for spec in specs}
+        addresses = gather({f"engine {label}": nodes[0].start.remote() for label, nodes in actors.items()}, doing="starting")
+        for spec in specs:
+            url, bootstrap_port = addresses[f"engine {spec.label}"]
+            self.engines.append(Engine(spec, url, bootstrap_port, tuple(actors[spec.label])))
+        for nodes in actors.values():
+            gather({f"node {rank}": node.start.remote() for rank, node in enumerate(nodes[1:], start=1)}, doing="starting")
+
+    def wait_ready(self) -> None:
+        gather({f"engine {engine.label}": engine.actors[0].wait_ready.remote() for engine in self.engines}, doing="coming up")
+        engine = self._config.engine
+        self.router = RouterProcess(
+            [Worker(served.url, served.spec.role, served.bootstrap_port) for served in self.updated()],
+            token=self._token,
+            log_path=self._log_folder / "router.log",
+            host=self._host(),
+            port=engine.sglang_router_port,
+            options={"request_timeout_secs": engine.sglang_router_request_timeout_secs, **engine.router},
+            report=logger.info,
+        )
+        self.router.start()
+        self.router.wait_ready()
+
+    def _host(self) -> str:
+        """Where servers of one node listen: on loopback while nothing of them needs to be reached from outside."""
+        nodes = {slot.node_ip for slot in self._placement.engine_slots}
+        return "127.0.0.1" if len(nodes) == 1 else ray.util.get_node_ip_address()
+
+    def _actors_of(self, spec: EngineSpec) -> list:
+        slots = self._placement.engine_slots[spec.gpu_offset : spec.gpu_offset + spec.num_gpus]
+        nodes = [slots[node * spec.gpus_per_node] for node in range(spec.num_nodes)]
+        hosts = [self._host()] if self._host() == "127.0.0.1" else [slot.node_ip for slot in nodes]
+        return [
+            EngineActor.options(
+                num_gpus=ENGINE_SHARE,
+                num_cpus=ENGINE_SHARE,
+                scheduling_strategy=self._placement.strategy(slot),
+                runtime_env={"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}},
+            ).remote(spec, NodePlacement(rank, host, slot.device_index), self._token, self._log_folder)
+            for rank, (slot, host) in enumerate(zip(nodes, hosts, strict=True))
+        ]
+
+    # ------------------------------------------------------------------ weights
+
+    def updated(self) -> list[Engine]:
+        """The engines that serve the model being trained."""
+        return [engine for engine in self.engines if engine.spec.update_weights]
+
+    def targets(self) -> list[EngineTarget]:
+        trainer_slots = {slot: rank for rank, slot in enumerate(self._placement.trainer_slots)}
+        targets = []
+        for engine in self.updated():
+            spec = engine.spec
+            slots = self._placement.engine_slots[spec.gpu_offset : spec.gpu_offset + spec.num_gpus]
+            sharing = tuple(trainer_slots[slot] for slot in slots) if all(slot in trainer_slots for slot in slots) else ()
+            targets.append(EngineTarget(engine.label, engine.url, self._token, sharing, spec.tp_size * spec.pp_size))
+        return targets
+
+    def pause(self) -> None:
+        self._each(self.updated(), lambda client: client.pause_generation())
+
+    def flush(self) -> None:
+        self._each(self.updated(), lambda client: client.flush_cache())
+
+    def begin(self, version: int) -> None:
+        self._each(self.updated(), lambda client: client.begin_weight_update(version))
+
+    def end(self, version: int) -> None:
+        self._each(self.updated(), lambda client: client.end_weight_update(version))
+
+    def versions(self) -> Mapping[str, str]:
+        return self._each(self.updated(), lambda client: client.weight_version())
+
+    def proceed(self) -> None:
+        self._each(self.updated(), lambda client: client.continue_generation())
+
+    # ------------------------------------------------------------------ memory
+
+    def release_memory(self) -> None:
+        sharing = [engine for engine in self.engines if engine.spec.needs_offload]
+        self._each(sharing, lambda client: client.flush_cache())
+        self._each(sharing, lambda client: client.release_memory())
+
+    def resume_memory(self, what: str) -> None:
+        tags = {"weights": ["weights"], "kv_cache": ["kv_cache", "cuda_graph"]}[what]
+        self._each([engine for engine in self.engines if engine.spec.needs_offload], lambda client: client.resume_memory(tags))
+
+    # ------------------------------------------------------------------ health
+
+    def obituaries(self) -> list[str]:
+        """Why engines or the router are gone; empty while all live."""
+        found = gather({engine.label: engine.actors[0].obituary.remote() for engine in self.engines}, doing="looking after engines")
+        gone = [text for text in found.values() if text]
+        if self.router is not None:
+            try:
+                self.router.check()
+            except EngineDied as died:
+                gone.append(str(died))
+        return gone
+
+    def stop(self) -> None:
+        if self.router is not None:
+            self.router.stop()
+        stops = [node.stop.remote() for engine in self.engines for node in engine.actors]
+        ray.wait(stops, num_returns=len(stops), timeout=30) if stops else None
+        for engine in self.engines:
+            for node in engine.actors:
+                ray.kill(node)
+        self.engines.clear()
+
+    def _each(self, engines: list[Engine], call: Callable[[EngineClient], Awaitable[object]]) -> dict[str, object]:
+        """The call's answer of each engine, all asked at once."""
+
+        async def one(engine: Engine) -> object:
+            # A client belongs to one event loop, and these calls are few: a fresh one each time.
+            client = EngineClient(engine.url, self._token)
+            try:
+                return await call(client)
+            finally:
+                await client.close()
+
+        async def everyone() -> list[object]:
+            return await asyncio.gather(*(one(engine) for engine in engines))
+
+        return dict(zip((engine.label for engine in engines), asyncio.run(everyone()), strict=True))

@@ -1,0 +1,78 @@
+"""Who holds the devices. With --colocate trainer and engines share them, one at a time."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Holder(enum.Enum):
+    """The states of shared devices, in the order in which they follow one another."""
+
+    ENGINES = "engines"
+    """Engines hold weights and KV cache and answer requests; the trainer sleeps."""
+    TRAINER = "trainer"
+    """The trainer is awake; the engines have given back weights and KV cache."""
+    SYNC = "sync"
+    """Engines have room for weights but no KV cache yet; the trainer sends them, its optimizer and gradients asleep."""
+
+
+class EngineMemory(Protocol):
+    def release_memory(self) -> None: ...
+    def resume_memory(self, what: str) -> None: ...
+
+
+class TrainerMemory(Protocol):
+    def sleep(self) -> None: ...
+    def wake(self) -> None: ...
+
+
+class Lease:
+    """Hands the devices over in the one legal order: engines -> trainer -> sync -> engines.
+
+    After release and resume an engine's weights are garbage (its allocator keeps no copy), so `sync` is the only way back to
+    `ENGINES`; asking for another order is our mistake and fails at once.
+    """
+
+    def __init__(self, engines: EngineMemory, trainers: TrainerMemory, *, holder: Holder):
+        self._engines, self._trainers, self.holder = engines, trainers, holder
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Engines give up their memory, the trainer wakes."""
+        self._expect(Holder.ENGINES)
+        self._engines.release_memory()
+        self._trainers.wake()
+        self.holder = Holder.TRAINER
+        yield
+
+    @contextmanager
+    def syncing(self) -> Iterator[None]:
+        """The trainer gives up what it needs for steps only, the engines take memory for weights; at the end also for KV cache."""
+        self._expect(Holder.TRAINER)
+        self._trainers.sleep()
+        self._engines.resume_memory("weights")
+        self.holder = Holder.SYNC
+        yield
+        self._engines.resume_memory("kv_cache")
+        self.holder = Holder.ENGINES
+
+    def _expect(self, holder: Holder) -> None:
+        assert self.holder is holder, f"the devices are with {self.holder.value}, but this step needs them with {holder.value}"
+
+
+class FreeLease(Lease):
+    """Trainer and engines on devices of their own: nothing changes hands."""
+
+    def __init__(self):
+        self.holder = Holder.ENGINES
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def syncing(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,108 @@
+"""Device slots of the cluster, in one placement group, ordered by node and device."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+import time
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+logger = logging.getLogger(__name__)
+
+# Shares of one device slot. They leave room for a critic beside actor and engine, and let the three be placed on the same device.
+TRAINER_SHARE = 0.4
+ENGINE_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One device of the cluster. On a machine without GPUs Ray is told a number of logical ones, so nothing above differs."""
+
+    bundle: int
+    node_ip: str
+    device_index: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    group: PlacementGroup | None
+    trainer_slots: tuple[Slot, ...]
+    engine_slots: tuple[Slot, ...]
+
+    def strategy(self, slot: Slot) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(
+            placement_group=self.group, placement_group_bundle_index=slot.bundle, placement_group_capture_child_tasks=True
+        )
+
+    def remove(self) -> None:
+        if self.group is not None:
+            remove_placement_group(self.group)
+
+
+def slot_counts(*, num_trainer: int, num_engine: int, colocate: bool) -> tuple[int, int]:
+    """(slots in all, first engine slot). Colocated engines start at slot 0, others behind the trainer."""
+    return (max(num_trainer, num_engine), 0) if colocate else (num_trainer + num_engine, num_trainer)
+
+
+def place(*, num_trainer: int, num_engine: int, colocate: bool, wait_seconds: float = 600.0) -> Placement:
+    """Reserve the slots, waiting for nodes that are still joining. RuntimeError says what is there and what is missing."""
+    total, engine_start = slot_counts(num_trainer=num_trainer, num_engine=num_engine, colocate=colocate)
+    if total == 0:
+        return Placement(None, (), ())
+    group = placement_group([{"GPU": 1, "CPU": 1}] * total, strategy="PACK")
+    _wait_until_ready(group, total, wait_seconds)
+    slots = _ordered_slots(group, total)
+    return Placement(group, tuple(slots[:num_trainer]), tuple(slots[engine_start : engine_start + num_engine]))
+
+
+def _wait_until_ready(group: PlacementGroup, total: int, wait_seconds: float) -> None:
+    started, said = time.monotonic(), 0.0
+    ready = group.ready()
+    while not ray.wait([ready], timeout=2.0)[0]:
+        waited = time.monotonic() - started
+        have = ray.cluster_resources()
+        missing = f"{have.get('GPU', 0):.0f} device slots and {have.get('CPU', 0):.0f} CPUs are in the Ray cluster, {total} of each are needed"
+        if waited > wait_seconds:
+            remove_placement_group(group)
+            raise RuntimeError(
+                f"after {waited:.0f} s {missing}. Join the missing nodes (`ray start --address=...` on each), stop what else uses the "
+                "cluster, or lower --actor-num-nodes / --actor-num-gpus-per-node / --rollout-num-gpus."
+            )
+        if waited - said >= 30:
+            said = waited
+            logger.info("waiting for devices: %s (%.0f s)", missing, waited)
+
+
+@ray.remote(num_cpus=0)
+class _Probe:
+    def where(self) -> tuple[str, int]:
+        return ray.util.get_node_ip_address(), int(ray.get_gpu_ids()[0])
+
+
+def _ordered_slots(group: PlacementGroup, total: int) -> list[Slot]:
+    """Slots sorted by node address and device number, as numbers: Ray hands bundles out in any order, and "10" sorts before "2" as text."""
+    probes = [
+        _Probe.options(
+            num_gpus=0.01,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle),
+        ).remote()
+        for bundle in range(total)
+    ]
+    found = ray.get([probe.where.remote() for probe in probes])
+    for probe in probes:
+        ray.kill(probe)
+    slots = [Slot(bundle, ip, device) for bundle, (ip, device) in enumerate(found)]
+    return sorted(slots, key=lambda slot: (_address_key(slot.node_ip), slot.device_index))
+
+
+def _address_key(address: str) -> tuple[int, int]:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        parsed = ipaddress.ip_address(socket.gethostbyname(address))
+    return parsed.version, int(parsed)

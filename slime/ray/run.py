@@ -1,0 +1,254 @@
+"""One run as the driver sees it: the cluster, the trainer, the engines, and what one iteration asks of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from slime.batch.plan import plan_steps
+from slime.config import Config
+from slime.observability.report import RolloutLine, evaluation_line
+from slime.observability.tracking import TensorBoardSink, Tracker, tensorboard_directory
+from slime.ray.lease import FreeLease, Holder, Lease
+from slime.ray.placement import Placement, place
+from slime.ray.rollout_actor import RolloutActor, RolloutSide
+from slime.ray.train_group import TrainGroup
+from slime.types import RolloutBatch
+from slime.weights.protocol import SyncReport, sync_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one generation handed over."""
+
+    rollout_id: int
+    batch: RolloutBatch | None
+    batch_ref: ray.ObjectRef | None
+    metrics: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Training:
+    metrics: dict[str, float]
+    per_step: list[dict[str, float]]
+    seconds: float
+
+
+class Run:
+    """Owns everything that a run starts, and stops it on leaving the `with` block, also after an error."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._has_trainer = not config.debug.debug_rollout_only
+        self._has_engines = not config.debug.debug_train_only
+        self._placement: Placement | None = None
+        self._trainers: TrainGroup | None = None
+        self._rollout: RolloutSide | None = None
+        self._tracker = Tracker([])
+        self._version = 0
+        self._saved: int | None = None
+        self._steps_done = 0
+        self.lease: Lease = FreeLease()
+        self.start_rollout_id = 0
+        self.num_rollout = config.data.num_rollout or 0
+
+    # ------------------------------------------------------------------ start and stop
+
+    def __enter__(self) -> Run:
+        self._connect()
+        return self
+
+    def _connect(self) -> None:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=True, logging_level=logging.WARNING)
+            return
+        # No cluster was named: a local one with as many logical device slots as the run wants.
+        slots = max(self._num_trainer_slots(), self._num_engine_slots(), 1)
+        logger.info("RAY_ADDRESS is not set: starting a local Ray with %d device slots", slots)
+        ray.init(num_gpus=slots, num_cpus=slots + 4, include_dashboard=False, logging_level=logging.WARNING)
+
+    def __exit__(self, *error) -> None:
+        if self._rollout is not None:
+            self._rollout.stop()
+        if self._trainers is not None:
+            self._trainers.stop()
+        if self._placement is not None:
+            self._placement.remove()
+        self._tracker.close()
+        ray.shutdown()
+
+    def _num_trainer_slots(self) -> int:
+        cluster = self._config.cluster
+        return cluster.actor_num_nodes * cluster.actor_num_gpus_per_node if self._has_trainer else 0
+
+    def _num_engine_slots(self) -> int:
+        return (self._config.cluster.rollout_num_gpus or 0) if self._has_engines else 0
+
+    def start(self) -> None:
+        """Engines and trainer start side by side; then the checkpoint, the data position, and the first weights."""
+        config, started = self._config, time.monotonic()
+        self._tracker = _open_tracker(config)
+        self._placement = place(
+            num_trainer=self._num_trainer_slots(), num_engine=self._num_engine_slots(), colocate=config.cluster.colocate
+        )
+        actor = RolloutActor.options(num_cpus=0.5).remote(config, self._placement, _run_folder(config), secrets.token_hex(16))
+        self._rollout = RolloutSide(actor)
+        engines_ready = self._rollout.begin_start()
+        if self._has_trainer:
+            self._trainers = TrainGroup(config, self._placement)
+            for share in self._trainers.start():
+                logger.info("%s: %s parameters", share["ranks"], f"{share['parameters']:,}")
+            loaded = self._trainers.load()
+            self.start_rollout_id = loaded.start_rollout_id
+        self._rollout.finish_start(engines_ready)
+        self.num_rollout = self._rollout.num_rollout()
+        if self._has_trainer and loaded.data_state is not None:
+            self._rollout.restore(loaded.data_state)
+        if self._has_trainer and self._has_engines:
+            self._trainers.targets = self._rollout.targets()
+            self._take_first_lease()
+        logger.info("ready after %.1f s", time.monotonic() - started)
+
+    def _take_first_lease(self) -> None:
+        """The first weights: engines were started with a checkpoint's, the trainer's may differ, so they are always sent."""
+        if self._config.cluster.colocate:
+            if self._config.cluster.offload_rollout:
+                self._rollout.release_memory()
+            self.lease = Lease(self._rollout, self._trainers, holder=Holder.TRAINER)
+        with self.lease.syncing():
+            report = self.sync_weights()
+        logger.info("%s", report.line())
+
+    # ------------------------------------------------------------------ one iteration
+
+    def generate(self, rollout_id: int) -> Rollout:
+        started = time.monotonic()
+        batch_ref, metrics = self._rollout.generate(rollout_id)
+        batch = ray.get(batch_ref) if batch_ref is not None else None
+        return Rollout(rollout_id, batch, batch_ref, metrics, time.monotonic() - started)
+
+    def train(self, rollout: Rollout) -> Training:
+        started, config, batch = time.monotonic(), self._config, rollout.batch
+        sizes = config.parallel
+        steps = plan_steps(
+            batch.total_lengths,
+            batch.trajectories,
+            batch.mask_sums,
+            dp_size=sizes.data_parallel_size,
+            cp_size=sizes.context_parallel_size,
+            vpp_group=sizes.pipeline_model_parallel_size if (sizes.virtual_pipeline_model_parallel_size or 1) > 1 else 1,
+            batch=config.batch,
+            per_token=config.algorithm.calculate_per_token_loss,
+        )
+        report = self._trainers.train(rollout.batch_ref, steps)
+        return Training(dict(report.metrics), list(report.per_step), time.monotonic() - started)
+
+    def sync_weights(self) -> SyncReport | None:
+        """The next weight version, on every engine; None where there are no engines."""
+        if not (self._has_trainer and self._has_engines):
+            return None
+        self._version += 1
+        return sync_weights(self._rollout, self._trainers, version=self._version)
+
+    def save_if_due(self, rollout_id: int) -> None:
+        checkpoint = self._config.checkpoint
+        if not checkpoint.save or not _is_due(rollout_id, checkpoint.save_interval, self.num_rollout, last=True):
+            return
+        started = time.monotonic()
+        self._trainers.save(rollout_id, self._rollout.state())
+        self._saved = rollout_id
+        logger.info("saved rollout %d under %s in %.1f s", rollout_id + 1, checkpoint.save, time.monotonic() - started)
+        if checkpoint.save_hf:
+            self._trainers.export_hf(checkpoint.save_hf.format(rollout_id=rollout_id))
+
+    def evaluate_if_due(self, rollout_id: int, *, when: str) -> None:
+        evaluation = self._config.evaluation
+        if not evaluation.datasets or not self._has_engines or evaluation.eval_interval is None:
+            return
+        before = rollout_id < self.start_rollout_id
+        if before and evaluation.skip_eval_before_train:
+            return
+        if not before and not _is_due(rollout_id, evaluation.eval_interval, self.num_rollout, last=True):
+            return
+        scores, metrics = self._rollout.evaluate(max(rollout_id, 0))
+        self._tracker.write(metrics, rollout_id + 1)
+        logger.info("%s", evaluation_line(rollout_id + 1, scores, when=when))
+
+    # ------------------------------------------------------------------ what the user sees
+
+    def report(self, rollout: Rollout, training: Training | None = None, sync: SyncReport | None = None, *, seconds: float) -> None:
+        metrics = dict(rollout.metrics)
+        metrics["perf/rollout_time"] = rollout.seconds
+        metrics["perf/step_time"] = seconds
+        trained: dict[str, float] = {}
+        if training is not None:
+            trained = training.metrics
+            metrics["perf/train_time"] = training.seconds
+            for step, step_metrics in enumerate(training.per_step):
+                self._tracker.write(step_metrics, self._steps_done + step)
+            self._steps_done += len(training.per_step)
+            metrics.update(trained)
+        if sync is not None:
+            metrics |= {"perf/update_weights_time": sync.pause_seconds, "perf/update_weights_wire_bytes": float(sync.stream.nbytes)}
+            logger.debug("%s", sync.line())
+        self._tracker.write(metrics, rollout.rollout_id)
+        line = RolloutLine(
+            rollout_id=rollout.rollout_id,
+            num_rollout=self.num_rollout,
+            reward=metrics.get("rollout/raw_reward", 0.0),
+            response_length=metrics.get("rollout/response_len/mean", 0.0),
+            log_prob_gap=trained.get("train/train_rollout_logprob_abs_diff"),
+            entropy=trained.get("train/entropy_loss"),
+            loss=trained.get("train/loss"),
+            generate_seconds=rollout.seconds,
+            train_seconds=training.seconds if training else 0.0,
+            sync_seconds=sync.pause_seconds if sync else 0.0,
+            step_seconds=seconds,
+        )
+        logger.info("%s", line.text())
+
+    def farewell(self) -> None:
+        """Where things are, and how to go on."""
+        checkpoint = self._config.checkpoint
+        if self._saved is not None:
+            logger.info("checkpoint: %s (rollout %d of %d)", checkpoint.save, self._saved + 1, self.num_rollout)
+            logger.info("to go on: run the same command with --num-rollout %d (or more); it resumes from there", self.num_rollout * 2)
+        for sink in self._tracker.places():
+            logger.info("metrics: %s", sink)
+        logger.info("logs of engines and router: %s", _run_folder(self._config))
+
+
+def _is_due(rollout_id: int, interval: int | None, num_rollout: int, *, last: bool) -> bool:
+    if interval is None:
+        return False
+    return (rollout_id + 1) % interval == 0 or (last and rollout_id + 1 == num_rollout)
+
+
+def _run_folder(config: Config) -> Path:
+    """Logs of engines and router: SLIME_RUN_DIR, else beside the checkpoints, else ./outputs."""
+    return Path(os.environ.get("SLIME_RUN_DIR") or Path(config.checkpoint.save or "outputs") / "logs").absolute()
+
+
+def _open_tracker(config: Config) -> Tracker:
+    sinks = []
+    tracking = config.tracking
+    if tracking.use_tensorboard:
+        sinks.append(
+            TensorBoardSink(
+                tensorboard_directory(
+                    environment_dir=os.environ.get("TENSORBOARD_DIR"),
+                    project=tracking.tb_project_name,
+                    experiment=tracking.tb_experiment_name,
+                )
+            )
+        )
+    return Tracker(sinks)

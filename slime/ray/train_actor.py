@@ -1,0 +1,116 @@
+"""One rank of the trainer in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import ray
+
+from slime.config import Config
+from slime.types import RolloutBatch, StepPlan
+from slime.weights.protocol import StreamReport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineTarget:
+    """Where the trainer sends weights for one engine."""
+
+    name: str
+    url: str
+    token: str
+    sharing_ranks: tuple[int, ...]
+    """Trainer ranks on the same devices as the engine, in the order of its own ranks; empty if it has devices of its own."""
+    num_ranks: int
+    """Processes of the engine that each expect a copy of the payload."""
+
+
+@ray.remote
+class TrainActor:
+    """Holds a `Trainer`. All methods are called on all ranks alike; rank 0 also serves the rendezvous store."""
+
+    def __init__(self, config: Config, rank: int, world_size: int, device_index: int):
+        from slime.observability.log import setup_logging
+
+        setup_logging(f"trainer {rank}")
+        self._config, self._rank, self._world_size = config, rank, world_size
+        self._device_index = device_index
+        self._store = None
+        self._engine_groups: dict[tuple[int, ...], object] = {}
+        for name, value in config.cluster.train_env_vars.items():
+            os.environ[name] = str(value)
+
+    def open_store(self) -> tuple[str, int]:
+        """Rank 0 only: start the rendezvous store on a port that the system picks, so that no two runs race for one."""
+        import torch.distributed as dist
+
+        address = ray.util.get_node_ip_address()
+        self._store = dist.TCPStore(address, 0, self._world_size, is_master=True, wait_for_workers=False)
+        return address, self._store.port
+
+    def start(self, store_address: tuple[str, int]) -> dict[str, object]:
+        """Join the process group, build the model and the trainer. Returns this rank's share of the model, for the start-up page."""
+        import torch.distributed as dist
+
+        from slime.device import get_device
+        from slime.parallel import init_ranks
+
+        device = self._device = get_device()
+        device.init_process(self._device_index)
+        timeout = timedelta(minutes=self._config.parallel.distributed_timeout_minutes)
+        if self._store is None:
+            self._store = dist.TCPStore(*store_address, self._world_size, is_master=False, timeout=timeout)
+        dist.init_process_group(
+            device.backend, store=dist.PrefixStore("slime", self._store), rank=self._rank, world_size=self._world_size, timeout=timeout
+        )
+        self._ranks = init_ranks(self._config.parallel, rank=self._rank, world_size=self._world_size, device=device)
+        return self._build()
+
+    def _build(self) -> dict[str, object]:
+        from slime.model.build import build_model
+        from slime.model.hf_config import read_hf_config
+        from slime.training import Trainer
+
+        hf_config = self._hf_config = read_hf_config(self._config.checkpoint.hf_checkpoint)
+        model = build_model(self._config, hf_config, self._ranks, self._device)
+        needs_ref = self._config.algorithm.use_kl_loss or self._config.algorithm.kl_coef != 0
+        self._trainer = Trainer(self._config, self._device, self._ranks, model, ref=needs_ref)
+        parameters = sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
+        return {"rank": self._rank, "parameters": parameters, "ranks": str(self._ranks)}
+
+    def load(self):
+        return self._trainer.load()
+
+    def train(self, batch: RolloutBatch, steps: Sequence[StepPlan]):
+        return self._trainer.train(batch, list(steps))
+
+    def save(self, rollout_id: int, data_state: dict | None) -> None:
+        self._trainer.save(rollout_id, data_state=data_state)
+
+    def export_hf(self, folder: str) -> None:
+        """Write the policy as a Hugging Face checkpoint (all ranks take part)."""
+        self._trainer.save_hf(folder)
+
+    def sleep(self) -> None:
+        self._trainer.sleep()
+
+    def wake(self) -> None:
+        self._trainer.wake()
+
+    def stream(self, version: int, targets: Sequence[EngineTarget]) -> StreamReport:
+        """Send all weights to the engines, bucket by bucket; each bucket is on every rank when it is sent."""
+        from slime.ray.weight_stream import WeightStream
+
+        if not hasattr(self, "_stream"):
+            self._stream = WeightStream(
+                self._trainer.model, self._hf_config, self._ranks, self._device, limit_bytes=self._config.engine.update_weight_buffer_size
+            )
+        return self._stream.send(version, targets)
+
+    def memory(self) -> dict[str, float]:
+        return self._device.memory().as_dict()

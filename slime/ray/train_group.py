@@ -1,0 +1,76 @@
+"""All trainer ranks, as one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import ray
+
+from slime.config import Config
+from slime.ray.calls import gather
+from slime.ray.placement import TRAINER_SHARE, Placement
+from slime.ray.train_actor import EngineTarget, TrainActor
+from slime.weights.protocol import StreamReport
+
+logger = logging.getLogger(__name__)
+
+
+class TrainGroup:
+    """Starts one actor per trainer slot and calls them all at once. Implements the trainer's side of lease and weight protocol."""
+
+    def __init__(self, config: Config, placement: Placement):
+        self._actors = {
+            f"trainer rank {rank}": TrainActor.options(
+                num_gpus=TRAINER_SHARE,
+                num_cpus=TRAINER_SHARE,
+                scheduling_strategy=placement.strategy(slot),
+                runtime_env={"env_vars": _environment()},
+            ).remote(config, rank, len(placement.trainer_slots), slot.device_index)
+            for rank, slot in enumerate(placement.trainer_slots)
+        }
+        self.targets: Sequence[EngineTarget] = ()
+
+    def start(self) -> list[dict[str, object]]:
+        """Build the model on every rank; the ranks' shares, in order."""
+        first = next(iter(self._actors.values()))
+        address = gather({"trainer rank 0": first.open_store.remote()}, doing="opening the rendezvous store")["trainer rank 0"]
+        return list(self._call("start", address, doing="starting the trainer").values())
+
+    def load(self):
+        """Load the checkpoint that the flags name; what rank 0 found (start rollout, data position)."""
+        return self._first(self._call("load", doing="loading the checkpoint"))
+
+    def train(self, batch: ray.ObjectRef, steps: Sequence):
+        return self._first(self._call("train", batch, ray.put(list(steps)), doing="training"))
+
+    def save(self, rollout_id: int, data_state: dict | None) -> None:
+        self._call("save", rollout_id, data_state, doing=f"saving rollout {rollout_id}")
+
+    def export_hf(self, folder: str) -> None:
+        self._call("export_hf", folder, doing=f"writing the Hugging Face checkpoint {folder}")
+
+    def stream(self, version: int) -> StreamReport:
+        return self._first(self._call("stream", version, list(self.targets), doing=f"sending weights v{version}"))
+
+    def sleep(self) -> None:
+        self._call("sleep", doing="putting the trainer to sleep")
+
+    def wake(self) -> None:
+        self._call("wake", doing="waking the trainer")
+
+    def stop(self) -> None:
+        for actor in self._actors.values():
+            ray.kill(actor)
+
+    def _call(self, method: str, *args, doing: str) -> dict[str, object]:
+        return gather({name: getattr(actor, method).remote(*args) for name, actor in self._actors.items()}, doing=doing)
+
+    @staticmethod
+    def _first(results: dict[str, object]):
+        return next(iter(results.values()))
+
+
+def _environment() -> dict[str, str]:
+    # The trainer picks its device by the slot's index among all of the node's, so Ray must not hide the others.
+    return {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "NCCL_CUMEM_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false"}

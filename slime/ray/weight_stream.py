@@ -1,0 +1,125 @@
+"""The weight stream of one trainer rank: export, quantise, bucket, broadcast, hand to the engine on the same device."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from slime.device import Device
+from slime.device.host import HostDevice
+from slime.engine.client import EngineClient
+from slime.engine.payload import bucket_payload
+from slime.model.export import export_weights
+from slime.model.hf_config import HfConfig
+from slime.model.names import NameTable
+from slime.parallel import Ranks
+from slime.ray.train_actor import EngineTarget
+from slime.types.weight_bucket import WeightBucket
+from slime.weights.buckets import fill_buckets
+from slime.weights.protocol import StreamReport
+from slime.weights.quantize import WireFormat
+from slime.weights.stream import Source, broadcast_buckets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What every rank must know of every other to take part in the right exports."""
+
+    rank: int
+    is_dense_source: bool
+    is_expert_source: bool
+    tp_ranks: tuple[int, ...]
+    etp_ranks: tuple[int, ...]
+
+    @staticmethod
+    def of(ranks: Ranks) -> _Place:
+        tp, etp = (tuple(dist.get_process_group_ranks(group)) for group in (ranks.tp_group, ranks.etp_group))
+        return _Place(ranks.rank, ranks.is_dense_source, ranks.is_expert_source, tp, etp)
+
+
+class WeightStream:
+    """Built once per run on every rank; `send` is a collective of all of them."""
+
+    def __init__(self, model: Sequence, hf_config: HfConfig, ranks: Ranks, device: Device, *, limit_bytes: int):
+        self._model, self._ranks, self._device = model, ranks, device
+        self._table = NameTable.for_model(hf_config, with_mtp=False)
+        self._places: list[_Place] | None = None
+        self._wire = WireFormat.of_checkpoint(hf_config)
+        self._limit_bytes = limit_bytes
+        self._sharing_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def send(self, version: int, targets: Sequence[EngineTarget]) -> StreamReport:
+        """Every weight to every engine. An engine that shares devices with trainer ranks is served by them, others by rank 0."""
+        self._open_groups(targets)
+        buckets = broadcast_buckets(self._sources(), rank=self._ranks.rank, device=self._device.torch_device)
+        count = nbytes = tensors = 0
+        with asyncio.Runner() as runner:
+            clients = {target.name: EngineClient(target.url, target.token) for target in targets if self._posts(target)}
+            try:
+                for bucket in buckets:
+                    for target in targets:
+                        self._deliver(bucket, target, clients.get(target.name), runner)
+                    count, nbytes, tensors = count + 1, nbytes + bucket.nbytes, tensors + len(bucket.metas)
+            finally:
+                for client in clients.values():
+                    runner.run(client.close())
+        self._device.empty_cache()
+        return StreamReport(count, nbytes, tensors)
+
+    def _sources(self) -> list[Source]:
+        """Per pipeline stage the rank that sends the dense weights, and per expert shard the one that sends its experts."""
+        if self._places is None:
+            mine = _Place.of(self._ranks)
+            self._places = [mine] * self._ranks.world_size
+            dist.all_gather_object(self._places, mine)
+        sources = []
+        for place in self._places:
+            if place.is_dense_source:
+                sources.append(Source(place.rank, self._buckets(experts=False) if self._ranks.rank in place.tp_ranks else None))
+        for place in self._places:
+            if place.is_expert_source:
+                sources.append(Source(place.rank, self._buckets(experts=True) if self._ranks.rank in place.etp_ranks else None))
+        return sources
+
+    def _buckets(self, *, experts: bool) -> Iterator[WeightBucket]:
+        groups = export_weights(self._model, self._table, self._ranks, gather_to_source=False, experts=experts)
+        encoded = (self._wire.encode_group(group) for group in groups if group)
+        return fill_buckets(encoded, limit_bytes=self._limit_bytes)
+
+    def _posts(self, target: EngineTarget) -> bool:
+        poster = target.sharing_ranks[0] if target.sharing_ranks else 0
+        return self._ranks.rank == poster
+
+    def _open_groups(self, targets: Sequence[EngineTarget]) -> None:
+        """A gloo group per engine that several ranks share, opened by all ranks in the same order."""
+        for target in targets:
+            if len(target.sharing_ranks) > 1 and target.sharing_ranks not in self._sharing_groups:
+                self._sharing_groups[target.sharing_ranks] = dist.new_group(list(target.sharing_ranks), backend="gloo")
+
+    def _deliver(self, bucket: WeightBucket, target: EngineTarget, client: EngineClient | None, runner: asyncio.Runner) -> None:
+        """Each sharing rank contributes the handle of its own copy; one of them posts all handles in the engine's rank order."""
+        if not target.sharing_ranks:
+            if client is not None:
+                # On the way to other devices only bytes make sense: a handle would name memory that they cannot open.
+                payload = bucket_payload(WeightBucket(bucket.metas, bucket.flat.cpu()), HostDevice())
+                runner.run(client.update_weights_from_tensor([payload] * target.num_ranks))
+            return
+        if self._ranks.rank not in target.sharing_ranks:
+            return
+        payloads: list[bytes] = [bucket_payload(bucket, self._device)]
+        if len(target.sharing_ranks) > 1:
+            gathered: list | None = [None] * len(target.sharing_ranks) if client is not None else None
+            group = self._sharing_groups[target.sharing_ranks]
+            dist.gather_object(payloads[0], gathered, dst=target.sharing_ranks[0], group=group)
+            payloads = gathered or []
+        if client is not None:
+            runner.run(client.update_weights_from_tensor(payloads))
+        if len(target.sharing_ranks) > 1:
+            # The other ranks' buffers are mapped into the engine until it has answered.
+            dist.barrier(group=self._sharing_groups[target.sharing_ranks])

@@ -1,0 +1,58 @@
+"""The loop: read this first.
+
+    generate -> hand the devices to the trainer -> train -> save -> sync weights -> hand them back -> next
+
+    python3 -m slime.train FLAGS          the flags of scripts/run-*.sh; `python3 -m slime.config.help` lists them
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+from slime.config import Config, load
+
+logger = logging.getLogger("slime.train")
+
+
+def main(argv: list[str]) -> int:
+    config = load(argv)
+    # Only now the heavy imports: a mistyped flag is answered in a fraction of a second.
+    from slime.observability.log import setup_logging
+    from slime.ray.run import Run
+
+    setup_logging("driver")
+    for note in config.notes:
+        logger.info("config: %s", note)
+    try:
+        with Run(config) as run:
+            train(run, config)
+    except (RuntimeError, ValueError, OSError) as error:
+        logger.error("the run stopped: %s", error)
+        return 1
+    return 0
+
+
+def train(run, config: Config) -> None:
+    """All rollouts from where the checkpoint left off; evaluates, saves and reports as the flags say."""
+    run.start()
+    run.evaluate_if_due(run.start_rollout_id - 1, when="before training")
+    for rollout_id in range(run.start_rollout_id, run.num_rollout):
+        started = time.monotonic()
+        rollout = run.generate(rollout_id)
+        if config.debug.debug_rollout_only:
+            run.report(rollout, seconds=time.monotonic() - started)
+            continue
+        with run.lease.training():
+            training = run.train(rollout)
+            run.save_if_due(rollout_id)
+        with run.lease.syncing():
+            sync = run.sync_weights()
+        run.report(rollout, training, sync, seconds=time.monotonic() - started)
+        run.evaluate_if_due(rollout_id, when="after training" if rollout_id + 1 == run.num_rollout else "during training")
+    run.farewell()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
