@@ -70,7 +70,13 @@ class HttpClient:
             await pool.aclose()
 
     async def call(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout: float, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout: float,
+        headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
         """The answer if its status is 2xx. Raises EngineError with the server's text otherwise, or with the transport's error."""
         limit = httpx.Timeout(timeout, connect=min(timeout, 10.0), pool=timeout)
@@ -79,10 +85,14 @@ class HttpClient:
         except httpx.TimeoutException as error:
             raise EngineError(f"{method} {self.url}{path}: no answer within {timeout:.0f} s ({type(error).__name__})") from None
         except httpx.TransportError as error:
-            raise EngineError(f"{method} {self.url}{path}: {type(error).__name__} {error}; the server is gone or not reachable") from None
+            raise EngineError(
+                f"{method} {self.url}{path}: {type(error).__name__} {error}; the server is gone or not reachable"
+            ) from None
         if not response.is_success:
             hint = "; the token is not this run's" if response.status_code == 401 else ""
-            raise EngineError(f"{method} {self.url}{path} answered {response.status_code}: {text_of(response)}{hint}", response.status_code)
+            raise EngineError(
+                f"{method} {self.url}{path} answered {response.status_code}: {text_of(response)}{hint}", response.status_code
+            )
         return response
 
 
@@ -162,7 +172,9 @@ class EngineClient(HttpClient):
         """Close the update and stamp its version. Raises EngineError if the engine was not updating to this version."""
         found = await self.weight_version()
         if found != f"{INCOMPLETE}{version}":
-            raise EngineError(f"{self.url} is at weights {found!r}, not in the middle of an update to {version!r}: call begin_weight_update first")
+            raise EngineError(
+                f"{self.url} is at weights {found!r}, not in the middle of an update to {version!r}: call begin_weight_update first"
+            )
         if capabilities(await self.sglang_version()).update_session:
             await self.call("POST", "/end_weight_update", {}, timeout=CONTROL_SECONDS)
         await self._stamp(str(version))

@@ -41,9 +41,17 @@ class Command:
 
 
 def command(
-    kind: str, spec: EngineSpec, place: NodePlacement, ports: EnginePorts, column: Capabilities, *, base_env: Mapping[str, str] | None = None
+    kind: str,
+    spec: EngineSpec,
+    place: NodePlacement,
+    ports: EnginePorts,
+    column: Capabilities,
+    *,
+    base_env: Mapping[str, str] | None = None,
 ) -> Command:
     """kind "cuda" or "host" -> the complete settings and environment. Raises ValueError for what the kind cannot do."""
+    if place.node_rank > 0 and place.dist_init_addr is None:
+        raise ValueError(f"node {place.node_rank} of engine {spec.label} needs node 0's dist_init_addr")
     translated = translate(spec.settings, column)
     common = _common_settings(spec, place, ports)
     env = dict(os.environ if base_env is None else base_env)
@@ -76,8 +84,6 @@ def _common_settings(spec: EngineSpec, place: NodePlacement, ports: EnginePorts)
         }
     elif spec.role == "decode":
         common["disaggregation_mode"] = "decode"
-    elif spec.role == "encoder":
-        common["encoder_only"] = True
     return common
 
 
@@ -89,8 +95,6 @@ def _cuda(spec, place, column, asked, common, env) -> tuple[dict[str, object], d
         "enable_memory_saver": spec.needs_offload,
         "enable_metrics": True,
     }
-    if column.attention_dp_option is None or column.attention_dp_option not in asked:
-        common["dp_size"] = spec.dp_size
     common["ep_size"] = spec.ep_size
     if asked.get("speculative_algorithm"):
         common["enable_draft_weights_cpu_backup"] = True
@@ -119,6 +123,8 @@ def _host(spec, place, column, asked, common, env) -> tuple[dict[str, object], d
         raise ValueError(f"sglang {column.version} cannot serve on a CPU here; install 0.5.23 (scripts/setup.sh, extra cpu)")
     if spec.num_nodes > 1:
         raise ValueError(f"engine {spec.label} spans {spec.num_nodes} nodes; a CPU engine runs on one")
+    if spec.pp_size > 1:
+        raise ValueError(f"engine {spec.label} has pipeline parallel size {spec.pp_size}; a CPU engine has tensor parallelism only")
     notes = []
     kept = {}
     for name, value in asked.items():
@@ -156,7 +162,9 @@ def _host(spec, place, column, asked, common, env) -> tuple[dict[str, object], d
 
 def _override_notes(common: Mapping[str, object], asked: Mapping[str, object]) -> list[str]:
     return [
-        f"{name} {asked[name]} as asked, not {common[name]}" for name in asked if name in common and str(asked[name]) != str(common[name])
+        f"{name} {asked[name]} as asked, not {common[name]}"
+        for name in asked
+        if name in common and str(asked[name]) != str(common[name])
     ]
 
 
@@ -179,7 +187,9 @@ def host_model_override(model_path: str, asked: object = None) -> dict[str, obje
     config = json.loads(path.read_text())
     if config.get("model_type") not in HOST_MODEL_CLASS:
         if config.get("quantization_config"):
-            raise ValueError(f"{model_path} ({config.get('model_type')}) is quantised; on a CPU only {', '.join(HOST_MODEL_CLASS)} may be")
+            raise ValueError(
+                f"{model_path} ({config.get('model_type')}) is quantised; on a CPU only {', '.join(HOST_MODEL_CLASS)} may be"
+            )
         return override
     return override | {
         "architectures": list(HOST_MODEL_CLASS[config["model_type"]]),

@@ -37,7 +37,9 @@ def require_port(host: str, port: int, flag: str) -> socket.socket:
         return bind(host, port)
     except OSError as error:
         why = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be bound ({error.strerror})"
-        raise ValueError(f"{flag} {port} on {host} {why}; choose another port or stop its owner (ss -ltnp 'sport = :{port}')") from None
+        raise ValueError(
+            f"{flag} {port} on {host} {why}; choose another port or stop its owner (ss -ltnp 'sport = :{port}')"
+        ) from None
 
 
 @dataclass
@@ -58,7 +60,9 @@ class PortBook:
                     block[port] = bind(self.host, port)
                 except OSError as error:
                     if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                        raise ValueError(f"cannot bind {self.host}:{port}: {error.strerror}; is it an address of this machine?") from None
+                        raise ValueError(
+                            f"cannot bind {self.host}:{port}: {error.strerror}; is it an address of this machine?"
+                        ) from None
                     break
             else:
                 self.held.update(block)

@@ -73,7 +73,9 @@ class ChildProcess:
             raise ValueError(f"{self.label} was not started")
         return self.popen.pid
 
-    def wait(self, ready: Callable[[], bool], *, timeout: float, phase: Callable[[], str], report: Callable[[str], None]) -> float:
+    def wait(
+        self, ready: Callable[[], bool], *, timeout: float, phase: Callable[[], str], report: Callable[[str], None]
+    ) -> float:
         """Seconds until `ready`. Raises EngineDied when the child ends, TimeoutError after `timeout` seconds."""
         last_phase, next_report = "", 0.0
         while True:
@@ -87,12 +89,18 @@ class ChildProcess:
                 report(f"{self.label}: {now} ({elapsed:.0f} s)")
                 last_phase, next_report = now, elapsed + 30.0
             if elapsed > timeout:
-                raise TimeoutError(f"{self.label} is not ready after {elapsed:.0f} s (phase: {now}); its log {self.log_path} ends\n{self.tail()}")
+                raise TimeoutError(
+                    f"{self.label} is not ready after {elapsed:.0f} s (phase: {now}); its log {self.log_path} ends\n{self.tail()}"
+                )
             time.sleep(0.25)
 
     def obituary(self) -> str:
         code = self.popen.returncode if self.popen is not None else None
-        how = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code is not None and code < 0 else f"exited with {code}"
+        how = (
+            f"was killed by signal {-code} ({signal.Signals(-code).name})"
+            if code is not None and code < 0
+            else f"exited with {code}"
+        )
         return f"{self.label} {how}; its log {self.log_path} ends\n{self.tail()}"
 
     def tail(self) -> str:
@@ -127,7 +135,9 @@ class ChildProcess:
         if self._log is not None:
             self._log.close()
         if group_exists(group):
-            raise RuntimeError(f"{self.label}: process group {group} survived SIGKILL; look at it with: ps -o pid,stat,cmd --ppid {group}")
+            raise RuntimeError(
+                f"{self.label}: process group {group} survived SIGKILL; look at it with: ps -o pid,stat,cmd --ppid {group}"
+            )
 
 
 def group_exists(group: int) -> bool:
@@ -185,7 +195,9 @@ class EngineProcess:
             return 0.0
         took = self.child.wait(self._answers, timeout=timeout, phase=self._phase, report=self.report)
         self._book.release()
-        self.report(f"engine {self.spec.label}: ready at {self.url} after {took:.1f} s (pid {self.child.pid}, log {self.child.log_path})")
+        self.report(
+            f"engine {self.spec.label}: ready at {self.url} after {took:.1f} s (pid {self.child.pid}, log {self.child.log_path})"
+        )
         return took
 
     def _answers(self) -> bool:

@@ -41,12 +41,16 @@ ROUTER_DEFAULTS: Mapping[str, object] = {
 }
 
 
-def router_argv(workers: Sequence[Worker], *, host: str, port: int, prometheus_port: int, options: Mapping[str, object]) -> list[str]:
+def router_argv(
+    workers: Sequence[Worker], *, host: str, port: int, prometheus_port: int, options: Mapping[str, object]
+) -> list[str]:
     """The command line of `sglang_router.launch_router`. Raises ValueError for half a PD pair or an encoder."""
     roles = [worker.role for worker in workers]
     paired = any(role in ("prefill", "decode") for role in roles)
     if paired and ("prefill" not in roles or "decode" not in roles or "regular" in roles):
-        raise ValueError(f"prefill/decode needs at least one engine of each kind and no regular one behind a router, got {roles}")
+        raise ValueError(
+            f"prefill/decode needs at least one engine of each kind and no regular one behind a router, got {roles}"
+        )
     argv = [f"--host={host}", f"--port={port}", f"--prometheus-host={host}", f"--prometheus-port={prometheus_port}"]
     for name, value in {**ROUTER_DEFAULTS, **options}.items():
         flag = "--" + name.replace("_", "-")
@@ -78,7 +82,9 @@ class RouterProcess:
         else:
             self._book.held[port] = require_port(host, port, "--sglang-router-port")
             self.port = port
-        self._argv = router_argv(workers, host=host, port=self.port, prometheus_port=self._book.take(), options=dict(options or {}))
+        self._argv = router_argv(
+            workers, host=host, port=self.port, prometheus_port=self._book.take(), options=dict(options or {})
+        )
         self.child = ChildProcess("router", Path(log_path))
 
     @property
@@ -87,7 +93,9 @@ class RouterProcess:
 
     def start(self) -> None:
         env = dict(os.environ)
-        env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(part for part in (str(REPOSITORY), env.get("PYTHONPATH", "")) if part))
+        env["PYTHONPATH"] = os.pathsep.join(
+            dict.fromkeys(part for part in (str(REPOSITORY), env.get("PYTHONPATH", "")) if part)
+        )
         self.child.launch([sys.executable, "-u", "-m", "slime.engine.serve_router", *self._argv], env, self.token)
 
     def wait_ready(self, timeout: float = 120.0) -> float:

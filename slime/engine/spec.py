@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-ROLES = ("regular", "prefill", "decode", "encoder")
+ROLES = ("regular", "prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class EngineSpec:
     model: str
     """name of the served model in the YAML ("default" without one)"""
     role: str
-    """regular, prefill, decode or encoder"""
+    """regular, prefill or decode"""
     engine_id: int
     """counts over all groups and models"""
     gpu_offset: int
@@ -35,7 +35,6 @@ class EngineSpec:
     random_seed: int
     settings: Mapping[str, object] = field(default_factory=dict)
     """SGLang options as the user wrote them (flags, then the group's overrides), any supported version's names"""
-    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

@@ -80,7 +80,9 @@ def capabilities(found: str) -> Capabilities:
     """
     below = [column for column in TABLE if release_key(column.version) <= release_key(found)]
     if not below:
-        raise ValueError(f"sglang {found} is installed; GLM-5.2's shared indices are right from {OLDEST} on: pip install 'sglang>={OLDEST}'")
+        raise ValueError(
+            f"sglang {found} is installed; GLM-5.2's shared indices are right from {OLDEST} on: pip install 'sglang>={OLDEST}'"
+        )
     return below[-1]
 
 
@@ -152,7 +154,11 @@ def option_table(found: str | None = None) -> OptionTable:
 def installed_options(env: Mapping[str, str] | None = None) -> OptionTable:
     """Ask the installed SGLang's parser, in a child process: importing SGLang here would take 5 s and patch torch."""
     answer = subprocess.run(
-        [sys.executable, "-m", "slime.engine.describe"], env=None if env is None else dict(env), capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "slime.engine.describe"],
+        env=None if env is None else dict(env),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     if answer.returncode != 0:
         raise ValueError(f"sglang {installed_version()} cannot be imported:\n{answer.stderr[-1500:]}")
@@ -178,7 +184,9 @@ def translate(settings: Mapping[str, object], column: Capabilities) -> Translati
                 notes.append(f"sglang {column.version}: {name} is dropped, it does nothing there")
                 continue
             if successor in settings:
-                raise ValueError(f"both {name} and its successor {successor} are set ({value!r}, {settings[successor]!r}); keep one")
+                raise ValueError(
+                    f"both {name} and its successor {successor} are set ({value!r}, {settings[successor]!r}); keep one"
+                )
             notes.append(f"sglang {column.version}: {name} is called {successor}")
             name = successor
         renamed = column.value_renames.get((name, value)) if isinstance(value, str) else None
@@ -190,7 +198,9 @@ def translate(settings: Mapping[str, object], column: Capabilities) -> Translati
         del out["enable_dp_attention"]
         if ways is not None:
             out[column.attention_dp_option] = ways
-            notes.append(f"sglang {column.version}: dp_size {ways} with enable_dp_attention is called {column.attention_dp_option} {ways}")
+            notes.append(
+                f"sglang {column.version}: dp_size {ways} with enable_dp_attention is called {column.attention_dp_option} {ways}"
+            )
     return Translation(out, tuple(notes))
 
 

@@ -37,7 +37,10 @@ def host_environment(*, cores: Sequence[int], base: Mapping[str, str] | None = N
         # More threads than the bound cores make small matrix products several times slower.
         OMP_NUM_THREADS="1",
         SGLANG_CPU_OMP_THREADS_BIND="|".join(str(core) for core in cores),
-        GLOO_SOCKET_IFNAME=env.get("GLOO_SOCKET_IFNAME", "lo"),
+        # Everything of a CPU engine stays on loopback; by default SGLang and mooncake choose an address of the machine.
+        GLOO_SOCKET_IFNAME="lo",
+        SGLANG_HOST_IP="127.0.0.1",
+        MC_TCP_BIND_ADDRESS="127.0.0.1",
         HF_HUB_OFFLINE=env.get("HF_HUB_OFFLINE", "1"),
         TOKENIZERS_PARALLELISM="false",
     )

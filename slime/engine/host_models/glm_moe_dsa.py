@@ -69,9 +69,13 @@ class Dims:
     def from_config(cls, c: dict[str, Any], *, rank: int, ranks: int) -> Dims:
         heads, experts = c["num_attention_heads"], c["n_routed_experts"]
         if c.get("n_group") not in (None, 1):
-            raise ValueError(f"config.json has n_group {c['n_group']}; the CPU engine knows GLM-5.2's 1 (no group-limited routing)")
+            raise ValueError(
+                f"config.json has n_group {c['n_group']}; the CPU engine knows GLM-5.2's 1 (no group-limited routing)"
+            )
         if heads % ranks or experts % ranks:
-            raise ValueError(f"tensor parallel size {ranks} must divide num_attention_heads {heads} and n_routed_experts {experts}")
+            raise ValueError(
+                f"tensor parallel size {ranks} must divide num_attention_heads {heads} and n_routed_experts {experts}"
+            )
         return cls(
             hidden=c["hidden_size"],
             layers=c["num_hidden_layers"],

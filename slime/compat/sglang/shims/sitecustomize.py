@@ -10,6 +10,7 @@ SLIME_SGLANG_SHIMS_OFF=name,name switches shims off; the tests use it to see whe
 | sgl_kernel | sglang 0.5.15.post1 - 0.5.23 | the CPU build of the kernels is not published |
 | mooncake_indices | sglang 0.5.20 - 0.5.23 | prefill stages KV indices in pinned memory and a CUDA event |
 | host_register | sglang 0.5.17 - 0.5.23 | host buffers are registered with the CUDA runtime |
+| loopback_store | torch 2.11 - 2.13 | the ranks' TCPStore listens on every interface, without any authentication |
 """
 
 from __future__ import annotations
@@ -131,11 +132,31 @@ def _host_register(module: types.ModuleType) -> None:
     module._cuda_host_register = lambda *args, **kwargs: None
 
 
+def _loopback_store(module: types.ModuleType) -> None:
+    """torch/distributed/rendezvous.py: a store for 127.0.0.1 gets a socket that is bound there, instead of binding its own."""
+    import socket
+
+    plain = module.TCPStore
+
+    def store(*args, **kwargs):
+        mine = kwargs.get("is_master") and kwargs.get("host_name") in ("127.0.0.1", "localhost")
+        if not mine or kwargs.get("master_listen_fd") is not None:
+            return plain(*args, **kwargs)
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", kwargs["port"]))
+        listener.listen(128)
+        return plain(*args, **kwargs, master_listen_fd=listener.detach())
+
+    module.TCPStore = store
+
+
 _KEPT: list[object] = []
 _STAND_INS = {"torchvision": _torchvision, "sgl_kernel": _sgl_kernel}
 _AFTER_IMPORT = {
     "sglang.srt.disaggregation.mooncake.conn": ("mooncake_indices", _mooncake_indices),
     "sglang.srt.mem_cache.pool_host.common": ("host_register", _host_register),
+    "torch.distributed.rendezvous": ("loopback_store", _loopback_store),
 }
 
 

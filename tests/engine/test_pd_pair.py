@@ -1,0 +1,292 @@
+"""One prefill/decode pair of the tiny GLM-5.2 (block FP8 on disk) behind a router, on the CPU, against transformers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from engine.engines import TOKEN, make_checkpoint, prompt, request, spec
+from engine.reference import largest_difference, load_reference, read_weights, restored
+
+from slime.device import get_device
+from slime.engine.client import EngineClient, EngineError, RouterClient, sync
+from slime.engine.payload import flatten_bucket
+from slime.engine.process import EngineDied, EngineProcess, group_exists
+from slime.engine.router import RouterProcess, Worker
+from slime.ops.fp8 import quantize_blockwise
+
+pytestmark = pytest.mark.slow
+
+# Both sides compute in float32; what remains is the order of additions.
+ROUND_OFF = 1e-4
+PROMPT_LENGTHS = (8, 60, 300)
+
+
+@dataclass
+class Pair:
+    folder: Path
+    checkpoint: Path
+    engines: list[EngineProcess]
+    router: RouterProcess
+    reports: list[str]
+    weights: dict[str, torch.Tensor]
+    """what the engines serve now, float32"""
+    model: torch.nn.Module
+    """transformers with those weights"""
+
+    @property
+    def clients(self) -> list[EngineClient]:
+        return [EngineClient(engine.url, TOKEN) for engine in self.engines]
+
+    def generate(self, tokens: list[int], new_tokens: int, **kwargs) -> dict:
+        return sync(RouterClient(self.router.url, TOKEN).generate(request(tokens, new_tokens, **kwargs), timeout=120))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pd")
+    checkpoint = make_checkpoint("cpu", folder / "glm") / "fp8"
+    reports: list[str] = []
+    roles = ("prefill", "decode")
+    engines = [
+        EngineProcess(
+            spec(role, i, checkpoint, max_total_tokens=8192),
+            device_kind="host", token=TOKEN, log_path=folder / f"{role}.log", report=reports.append,
+        )
+        for i, role in enumerate(roles)
+    ]  # fmt: skip
+    router = None
+    try:
+        for engine in engines:
+            engine.start()
+        weights = read_weights(checkpoint)
+        model = load_reference(checkpoint, weights, folder / "reference")
+        for engine in engines:
+            engine.wait_ready(180)
+        workers = [Worker(engine.url, engine.spec.role, engine.ports.bootstrap) for engine in engines]
+        router = RouterProcess(workers, token=TOKEN, log_path=folder / "router.log", report=reports.append)
+        router.start()
+        router.wait_ready(60)
+        yield Pair(folder, checkpoint, engines, router, reports, weights, model)
+    finally:
+        for process in [*engines, *([router] if router else [])]:
+            process.stop()
+
+
+def test_log_probs_equal_transformers_on_prompts_longer_than_index_topk(pair):
+    for length in PROMPT_LENGTHS:
+        tokens = prompt(length, length)
+        answer = pair.generate(tokens, 40)
+        assert max(largest_difference(pair.model, tokens, answer)) < ROUND_OFF
+    # The comparison has teeth: attending to everything instead of the 16 selected positions is far away.
+    assert min(largest_difference(pair.model, tokens, answer, index_topk=10**6)) > 0.05
+
+
+def test_eight_requests_at_once_are_each_exact(pair):
+    prompts = [prompt(50 + i, 20 + 23 * i) for i in range(8)]
+
+    async def all_at_once() -> list[dict]:
+        client = RouterClient(pair.router.url, TOKEN)
+        answers = await asyncio.gather(*(client.generate(request(tokens, 24, temperature=1.0), timeout=120) for tokens in prompts))
+        await client.close()
+        return answers
+
+    for tokens, answer in zip(prompts, asyncio.run(all_at_once()), strict=True):
+        assert len(answer["output_ids"]) == 24
+        assert max(largest_difference(pair.model, tokens, answer)) < ROUND_OFF
+
+
+def test_every_control_endpoint_needs_the_token(pair):
+    control = (
+        "/update_weights_from_tensor", "/update_weights_from_disk", "/begin_weight_update", "/end_weight_update", "/update_weight_version",
+        "/pause_generation", "/continue_generation", "/abort_request", "/flush_cache", "/release_memory_occupation",
+        "/resume_memory_occupation", "/generate",
+    )  # fmt: skip
+    for headers in ({}, {"Authorization": "Bearer somebody-else"}):
+        for engine in pair.engines:
+            for path in control:
+                assert httpx.post(engine.url + path, json={}, headers=headers).status_code == 401, path
+            for path in ("/model_info", "/server_info"):
+                assert httpx.get(engine.url + path, headers=headers).status_code == 401, path
+        assert httpx.post(pair.router.url + "/generate", json=request(prompt(1, 5), 1), headers=headers).status_code == 401
+        assert httpx.post(pair.router.url + "/workers", json={"url": "http://127.0.0.1:9"}, headers=headers).status_code == 401
+    with pytest.raises(EngineError, match="401.*token is not this run's"):
+        sync(EngineClient(pair.engines[0].url, "wrong").pause_generation())
+
+
+def test_the_token_is_in_no_argument_list_and_no_other_user_can_read_the_log(pair):
+    for process in (*pair.engines, pair.router):
+        assert TOKEN not in Path(f"/proc/{process.child.pid}/cmdline").read_text()
+        assert process.child.log_path.stat().st_mode & 0o077 == 0
+
+
+def test_only_the_kv_transfer_listens_outside_loopback(pair):
+    """mooncake's TCP transfer engine opens two sockets per engine on every interface and has no option against it."""
+    assert listening_outside_loopback({pair.router.child.pid}) == set()
+    for engine in pair.engines:
+        assert len(listening_outside_loopback({engine.child.pid})) == 2, "mooncake learned to bind to loopback: tell pd-disaggregation.md"
+
+
+def listening_outside_loopback(groups: set[int]) -> set[str]:
+    """Local addresses of listening TCP sockets of these process groups, from /proc."""
+    inodes = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            if not entry.name.isdigit() or int(entry.joinpath("stat").read_text().rpartition(")")[2].split()[2]) not in groups:
+                continue
+            inodes |= {os.readlink(fd) for fd in entry.joinpath("fd").iterdir()}
+        except OSError:
+            continue
+    found = set()
+    for table, loopback in (("tcp", "0100007F"), ("tcp6", "00000000000000000000000001000000")):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes and not fields[1].startswith(loopback):
+                found.add(fields[1])
+    return found
+
+
+def test_an_update_of_both_engines_serves_the_new_weights(pair):
+    tokens = prompt(7, 200)
+    before = pair.generate(tokens, 30)
+    assert [sync(client.weight_version()) for client in pair.clients] == ["default", "default"]
+
+    wire = perturbed_wire_weights(pair, seed=1)
+    send(pair, wire, version=1)
+    assert [sync(client.weight_version()) for client in pair.clients] == ["1", "1"]
+    pair.weights |= restored(wire)
+    pair.model = load_reference(pair.checkpoint, pair.weights, pair.folder / "reference")
+
+    after = pair.generate(tokens, 30)
+    assert after["meta_info"]["weight_version"] == "1"
+    assert max(largest_difference(pair.model, tokens, after)) < ROUND_OFF
+    assert max(largest_difference(pair.model, tokens, before)) > 0.05, "the update was too small to be seen"
+
+
+def test_a_subset_in_reverse_order_updates_only_what_it_names(pair):
+    names = [name for name in pair.weights if ".indexer." in name or ".mlp.experts." in name]
+    wire = perturbed_wire_weights(pair, seed=2, only=names)
+    send(pair, dict(reversed(wire.items())), version=2)
+    pair.weights |= restored(wire)
+    pair.model = load_reference(pair.checkpoint, pair.weights, pair.folder / "reference")
+    tokens = prompt(8, 150)
+    assert max(largest_difference(pair.model, tokens, pair.generate(tokens, 20))) < ROUND_OFF
+
+
+def test_an_engine_in_the_middle_of_an_update_says_so(pair):
+    client = pair.clients[0]
+    sync(client.pause_generation())
+    try:
+        with pytest.raises(EngineError, match="begin_weight_update first"):
+            sync(client.end_weight_update(3))
+        with pytest.raises(EngineError, match="begin_weight_update"):
+            sync(client.update_weights_from_tensor([flatten_bucket([("model.norm.weight", torch.ones(128))], get_device())]))
+        sync(client.begin_weight_update(3))
+        assert sync(client.weight_version()) == "incomplete:3"
+        with pytest.raises(EngineError, match="incomplete:3"):
+            sync(client.end_weight_update(4))
+        assert sync(client.weight_version()) == "incomplete:3"
+        sync(client.end_weight_update(3))
+        assert sync(client.weight_version()) == "3"
+    finally:
+        sync(client.continue_generation())
+
+
+def test_the_checksum_sees_one_changed_weight(pair):
+    client = pair.clients[1]
+    before = sync(client.weights_checksum())
+    name = "model.layers.4.mlp.experts.3.up_proj.weight"
+    changed = pair.weights[name].clone()
+    changed[0, 0] += 1.0
+    for tensor, same in ((changed, False), (pair.weights[name], True)):
+        sync(client.pause_generation())
+        sync(client.begin_weight_update(9))
+        sync(client.update_weights_from_tensor([flatten_bucket([(name, tensor)], get_device())]))
+        sync(client.end_weight_update(9))
+        sync(client.continue_generation())
+        assert (sync(client.weights_checksum())["ranks"] == before["ranks"]) is same
+
+
+def test_abort_ends_running_requests(pair):
+    async def abort_in_the_middle() -> dict:
+        client = RouterClient(pair.router.url, TOKEN)
+        running = asyncio.create_task(client.generate(request(prompt(3, 30), 3000, log_probs=False), timeout=120))
+        await asyncio.sleep(1.5)
+        for engine in pair.clients:
+            await engine.abort_all()
+        answer = await running
+        await client.close()
+        return answer
+
+    started = time.monotonic()
+    answer = asyncio.run(abort_in_the_middle())
+    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+    assert 0 < len(answer["output_ids"]) < 3000
+    assert time.monotonic() - started < 30
+
+
+def test_an_unreachable_engine_is_one_clear_error(pair):
+    with pytest.raises(EngineError, match="127.0.0.1:9/model_info.*not reachable"):
+        sync(EngineClient("http://127.0.0.1:9", TOKEN).weight_version())
+
+
+def test_a_dead_engine_is_named_with_the_end_of_its_log(pair):
+    """Last in this module: it kills the prefill engine."""
+    prefill = pair.engines[0]
+    prefill.check()
+    os.kill(prefill.child.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while prefill.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with pytest.raises(EngineDied, match=r"default-prefill-0 was killed by signal 9 \(SIGKILL\); its log .*prefill.log ends"):
+        prefill.check()
+    with pytest.raises(EngineError, match="server is gone"):
+        sync(EngineClient(prefill.url, TOKEN).health())
+    # Its schedulers outlive it for a moment; stop() sees to all of them.
+    prefill.stop()
+    assert not group_exists(prefill.child.pid)
+
+
+def perturbed_wire_weights(pair: Pair, *, seed: int, only: list[str] | None = None) -> dict[str, torch.Tensor]:
+    """New values for weights, in the checkpoint's wire format: FP8 and scales where the checkpoint has FP8, else float32."""
+    from safetensors import safe_open
+
+    quantised = set()
+    for file in sorted(pair.checkpoint.glob("*.safetensors")):
+        with safe_open(str(file), "pt") as reader:
+            quantised |= {name.removesuffix("_scale_inv") for name in reader.keys() if name.endswith("_scale_inv")}
+    generator = torch.Generator().manual_seed(seed)
+    wire: dict[str, torch.Tensor] = {}
+    for name in sorted(only or pair.weights):
+        tensor = pair.weights[name]
+        changed = tensor + torch.randn(tensor.shape, generator=generator) * 0.2 * (tensor.std() if tensor.numel() > 1 else 0.0)
+        if name in quantised:
+            wire[name], wire[f"{name}_scale_inv"] = quantize_blockwise(changed)
+        else:
+            wire[name] = changed
+    return wire
+
+
+def send(pair: Pair, wire: dict[str, torch.Tensor], *, version: int, pairs_per_bucket: int = 40) -> None:
+    """As a trainer does: pause all, flush, begin, buckets (a weight with its scale), end, continue."""
+    bases = list(dict.fromkeys(name.removesuffix("_scale_inv") for name in wire))
+    for call in ("pause_generation", "flush_cache"):
+        for client in pair.clients:
+            sync(getattr(client, call)())
+    for client in pair.clients:
+        sync(client.begin_weight_update(version))
+    for at in range(0, len(bases), pairs_per_bucket):
+        names = [name for base in bases[at : at + pairs_per_bucket] for name in (f"{base}_scale_inv", base) if name in wire]
+        payload = flatten_bucket([(name, wire[name]) for name in names], get_device())
+        for client in pair.clients:
+            sync(client.update_weights_from_tensor([payload]))
+    for client in pair.clients:
+        sync(client.end_weight_update(version))
+        sync(client.continue_generation())
