@@ -1,0 +1,98 @@
+"""Who gets which GPUs, and how the rollout engines are laid out and reached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from slime.config.engine_groups import SglangModel
+from slime.config.flags import derived, flag
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """GPUs (or, on a machine without any, ranks) for training and rollout."""
+
+    actor_num_nodes: int = 1
+    """Training nodes."""
+    actor_num_gpus_per_node: int = 8
+    """Training GPUs (ranks) per node."""
+    rollout_num_gpus: int | None = None
+    """GPUs of all rollout engines together. Colocated runs derive it from the training GPUs."""
+    rollout_num_gpus_per_engine: int = 1
+    """GPUs of one engine (its tensor- times pipeline-parallel size)."""
+    num_gpus_per_node: int = 8
+    """GPUs per node as seen by the rollout layout; lower it when a node has fewer than 8."""
+    colocate: bool = False
+    """Training and rollout take turns on the same GPUs; turns both offload switches on."""
+    offload: bool = False
+    """Short for --offload-train --offload-rollout."""
+    offload_train: bool | None = None
+    """The trainer gives its memory back while engines generate."""
+    offload_rollout: bool | None = None
+    """The engines give their memory back while the trainer trains."""
+    distributed_backend: Literal["nccl", "gloo"] = "nccl"
+    """Collectives of the training ranks; a machine without CUDA always uses gloo."""
+    train_backend: Literal["megatron"] = "megatron"
+    """There is one: megatron-core."""
+    train_env_vars: Mapping[str, object] = flag({})
+    """JSON object: extra environment of the training actors."""
+    release_train: bool = flag(False, later="killing and re-creating the trainer around every rollout")
+    """Kill the training actors during rollout and re-create them from a checkpoint."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Rollout engines, their router, and how weights reach them."""
+
+    sglang_config: str | None = None
+    """YAML file with models and server groups (prefill, decode, regular, ...)."""
+    prefill_num_servers: int | None = None
+    """Short form without YAML: this many prefill engines, the rest decode."""
+    sglang_router_ip: str | None = None
+    """Address of a router that already runs; None starts one."""
+    sglang_router_port: int | None = None
+    """Port of the router; None takes a free one."""
+    sglang_router_request_timeout_secs: int = 14400
+    """The router gives a request up after this many seconds."""
+    sglang_server_concurrency: int = 512
+    """Requests in flight per engine."""
+    rollout_external_engine_addrs: tuple[str, ...] | None = flag(None, later="engines that somebody else started")
+    """host:port of engines that already run."""
+    update_weight_buffer_size: int = 512 * 1024 * 1024
+    """Bytes of one weight bucket on its way to the engines."""
+    update_weights_interval: int = 1
+    """Sync the weights to the engines every so many rollouts (asynchronous loop)."""
+    update_weight_mode: Literal["full", "delta"] = flag("full", later_values=("delta",))
+    """Send all weights, or only what changed."""
+    update_weight_transport: Literal["nccl", "disk"] = flag("nccl", later_values=("disk",))
+    """Carrier of the weights when engines do not share the trainer's GPUs."""
+    update_weight_disk_dir: str | None = flag(None, later="weight sync through a shared disk")
+    """Shared folder of published weight versions."""
+    update_weight_disk_keep_files: bool = flag(False, later="weight sync through a shared disk")
+    """Keep published versions after the engines loaded them."""
+    update_weight_delta_encoding: Literal["xor", "overwrite"] = flag("xor", later="delta weight sync")
+    """How differences are written."""
+    update_weight_delta_checksum: Literal["xxh3-128", "blake3", "adler32"] = flag("xxh3-128", later="delta weight sync")
+    """Digest per tensor of a delta."""
+    update_weight_local_checkpoint_dir: str | None = flag(None, later="delta weight sync")
+    """Host-local HF checkpoint that deltas are applied to."""
+    custom_update_weight_post_write_path: str | None = flag(None, later="weight sync through a shared disk")
+    """Hook of every rank after a version was written."""
+    check_weight_update_equal: bool = flag(False, later="the read-back flag (the sync's own checksums are always on)")
+    """Compare the engines' weights with the trainer's after a sync."""
+    use_fault_tolerance: bool = flag(False, later="restarting dead engines during a run")
+    """Watch the engines and restart those that die."""
+    rollout_health_check_interval: float = 30.0
+    """Seconds between health checks of an engine."""
+    rollout_health_check_timeout: float = 30.0
+    """An engine that does not answer within this many seconds counts as dead."""
+    rollout_health_check_first_wait: float = 0.0
+    """Seconds without health checks after a start or resume."""
+    groups: tuple[SglangModel, ...] = derived(())
+    """Models and their engine groups, from --sglang-config, --prefill-num-servers or the plain flags."""
+    sglang: Mapping[str, str | bool] = derived({})
+    """Text of every other --sglang-* flag, without the prefix, dashes as underscores; slime.engine gives it types."""
+    router: Mapping[str, str | bool] = derived({})
+    """Text of every --router-* flag, likewise."""

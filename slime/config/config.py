@@ -1,0 +1,124 @@
+"""The whole configuration of a run: frozen, picklable, one section per room; and the flat view that plugins get."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from slime.config import megatron_flags
+from slime.config.cluster import ClusterConfig, EngineConfig
+from slime.config.errors import nearest
+from slime.config.flags import FrozenMap
+from slime.config.model import ModelConfig, ParallelConfig
+from slime.config.rollout import DataConfig, EvalConfig, RolloutConfig
+from slime.config.run import DebugConfig, TrackingConfig
+from slime.config.training import AlgorithmConfig, BatchConfig, CheckpointConfig, OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `load()` returns. Field names are slime's and Megatron's attribute names, each in exactly one section."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    notes: tuple[str, ...] = ()
+    """One line per derived value, with the reason; start-up prints them."""
+    door: str = "train"
+    """Who asked: "train", "convert" or "rehearse"."""
+
+    @property
+    def args(self) -> FlatArgs:
+        """Every attribute under slime's name, read-only, for plugins."""
+        return FlatArgs(self)
+
+
+SECTION_NAMES = tuple(
+    item.name for item in dataclasses.fields(Config) if item.name not in ("notes", "door")
+)  # fmt: skip
+SECTION_MAPPINGS = {"megatron", "ddp", "sglang", "router", "groups", "datasets", "custom"}
+"""Fields that hold many settings; the flat view shows what is inside them, not the mappings (two are called `megatron`)."""
+
+
+@functools.lru_cache(maxsize=1)
+def section_of() -> Mapping[str, str]:
+    """Attribute -> the section that owns it."""
+    owners: dict[str, str] = {}
+    for section in SECTION_NAMES:
+        cls = Config.__dataclass_fields__[section].default_factory  # type: ignore[misc]
+        for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if item.name not in SECTION_MAPPINGS:
+                assert item.name not in owners, f"{item.name} is in {owners[item.name]} and {section}"
+                owners[item.name] = section
+    return FrozenMap(owners)
+
+
+class FlatArgs:
+    """`args` as slime's plugins know it: one namespace, slime's and Megatron's names, no assignment.
+
+    A missing name raises AttributeError with the nearest one, so `getattr(args, name, default)` works.
+    """
+
+    __slots__ = ("_config", "_runtime")
+
+    def __init__(self, config: Config, runtime: Mapping[str, object] | None = None) -> None:
+        object.__setattr__(self, "_config", config)
+        object.__setattr__(self, "_runtime", FrozenMap(runtime or {}))
+
+    def with_runtime(self, **values: object) -> FlatArgs:
+        """The same view plus values that exist only while running (the router's address, a token); they win."""
+        return FlatArgs(self._config, {**self._runtime, **values})
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        config, runtime = self._config, self._runtime
+        if name in runtime:
+            return runtime[name]
+        if name in section_of():
+            return getattr(getattr(config, section_of()[name]), name)
+        if name == "eval_datasets":
+            return list(config.evaluation.datasets)
+        if name in ("use_critic", "rollout_external"):
+            return False
+        field_name = megatron_flags.ALIASES.get(name, name)
+        for mapping in (config.model.megatron, config.optimizer.megatron, config.optimizer.ddp, config.debug.custom):
+            if field_name in mapping:
+                return mapping[field_name]
+        for prefix, mapping in (("sglang_", config.engine.sglang), ("router_", config.engine.router)):
+            if name.startswith(prefix) and name[len(prefix) :] in mapping:
+                return mapping[name[len(prefix) :]]
+        try:
+            return megatron_flags.default_of(field_name)
+        except KeyError:
+            raise AttributeError(f"args has no {name!r}{nearest(name, self)}") from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"args is read-only (tried to set {name!r}); with_runtime() makes a view with another value")
+
+    def __iter__(self) -> Iterator[str]:
+        """Every name that was declared or given."""
+        config = self._config
+        names = {*section_of(), *self._runtime, *config.model.megatron, *config.optimizer.megatron, *config.optimizer.ddp}
+        return iter(sorted(names | set(config.debug.custom) | {"eval_datasets", "use_critic", "rollout_external"}))
+
+    def __dir__(self) -> list[str]:
+        return [*self, "with_runtime"]
+
+    def __reduce__(self) -> tuple[type, tuple[Config, FrozenMap]]:
+        return FlatArgs, (self._config, self._runtime)
+
+    def __repr__(self) -> str:
+        return f"FlatArgs({len(list(self))} names)"

@@ -1,0 +1,42 @@
+"""What a user did wrong, said once and completely."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A wrong flag, file or combination; the message says what to change."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean --x?`, or nothing when no word is close."""
+    close = difflib.get_close_matches(word, list(words), 1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def refuse_unknown_keys(mapping: dict, legal: Iterable[str], *, file: str, path: str) -> None:
+    """One error for all keys of `mapping` (found at `path` of `file`) that are not `legal`."""
+    legal = list(legal)
+    wrong = [key for key in mapping if key not in legal]
+    if wrong:
+        said = ", ".join(f"{key!r}{nearest(str(key), legal)}" for key in wrong)
+        raise ConfigError(f"{file}: unknown key at {path or 'the top'}: {said} (legal keys: {', '.join(legal)})")
+
+
+def load_yaml(file: str, *, flag: str) -> object:
+    """The content of a YAML (or JSON) file; a missing or malformed one is a ConfigError naming flag, file and line."""
+    import yaml
+
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return yaml.safe_load(stream)
+    except FileNotFoundError:
+        raise ConfigError(f"{flag}: no file {file!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{flag}: cannot read {file!r}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{flag}: {file!r} is not YAML{where}: {getattr(error, 'problem', None) or error}") from None

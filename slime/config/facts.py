@@ -1,0 +1,69 @@
+"""What the disk says about a run: the only reading that derivations depend on, done once, so that `resolve()` stays pure."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from slime.config.errors import ConfigError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+HF_MODEL_TYPES = ("glm_moe_dsa", "deepseek_v32", "deepseek_v3", "qwen2", "qwen3", "qwen3_moe", "glm4", "llama")
+"""`model_type` of HF folders that the weight-name table can load."""
+
+LoadKind = Literal["nothing", "megatron", "release", "iteration", "hf", "unknown"]
+"""What a folder holds: nothing at all, a Megatron checkpoint with an iteration or with the word "release" in its tracker, one
+iteration's folder itself, an HF model, or something else."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Answers from the disk and the environment."""
+
+    load: LoadKind = "nothing"
+    ref_load: LoadKind = "nothing"
+    hf_config: Mapping[str, object] | None = None
+    """config.json of --hf-checkpoint, when that is a folder on this machine."""
+    tensorboard_dir: str | None = None
+
+
+def kind_of(folder: str | None) -> LoadKind:
+    """What a checkpoint folder holds."""
+    if folder is None or not os.path.isdir(folder):
+        return "nothing"
+    root = Path(folder)
+    tracker = root / TRACKER
+    if tracker.exists():
+        return "release" if tracker.read_text().strip() == "release" else "megatron"
+    if (root / ".metadata").exists() or (root / "common.pt").exists() or (root / "metadata.json").exists():
+        return "iteration"
+    config = read_hf_config(folder)
+    if config is not None:
+        return "hf" if config.get("model_type") in HF_MODEL_TYPES else "unknown"
+    return "nothing" if not any(root.iterdir()) else "unknown"
+
+
+def read_hf_config(folder: str | None) -> Mapping[str, object] | None:
+    """config.json of an HF folder, or None when there is no such file. Raises ConfigError when it cannot be read."""
+    if folder is None:
+        return None
+    file = Path(folder) / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--hf-checkpoint: cannot read {str(file)!r}: {error}") from None
+
+
+def gather_facts(*, load: str | None, ref_load: str | None, hf_checkpoint: str | None) -> Facts:
+    return Facts(
+        load=kind_of(load),
+        ref_load=kind_of(ref_load),
+        hf_config=read_hf_config(hf_checkpoint),
+        tensorboard_dir=os.environ.get("TENSORBOARD_DIR"),
+    )

@@ -1,0 +1,124 @@
+"""From the words of a command line to a Config."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from slime.config.command_line import SECTIONS, CommandLine, convert_word, flag_table, parse_words
+from slime.config.config import Config
+from slime.config.errors import ConfigError, load_yaml, nearest
+from slime.config.facts import Facts, gather_facts
+from slime.config.flags import Flag, FrozenMap, field_default
+from slime.config.resolve import Values, resolve
+
+Door = Literal["train", "convert", "rehearse"]
+MAPPINGS = ("model.megatron", "optimizer.megatron", "optimizer.ddp")
+
+
+def parse(argv: Sequence[str], *, door: Door = "train", facts: Facts | None = None) -> Config:
+    """The configuration that `argv` means, or a ConfigError (a ValueError) that lists what is wrong.
+
+    "train" takes every flag, "convert" those of model, parallel and checkpoint, "rehearse" is "train" on a machine where the
+    run's files need not exist. `facts` replaces what would be read from the disk.
+    """
+    words = parse_words(argv, door=door)
+    start = _defaults()
+    start.update(words.given)
+    start.update({name: dict(words.megatron[name]) for name in MAPPINGS})
+    start.update(sglang=FrozenMap(words.sglang), router=FrozenMap(words.router))
+    notes = _apply_yaml(start, words)
+    facts = facts or gather_facts(load=start["load"], ref_load=start["ref_load"], hf_checkpoint=start["hf_checkpoint"])
+    final = resolve(start, given=words.given, door=door, facts=facts)
+    return _build(final, notes=(*notes, *final.notes), door=door)
+
+
+def load(argv: Sequence[str], *, door: Door = "train") -> Config:
+    """`parse()` for programs: a mistake goes to stderr, one line each, and the program ends with status 2."""
+    if "--help" in argv or "-h" in argv:
+        from slime.config.help import listing
+
+        sys.stdout.write(listing(door=door))
+        raise SystemExit(0)
+    try:
+        return parse(argv, door=door)
+    except ConfigError as error:
+        sys.stderr.write("".join(f"slime: {line}\n" if not line.startswith(" ") else f"{line}\n" for line in str(error).split("\n")))
+        raise SystemExit(2) from None
+
+
+def _defaults() -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for section, cls in SECTIONS.items():
+        for item in dataclasses.fields(cls):
+            values[f"{section}.{item.name}" if item.name in ("megatron", "ddp") else item.name] = field_default(item)
+    return values
+
+
+def _apply_yaml(start: dict[str, Any], words: CommandLine) -> list[str]:
+    """--custom-config-path wins over flags, and before anything is derived from them. Unknown keys are refused."""
+    file = words.given.get("custom_config_path")
+    if file is None:
+        return []
+    content = load_yaml(str(file), flag="--custom-config-path") or {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: the top must be a mapping of attributes, found {type(content).__name__}")
+    rows: dict[str, Flag] = {row.dest: row for row in flag_table().values() if row.section in (*SECTIONS, *MAPPINGS)}
+    rows.update({name[2:].replace("-", "_"): row for name, row in flag_table().items() if "." in row.section and row.num_values != 0})
+    notes, mistakes = [], []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name == "custom":
+            if not isinstance(value, dict):
+                raise ConfigError(f"{file}: 'custom' must be a mapping of a plugin's own settings, found {value!r}")
+            start["custom"] = FrozenMap(value)
+        elif name not in rows:
+            mistakes.append(f"{file}: unknown key {key!r}{nearest(name, rows)} (a plugin's own settings go under 'custom:')")
+        else:
+            row = rows[name]
+            try:
+                converted = _from_yaml(row, value)
+            except ValueError as error:
+                mistakes.append(f"{file}: {key}: {error}")
+                continue
+            if row.later:
+                mistakes.append(f"{file}: {key}: this version does not have {row.later}; remove the key")
+                continue
+            target = start[row.section] if "." in row.section else start
+            notes.append(f"{row.dest} = {converted!r}, because {file} says so")
+            target[row.dest] = converted
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return notes
+
+
+def _from_yaml(row: Flag, value: object) -> object:
+    """A YAML value as the flag's type; text is read as the command line would read it (YAML takes 1e-5 for text)."""
+    if value is None:
+        return None
+    if row.num_values == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"wants true or false, got {value!r}")
+        return value
+    if isinstance(value, Mapping):
+        return FrozenMap(value)
+    if isinstance(value, list) and row.num_values == 1 and not row.append:
+        return convert_word(row, str(value).replace("'", ""))
+    if isinstance(value, list):
+        return tuple(convert_word(row, str(one)) for one in value)
+    one = convert_word(row, str(value))
+    return (one,) if row.num_values != 1 or row.append else one
+
+
+def _build(values: Values, *, notes: tuple[str, ...], door: str) -> Config:
+    sections = {}
+    for section, cls in SECTIONS.items():
+        kept = {}
+        for item in dataclasses.fields(cls):
+            key = f"{section}.{item.name}" if item.name in ("megatron", "ddp") else item.name
+            value = values[key]
+            kept[item.name] = FrozenMap(value) if isinstance(value, dict) and not isinstance(value, FrozenMap) else value
+        sections[section] = cls(**kept)
+    return Config(**sections, notes=notes, door=door)

@@ -1,0 +1,101 @@
+"""Tracking and debugging of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from slime.config.flags import derived, flag
+
+_WANDB = "Weights & Biases (TensorBoard is there)"
+_PROFILE = "profiles and memory records"
+_CI = "the CI assertions"
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go."""
+
+    use_tensorboard: bool = False
+    """Write TensorBoard files."""
+    tb_project_name: str | None = None
+    """First folder below tensorboard_log (or TENSORBOARD_DIR)."""
+    tb_experiment_name: str | None = None
+    """Second folder; None takes the time."""
+    use_wandb: bool = flag(False, later=_WANDB)
+    """Send metrics to Weights & Biases."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = flag(None, later=_WANDB)
+    """Its mode."""
+    wandb_dir: str | None = flag(None, later=_WANDB)
+    """Its folder."""
+    wandb_key: str | None = flag(None, later=_WANDB)
+    """Its key."""
+    wandb_host: str | None = flag(None, later=_WANDB)
+    """Its host."""
+    wandb_team: str | None = flag(None, later=_WANDB)
+    """Its team."""
+    wandb_group: str | None = flag(None, later=_WANDB)
+    """Its group."""
+    wandb_project: str | None = flag(None, later=_WANDB)
+    """Its project."""
+    wandb_random_suffix: bool = flag(True, off="--disable-wandb-random-suffix", later=_WANDB)
+    """A random ending of the run's name."""
+    wandb_always_use_train_step: bool = flag(False, later=_WANDB)
+    """Its step counts optimizer steps."""
+    wandb_run_id: str | None = flag(None, later=_WANDB)
+    """Its run."""
+    log_multi_turn: bool = flag(False, later="multi-turn metrics")
+    """Metrics of turns."""
+    log_passrate: bool = flag(False, later="pass-rate metrics")
+    """pass@k within groups."""
+    log_reward_category: str | None = flag(None, later="reward categories")
+    """Key of a reward mapping to count."""
+    log_correct_samples: bool = flag(False, later="metrics of correct samples")
+    """Metrics of correct samples alone."""
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    """Running one half, and recording or replaying what lies between the halves."""
+
+    debug_rollout_only: bool = False
+    """Engines and rollouts, no trainer."""
+    debug_train_only: bool = False
+    """Trainer without engines."""
+    save_debug_rollout_data: str | None = None
+    """File per rollout with its samples; must hold {rollout_id}."""
+    load_debug_rollout_data: str | None = None
+    """Replay such files instead of generating; implies --debug-train-only."""
+    load_debug_rollout_data_subsample: float | None = flag(None, later="replaying a part of a dump")
+    """Share of the rows to replay."""
+    load_forge_rollout_data: str | None = flag(None, later="replaying while engines stay alive")
+    """Replay while the engines stay up."""
+    save_debug_train_data: str | None = flag(None, later="dumps of the trainer's tensors")
+    """File per rollout and rank with the trainer's tensors."""
+    dump_details: str | None = None
+    """Folder: rollouts are saved to rollout_data/{rollout_id}.pt below it."""
+    memory_snapshot_dir: str = flag(".", later=_PROFILE)
+    """Where memory snapshots go."""
+    memory_snapshot_num_steps: int | None = flag(None, later=_PROFILE)
+    """Steps to record."""
+    memory_recorder: Literal["torch", "memray"] = flag("torch", later=_PROFILE)
+    """Recorder."""
+    record_memory_history: bool = flag(False, later=_PROFILE)
+    """Record allocations."""
+    profile_target: tuple[str, ...] = flag(("train_overall",), later=_PROFILE)
+    """What to profile."""
+    ci_test: bool = flag(False, later=_CI)
+    """Assert the identities of a first step."""
+    ci_disable_kl_checker: bool = flag(False, later=_CI)
+    """Not the KL ones."""
+    ci_train_rollout_logprob_abs_diff_threshold: float = flag(0.1, later=_CI)
+    """Largest train/rollout gap."""
+    ci_save_grad_norm: str | None = flag(None, later=_CI)
+    """Write gradient norms."""
+    ci_load_grad_norm: str | None = flag(None, later=_CI)
+    """Compare gradient norms."""
+    custom_config_path: str | None = None
+    """YAML of attributes that win over flags; a mapping under `custom:` is for plugins."""
+    custom: Mapping[str, object] = derived({})
+    """What `custom:` of that file holds; plugins see it as args.<name>."""

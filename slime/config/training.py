@@ -1,0 +1,263 @@
+"""Optimizer, checkpoints, batches and the algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from slime.config.flags import derived, flag
+
+Dtype = Literal["fp32", "bf16"]
+_CRITIC = "PPO with a critic"
+_OPD = "on-policy distillation"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam on Megatron's distributed optimizer, its schedule, and the gradient buffers."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Algorithm."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Lowest learning rate of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
+    """Shape of the decay."""
+    lr_decay_iters: int | None = None
+    """Steps of the decay; None takes the whole run."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a share of the decay."""
+    lr_warmup_iters: int = 0
+    """Warm-up in steps."""
+    lr_warmup_init: float = 0.0
+    """Learning rate at the start of the warm-up."""
+    lr_wsd_decay_iters: int | None = None
+    """WSD: steps of the final decay."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """WSD: shape of the final decay."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    start_weight_decay: float | None = None
+    """Start of a growing weight decay."""
+    end_weight_decay: float | None = None
+    """End of a growing weight decay."""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of its growth."""
+    adam_beta1: float = 0.9
+    """First-moment decay."""
+    adam_beta2: float = 0.999
+    """Second-moment decay."""
+    adam_eps: float = 1e-8
+    """Added to the denominator."""
+    sgd_momentum: float = 0.9
+    """SGD's momentum."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    use_distributed_optimizer: bool = False
+    """Always on; the flag is accepted because recipes carry it."""
+    use_precision_aware_optimizer: bool = False
+    """Master weights and moments in the types below."""
+    main_grads_dtype: Dtype = "fp32"
+    """Gradients, with the precision-aware optimizer."""
+    main_params_dtype: Literal["fp32"] = "fp32"
+    """Master weights, with the precision-aware optimizer."""
+    exp_avg_dtype: Dtype = "fp32"
+    """First moment, with the precision-aware optimizer."""
+    exp_avg_sq_dtype: Dtype = "fp32"
+    """Second moment, with the precision-aware optimizer."""
+    optimizer_cpu_offload: bool = False
+    """Optimizer state and step on the CPU."""
+    optimizer_offload_fraction: float = 1.0
+    """Share of the state on the CPU."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """Copy gradients and weights while the CPU steps."""
+    use_torch_optimizer_for_cpu_offload: bool = False
+    """torch's Adam instead of the fused one for the offloaded part."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients during the backward pass."""
+    overlap_param_gather: bool = False
+    """Gather weights during the forward pass."""
+    accumulate_allreduce_grads_in_fp32: bool = False
+    """fp32 gradient buffers."""
+    check_for_nan_in_loss_and_grad: bool = flag(True, off="--no-check-for-nan-in-loss-and-grad")
+    """Stop at the first NaN. Off: a step with a non-finite gradient is skipped, counted and named in the log."""
+    ddp_bucket_size: int | None = None
+    """Parameters of one gradient bucket."""
+    override_opt_param_scheduler: bool = flag(False, "--override-opt-param-scheduler", "--override-opt_param-scheduler")
+    """Take the schedule from the flags although a checkpoint has one."""
+    use_checkpoint_opt_param_scheduler: bool = flag(
+        False, "--use-checkpoint-opt-param-scheduler", "--use-checkpoint-opt_param-scheduler"
+    )
+    """Take the schedule from the checkpoint although the flags differ."""
+    reset_optimizer_states: bool = flag(False, later="resetting Adam every rollout")
+    """Zero Adam's moments and step count at every rollout."""
+    use_stateless_adam: bool = flag(False, later="stateless Adam")
+    """Adam that keeps no state between rollouts."""
+    megatron: Mapping[str, object] = derived({})
+    """Other fields of megatron-core's OptimizerConfig -> value, only what was given."""
+    ddp: Mapping[str, object] = derived({})
+    """Other fields of megatron-core's DistributedDataParallelConfig -> value, only what was given."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where weights come from and go to."""
+
+    hf_checkpoint: str | None = None
+    """HF folder: tokenizer, the engines' first weights, quantisation, and the config that the model flags must agree with."""
+    load: str | None = None
+    """Megatron checkpoint to continue from, or an HF folder."""
+    ref_load: str | None = None
+    """Reference model; also where a first run starts when --load holds nothing."""
+    save: str | None = None
+    """Folder for Megatron checkpoints."""
+    save_interval: int | None = None
+    """Save every so many rollouts (and at the end)."""
+    async_save: bool = flag(False, later="saving beside training")
+    """Write the checkpoint while training goes on."""
+    save_hf: str | None = None
+    """Also write an HF folder at every save; may hold {rollout_id}."""
+    no_save_optim: bool = False
+    """Save weights only."""
+    no_load_optim: bool = False
+    """Do not load optimizer and schedule."""
+    no_load_rng: bool = False
+    """Do not load random states."""
+    finetune: bool = False
+    """Take the weights only and start counting at 0."""
+    ckpt_step: int | None = None
+    """Iteration of --load to use; None takes the newest."""
+    ref_ckpt_step: int | None = None
+    """Iteration of --ref-load to use."""
+    start_rollout_id: int | None = None
+    """First rollout; None continues after the loaded iteration. An explicit value always wins."""
+    ref_update_interval: int | None = flag(None, later="refreshing the reference model")
+    """Copy the trained model to the reference every so many rollouts."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """From samples of a rollout to micro-batches of a step."""
+
+    global_batch_size: int | None = None
+    """Samples (trajectories, when they fan out) of one optimizer step."""
+    num_steps_per_rollout: int | None = None
+    """The same, said as steps per rollout."""
+    micro_batch_size: int = 1
+    """Samples of one micro-batch; unused with dynamic batches."""
+    use_dynamic_batch_size: bool = False
+    """Fill micro-batches up to --max-tokens-per-gpu."""
+    max_tokens_per_gpu: int | None = None
+    """Tokens of one micro-batch per rank; a micro-batch holds this times the context-parallel size."""
+    log_probs_max_tokens_per_gpu: int | None = None
+    """The same for passes without gradient; None takes max_tokens_per_gpu."""
+    balance_data: bool = False
+    """Spread the samples so that data-parallel ranks get equal work."""
+    balance_by_flops: bool = False
+    """Also fill micro-batches by estimated FLOPs instead of tokens."""
+    data_pad_size_multiplier: int = 128
+    """The packed stream is padded to a multiple of this times the tensor- and context-parallel sizes."""
+    log_probs_chunk_size: int = -1
+    """Rows of logits handled at once; -1 is all."""
+    recompute_loss_function: bool = False
+    """Recompute logits and loss in the backward pass."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """What is optimized."""
+
+    advantage_estimator: Literal["grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"] = flag(
+        "grpo", later_values=("ppo",)
+    )
+    """How rewards become advantages (and which ratio is clipped)."""
+    loss_type: Literal["policy_loss", "sft_loss", "custom_loss"] = "policy_loss"
+    """Loss."""
+    custom_loss_function_path: str | None = None
+    """Loss of --loss-type custom_loss."""
+    custom_advantage_function_path: str | None = None
+    """Replaces the advantage computation."""
+    custom_tis_function_path: str | None = None
+    """Replaces the truncated importance weights."""
+    custom_pg_loss_reducer_function_path: str | None = None
+    """Replaces the reduction of the policy-gradient loss."""
+    rollout_data_postprocess_path: str | None = None
+    """Runs on the training ranks after advantages."""
+    compute_advantages_and_returns: bool = flag(True, off="--disable-compute-advantages-and-returns")
+    """Off: no old log-probs, no advantages (supervised training)."""
+    eps_clip: float = 0.2
+    """Lower clip distance of the ratio."""
+    eps_clip_high: float | None = None
+    """Upper clip distance; None takes eps_clip."""
+    eps_clip_c: float | None = None
+    """Dual clip, above 1."""
+    value_clip: float = flag(0.2, later=_CRITIC)
+    """Clip distance of the value loss."""
+    kl_coef: float = 0.0
+    """KL to the reference inside the reward."""
+    use_kl_loss: bool = False
+    """KL to the reference as a loss term."""
+    kl_loss_coef: float = 0.0
+    """Weight of that term."""
+    kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k1"
+    """Estimator of the KL; low_var_kl is k3 with a clamp."""
+    use_unbiased_kl: bool = False
+    """Weight the KL estimate by the importance ratio."""
+    entropy_coef: float = 0.0
+    """Entropy bonus."""
+    gamma: float = 1.0
+    """Discount."""
+    lambd: float = flag(1.0, later=_CRITIC)
+    """GAE's lambda."""
+    normalize_advantages: bool = False
+    """Whiten advantages over the whole batch."""
+    grpo_std_normalization: bool = flag(True, off="--disable-grpo-std-normalization")
+    """Divide a group's rewards by their standard deviation."""
+    rewards_normalization: bool = flag(True, off="--disable-rewards-normalization")
+    """Centre rewards within their group."""
+    calculate_per_token_loss: bool = False
+    """Every token weighs the same; otherwise every trajectory does."""
+    use_rollout_entropy: bool = False
+    """Compute the entropy in the log-prob pass."""
+    use_rollout_logprobs: bool = False
+    """Old log-probs are the engine's."""
+    use_tis: bool = False
+    """Truncated importance sampling between engine and trainer."""
+    tis_clip: float = 2.0
+    """Upper bound of its weight."""
+    tis_clip_low: float = 0.0
+    """Lower bound of its weight."""
+    get_mismatch_metrics: bool = False
+    """Report the train/rollout mismatch without using it (needs a custom TIS path)."""
+    use_opsm: bool = flag(False, later="off-policy sequence masks")
+    """Mask sequences that are far off-policy."""
+    opsm_delta: float = flag(1e-4, later="off-policy sequence masks")
+    """Its threshold."""
+    use_routing_replay: bool = flag(False, later="routing replay")
+    """Train with the expert choices of the log-prob pass."""
+    use_rollout_routing_replay: bool = flag(False, later="routing replay")
+    """Train with the engine's expert choices."""
+    keep_old_actor: bool = flag(False, later="a separate behaviour policy")
+    """Keep the weights that generated the data on the training side."""
+    num_critic_only_steps: int = flag(0, later=_CRITIC)
+    """Rollouts that train the critic alone."""
+    megatron_config_path: str | None = flag(None, later=_CRITIC)
+    """YAML with flags per role."""
+    use_opd: bool = flag(False, later=_OPD)
+    """On-policy distillation."""
+    opd_type: Literal["sglang", "megatron"] | None = flag(None, later=_OPD)
+    """Where its teacher runs."""
+    opd_kl_coef: float = flag(1.0, later=_OPD)
+    """Its weight."""
+    opd_teacher_load: str | None = flag(None, later=_OPD)
+    """Its teacher's checkpoint."""
+    opd_teacher_ckpt_step: int | None = flag(None, later=_OPD)
+    """Iteration of that checkpoint."""
+    custom_megatron_init_path: str | None = None
+    """Called with (args) after the ranks are set up."""
+    custom_megatron_before_log_prob_hook_path: str | None = None
+    """Called with (args, model, store_prefix) before every pass without gradient."""
+    custom_megatron_before_train_step_hook_path: str | None = None
+    """Called with (args, rollout_id, step_id, model, optimizer, scheduler) before every step."""
