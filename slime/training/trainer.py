@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from slime.compat.megatron import prepare
 from slime.device import Device
 from slime.model.local import local_tensors
 from slime.parallel import Ranks
+from slime.training import state
 from slime.training.columns import Columns, fill_advantages, passes_of, rollout_metrics, split_column
 from slime.training.forward import Pipeline, response_log_probs
 from slime.training.guard import Guard
@@ -26,6 +28,7 @@ from slime.training.hooks import load_hook
 from slime.training.loss import Objective
 from slime.training.optimizer import clip_gradients, make_optimizer, make_scheduler, wrap_gradients
 from slime.training.snapshots import Snapshots
+from slime.training.state import LoadedState
 from slime.types import RolloutBatch, StepPlan
 from slime.types.micro_batch import MicroBatch
 
@@ -225,7 +228,15 @@ class Trainer:
         dist.broadcast_object_list(box, src=last, group=self.ranks.pp_group, device=self.device.torch_device)
         return box[0]
 
-    # --- weights ---
+    # --- state ---
+
+    def load(self) -> LoadedState:
+        """Weights, and where --load continues a run everything else, by the rules of checkpoint.resolve."""
+        return state.load(self)
+
+    def save(self, rollout_id: int, *, data_state: Mapping[str, Any] | None) -> Path:
+        """The whole state under --save as iteration `rollout_id`. Raises one ValueError on all ranks; the previous one stays."""
+        return state.save(self, rollout_id, data_state)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(global megatron-core name, this rank's tensor) of every parameter and of the routers' expert bias."""

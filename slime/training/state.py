@@ -1,0 +1,152 @@
+"""What a checkpoint of a trainer holds, and how a trainer takes it back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slime.compat.megatron import prepare
+from slime.model.build import padded_vocab_size
+from slime.model.dist_ckpt import (
+    DESCRIPTION,
+    check_description,
+    describe,
+    fill_chunks,
+    load_model,
+    load_sharded,
+    sharded_model,
+    sharding_metadata,
+)
+from slime.model.hf_config import read_hf_config
+from slime.model.hf_io import SafetensorsReader, load_hf
+from slime.model.names import NameTable
+from slime.training import checkpoint
+from slime.training.optimizer import restore_schedule
+
+if TYPE_CHECKING:
+    from slime.training.trainer import Trainer
+
+prepare()
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedState:
+    """What the driver needs to know after a load."""
+
+    start_rollout_id: int
+    data_state: dict[str, Any] | None
+    """What the driver gave to the save this run continues from; None where nothing is continued."""
+
+
+def load(trainer: Trainer) -> LoadedState:
+    """Reference weights into a snapshot (where an objective needs them), then the actor's own state; see checkpoint.resolve."""
+    config = trainer.config
+    rules = config.algorithm
+    if rules.use_kl_loss or rules.kl_coef:
+        _load_reference(trainer)
+    source = checkpoint.resolve(config)
+    start = source.start_rollout_id(config.checkpoint.start_rollout_id)
+    data_state = None
+    if source.kind == "megatron":
+        checkpoint.verify(source.folder, trainer.ranks)
+    if source.resumes:
+        data_state = _resume(trainer, source.folder)
+    else:
+        _load_weights(trainer, source.kind, source.folder)
+        if trainer.optimizer is not None:
+            trainer.optimizer.reload_model_params()
+    if trainer.ranks.rank == 0:
+        how = "continues" if source.resumes else "weights only, counting from the start"
+        log.info("load %s: %s (%s); first rollout %d", source.folder, source.why, how, start)
+    return LoadedState(start, data_state)
+
+
+def save(trainer: Trainer, rollout_id: int, data_state: Mapping[str, Any] | None) -> Path:
+    """Everything under iteration `rollout_id`; every rank calls it with the same data_state."""
+    config = trainer.config
+    if not config.checkpoint.save:
+        raise ValueError("saving needs --save FOLDER")
+    state = _sharded_state(trainer, is_loading=False)
+    hf = read_hf_config(config.checkpoint.hf_checkpoint)
+    state |= {
+        DESCRIPTION: describe(hf),
+        "iteration": rollout_id,
+        "rollout_id": rollout_id,
+        "data_state": dict(data_state) if data_state is not None else None,
+        "world_size": trainer.ranks.world_size,
+        "skipped_steps": trainer.guard.skipped,
+    }
+    return checkpoint.save(Path(config.checkpoint.save), rollout_id, state, trainer.ranks)
+
+
+def _sharded_state(trainer: Trainer, *, is_loading: bool, with_random: bool = True) -> dict[str, Any]:
+    state: dict[str, Any] = sharded_model(trainer.model, trainer.ranks)
+    keeps_optimizer = not (trainer.config.checkpoint.no_load_optim if is_loading else trainer.config.checkpoint.no_save_optim)
+    if trainer.optimizer is not None and keeps_optimizer:
+        state["optimizer"] = trainer.optimizer.sharded_state_dict(
+            dict(state), is_loading=is_loading, metadata=sharding_metadata(trainer.ranks)
+        )
+        # Not sharded: in a load it stays out of the request and is read from the checkpoint's common values.
+        if not is_loading:
+            state["opt_param_scheduler"] = trainer.scheduler.state_dict()
+    if with_random:
+        state |= checkpoint.random_state(trainer.ranks)
+    return state
+
+
+def _resume(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
+    paths, rules = trainer.config.checkpoint, trainer.config.optimizer
+    common = check_description(read_hf_config(paths.hf_checkpoint), folder)
+    saved_world = common.get("world_size")
+    with_random = not paths.no_load_rng and saved_world == trainer.ranks.world_size
+    if not with_random and not paths.no_load_rng and trainer.ranks.rank == 0:
+        log.warning("random streams start anew: %s ranks saved, %d load", saved_world, trainer.ranks.world_size)
+    if "opt_param_scheduler" not in common and not paths.no_load_optim:
+        raise ValueError(
+            f"{folder} holds no optimizer (it was saved with --no-save-optim); pass --no-load-optim to continue with a fresh one"
+        )
+    state = load_sharded(_sharded_state(trainer, is_loading=True, with_random=with_random), folder, trainer.ranks)
+    fill_chunks(trainer.model, state)
+    if trainer.optimizer is not None:
+        if paths.no_load_optim:
+            trainer.optimizer.reload_model_params()
+        else:
+            trainer.optimizer.load_state_dict(state["optimizer"])
+            take = "flags" if rules.override_opt_param_scheduler else "same"
+            take = "checkpoint" if rules.use_checkpoint_opt_param_scheduler else take
+            restore_schedule(trainer.scheduler, common["opt_param_scheduler"], take=take)
+    if with_random:
+        checkpoint.restore_random_state(state["rng_state"])
+    trainer.guard.skipped = int(common.get("skipped_steps", 0))
+    return common.get("data_state")
+
+
+def _load_weights(trainer: Trainer, kind: str, folder: Path) -> None:
+    config = trainer.config
+    hf = read_hf_config(config.checkpoint.hf_checkpoint)
+    if kind == "megatron":
+        load_model(trainer.model, hf, folder, trainer.ranks)
+        return
+    table = NameTable.for_model(hf, with_mtp=False)
+    load_hf(trainer.model, table, SafetensorsReader(folder), trainer.ranks, padded_vocab=padded_vocab_size(config, hf))
+
+
+def _load_reference(trainer: Trainer) -> None:
+    paths = trainer.config.checkpoint
+    if not paths.ref_load:
+        raise ValueError("--kl-coef / --use-kl-loss compare with a reference model; give --ref-load")
+    found = checkpoint.find_weights(Path(paths.ref_load), paths.ref_ckpt_step)
+    if found is None:
+        raise ValueError(
+            f"--ref-load {paths.ref_load} has neither {checkpoint.TRACKER} nor a config.json; convert the model first"
+        )
+    kind, folder = found
+    if kind == "megatron":
+        checkpoint.verify(folder, trainer.ranks)
+    _load_weights(trainer, kind, folder)
+    trainer.snapshots.take("ref")
