@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     hf = read_hf_config(config.checkpoint.hf_checkpoint)
     device = get_device()
     device.init_process(int(os.environ.get("LOCAL_RANK", "0")))
-    ranks = init_ranks(config.parallel, rank=rank, world_size=world_size, device=device)
+    ranks = init_ranks(config.parallel, rank=rank, world_size=world_size, device=device, seed=config.model.seed)
     say = print if rank == 0 else (lambda *_, **__: None)
     table = NameTable.for_model(hf)
     reader = SafetensorsReader(config.checkpoint.hf_checkpoint)

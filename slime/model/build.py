@@ -75,6 +75,16 @@ def padded_vocab_size(config: object, hf: HfConfig) -> int:
     return -(-hf["vocab_size"] // unit) * unit
 
 
+def own_vocabulary(padded_vocab: int, hf: HfConfig, ranks: Ranks) -> range:
+    """Global token ids of this tensor-parallel rank's logit columns, padding excluded.
+
+    Keep `logits[..., : len(range)]`: a padded column's logit is 0, not -inf, and would take part in every softmax.
+    """
+    share = padded_vocab // ranks.tp_size
+    first = ranks.tp_rank * share
+    return range(first, max(first, min(first + share, hf["vocab_size"])))
+
+
 def load_attribute(module: str, name: str) -> Callable:
     """`name` of `module`, with an error that says which flag's value was wrong."""
     try:

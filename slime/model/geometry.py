@@ -66,6 +66,12 @@ def _moe(hf: HfConfig) -> dict[str, object]:
     if shared := hf.get("n_shared_experts", 0):
         values["moe_shared_expert_intermediate_size"] = shared * hf["moe_intermediate_size"]
     if hf.get("n_group", 1) > 1:
+        if hf["num_experts_per_tok"] != 2 * hf["topk_group"]:
+            # megatron-core ranks groups by their best topk // topk_group experts, DeepSeek by their best two.
+            raise ValueError(
+                f"{hf.source}: group-limited routing with {hf['num_experts_per_tok']} experts of {hf['topk_group']} groups differs "
+                f"between megatron-core and the released models; only two experts per chosen group are supported"
+            )
         values.update(moe_router_num_groups=hf["n_group"], moe_router_group_topk=hf["topk_group"])
     return values
 

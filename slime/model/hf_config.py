@@ -75,7 +75,8 @@ class HfConfig(Mapping[str, Any]):
     @property
     def num_experts(self) -> int:
         """Routed experts per MoE layer; 0 for a dense model."""
-        return self.get("n_routed_experts") or self.get("num_experts") or 0
+        # transformers 5 writes Qwen3-MoE's number under its own name for it.
+        return next((self[key] for key in ("n_routed_experts", "num_experts", "num_local_experts") if self.get(key)), 0)
 
     @property
     def num_mtp_layers(self) -> int:

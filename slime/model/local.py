@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +42,26 @@ def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
     return chunk
 
 
-def local_tensors(chunks: list[torch.nn.Module], ranks: Ranks, *, experts: bool = True) -> Iterator[LocalTensor]:
-    """Every parameter and checkpointed buffer of this rank, experts one by one (or as their stack under the unnumbered name)."""
+def _data(parameter: torch.nn.Parameter) -> Tensor:
+    return parameter.data
+
+
+def local_tensors(
+    chunks: list[torch.nn.Module],
+    ranks: Ranks,
+    *,
+    experts: bool = True,
+    of: Callable[[torch.nn.Parameter], Tensor] = _data,
+) -> Iterator[LocalTensor]:
+    """Every parameter and checkpointed buffer of this rank, experts one by one (or as their stack under the unnumbered name).
+
+    of: which tensor of a parameter is meant, e.g. its gradient.
+    """
     for chunk in chunks:
         model = unwrap(chunk)
         offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
         for name, parameter in model.named_parameters():
-            yield from _expanded(_global_name(name, offset), parameter, ranks, experts)
+            yield from _expanded(_global_name(name, offset), parameter, ranks, experts, of)
         for name, buffer in model.named_buffers():
             if name.rsplit(".", 1)[-1] in _BUFFERS and buffer is not None:
                 yield LocalTensor(_global_name(name, offset), buffer, None)
@@ -58,13 +71,16 @@ def _global_name(name: str, offset: int) -> str:
     return _LAYER.sub(lambda match: f"decoder.layers.{int(match.group(1)) + offset}.", name)
 
 
-def _expanded(name: str, parameter: torch.nn.Parameter, ranks: Ranks, experts: bool) -> Iterator[LocalTensor]:
+def _expanded(
+    name: str, parameter: torch.nn.Parameter, ranks: Ranks, experts: bool, of: Callable[[torch.nn.Parameter], Tensor]
+) -> Iterator[LocalTensor]:
+    tensor = of(parameter)
     if not (experts and _STACKED.match(name)):
-        yield LocalTensor(name, parameter.data, parameter)
+        yield LocalTensor(name, tensor, parameter)
         return
     first = ranks.ep_rank * parameter.shape[0]
     for number in range(parameter.shape[0]):
-        yield LocalTensor(f"{name}{first + number}", parameter.data[number], parameter)
+        yield LocalTensor(f"{name}{first + number}", tensor[number], parameter)
 
 
 def split_of(entry: Entry, ranks: Ranks) -> tuple[int, int]:

@@ -107,11 +107,9 @@ def _refuse(parallel: object, values: dict[str, object]) -> None:
 
 
 def _dispatcher(values: dict[str, object], device: Device, notes: list[str]) -> None:
-    if not values.get("num_moe_experts"):
-        return
     chosen = values.get("moe_token_dispatcher_type", "allgather")
     if chosen != "alltoall":
-        if "moe_token_dispatcher_type" in values:
+        if values.get("num_moe_experts") and "moe_token_dispatcher_type" in values:
             why = "flex needs DeepEP and TransformerEngine" if chosen == "flex" else "its sums differ with the batch's padding"
             notes.append(f"moe_token_dispatcher_type alltoall instead of {chosen}: {why}")
         values["moe_token_dispatcher_type"] = "alltoall"

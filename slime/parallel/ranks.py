@@ -108,10 +108,12 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def init_ranks(sizes: ParallelSizes, *, rank: int, world_size: int, device: Device, init_method: str = "env://") -> Ranks:
-    """Join the world (unless torch.distributed already runs), build every group, and say who we are.
+def init_ranks(
+    sizes: ParallelSizes, *, rank: int, world_size: int, device: Device, seed: int = 1234, init_method: str = "env://"
+) -> Ranks:
+    """Join the world (unless torch.distributed already runs), build every group, seed megatron-core's generators, say who we are.
 
-    All ranks call it together. Raises ValueError when the sizes do not fit the world.
+    seed: --seed; tensor-parallel ranks get streams of their own from it, pipeline stages too. All ranks call it together. Raises ValueError when the sizes do not fit the world.
     """
     check_sizes(sizes, world_size)
     prepare()
@@ -130,6 +132,9 @@ def init_ranks(sizes: ParallelSizes, *, rank: int, world_size: int, device: Devi
             expert_tensor_parallel_size=expert_tp(sizes),
             distributed_timeout_minutes=sizes.distributed_timeout_minutes,
         )
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return _read(rank, world_size)
 
 
