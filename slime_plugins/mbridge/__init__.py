@@ -1,0 +1,1 @@
+"""Weight bridges under the names that launchers and scripts know."""

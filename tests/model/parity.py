@@ -178,7 +178,8 @@ def _result(wrapped: list, ranks: Ranks, hf: HfConfig, log_probs: list, streams:
     for local in local_tensors(wrapped, ranks, of=lambda p: p.main_grad if p.requires_grad else p.data):
         if local.parameter is None or not local.parameter.requires_grad:
             continue
-        grads[local.name] = (local.tensor.clone(), split_of(table[local.name], ranks)[0])
+        entry = table[local.name]  # a tied copy goes under its owner's name, and must have its gradient
+        grads[entry.name] = (local.tensor.clone(), split_of(entry, ranks)[0])
         parameter = local.parameter
         if id(parameter) not in counted and not getattr(parameter, "shared", False):
             counted.add(id(parameter))
