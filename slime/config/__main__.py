@@ -1,6 +1,6 @@
 """`python -m slime.config --help` lists the flags; with flags, it prints what they mean and why.
 
-    python -m slime.config [--door train|convert|rehearse] FLAGS...
+python -m slime.config [--door train|convert|rehearse] FLAGS...
 """
 
 from __future__ import annotations

@@ -34,11 +34,13 @@ CONVERT_SECTIONS = ("model", "parallel", "checkpoint")
 
 SET_BY_SLIME = {
     "sglang": {
-        "model_path": "--hf-checkpoint", "tp_size": "--rollout-num-gpus-per-engine", "tensor_parallel_size": "--rollout-num-gpus-per-engine",
+        "model_path": "--hf-checkpoint", "tp_size": "--rollout-num-gpus-per-engine",
+        "tensor_parallel_size": "--rollout-num-gpus-per-engine",
         "random_seed": "--seed", "port": "", "host": "", "nnodes": "", "node_rank": "", "dist_init_addr": "", "nccl_port": "",
         "base_gpu_id": "", "gpu_id_step": "", "trust_remote_code": "", "config": "", "skip_server_warmup": "",
         "enable_memory_saver": "--offload-rollout", "enable_return_routed_experts": "",
-        "disaggregation_mode": "worker_type in --sglang-config", "disaggregation_bootstrap_port": "", "api_key": "", "admin_api_key": "",
+        "disaggregation_mode": "worker_type in --sglang-config", "disaggregation_bootstrap_port": "", "api_key": "",
+        "admin_api_key": "",
     },
     "router": {"host": "--sglang-router-ip", "port": "--sglang-router-port"},
 }  # fmt: skip
@@ -124,7 +126,12 @@ def _one_edit_apart(left: str, right: str) -> bool:
     """One letter came, went or changed, or two neighbours were swapped."""
     if len(left) == len(right):
         wrong = [i for i in range(len(left)) if left[i] != right[i]]
-        swapped = len(wrong) == 2 and wrong[1] == wrong[0] + 1 and left[wrong[0]] == right[wrong[1]] and left[wrong[1]] == right[wrong[0]]
+        swapped = (
+            len(wrong) == 2
+            and wrong[1] == wrong[0] + 1
+            and left[wrong[0]] == right[wrong[1]]
+            and left[wrong[1]] == right[wrong[0]]
+        )
         return len(wrong) == 1 or swapped
     short, long = sorted((left, right), key=len)
     return len(long) - len(short) == 1 and any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
@@ -143,7 +150,7 @@ def _store(row: Flag, words: list[str], into: dict[str, object], mistakes: list[
     wanted = row.num_values
     if not words or (wanted != "one or more" and len(words) != wanted):
         said = f", got {' '.join(words)!r}" if words else ""
-        mistakes.append(f"{row.name} wants {'at least one value' if wanted == 'one or more' else f'{wanted} value' + 's' * (wanted != 1)}{said}")
+        mistakes.append(f"{row.name} wants {'at least one value' if wanted == 'one or more' else f'exactly {wanted}'}{said}")
         return
     try:
         values = tuple(convert_word(row, word) for word in words)
@@ -155,7 +162,9 @@ def _store(row: Flag, words: list[str], into: dict[str, object], mistakes: list[
     elif row.num_values == 1:
         into[row.dest] = values[0]
     elif "." in row.section:  # a list of megatron-core; one value stays a scalar, which its unions expect
-        into[row.dest] = values[0] if len(values) == 1 and row.dest not in ("recompute_modules", "mrope_section") else list(values)
+        into[row.dest] = (
+            values[0] if len(values) == 1 and row.dest not in ("recompute_modules", "mrope_section") else list(values)
+        )
     else:
         into[row.dest] = values
 

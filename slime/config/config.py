@@ -48,8 +48,8 @@ class Config:
 SECTION_NAMES = tuple(
     item.name for item in dataclasses.fields(Config) if item.name not in ("notes", "door")
 )  # fmt: skip
-SECTION_MAPPINGS = {"megatron", "ddp", "sglang", "router", "groups", "datasets", "custom"}
-"""Fields that hold many settings; the flat view shows what is inside them, not the mappings (two are called `megatron`)."""
+SECTION_MAPPINGS = {"megatron", "ddp"}
+"""Fields whose name two sections share; the flat view shows what is inside them instead."""
 
 
 @functools.lru_cache(maxsize=1)

@@ -41,7 +41,9 @@ class SglangModel:
     server_groups: tuple[EngineGroup, ...]
 
 
-def read_models(file: str, *, hf_checkpoint: str | None, default_gpus_per_engine: int) -> tuple[tuple[SglangModel, ...], list[str]]:
+def read_models(
+    file: str, *, hf_checkpoint: str | None, default_gpus_per_engine: int
+) -> tuple[tuple[SglangModel, ...], list[str]]:
     """Models of an --sglang-config file, with one note per value that was filled in or looks odd.
 
     Raises ConfigError naming the file, the path inside it, the value, and what is legal.
@@ -64,7 +66,9 @@ def read_models(file: str, *, hf_checkpoint: str | None, default_gpus_per_engine
         models.append(model)
     if sum(model.update_weights for model in models) > 1:
         names = [model.name for model in models if model.update_weights]
-        raise ConfigError(f"{file}: models {names} would all receive the trainer's weights; set update_weights: false on all but one")
+        raise ConfigError(
+            f"{file}: models {names} would all receive the trainer's weights; set update_weights: false on all but one"
+        )
     return tuple(models), notes
 
 
@@ -86,8 +90,10 @@ def _read_model(entry: dict, *, file: str, path: str, hf: str | None, gpus: int,
     paths = {str(group.overrides["model_path"]) for group in groups if "model_path" in group.overrides}
     own = _text(entry, "model_path", file=file, path=path)
     if len(paths | ({own} if own else set())) > 1:
-        raise ConfigError(f"{file}: the groups of {path} serve different models {sorted(paths | ({own} if own else set()))}; "
-                          "give each its own entry under 'sglang'")  # fmt: skip
+        raise ConfigError(
+            f"{file}: the groups of {path} serve different models {sorted(paths | ({own} if own else set()))}; "
+            "give each its own entry under 'sglang'"
+        )
     model_path = own or (paths.pop() if paths else hf)
     update = entry.get("update_weights")
     if update is not None and not isinstance(update, bool):
@@ -95,11 +101,15 @@ def _read_model(entry: dict, *, file: str, path: str, hf: str | None, gpus: int,
     if update is None:
         update = model_path == hf
         if not update:
-            notes.append(f"sglang model {name!r}: update_weights = False, because its model_path {model_path!r} is not --hf-checkpoint")
+            notes.append(
+                f"sglang model {name!r}: update_weights = False, because its model_path {model_path!r} is not --hf-checkpoint"
+            )
     kinds = {group.worker_type for group in groups}
     if ("prefill" in kinds) != ("decode" in kinds):
-        raise ConfigError(f"{file}: {path} has {'prefill' if 'prefill' in kinds else 'decode'} groups alone; "
-                          "prefill and decode engines need each other")  # fmt: skip
+        raise ConfigError(
+            f"{file}: {path} has {'prefill' if 'prefill' in kinds else 'decode'} groups alone; "
+            "prefill and decode engines need each other"
+        )
     return SglangModel(name=name, model_path=model_path, update_weights=update, server_groups=groups)
 
 
@@ -109,7 +119,9 @@ def _read_group(group: object, *, file: str, path: str, gpus: int, notes: list[s
     refuse_unknown_keys(group, GROUP_KEYS, file=file, path=path)
     kind = group.get("worker_type", "regular")
     if kind not in WORKER_TYPES:
-        raise ConfigError(f"{file}: {path}.worker_type is {kind!r}{nearest(str(kind), WORKER_TYPES)} (legal: {', '.join(WORKER_TYPES)})")
+        raise ConfigError(
+            f"{file}: {path}.worker_type is {kind!r}{nearest(str(kind), WORKER_TYPES)} (legal: {', '.join(WORKER_TYPES)})"
+        )
     count = _whole(group, "num_gpus", file=file, path=path)
     if count is None:
         raise ConfigError(f"{file}: {path} has no num_gpus")
@@ -155,13 +167,17 @@ def groups_without_yaml(
         return (model,)
     if prefill_num_servers is None:
         if rollout_num_gpus % gpus_per_engine:
-            raise ConfigError(f"--rollout-num-gpus {rollout_num_gpus} is no multiple of --rollout-num-gpus-per-engine {gpus_per_engine}")
+            raise ConfigError(
+                f"--rollout-num-gpus {rollout_num_gpus} is no multiple of --rollout-num-gpus-per-engine {gpus_per_engine}"
+            )
         return (replace(model, server_groups=(EngineGroup("regular", rollout_num_gpus, gpus_per_engine, FrozenMap()),)),)
     prefill = prefill_num_servers * gpus_per_engine
     decode = rollout_num_gpus - prefill
     if prefill <= 0 or decode <= 0 or decode % gpus_per_engine:
-        raise ConfigError(f"--prefill-num-servers {prefill_num_servers} times --rollout-num-gpus-per-engine {gpus_per_engine} leaves {decode} "
-                          f"of {rollout_num_gpus} GPUs for decode; it must leave a positive multiple of {gpus_per_engine}")  # fmt: skip
+        raise ConfigError(
+            f"--prefill-num-servers {prefill_num_servers} times --rollout-num-gpus-per-engine {gpus_per_engine} leaves "
+            f"{decode} of {rollout_num_gpus} GPUs for decode; it must leave a positive multiple of {gpus_per_engine}"
+        )
     groups = (
         EngineGroup("prefill", prefill, gpus_per_engine, FrozenMap()),
         EngineGroup("decode", decode, gpus_per_engine, FrozenMap()),

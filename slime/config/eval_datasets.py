@@ -121,7 +121,9 @@ def _from_yaml(file: str, values: Mapping[str, object]) -> tuple[EvalDataset, ..
     if isinstance(listed, dict):
         listed = [{"name": name, **(entry or {})} for name, entry in listed.items()]
     if not isinstance(listed, list) or not listed:
-        raise ConfigError(f"{file}: {prefix}datasets must be a list of entries (name, path, ...) or a mapping from name to entry")
+        raise ConfigError(
+            f"{file}: {prefix}datasets must be a list of entries (name, path, ...) or a mapping from name to entry"
+        )
     made = []
     for index, entry in enumerate(listed):
         path = f"{prefix}datasets[{index}]"

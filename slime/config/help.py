@@ -1,8 +1,9 @@
-"""The listing of all flags, grouped by section: `python -m slime.config --help`."""
+"""The listing of all flags, grouped by section: `python -m slime.config.help`, or `--help` at any door."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 from slime.config.command_line import CONVERT_SECTIONS, SECTIONS, flag_table
 from slime.config.flags import Flag, field_default, field_docs
@@ -22,7 +23,9 @@ def listing(*, door: str = "train") -> str:
         lines.append(f"{section}: {(cls.__doc__ or '').splitlines()[0]}")
         for row in flag_table().values():
             if row.section == section:
-                lines.append(f"  {_usage(row):<52} {docs.get(row.dest, '')}{_default(row, defaults.get(row.dest))}{_later(row)}")
+                lines.append(
+                    f"  {_usage(row):<52} {docs.get(row.dest, '')}{_default(row, defaults.get(row.dest))}{_later(row)}"
+                )
         lines.append("")
     for title, section in (
         ("megatron-core's TransformerConfig", "model.megatron"),
@@ -44,8 +47,7 @@ def _usage(row: Flag) -> str:
         return row.name
     choices = getattr(row.convert, "choices", None)
     word = "{" + ",".join(map(str, choices)) + "}" if choices else row.dest.upper().rsplit("_", 1)[-1]
-    count = {1: word, "one or more": f"{word} ..."}.get(row.num_values, " ".join([word] * int(row.num_values or 1) if row.num_values != "one or more" else []))
-    return f"{row.name} {count}"
+    return f"{row.name} {word} ..." if row.num_values == "one or more" else " ".join([row.name, *[word] * int(row.num_values)])
 
 
 def _default(row: Flag, default: object) -> str:
@@ -56,3 +58,7 @@ def _later(row: Flag) -> str:
     if row.later:
         return "  (not in this version)"
     return f"  (not in this version: {', '.join(map(str, row.later_values))})" if row.later_values else ""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(listing())

@@ -72,7 +72,9 @@ def differences(hf_config: Mapping[str, object], v: Mapping[str, object], megatr
         if freq is None or freq == 1 or (isinstance(freq, list) and all(freq)):
             pairs = [pair for pair in pairs if pair[0] != "intermediate_size"]  # no dense layer uses it
     elif hf.get("n_routed_experts") or hf.get("num_experts"):
-        lines.append(f"the checkpoint has {hf.get('n_routed_experts') or hf.get('num_experts')} experts, --num-experts is not given here")
+        lines.append(
+            f"the checkpoint has {hf.get('n_routed_experts') or hf.get('num_experts')} experts, --num-experts is not given here"
+        )
     pairs += MLA_PAIRS if v["multi_latent_attention"] else GQA_PAIRS if v["group_query_attention"] else ()
     if not v["multi_latent_attention"] and hf.get("kv_lora_rank"):
         lines.append("the checkpoint has multi-latent attention, --multi-latent-attention is not given here")
@@ -89,6 +91,16 @@ def differences(hf_config: Mapping[str, object], v: Mapping[str, object], megatr
     if hf.get("vocab_size") is not None and v["vocab_size"] is not None:
         compare("vocab_size", hf["vocab_size"], "--vocab-size", v["vocab_size"])
     lines += _layer_kinds(hf, megatron)
+    if not v["multi_latent_attention"]:
+        if hf.get("attention_bias") is not None:
+            compare("attention_bias", hf["attention_bias"], "--add-qkv-bias", megatron.get("add_qkv_bias", False))
+        if hf.get("partial_rotary_factor") is not None:
+            compare("partial_rotary_factor", float(hf["partial_rotary_factor"]), "--rotary-percent", v["rotary_percent"])  # type: ignore[arg-type]
+    if hf.get("model_type") is not None:
+        for name in ("post_self_attn_layernorm", "post_mlp_layernorm"):
+            if v[name] != (hf["model_type"] == "glm4"):
+                flag = "--" + name.replace("_", "-")
+                lines.append(f"model_type is {hf['model_type']} there, {flag} is {'given' if v[name] else 'not given'} here")
     return lines
 
 

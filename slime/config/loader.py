@@ -45,7 +45,9 @@ def load(argv: Sequence[str], *, door: Door = "train") -> Config:
     try:
         return parse(argv, door=door)
     except ConfigError as error:
-        sys.stderr.write("".join(f"slime: {line}\n" if not line.startswith(" ") else f"{line}\n" for line in str(error).split("\n")))
+        sys.stderr.write(
+            "".join(f"slime: {line}\n" if not line.startswith(" ") else f"{line}\n" for line in str(error).split("\n"))
+        )
         raise SystemExit(2) from None
 
 
@@ -66,7 +68,9 @@ def _apply_yaml(start: dict[str, Any], words: CommandLine) -> list[str]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: the top must be a mapping of attributes, found {type(content).__name__}")
     rows: dict[str, Flag] = {row.dest: row for row in flag_table().values() if row.section in (*SECTIONS, *MAPPINGS)}
-    rows.update({name[2:].replace("-", "_"): row for name, row in flag_table().items() if "." in row.section and row.num_values != 0})
+    rows.update(
+        {name[2:].replace("-", "_"): row for name, row in flag_table().items() if "." in row.section and row.num_values != 0}
+    )
     notes, mistakes = [], []
     for key, value in content.items():
         name = str(key).replace("-", "_")

@@ -53,7 +53,8 @@ LATER_PREFIXES = {
     "moe_enable_routing_replay": "routing replay", "hetero": "heterogeneous layers", "hetereo": "heterogeneous layers",
     "experimental_attention_variant": "megatron-core's own sparse attention (the GLM plugin brings one)",
     "dsa_": "megatron-core's own sparse attention (the GLM plugin brings one)", "linear_": "linear attention layers",
-    "keep_fp8": _LATER_FP8, "reuse_grad_buf_for_mxfp8": _LATER_FP8, "preserve_fp32_weights": "FSDP", "loss_scale": "fp16 training",
+    "keep_fp8": _LATER_FP8, "reuse_grad_buf_for_mxfp8": _LATER_FP8, "preserve_fp32_weights": "FSDP",
+    "loss_scale": "fp16 training",
     "initial_loss_scale": "fp16 training", "min_loss_scale": "fp16 training", "hysteresis": "fp16 training",
     "decoupled_": "a learning rate of its own for embeddings", "init_model_with_meta_device": "FSDP",
 }  # fmt: skip

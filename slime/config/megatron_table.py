@@ -101,7 +101,7 @@ def differences(old: Table, new: Table) -> list[str]:
 
 def _compact(version: str, table: Table) -> str:
     rows = [
-        f'  {json.dumps(cls)}: {{\n'
+        f"  {json.dumps(cls)}: {{\n"
         + ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in fields.items())
         + "\n  }"
         for cls, fields in table.items()

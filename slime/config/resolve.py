@@ -1,4 +1,4 @@
-"""Cross-field rules: what follows from what was said, and what contradicts it. Pure: words and facts in, values and notes out."""
+"""Cross-field rules: what follows from what was said, and what contradicts it. Pure: words and facts in, values out."""
 
 from __future__ import annotations
 

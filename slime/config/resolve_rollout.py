@@ -1,4 +1,4 @@
-"""Rules about placement, the algorithm, batches, evaluation, engines and checkpoints. Each takes the values and changes them."""
+"""Rules about placement, the algorithm, batches, evaluation, engines and checkpoints; each changes the values it takes."""
 
 from __future__ import annotations
 
@@ -18,23 +18,40 @@ if TYPE_CHECKING:
 def debug_modes(v: Values) -> None:
     if v["load_debug_rollout_data"] is not None:
         v.derive("debug_train_only", True, "--load-debug-rollout-data replays rollouts, so no engine is started")
-    v.require(not (v["debug_train_only"] and v["debug_rollout_only"]),
-              "--debug-rollout-only and --debug-train-only (which --load-debug-rollout-data implies) exclude each other")  # fmt: skip
+    v.require(
+        not (v["debug_train_only"] and v["debug_rollout_only"]),
+        "--debug-rollout-only and --debug-train-only (which --load-debug-rollout-data implies) exclude each other",
+    )
     if v["dump_details"] is not None:
-        v.derive("save_debug_rollout_data", os.path.join(v["dump_details"], "rollout_data", "{rollout_id}.pt"), "--dump-details is given")
+        v.derive(
+            "save_debug_rollout_data",
+            os.path.join(v["dump_details"], "rollout_data", "{rollout_id}.pt"),
+            "--dump-details is given",
+        )
         v.notes.append("--dump-details writes rollouts; the trainer's tensors are not written by this version")
     same = v["save_debug_rollout_data"] is not None and v["save_debug_rollout_data"] == v["load_debug_rollout_data"]
-    v.require(not same, "--save-debug-rollout-data and --load-debug-rollout-data name the same files; replaying would overwrite them")
+    v.require(
+        not same, "--save-debug-rollout-data and --load-debug-rollout-data name the same files; replaying would overwrite them"
+    )
     for name in ("save_debug_rollout_data", "load_debug_rollout_data"):
-        v.require(v[name] is None or "{rollout_id}" in v[name], f"--{name.replace('_', '-')} must hold {{rollout_id}}, got {v[name]!r}")
+        v.require(
+            v[name] is None or "{rollout_id}" in v[name],
+            f"--{name.replace('_', '-')} must hold {{rollout_id}}, got {v[name]!r}",
+        )
 
 
 def placement(v: Values) -> None:
     """Who gets which GPUs, and who gives them back."""
     actor = v["actor_num_nodes"] * v["actor_num_gpus_per_node"]
-    v.require(actor >= 1, f"--actor-num-nodes {v['actor_num_nodes']} times --actor-num-gpus-per-node {v['actor_num_gpus_per_node']} is no GPU")
+    v.require(
+        actor >= 1,
+        f"--actor-num-nodes {v['actor_num_nodes']} times --actor-num-gpus-per-node {v['actor_num_gpus_per_node']} is no GPU",
+    )
     if v["offload"]:
-        v.require(v["offload_train"] is not False and v["offload_rollout"] is not False, "--offload contradicts --no-offload-train/--no-offload-rollout")
+        v.require(
+            v["offload_train"] is not False and v["offload_rollout"] is not False,
+            "--offload contradicts --no-offload-train/--no-offload-rollout",
+        )
         v.derive("offload_train", True, "--offload is given")
         v.derive("offload_rollout", True, "--offload is given")
     if v["debug_rollout_only"]:
@@ -42,12 +59,20 @@ def placement(v: Values) -> None:
     if v["debug_train_only"]:
         v.derive("rollout_num_gpus", 0, "--debug-train-only starts no engine")
     if v["colocate"]:
-        v.derive("offload_train", True if v["offload_train"] is None else v["offload_train"], "--colocate: engines need the memory")
-        v.derive("offload_rollout", True if v["offload_rollout"] is None else v["offload_rollout"], "--colocate: the trainer needs the memory")
+        v.derive(
+            "offload_train", True if v["offload_train"] is None else v["offload_train"], "--colocate: engines need the memory"
+        )
+        v.derive(
+            "offload_rollout",
+            True if v["offload_rollout"] is None else v["offload_rollout"],
+            "--colocate: the trainer needs the memory",
+        )
         if v["rollout_num_gpus"] is None:
             v.derive("rollout_num_gpus", actor, f"--colocate: engines use the {actor} training GPUs")
         if 0 < v["rollout_num_gpus"] < actor:
-            v.notes.append(f"{actor - v['rollout_num_gpus']} training GPUs idle during rollout: --rollout-num-gpus {v['rollout_num_gpus']}")
+            v.notes.append(
+                f"{actor - v['rollout_num_gpus']} training GPUs idle during rollout: --rollout-num-gpus {v['rollout_num_gpus']}"
+            )
     v.derive("offload_train", bool(v["offload_train"]), "training and rollout have GPUs of their own")
     v.derive("offload_rollout", bool(v["offload_rollout"]), "training and rollout have GPUs of their own")
 
@@ -71,7 +96,10 @@ def engines(v: Values) -> None:
         return
     per_engine = v["rollout_num_gpus_per_engine"]
     v.require(per_engine >= 1, f"--rollout-num-gpus-per-engine must be at least 1, got {per_engine}")
-    v.require(v["sglang_config"] is None or v["prefill_num_servers"] is None, "--sglang-config and --prefill-num-servers exclude each other")
+    v.require(
+        v["sglang_config"] is None or v["prefill_num_servers"] is None,
+        "--sglang-config and --prefill-num-servers exclude each other",
+    )
     v.stop_if_wrong()
     _attention_dp(v)
     if v["sglang_config"] is not None:
@@ -81,17 +109,21 @@ def engines(v: Values) -> None:
         if v["rollout_num_gpus"] is None:
             v.derive("rollout_num_gpus", total, f"the groups of {v['sglang_config']} add up to it")
         listed = " + ".join(str(group.num_gpus) for model in models for group in model.server_groups)
-        v.require(total == v["rollout_num_gpus"],
-                  f"{v['sglang_config']}: num_gpus of all groups is {listed} = {total}, but rollout has {v['rollout_num_gpus']} GPUs"
-                  + (" (all training GPUs, because of --colocate)" if v["colocate"] and "rollout_num_gpus" not in v.given else ""))  # fmt: skip
+        v.require(
+            total == v["rollout_num_gpus"],
+            f"{v['sglang_config']}: num_gpus of all groups is {listed} = {total}, but rollout has {v['rollout_num_gpus']} GPUs"
+            + (" (all training GPUs, because of --colocate)" if v["colocate"] and "rollout_num_gpus" not in v.given else ""),
+        )
         v["groups"] = models
         return
     v.require(v["rollout_num_gpus"] is not None, "--rollout-num-gpus is needed without --colocate (0 starts the router alone)")
     v.stop_if_wrong()
     v["groups"] = groups_without_yaml(
-        rollout_num_gpus=v["rollout_num_gpus"], gpus_per_engine=per_engine,
-        prefill_num_servers=v["prefill_num_servers"], model_path=v["hf_checkpoint"],
-    )  # fmt: skip
+        rollout_num_gpus=v["rollout_num_gpus"],
+        gpus_per_engine=per_engine,
+        prefill_num_servers=v["prefill_num_servers"],
+        model_path=v["hf_checkpoint"],
+    )
 
 
 def _attention_dp(v: Values) -> None:
@@ -100,28 +132,54 @@ def _attention_dp(v: Values) -> None:
     sizes = {}
     for short, long in (("dp_size", "data_parallel_size"), ("pp_size", "pipeline_parallel_size")):
         text = sglang.get(short, sglang.get(long, "1"))
-        v.require(str(text).isdigit() and int(text) > 0, f"--sglang-{short.replace('_', '-')} must be a whole number above 0, got {text!r}")
+        v.require(
+            str(text).isdigit() and int(text) > 0,
+            f"--sglang-{short.replace('_', '-')} must be a whole number above 0, got {text!r}",
+        )
         sizes[short] = int(text) if str(text).isdigit() else 1
-    v.require(sizes["dp_size"] == 1 or sglang.get("enable_dp_attention"), f"--sglang-dp-size {sizes['dp_size']} needs --sglang-enable-dp-attention")
-    v.require(v["rollout_num_gpus_per_engine"] % max(sizes["pp_size"], 1) == 0,
-              f"--rollout-num-gpus-per-engine {v['rollout_num_gpus_per_engine']} is no multiple of --sglang-pp-size {sizes['pp_size']}")  # fmt: skip
+    v.require(
+        sizes["dp_size"] == 1 or sglang.get("enable_dp_attention"),
+        f"--sglang-dp-size {sizes['dp_size']} needs --sglang-enable-dp-attention",
+    )
+    v.require(
+        v["rollout_num_gpus_per_engine"] % max(sizes["pp_size"], 1) == 0,
+        f"--rollout-num-gpus-per-engine {v['rollout_num_gpus_per_engine']} is no multiple of "
+        f"--sglang-pp-size {sizes['pp_size']}",
+    )
 
 
 def algorithm(v: Values) -> None:
-    v.require(v["rollout_temperature"] > 0, f"--rollout-temperature must be above 0 (the trainer divides by it), got {v['rollout_temperature']}")
-    v.require(not (v["kl_coef"] and v["kl_loss_coef"]), "--kl-coef and --kl-loss-coef would both count the KL to the reference; use one")
+    v.require(
+        v["rollout_temperature"] > 0,
+        f"--rollout-temperature must be above 0 (the trainer divides by it), got {v['rollout_temperature']}",
+    )
+    v.require(
+        not (v["kl_coef"] and v["kl_loss_coef"]),
+        "--kl-coef and --kl-loss-coef would both count the KL to the reference; use one",
+    )
     if v["kl_coef"] or v["use_kl_loss"]:
         why = "--kl-coef" if v["kl_coef"] else "--use-kl-loss"
         v.require(v["ref_load"] is not None, f"{why} compares with a reference model; give --ref-load")
         present = v.facts.ref_load != "nothing" or v.door == "rehearse"
-        v.require(v["ref_load"] is None or present, f"{why} needs the reference model, but there is nothing in --ref-load {v['ref_load']}")
+        v.require(
+            v["ref_load"] is None or present,
+            f"{why} needs the reference model, but there is nothing in --ref-load {v['ref_load']}",
+        )
     if v["kl_loss_coef"] and not v["use_kl_loss"]:
-        v.mistakes.append(f"--kl-loss-coef {v['kl_loss_coef']} has no effect without --use-kl-loss; add it or remove the coefficient")
-    v.require(v["advantage_estimator"] not in ("reinforce_plus_plus", "reinforce_plus_plus_baseline") or v["normalize_advantages"],
-              f"--advantage-estimator {v['advantage_estimator']} needs --normalize-advantages")  # fmt: skip
-    v.require(not (v["use_rollout_logprobs"] and v["use_tis"]),
-              "--use-rollout-logprobs makes the engine's log-probs the old ones, which leaves --use-tis nothing to correct; use one")  # fmt: skip
-    v.require(not v["get_mismatch_metrics"] or v["custom_tis_function_path"], "--get-mismatch-metrics needs --custom-tis-function-path")
+        v.mistakes.append(
+            f"--kl-loss-coef {v['kl_loss_coef']} has no effect without --use-kl-loss; add it or remove the coefficient"
+        )
+    v.require(
+        v["advantage_estimator"] not in ("reinforce_plus_plus", "reinforce_plus_plus_baseline") or v["normalize_advantages"],
+        f"--advantage-estimator {v['advantage_estimator']} needs --normalize-advantages",
+    )
+    v.require(
+        not (v["use_rollout_logprobs"] and v["use_tis"]), "--use-rollout-logprobs leaves --use-tis nothing to correct; use one"
+    )
+    v.require(
+        not v["get_mismatch_metrics"] or v["custom_tis_function_path"],
+        "--get-mismatch-metrics needs --custom-tis-function-path",
+    )
     v.require(v["eps_clip_c"] is None or v["eps_clip_c"] > 1, f"--eps-clip-c must be above 1, got {v['eps_clip_c']}")
     v.require(v["tis_clip_low"] <= v["tis_clip"], f"--tis-clip-low {v['tis_clip_low']} is above --tis-clip {v['tis_clip']}")
     if v["eps_clip_high"] is None:
@@ -138,21 +196,32 @@ def algorithm(v: Values) -> None:
 
 def batch(v: Values) -> None:
     prompts, samples = v["rollout_batch_size"], v["n_samples_per_prompt"]
-    v.require(prompts is not None and prompts > 0, f"--rollout-batch-size (prompts per rollout) is needed, above 0; got {prompts}")
+    v.require(
+        prompts is not None and prompts > 0, f"--rollout-batch-size (prompts per rollout) is needed, above 0; got {prompts}"
+    )
     v.require(samples > 0, f"--n-samples-per-prompt must be above 0, got {samples}")
     v.stop_if_wrong()
     total = prompts * samples
     steps = v["num_steps_per_rollout"]
     if steps is not None:
-        v.require(steps > 0 and total % steps == 0, f"{total} samples ({prompts} x {samples}) do not divide into --num-steps-per-rollout {steps}")
+        v.require(
+            steps > 0 and total % steps == 0,
+            f"{total} samples ({prompts} x {samples}) do not divide into --num-steps-per-rollout {steps}",
+        )
         v.stop_if_wrong()
-        v.require(v["global_batch_size"] in (None, total // steps),
-                  f"--num-steps-per-rollout {steps} means a global batch of {total // steps}, but --global-batch-size is {v['global_batch_size']}")  # fmt: skip
+        v.require(
+            v["global_batch_size"] in (None, total // steps),
+            f"--num-steps-per-rollout {steps} means a global batch of {total // steps}, "
+            f"but --global-batch-size is {v['global_batch_size']}",
+        )
         v.derive("global_batch_size", total // steps, f"{prompts} x {samples} samples in {steps} steps")
     if v["global_batch_size"] is None:
         v.derive("global_batch_size", total, f"all {prompts} x {samples} samples of a rollout make one step")
-    v.require(v["global_batch_size"] > 0 and total % v["global_batch_size"] == 0,
-              f"{total} samples ({prompts} x {samples}) are no multiple of --global-batch-size {v['global_batch_size']}; the rest would be lost")  # fmt: skip
+    v.require(
+        v["global_batch_size"] > 0 and total % v["global_batch_size"] == 0,
+        f"{total} samples ({prompts} x {samples}) are no multiple of --global-batch-size {v['global_batch_size']}; "
+        "the rest would be lost",
+    )
     if v["balance_by_flops"]:
         v.require(v["use_dynamic_batch_size"], "--balance-by-flops needs --use-dynamic-batch-size")
         v.derive("balance_data", True, "--balance-by-flops implies it")
@@ -161,29 +230,50 @@ def batch(v: Values) -> None:
     if v["log_probs_max_tokens_per_gpu"] is None and v["max_tokens_per_gpu"] is not None:
         v.derive("log_probs_max_tokens_per_gpu", v["max_tokens_per_gpu"], "it defaults to --max-tokens-per-gpu")
     v.require(v["micro_batch_size"] > 0, f"--micro-batch-size must be above 0, got {v['micro_batch_size']}")
-    v.require(v["log_probs_chunk_size"] == -1 or v["log_probs_chunk_size"] > 0, f"--log-probs-chunk-size is -1 (all) or above 0, got {v['log_probs_chunk_size']}")
+    v.require(
+        v["log_probs_chunk_size"] == -1 or v["log_probs_chunk_size"] > 0,
+        f"--log-probs-chunk-size is -1 (all) or above 0, got {v['log_probs_chunk_size']}",
+    )
     if v["over_sampling_batch_size"] is None:
         v.derive("over_sampling_batch_size", prompts, "it defaults to --rollout-batch-size")
-    v.require(v["over_sampling_batch_size"] >= prompts, f"--over-sampling-batch-size {v['over_sampling_batch_size']} is below --rollout-batch-size {prompts}")
-    v.require(v["partial_rollout"] or not v["mask_offpolicy_in_partial_rollout"], "--mask-offpolicy-in-partial-rollout needs --partial-rollout")
+    v.require(
+        v["over_sampling_batch_size"] >= prompts,
+        f"--over-sampling-batch-size {v['over_sampling_batch_size']} is below --rollout-batch-size {prompts}",
+    )
+    v.require(
+        v["partial_rollout"] or not v["mask_offpolicy_in_partial_rollout"],
+        "--mask-offpolicy-in-partial-rollout needs --partial-rollout",
+    )
 
 
 def lengths(v: Values) -> None:
     """How many rollouts, and how long prompts may be."""
     if v["num_rollout"] is None:
         v.require(v["num_epoch"] is not None, "give --num-rollout or --num-epoch")
-        v.require(v["num_epoch"] is None or v["rollout_global_dataset"], "--num-epoch counts passes over --prompt-data, which --disable-rollout-global-dataset leaves to you; give --num-rollout")  # fmt: skip
+        v.require(
+            v["num_epoch"] is None or v["rollout_global_dataset"],
+            "--num-epoch needs a data set to count; with --disable-rollout-global-dataset give --num-rollout",
+        )
         if v["num_epoch"] is not None:
-            v.notes.append(f"num_rollout is known once the prompts are read: {v['num_epoch']} epochs x (prompts // {v['rollout_batch_size']})")
+            v.notes.append(
+                f"num_rollout is known once the prompts are read: {v['num_epoch']} epochs x "
+                f"(prompts // {v['rollout_batch_size']})"
+            )
     elif v["num_epoch"] is not None:
         v.notes.append(f"--num-epoch {v['num_epoch']} is not used, because --num-rollout is given")
     needs_prompts = v["rollout_global_dataset"] and v["num_rollout"] != 0 and v["load_debug_rollout_data"] is None
-    v.require(not needs_prompts or v["prompt_data"], "--prompt-data is needed (or --disable-rollout-global-dataset with a rollout function of your own)")
+    v.require(
+        not needs_prompts or v["prompt_data"],
+        "--prompt-data is needed (or --disable-rollout-global-dataset with a rollout function of your own)",
+    )
     context = v["rollout_max_context_len"]
     if context is not None:
         if v["rollout_max_prompt_len"] is None:
             v.derive("rollout_max_prompt_len", context - 1, "--rollout-max-context-len leaves one token for the response")
-        v.require(v["rollout_max_prompt_len"] <= context - 1, f"--rollout-max-prompt-len {v['rollout_max_prompt_len']} must be below --rollout-max-context-len {context}")
+        v.require(
+            v["rollout_max_prompt_len"] <= context - 1,
+            f"--rollout-max-prompt-len {v['rollout_max_prompt_len']} must be below --rollout-max-context-len {context}",
+        )
         if v["eval_max_context_len"] is None:
             v.derive("eval_max_context_len", context, "it defaults to --rollout-max-context-len")
 
@@ -198,8 +288,12 @@ def evaluation(v: Values) -> None:
     if v["datasets"]:
         v["eval_prompt_data"] = tuple(word for one in v["datasets"] for word in (one.name, one.path))
     v.require(v["eval_interval"] is None or v["datasets"], "--eval-interval needs --eval-prompt-data or --eval-config")
-    v.require(v["eval_interval"] is None or v["eval_interval"] > 0, f"--eval-interval must be above 0, got {v['eval_interval']}")
-    v.require(v["num_rollout"] != 0 or v["datasets"], "--num-rollout 0 only evaluates; give --eval-prompt-data or --eval-config")
+    v.require(
+        v["eval_interval"] is None or v["eval_interval"] > 0, f"--eval-interval must be above 0, got {v['eval_interval']}"
+    )
+    v.require(
+        v["num_rollout"] != 0 or v["datasets"], "--num-rollout 0 only evaluates; give --eval-prompt-data or --eval-config"
+    )
     if v["eval_function_path"] is None:
         v.derive("eval_function_path", v["rollout_function_path"], "it defaults to --rollout-function-path")
     if v["eval_reward_key"] is None and v["reward_key"] is not None:
@@ -208,10 +302,14 @@ def evaluation(v: Values) -> None:
 
 def saving(v: Values) -> None:
     v.require(v["save_interval"] is None or v["save"], "--save-interval needs --save")
-    v.require(v["save_interval"] is None or v["save_interval"] > 0, f"--save-interval must be above 0, got {v['save_interval']}")
+    v.require(
+        v["save_interval"] is None or v["save_interval"] > 0, f"--save-interval must be above 0, got {v['save_interval']}"
+    )
     v.require(v["save_hf"] is None or v["save"], "--save-hf writes along with checkpoints; it needs --save")
-    v.require(not v["use_tensorboard"] or v["tb_project_name"] or v.facts.tensorboard_dir,
-              "--use-tensorboard needs --tb-project-name or the environment variable TENSORBOARD_DIR")  # fmt: skip
+    v.require(
+        not v["use_tensorboard"] or v["tb_project_name"] or v.facts.tensorboard_dir,
+        "--use-tensorboard needs --tb-project-name or the environment variable TENSORBOARD_DIR",
+    )
 
 
 def initial_weights(v: Values) -> None:
@@ -226,8 +324,10 @@ def initial_weights(v: Values) -> None:
         v.mistakes.append(f"--load {v['load']} is one iteration's folder; give --load {os.path.dirname(folder) or '.'}{hint}")
         return
     if kind == "unknown":
-        v.mistakes.append(f"--load {v['load']} holds neither a Megatron checkpoint ({TRACKER}) nor an HF model of a known type; "
-                          "give an empty or missing folder to start from --ref-load")  # fmt: skip
+        v.mistakes.append(
+            f"--load {v['load']} holds neither a Megatron checkpoint ({TRACKER}) nor an HF model of a known type; "
+            "give an empty or missing folder to start from --ref-load"
+        )
         return
     if kind == "megatron":
         return
