@@ -1,4 +1,4 @@
-"""Talking to one engine: generation, pauses, weight updates, memory. Every call has a time-out and says what the server said."""
+"""Talking to one engine: generation, pauses, weight updates, memory. Each call has a time-out and says what the server said."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class HttpClient:
         timeout: float,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
-        """The answer if its status is 2xx. Raises EngineError with the server's text otherwise, or with the transport's error."""
+        """The answer if its status is 2xx. Raises EngineError with the server's text, or with the transport's error."""
         limit = httpx.Timeout(timeout, connect=min(timeout, 10.0), pool=timeout)
         try:
             response = await self._client().request(method, path, json=body, headers=headers, timeout=limit)
@@ -150,7 +150,7 @@ class EngineClient(HttpClient):
         return str((await self.call("GET", "/model_info", timeout=CONTROL_SECONDS)).json()["weight_version"])
 
     async def begin_weight_update(self, version: str | int) -> None:
-        """Open an update. From here on the engine reports `incomplete:<version>`; pause it before, or it would serve a mixture."""
+        """Open an update; the engine reports `incomplete:<version>` from here on. Pause it before, or it serves a mixture."""
         if capabilities(await self.sglang_version()).update_session:
             await self.call("POST", "/begin_weight_update", {}, timeout=CONTROL_SECONDS)
         await self._stamp(f"{INCOMPLETE}{version}")
@@ -173,7 +173,8 @@ class EngineClient(HttpClient):
         found = await self.weight_version()
         if found != f"{INCOMPLETE}{version}":
             raise EngineError(
-                f"{self.url} is at weights {found!r}, not in the middle of an update to {version!r}: call begin_weight_update first"
+                f"{self.url} is at weights {found!r}, not in the middle of an update to {version!r}; "
+                "call begin_weight_update first"
             )
         if capabilities(await self.sglang_version()).update_session:
             await self.call("POST", "/end_weight_update", {}, timeout=CONTROL_SECONDS)
@@ -195,7 +196,7 @@ class EngineClient(HttpClient):
     # ---- memory ----
 
     async def release_memory(self, tags: Sequence[str] | None = None) -> None:
-        """Give device memory back; the engine must be idle. Weights that are released are gone: send them again after resuming."""
+        """Give device memory back; the engine must be idle. Released weights are gone: send them again after resuming."""
         await self.call("POST", "/release_memory_occupation", {"tags": list(tags)} if tags else {}, timeout=CONTROL_SECONDS)
 
     async def resume_memory(self, tags: Sequence[str] | None = None) -> None:

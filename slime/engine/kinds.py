@@ -17,11 +17,12 @@ HOST_MODEL_CLASS = {"glm_moe_dsa": ("SlimeGlmMoeDsaForCausalLM", "DeepseekV2ForC
 
 # What a launcher written for GPUs may say and a CPU cannot do. Each is dropped with a note.
 CUDA_ONLY = (
-    "kv_cache_dtype", "page_size", "dsa_prefill_backend", "dsa_decode_backend", "moe_a2a_backend", "moe_runner_backend", "deepep_mode",
-    "cuda_graph_max_bs_decode", "cuda_graph_max_bs_prefill", "disable_cuda_graph", "enable_dp_attention", "enable_dp_lm_head", "attn_dp_size",
-    "dp_size", "ep_size", "moe_dense_tp_size", "mem_fraction_static", "enable_memory_saver", "enable_draft_weights_cpu_backup",
-    "speculative_algorithm", "speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens",
-    "speculative_draft_attention_backend", "disaggregation_ib_device", "base_gpu_id", "gpu_id_step",
+    "attn_dp_size", "base_gpu_id", "cuda_graph_max_bs_decode", "cuda_graph_max_bs_prefill", "deepep_mode",
+    "disable_cuda_graph", "disaggregation_ib_device", "dp_size", "dsa_decode_backend", "dsa_prefill_backend",
+    "enable_dp_attention", "enable_dp_lm_head", "enable_draft_weights_cpu_backup", "enable_memory_saver", "ep_size",
+    "gpu_id_step", "kv_cache_dtype", "mem_fraction_static", "moe_a2a_backend", "moe_dense_tp_size", "moe_runner_backend",
+    "page_size", "speculative_algorithm", "speculative_draft_attention_backend", "speculative_eagle_topk",
+    "speculative_num_draft_tokens", "speculative_num_steps",
 )  # fmt: skip
 HOST_TRANSFER = {"mooncake": "mooncake_tcp"}
 HOST_ATTENTION = "torch_native"
@@ -124,7 +125,9 @@ def _host(spec, place, column, asked, common, env) -> tuple[dict[str, object], d
     if spec.num_nodes > 1:
         raise ValueError(f"engine {spec.label} spans {spec.num_nodes} nodes; a CPU engine runs on one")
     if spec.pp_size > 1:
-        raise ValueError(f"engine {spec.label} has pipeline parallel size {spec.pp_size}; a CPU engine has tensor parallelism only")
+        raise ValueError(
+            f"engine {spec.label} has pipeline parallel size {spec.pp_size}; a CPU engine has tensor parallelism only"
+        )
     notes = []
     kept = {}
     for name, value in asked.items():

@@ -20,7 +20,17 @@ SIZE_NAMES = {
     "ep": ("ep_size", "expert_parallel_size", "ep"),
 }
 # Set per process by the engine room; a flag or override of them would break addressing or open the server to others.
-OURS = ("host", "port", "nccl_port", "dist_init_addr", "nnodes", "node_rank", "api_key", "admin_api_key", "disaggregation_bootstrap_port")
+OURS = (
+    "host",
+    "port",
+    "nccl_port",
+    "dist_init_addr",
+    "nnodes",
+    "node_rank",
+    "api_key",
+    "admin_api_key",
+    "disaggregation_bootstrap_port",
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,9 @@ def lay_out(
                 offset += group.num_gpus
                 continue
             for _ in range(group.num_engines):
-                spec = _engine(model, group, slots, flags, hf_checkpoint, engine_id=len(specs), offset=offset, rank=rank, seed=seed)
+                spec = _engine(
+                    model, group, slots, flags, hf_checkpoint, engine_id=len(specs), offset=offset, rank=rank, seed=seed
+                )
                 specs.append(spec)
                 offset += group.num_gpus_per_engine
                 rank += spec.num_nodes
@@ -107,13 +119,17 @@ def _engine(
         raise ValueError(f"{where}: encoder groups serve image models, which this version does not train; remove the group")
     refused = sorted(name for name in settings if name in OURS)
     if refused:
-        raise ValueError(f"{where}: {', '.join(refused)} are set per process by slime; remove them from the flags and overrides")
+        raise ValueError(
+            f"{where}: {', '.join(refused)} are set per process by slime; remove them from the flags and overrides"
+        )
     model_path = settings.pop("model_path", None) or model.model_path or hf_checkpoint
     sizes = {size: _pop_size(settings, names, where) for size, names in SIZE_NAMES.items()}
     gpus, pp = group.num_gpus_per_engine, sizes["pp"] or 1
     tp = sizes["tp"] or gpus // pp
     if tp * pp != gpus:
-        raise ValueError(f"{where}: {gpus} GPUs are not tensor parallel {tp} x pipeline parallel {pp}; choose a pp_size that divides {gpus}")
+        raise ValueError(
+            f"{where}: {gpus} GPUs are not tensor parallel {tp} x pipeline parallel {pp}; choose a pp_size that divides {gpus}"
+        )
     dp = sizes["dp"] or 1
     attention_dp = str(settings.get("enable_dp_attention", "")).lower() == "true"
     if dp > 1 and not attention_dp:

@@ -90,7 +90,8 @@ class ChildProcess:
                 last_phase, next_report = now, elapsed + 30.0
             if elapsed > timeout:
                 raise TimeoutError(
-                    f"{self.label} is not ready after {elapsed:.0f} s (phase: {now}); its log {self.log_path} ends\n{self.tail()}"
+                    f"{self.label} is not ready after {elapsed:.0f} s (phase: {now}); "
+                    f"its log {self.log_path} ends\n{self.tail()}"
                 )
             time.sleep(0.25)
 
@@ -159,13 +160,21 @@ class EngineProcess:
     """The part of an engine that runs on one node. `url` answers when `place.node_rank` is 0."""
 
     def __init__(
-        self, spec: EngineSpec, *, device_kind: str, token: str, log_path: str | Path, place: NodePlacement | None = None,
-        host: str = "127.0.0.1", ports: EnginePorts | None = None, base_gpu_id: int = 0, report: Callable[[str], None] = lambda line: None,
-    ):  # fmt: skip
+        self,
+        spec: EngineSpec,
+        *,
+        device_kind: str,
+        token: str,
+        log_path: str | Path,
+        place: NodePlacement | None = None,
+        ports: EnginePorts | None = None,
+        report: Callable[[str], None] = lambda line: None,
+    ):
+        """place: None is loopback and the first device. ports: None takes free ones. report: gets a line per event."""
         if not token:
             raise ValueError("an engine needs the run's token: its control endpoints change weights and stop generation")
         self.spec, self.device_kind, self.token, self.report = spec, device_kind, token, report
-        self.place = place or NodePlacement(0, host, base_gpu_id)
+        self.place = place or NodePlacement(0, "127.0.0.1", 0)
         self._book = PortBook(self.place.host)
         self.ports = ports or take_engine_ports(self._book, prefill=spec.role == "prefill", dp_size=spec.dp_size)
         self.child = ChildProcess(f"engine {spec.label}", Path(log_path))
@@ -196,7 +205,8 @@ class EngineProcess:
         took = self.child.wait(self._answers, timeout=timeout, phase=self._phase, report=self.report)
         self._book.release()
         self.report(
-            f"engine {self.spec.label}: ready at {self.url} after {took:.1f} s (pid {self.child.pid}, log {self.child.log_path})"
+            f"engine {self.spec.label}: ready at {self.url} after {took:.1f} s "
+            f"(pid {self.child.pid}, log {self.child.log_path})"
         )
         return took
 

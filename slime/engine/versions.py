@@ -121,12 +121,13 @@ class OptionTable:
         return by_name[wanted]
 
     def _names(self) -> dict[str, Option]:
-        names = {}
+        # Retired spellings share their successor's field: a field's name means the option that is spelled like it.
+        names: dict[str, Option] = {}
         for option in self.options:
-            for spelling in (*option.flags, option.name):
-                names.setdefault(spelling.lstrip("-").replace("-", "_"), option)
+            for flag in option.flags:
+                names[flag.lstrip("-").replace("-", "_")] = option
         for option in self.options:
-            names[option.name] = option
+            names.setdefault(option.name, option)
         return names
 
 
@@ -185,7 +186,7 @@ def translate(settings: Mapping[str, object], column: Capabilities) -> Translati
                 continue
             if successor in settings:
                 raise ValueError(
-                    f"both {name} and its successor {successor} are set ({value!r}, {settings[successor]!r}); keep one"
+                    f"{name} is {value!r} and its successor {successor} is {settings[successor]!r}; keep one of them"
                 )
             notes.append(f"sglang {column.version}: {name} is called {successor}")
             name = successor

@@ -37,7 +37,16 @@ def spec(role: str, engine_id: int, model_path: Path | str, *, tp: int = 1, **se
 
 def make_checkpoint(preset: str, folder: Path, *, seed: int = 0) -> Path:
     """A tiny checkpoint; for GLM-5.2 `folder/bf16` and `folder/fp8`."""
-    command = [sys.executable, "tools/make_tiny_checkpoint.py", "--preset", preset, "--seed", str(seed), "--output", str(folder)]
+    command = [
+        sys.executable,
+        "tools/make_tiny_checkpoint.py",
+        "--preset",
+        preset,
+        "--seed",
+        str(seed),
+        "--output",
+        str(folder),
+    ]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return folder
 

@@ -52,7 +52,9 @@ def load_reference(config_of: Path, weights: dict[str, torch.Tensor], scratch: P
     config["dtype"] = "float32"
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "config.json").write_text(json.dumps(config))
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(scratch / "model.safetensors"), {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()}, str(scratch / "model.safetensors"), {"format": "pt"}
+    )
     model = AutoModelForCausalLM.from_pretrained(str(scratch), attn_implementation="eager", dtype=torch.float32).eval()
     if config["model_type"] == "glm_moe_dsa":
         model.config._experts_implementation = "eager"
@@ -82,7 +84,9 @@ def lowest_position_wins():
 @torch.no_grad()
 def log_probs(model, tokens: list[int], *, index_topk: int | None = None) -> torch.Tensor:
     """[len(tokens), vocab] log-probabilities of the next token. index_topk: use another top-k (control experiments)."""
-    indexers = [layer.self_attn.indexer for layer in model.model.layers if getattr(layer.self_attn, "indexer", None) is not None]
+    indexers = [
+        layer.self_attn.indexer for layer in model.model.layers if getattr(layer.self_attn, "indexer", None) is not None
+    ]
     kept = [indexer.index_topk for indexer in indexers]
     for indexer in indexers:
         indexer.index_topk = index_topk or indexer.index_topk
@@ -96,7 +100,7 @@ def log_probs(model, tokens: list[int], *, index_topk: int | None = None) -> tor
 
 
 def largest_difference(model, prompt: list[int], answer: dict, **kwargs) -> tuple[float, float]:
-    """max |server - reference| over (prompt tokens, generated tokens) of an answer with return_logprob and logprob_start_len 0."""
+    """max |server - reference| over (prompt tokens, generated tokens); the answer needs logprob_start_len 0."""
     output, meta = answer["output_ids"], answer["meta_info"]
     expected = log_probs(model, prompt + output, **kwargs)
     served = [entry[0] for entry in meta["input_token_logprobs"]][1:] + [entry[0] for entry in meta["output_token_logprobs"]]

@@ -94,7 +94,9 @@ def test_eight_requests_at_once_are_each_exact(pair):
 
     async def all_at_once() -> list[dict]:
         client = RouterClient(pair.router.url, TOKEN)
-        answers = await asyncio.gather(*(client.generate(request(tokens, 24, temperature=1.0), timeout=120) for tokens in prompts))
+        answers = await asyncio.gather(
+            *(client.generate(request(tokens, 24, temperature=1.0), timeout=120) for tokens in prompts)
+        )
         await client.close()
         return answers
 
@@ -105,9 +107,9 @@ def test_eight_requests_at_once_are_each_exact(pair):
 
 def test_every_control_endpoint_needs_the_token(pair):
     control = (
-        "/update_weights_from_tensor", "/update_weights_from_disk", "/begin_weight_update", "/end_weight_update", "/update_weight_version",
-        "/pause_generation", "/continue_generation", "/abort_request", "/flush_cache", "/release_memory_occupation",
-        "/resume_memory_occupation", "/generate",
+        "/update_weights_from_tensor", "/update_weights_from_disk", "/begin_weight_update", "/end_weight_update",
+        "/update_weight_version", "/pause_generation", "/continue_generation", "/abort_request", "/flush_cache",
+        "/release_memory_occupation", "/resume_memory_occupation", "/generate",
     )  # fmt: skip
     for headers in ({}, {"Authorization": "Bearer somebody-else"}):
         for engine in pair.engines:
@@ -131,7 +133,9 @@ def test_only_the_kv_transfer_listens_outside_loopback(pair):
     """mooncake's TCP transfer engine opens two sockets per engine on every interface and has no option against it."""
     assert listening_outside_loopback({pair.router.child.pid}) == set()
     for engine in pair.engines:
-        assert len(listening_outside_loopback({engine.child.pid})) == 2, "mooncake learned to bind to loopback: tell pd-disaggregation.md"
+        assert len(listening_outside_loopback({engine.child.pid})) == 2, (
+            "mooncake learned to bind to loopback: tell pd-disaggregation.md"
+        )
 
 
 def listening_outside_loopback(groups: set[int]) -> set[str]:

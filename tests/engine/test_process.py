@@ -1,0 +1,128 @@
+"""The life of a child process, with children of a few lines; no SGLang."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slime.engine.process import ChildProcess, EngineDied, EngineProcess, group_exists
+from slime.engine.spec import EngineSpec, NodePlacement
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def child(tmp_path: Path, code: str, *, token: str = "secret") -> ChildProcess:
+    process = ChildProcess("engine x", tmp_path / "x.log")
+    process.launch([sys.executable, "-u", "-c", code], dict(os.environ) | {"PYTHONPATH": str(REPOSITORY)}, token)
+    return process
+
+
+def wait(process: ChildProcess, *, timeout: float = 20.0, ready=lambda: False) -> float:
+    return process.wait(ready, timeout=timeout, phase=lambda: "thinking", report=lambda line: None)
+
+
+def test_a_child_that_ends_early_is_reported_with_its_last_lines(tmp_path):
+    process = child(tmp_path, "print('reading weights'); raise SystemExit('no such file: model.safetensors')")
+    with pytest.raises(EngineDied, match=r"engine x exited with 1; its log .*x.log ends\n  reading weights\n  no such file"):
+        wait(process)
+    process.stop()
+
+
+def test_a_child_that_never_serves_is_a_time_out_with_its_phase(tmp_path):
+    process = child(tmp_path, "import time; print('still here'); time.sleep(60)")
+    try:
+        with pytest.raises(TimeoutError, match=r"not ready after 1 s \(phase: thinking\); its log .*\n  still here"):
+            wait(process, timeout=1.0)
+    finally:
+        process.stop()
+    assert not group_exists(process.pid)
+
+
+def test_stop_ends_grandchildren_that_ignore_sigterm(tmp_path, monkeypatch):
+    monkeypatch.setattr("slime.engine.process.TERMINATE_SECONDS", 0.5)
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); time.sleep(60)"
+    process = child(tmp_path, f"import subprocess, sys; subprocess.Popen([sys.executable, '-u', '-c', {stubborn!r}]).wait()")
+    wait(process, ready=lambda: "up" in process.log_path.read_text())
+    process.stop()
+    assert not group_exists(process.pid)
+    process.stop()  # a second call is harmless
+
+
+def test_the_token_arrives_on_stdin_and_the_log_is_private(tmp_path):
+    process = child(tmp_path, "from slime.engine.serve import read_token; print('got', read_token()[::-1])", token="abc123")
+    with pytest.raises(EngineDied, match="got 321cba"):
+        wait(process)
+    assert process.log_path.stat().st_mode & 0o777 == 0o600
+    process.stop()
+
+
+def test_a_server_ends_when_its_parent_is_killed(tmp_path):
+    """The parent dies without a chance to clean up; the open pipe is what tells the server."""
+    server = (
+        "import os, time; from slime.engine.serve import read_token, stop_with_parent; "
+        "read_token(); stop_with_parent(); print(os.getpid()); time.sleep(60)"
+    )
+    parent = (
+        "import os, pathlib, sys, time\n"
+        "from slime.engine.process import ChildProcess\n"
+        f"p = ChildProcess('x', pathlib.Path({str(tmp_path / 'server.log')!r}))\n"
+        f"p.launch([sys.executable, '-u', '-c', {server!r}], dict(os.environ), 't')\n"
+        "print(p.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    env = dict(os.environ) | {"PYTHONPATH": str(REPOSITORY)}
+    running = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, env=env, text=True)
+    group = int(running.stdout.readline())
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "server.log").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert group_exists(group)
+    running.kill()
+    running.wait()
+    while group_exists(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not group_exists(group)
+
+
+def engine(tmp_path: Path, **changes) -> EngineProcess:
+    values = {
+        "model": "default", "role": "regular", "engine_id": 0, "gpu_offset": 0, "num_gpus": 1, "num_nodes": 1, "tp_size": 1, "pp_size": 1,
+        "dp_size": 1, "ep_size": 1, "model_path": str(tmp_path), "update_weights": True, "needs_offload": True, "random_seed": 1,
+    } | changes  # fmt: skip
+    return EngineProcess(EngineSpec(**values), device_kind="host", token="t", log_path=tmp_path / "e.log")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "has no config.json; --hf-checkpoint must be a local Hugging Face folder"),
+        ({"settings": {"max_running_request": 3}}, "has no such option; nearest: --sglang-max-running-requests"),
+        ({"num_nodes": 2}, "spans 2 nodes; a CPU engine runs on one"),
+        ({"pp_size": 2}, "pipeline parallel size 2; a CPU engine has tensor parallelism only"),
+    ],
+)
+def test_what_cannot_start_is_refused_before_a_process_exists(tmp_path, changes, message):
+    if "settings" in changes:
+        (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    process = engine(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        process.start()
+    assert not process.is_alive()
+    process.stop()
+
+
+def test_an_engine_without_a_token_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="needs the run's token"):
+        EngineProcess(engine(tmp_path).spec, device_kind="host", token="", log_path=tmp_path / "e.log")
+
+
+def test_an_address_of_another_machine_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot bind 203.0.113.7.*is it an address of this machine"):
+        EngineProcess(
+            engine(tmp_path).spec, device_kind="host", token="t", log_path=tmp_path / "e.log", place=NodePlacement(0, "203.0.113.7", 0)
+        )
