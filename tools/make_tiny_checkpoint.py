@@ -5,8 +5,8 @@
     python tools/make_tiny_checkpoint.py --preset cpu --output DIR            # DIR/bf16 and DIR/fp8
 
 Every mechanism of the 744B model is there with small numbers: MLA with a query latent, sparse attention with an indexer on the
-computing layers and index sharing between (freq 4, offset 3), a sigmoid router with a float32 selection bias, a shared expert, the
-MTP layer, per-expert 2-D tensors, `weight_scale_inv`, sharded safetensors with an index, a tokenizer with a chat template.
+computing layers and index sharing between (freq 4, offset 3), a sigmoid router with a float32 selection bias, a shared expert,
+the MTP layer, per-expert 2-D tensors, `weight_scale_inv`, sharded safetensors with an index, a tokenizer with a chat template.
 The weights are random, seeded by (seed, tensor name): the same file on every machine, whatever the order of writing.
 """
 
@@ -49,7 +49,8 @@ class GlmSize:
     n_routed_experts: int = 8
     num_experts_per_tok: int = 2
     n_shared_experts: int = 1
-    # ReLU scores of few heads are often exactly zero and tie; 16 heads of 128 make a tie rare. 128 is what SGLang's pools accept.
+    # ReLU scores of few heads are often exactly zero and tie; 16 heads of 128 make a tie rare. 128 is what SGLang's pools
+    # accept.
     index_n_heads: int = 16
     index_head_dim: int = 128
     index_topk: int = 16
@@ -81,7 +82,8 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset("glm", GlmSize(), 1 << 20),
-    # The smallest GLM-5.2 that the CUDA sparse-attention kernels accept: 64 heads, 512+64 latent, 32 x 128 index heads, top-k 2048.
+    # The smallest GLM-5.2 that the CUDA sparse-attention kernels accept: 64 heads, 512+64 latent, 32 x 128 index heads, top-k
+    # 2048.
     "h200": Preset(
         "glm",
         GlmSize(
@@ -108,7 +110,7 @@ class TensorSpec:
 
 
 def indexer_types(size: GlmSize) -> list[str]:
-    """"full" for a layer that runs its own indexer, "shared" for one that reuses the nearest earlier full layer's choice."""
+    """ "full" for a layer that runs its own indexer, "shared" for one that reuses the nearest earlier full layer's choice."""
     computing = (max(i - size.index_skip_topk_offset + 1, 0) % size.index_topk_freq == 0 for i in range(size.num_hidden_layers))
     return ["full" if full else "shared" for full in computing]
 
@@ -161,7 +163,9 @@ def _glm_layer(layer: int, size: GlmSize, *, with_indexer: bool) -> Iterator[Ten
     yield TensorSpec(mlp + "gate.e_score_correction_bias", (size.n_routed_experts,), 0.01, dtype=torch.float32)
     for expert in range(size.n_routed_experts):
         yield from _gated_mlp(f"{mlp}experts.{expert}.", hidden, size.moe_intermediate_size, out_gain=out_gain)
-    yield from _gated_mlp(mlp + "shared_experts.", hidden, size.moe_intermediate_size * size.n_shared_experts, out_gain=out_gain)
+    yield from _gated_mlp(
+        mlp + "shared_experts.", hidden, size.moe_intermediate_size * size.n_shared_experts, out_gain=out_gain
+    )
 
 
 def glm_tensors(size: GlmSize, vocab_size: int) -> Iterator[TensorSpec]:
@@ -297,7 +301,8 @@ def qwen_config(size: QwenSize, facts: TokenizerFacts) -> dict[str, object]:
 
 
 def quantization_config(specs: list[TensorSpec]) -> dict[str, object]:
-    """The block of the FP8 twin; its list keeps the release's slip: it says `indexers_proj`, the tensor is `indexer.weights_proj`."""
+    """The block of the FP8 twin; its list keeps the release's slip: it says `indexers_proj`, the tensor is
+    `indexer.weights_proj`."""
     kept = [spec.name.removesuffix(".weight") for spec in specs if not spec.fp8]
     return {
         "activation_scheme": "dynamic",
@@ -321,7 +326,8 @@ class Written:
 
 
 class ShardWriter:
-    """Collects tensors up to `max_bytes`, then writes a file; the count of files is in their names, so they are renamed at the end."""
+    """Collects tensors up to `max_bytes`, then writes a file; the count of files is in their names, so they are renamed at the
+    end."""
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self.directory, self.max_bytes = directory, max_bytes
@@ -360,7 +366,8 @@ class ShardWriter:
 
 
 def write_checkpoint(directory: Path, preset: Preset, *, seed: int, fp8: bool) -> Written:
-    """One complete HF directory. An earlier one of the same name is replaced; any other directory is left alone with an error."""
+    """One complete HF directory. An earlier one of the same name is replaced; any other directory is left alone with an
+    error."""
     if directory.exists() and any(directory.iterdir()):
         if not (directory / "config.json").exists():
             raise ValueError(f"{directory} is not empty and holds no checkpoint (no config.json); name a new directory")
@@ -415,7 +422,9 @@ def parameter_counts(preset: Preset, vocab_size: int) -> dict[str, int]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), required=True)
     parser.add_argument("--output", type=Path, help="writes OUTPUT/bf16 and OUTPUT/fp8")
     parser.add_argument("--output-bf16", type=Path, help="directory of the BF16 checkpoint")
@@ -444,8 +453,8 @@ def main(argv: list[str] | None = None) -> None:
             continue
         written = write_checkpoint(directory, preset, seed=args.seed, fp8=fp8)
         print(
-            f"{'fp8 ' if fp8 else 'bf16'} {written.directory}: {written.num_parameters:,} parameters in {written.num_tensors} tensors, "
-            f"{written.num_bytes / 1e6:.1f} MB in {written.num_shards} files"
+            f"{'fp8 ' if fp8 else 'bf16'} {written.directory}: {written.num_parameters:,} parameters, "
+            f"{written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB in {written.num_shards} files"
         )
     from tools.tiny_tokenizer import VOCAB_SIZE
 

@@ -1,4 +1,5 @@
-"""A real fast tokenizer of 320 tokens for the tiny checkpoints: bytes, single digits, a few words of arithmetic, GLM's or Qwen's markers.
+"""A real fast tokenizer of 320 tokens for the tiny checkpoints: bytes, single digits, a few words of arithmetic, GLM's or
+Qwen's markers.
 
 Every string round-trips (all 256 byte symbols are pieces), every digit is one token, and `\\boxed{` is one token, so that the
 answer of an arithmetic prompt is a handful of tokens. The pieces form a Unigram model: a word piece needs no chain of merges.
@@ -14,22 +15,24 @@ VOCAB_SIZE = 320
 
 # GLM-5.2 lists its markers in this order at the end of the vocabulary; <|endoftext|> pads and ends, a role marker ends a turn.
 GLM_MARKERS = (
-    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
-    "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|observation|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "/nothink",
 )  # fmt: skip
 GLM_STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 QWEN_MARKERS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
+    "<tool_response>", "</tool_response>",
 )  # fmt: skip
 QWEN_STOPS = ("<|im_end|>", "<|endoftext|>")
 
 # Ordered by use: when the markers leave less room, the last ones are left out.
 WORDS = (
-    "\\boxed{", " plus", " minus", " times", " mod", " the", "What", " is", " last", " digit", " of", "Answer", " answer", " sum",
-    "Compute", " and", " in", " a", " to", " =", " +", " -", " *", "Give", " only", " Give", " Answer", " number", "Question", " result",
-    " with", " inside", "Put", " Put", " your", " it", " as", " two", "Solve", " Solve", " by", " from", "He", "Let", " we", " add",
-    " carry", " step", " then", " so", " for", " final", " integer", " problem", " value", " question",
+    "\\boxed{", " plus", " minus", " times", " mod", " the", "What", " is", " last", " digit", " of", "Answer",
+    " answer", " sum", "Compute", " and", " in", " a", " to", " =", " +", " -", " *", "Give", " only", " Give",
+    " Answer", " number", "Question", " result", " with", " inside", "Put", " Put", " your", " it", " as", " two",
+    "Solve", " Solve", " by", " from", "He", "Let", " we", " add", " carry", " step", " then", " so", " for", " final",
+    " integer", " problem", " value", " question",
 )  # fmt: skip
 
 GLM_TEMPLATE = """[gMASK]<sop>

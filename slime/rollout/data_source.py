@@ -1,0 +1,209 @@
+"""Which prompts come next. The whole position, the buffer's content included, is in `state_dict()`: a resumed run goes on
+exactly.
+
+`--data-source-path` names a class like these two: `cls(args)`, `get_samples(n)`, `add_samples(groups)`, `save(rollout_id)`,
+`load(rollout_id)`, `state_dict()`, `load_state_dict(state)`, `len()`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slime.rollout.base_types import Group
+from slime.rollout.dataset import PromptFormat, read_prompts
+from slime.types.sample import Sample
+
+logger = logging.getLogger(__name__)
+
+_COUNTERS = ("sample_offset", "epoch_id", "sample_group_index", "sample_index")
+
+
+def state_path(folder: str, rollout_id: int) -> Path:
+    return Path(folder) / "rollout" / f"global_dataset_state_dict_{rollout_id}.pt"
+
+
+class RolloutDataSource:
+    """Prompts of a file, epoch after epoch, shuffled anew in each if `--rollout-shuffle`."""
+
+    def __init__(self, args: Any):
+        self.args = args
+        self.epoch_id = 0
+        self.sample_offset = 0
+        """Prompts taken from the current epoch."""
+        self.sample_group_index = 0
+        self.sample_index = 0
+        self.metadata: dict[str, Any] = {}
+        """A plugin's own; saved and restored."""
+        self.prompts = self._read() if args.rollout_global_dataset else []
+        self._order = self._epoch_order()
+
+    def _read(self) -> list[Sample]:
+        args = self.args
+        if not args.prompt_data:
+            raise ValueError(
+                "no prompts: pass --prompt-data FILE, or --disable-rollout-global-dataset if the rollout finds its own"
+            )
+        tokenizer = None
+        if args.apply_chat_template or args.rollout_max_prompt_len is not None:
+            from slime.rollout.tokenizer import load_tokenizer
+
+            tokenizer = load_tokenizer(args.hf_checkpoint)
+        form = PromptFormat(
+            input_key=args.input_key,
+            label_key=args.label_key,
+            metadata_key=args.metadata_key,
+            tool_key=args.tool_key,
+            apply_chat_template=args.apply_chat_template,
+            apply_chat_template_kwargs=args.apply_chat_template_kwargs,
+        )
+        return read_prompts(
+            args.prompt_data,
+            form,
+            tokenizer=tokenizer,
+            max_prompt_len=args.rollout_max_prompt_len,
+            on_broken=args.on_broken_prompt_line,
+        )
+
+    def __len__(self) -> int:
+        """Prompts of one epoch."""
+        return len(self.prompts)
+
+    def _epoch_order(self) -> list[int]:
+        order = list(range(len(self.prompts)))
+        if self.args.rollout_shuffle:
+            random.Random(self.args.rollout_seed + self.epoch_id).shuffle(order)
+        return order
+
+    def get_samples(self, num_samples: int) -> list[Group]:
+        """The next `num_samples` prompts, each as a group of n_samples_per_prompt fresh samples; as many epochs as that
+        takes."""
+        return [self._group(prompt) for prompt in self._take(num_samples)]
+
+    def _take(self, count: int) -> list[Sample]:
+        if not self.prompts:
+            return [Sample() for _ in range(count)]
+        taken: list[Sample] = []
+        while len(taken) < count:
+            if self.sample_offset >= len(self.prompts):
+                self.epoch_id += 1
+                self.sample_offset = 0
+                self._order = self._epoch_order()
+            end = min(self.sample_offset + count - len(taken), len(self.prompts))
+            taken += [self.prompts[i] for i in self._order[self.sample_offset : end]]
+            self.sample_offset = end
+        return taken
+
+    def _group(self, prompt: Sample) -> Group:
+        group = []
+        for _ in range(self.args.n_samples_per_prompt):
+            sample = copy.deepcopy(prompt)
+            sample.group_index, sample.index = self.sample_group_index, self.sample_index
+            self.sample_index += 1
+            group.append(sample)
+        self.sample_group_index += 1
+        return group
+
+    def add_samples(self, samples: list[Group]) -> None:
+        raise ValueError(f"{type(self).__name__} keeps no buffer; use slime.rollout.data_source.RolloutDataSourceWithBuffer")
+
+    # ------------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides which samples come next; plain values, independent of later changes."""
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return {**counters, "num_prompts": len(self.prompts), "metadata": copy.deepcopy(self.metadata)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        known = state.get("num_prompts", len(self.prompts))
+        if known != len(self.prompts):
+            logger.warning(
+                "the prompts have changed since the checkpoint (%d then, %d now): epoch %d goes on at prompt %d",
+                known, len(self.prompts), state["epoch_id"], state["sample_offset"],
+            )  # fmt: skip
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        self.metadata = copy.deepcopy(state.get("metadata") or {})
+        self._order = self._epoch_order()
+
+    def save(self, rollout_id: int) -> None:
+        """Write the state beside the checkpoint of `--save`, all of it or nothing."""
+        import torch
+
+        path = state_path(self.args.save, rollout_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        torch.save(self.state_dict(), unfinished)
+        os.replace(unfinished, path)
+
+    def load(self, rollout_id: int | None = None) -> None:
+        """Read the state after `rollout_id` from `--load`; a first run has none and starts at the beginning."""
+        if not self.args.load:
+            return
+        import torch
+
+        if rollout_id is None:
+            rollout_id = (self.args.start_rollout_id or 0) - 1
+        path = state_path(self.args.load, rollout_id)
+        if not path.exists():
+            logger.info("no data position at %s: prompts start at the beginning", path)
+            return
+        self.load_state_dict(torch.load(path, weights_only=False))
+
+
+class RolloutDataSourceWithBuffer(RolloutDataSource):
+    """The same with a buffer in front: groups put back (unfinished, or finished but not needed) come out first."""
+
+    def __init__(self, args: Any):
+        super().__init__(args)
+        self.buffer: list[Group] = []
+        self._filter: Callable[..., list[Group]] = pop_first
+        if args.buffer_filter_path:
+            from slime.rollout.plugins import load_function
+
+            self._filter = load_function("--buffer-filter-path", args.buffer_filter_path)
+
+    def get_samples(self, num_samples: int) -> list[Group]:
+        groups = self._filter(self.args, None, self.buffer, num_samples) if self.buffer else []
+        if len(groups) > num_samples:
+            raise ValueError(f"the buffer filter gave {len(groups)} groups, {num_samples} were asked for")
+        return groups + super().get_samples(num_samples - len(groups))
+
+    def add_samples(self, samples: list[Group]) -> None:
+        """Put groups back. Raises ValueError unless each is a whole group."""
+        wanted = self.args.n_samples_per_prompt
+        for group in samples:
+            if len(group) != wanted:
+                raise ValueError(f"a group for the buffer has {len(group)} samples, --n-samples-per-prompt is {wanted}")
+        self.buffer.extend(samples)
+
+    def get_buffer_length(self) -> int:
+        return len(self.buffer)
+
+    def state_dict(self) -> dict[str, Any]:
+        buffer = [[_pack(item) for item in group] for group in self.buffer]
+        return super().state_dict() | {"buffer": copy.deepcopy(buffer)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.buffer = [[_unpack(item) for item in group] for group in copy.deepcopy(state.get("buffer") or [])]
+
+
+def _pack(item: Sample | list) -> dict | list:
+    return [_pack(part) for part in item] if isinstance(item, list) else item.to_dict()
+
+
+def _unpack(item: dict | list) -> Sample | list:
+    return [_unpack(part) for part in item] if isinstance(item, list) else Sample.from_dict(item)
+
+
+def pop_first(args: Any, rollout_id: int | None, buffer: list[Group], num_samples: int) -> list[Group]:
+    """The default --buffer-filter-path: the oldest groups, removed from the buffer."""
+    taken = buffer[:num_samples]
+    del buffer[:num_samples]
+    return taken

@@ -1,0 +1,1 @@
+"""Filters that a flag can name: keep or drop a finished group."""

@@ -1,0 +1,325 @@
+"""One sample: prompt ids, one request to the router, the answer appended, hooks, reward. One group: n of them.
+
+A sample that breaks (the engine refuses it, the generate function or the grader raises) ends as FAILED with the reason in
+`metadata["error"]` and without a reward. The loop above counts such groups and stops the run when there are many; nothing is
+scored 0 because something broke.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import inspect
+import logging
+import math
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from slime.engine.client import EngineError, RouterClient
+from slime.rollout.base_types import Group, flatten
+from slime.rollout.plugins import accepted_keywords, load_function
+from slime.rollout.rm_hub import async_rm, batched_async_rm
+from slime.rollout.tokenizer import load_tokenizer
+from slime.types.sample import Sample, Status
+
+logger = logging.getLogger(__name__)
+
+_TRIES = 4
+_FIRST_PAUSE_SECONDS = 0.5
+_FINISHED = (Status.COMPLETED, Status.TRUNCATED)
+
+
+@dataclass
+class GenerateState:
+    """What the samples of one rollout share."""
+
+    args: Any
+    tokenizer: Any = None
+    client: RouterClient | None = None
+    semaphore: asyncio.Semaphore | None = None
+    """Bounds the samples that are being generated."""
+    sampling_params: dict[str, Any] = field(default_factory=dict)
+    max_context_len: int | None = None
+    """Most tokens of prompt and response together; None does not bound them."""
+    aborted: bool = False
+    """Set when the rollout has enough: samples still waiting do not start."""
+    rollout_id: int = 0
+
+    def __post_init__(self) -> None:
+        args = self.args
+        self.tokenizer = self.tokenizer or load_tokenizer(args.hf_checkpoint)
+        concurrency = num_concurrent(args)
+        if self.client is None:
+            self.client = RouterClient(router_url(args), getattr(args, "engine_token", None) or "", connections=concurrency)
+        self.semaphore = self.semaphore or asyncio.Semaphore(concurrency)
+        self.sampling_params = self.sampling_params or rollout_sampling_params(args)
+
+
+_CURRENT: contextvars.ContextVar[GenerateState] = contextvars.ContextVar("generate_state")
+
+
+def current_state() -> GenerateState:
+    """The state of the rollout that the caller's generate function belongs to: tokenizer, router client, default parameters."""
+    try:
+        return _CURRENT.get()
+    except LookupError:
+        raise ValueError("no rollout is running here: current_state() is for generate functions, hooks and graders") from None
+
+
+def enter(state: GenerateState) -> None:
+    """Tasks started from here on see `state` as current_state()."""
+    _CURRENT.set(state)
+
+
+def router_url(args: Any) -> str:
+    host, port = getattr(args, "sglang_router_ip", None), getattr(args, "sglang_router_port", None)
+    if not host or not port:
+        raise ValueError(f"the router's address is not known: host {host!r}, port {port!r}")
+    return f"http://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"http://{host}:{port}"
+
+
+def num_concurrent(args: Any) -> int:
+    """Samples in flight: --sglang-server-concurrency per engine."""
+    engines = getattr(args, "rollout_num_engines", None)
+    if not engines:
+        per_engine = max(1, getattr(args, "rollout_num_gpus_per_engine", None) or 1)
+        engines = max(1, (getattr(args, "rollout_num_gpus", None) or per_engine) // per_engine)
+    return max(1, args.sglang_server_concurrency * engines)
+
+
+def rollout_sampling_params(args: Any) -> dict[str, Any]:
+    """SGLang's sampling_params for training samples."""
+    return sampling_params(
+        temperature=args.rollout_temperature,
+        top_p=args.rollout_top_p,
+        top_k=args.rollout_top_k,
+        max_new_tokens=args.rollout_max_response_len,
+        stop=args.rollout_stop,
+        stop_token_ids=args.rollout_stop_token_ids,
+        skip_special_tokens=args.rollout_skip_special_tokens,
+    )
+
+
+def sampling_params(
+    *, max_new_tokens: int | None, stop: Any = None, stop_token_ids: Any = None, **others: Any
+) -> dict[str, Any]:
+    if max_new_tokens is None:
+        raise ValueError(
+            "how long may a response be? pass --rollout-max-response-len (or the eval data set's max_response_len)"
+        )
+    params = {
+        "max_new_tokens": max_new_tokens,
+        "stop": list(stop) if stop else None,
+        "stop_token_ids": list(stop_token_ids) if stop_token_ids else None,
+        "no_stop_trim": True,
+        "spaces_between_special_tokens": False,
+    }
+    return params | {name: value for name, value in others.items() if value is not None}
+
+
+# ------------------------------------------------------------------------------------------------------- one request
+
+
+async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], *, state: GenerateState | None = None) -> Sample:
+    """Generate (or continue) one response through the router. Raises ValueError or EngineError when that is not possible.
+
+    A custom generate function may call it too; `state` is then the running rollout's.
+    """
+    state = state or current_state()
+    if sample.status not in (Status.PENDING, Status.ABORTED):
+        raise ValueError(f"sample {sample.index} is {sample.status.value}; only pending and aborted samples are generated")
+    if not sample.tokens:
+        if not isinstance(sample.prompt, str):
+            raise ValueError(
+                "the prompt is a list of messages; pass --apply-chat-template, or a generate function that renders it"
+            )
+        sample.tokens = state.tokenizer.encode(sample.prompt, add_special_tokens=False)
+    params = dict(sampling_params)
+    # A resumed sample has spent part of its budget; the context bounds what is left.
+    params["max_new_tokens"] = _room(sample, params["max_new_tokens"], state.max_context_len)
+    if params["max_new_tokens"] <= 0:
+        if sample.response_length == 0:
+            raise ValueError(f"the prompt has {len(sample.tokens)} tokens; a context of {state.max_context_len} leaves no room")
+        sample.status = Status.TRUNCATED
+        return sample
+    payload = {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True}
+    answer = await _ask(state.client, payload, sample.session_id)
+    meta_info = answer.get("meta_info") or {}
+    tokens, log_probs = read_output(meta_info)
+    sample.append_response_tokens(args, tokens=tokens, log_probs=log_probs, meta_info=meta_info, text=answer.get("text", ""))
+    return sample
+
+
+def _room(sample: Sample, max_new_tokens: int, max_context_len: int | None) -> int:
+    room = max_new_tokens - sample.response_length
+    return room if max_context_len is None else min(room, max_context_len - len(sample.tokens))
+
+
+def read_output(meta_info: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """New token ids and their log-probs. Raises ValueError unless every token has a finite one."""
+    items = meta_info.get("output_token_logprobs")
+    if items is None:
+        raise ValueError("the engine's answer holds no output_token_logprobs, although return_logprob was asked for")
+    tokens, log_probs = [int(item[1]) for item in items], [item[0] for item in items]
+    for position, value in enumerate(log_probs):
+        if value is None or not math.isfinite(value):
+            raise ValueError(f"the engine's log-prob of response token {position} is {value}")
+    return tokens, [float(value) for value in log_probs]
+
+
+async def _ask(client: RouterClient, payload: dict[str, Any], routing_key: str | None) -> dict[str, Any]:
+    """A request that failed in transport or with a 5xx is sent again a few times; what the server refuses (4xx) is not."""
+    pause = _FIRST_PAUSE_SECONDS
+    for attempt in range(1, _TRIES + 1):
+        try:
+            return await client.generate(payload, routing_key=routing_key)
+        except EngineError as error:
+            if attempt == _TRIES or (error.status is not None and error.status < 500):
+                raise
+            await asyncio.sleep(pause)
+            pause *= 2
+    raise AssertionError("unreachable")
+
+
+# -------------------------------------------------------------------------------------------------- sample and group
+
+
+async def generate_and_rm(
+    args: Any, sample: Sample, sampling_params: dict[str, Any], *, state: GenerateState, evaluation: bool = False
+) -> Sample | list[Sample]:
+    """Generate and grade one sample; with fan-out, a list of them. Never raises for what one sample did: it ends FAILED."""
+    try:
+        return await _generate_and_rm(args, sample, sampling_params, state=state, evaluation=evaluation)
+    except Exception as error:
+        sample.status, sample.reward = Status.FAILED, None
+        sample.metadata["error"] = f"{type(error).__name__}: {error}"
+        logger.warning("sample %s failed: %s", sample.index, sample.metadata["error"])
+        return sample
+
+
+async def _generate_and_rm(
+    args: Any, sample: Sample, sampling_params: dict[str, Any], *, state: GenerateState, evaluation: bool
+) -> Sample | list[Sample]:
+    if sample.status in _FINISHED and sample.reward is not None:
+        return sample
+    if args.mask_offpolicy_in_partial_rollout and sample.response_length > 0 and sample.status is Status.ABORTED:
+        sample.loss_mask = [0] * sample.response_length
+    result: Sample | list[Sample] = sample
+    if sample.status not in _FINISHED:
+        async with state.semaphore:
+            if state.aborted:
+                sample.status = Status.ABORTED
+                return sample
+            result = await _call_generate(args, sample, sampling_params, state, evaluation)
+    produced = flatten([result])
+    if any(item.status is Status.ABORTED for item in produced):
+        return result
+    for item in produced:
+        await _run_hooks(args, item, state.rollout_id, evaluation)
+        _check_produced(item, len(produced))
+    if not (args.group_rm and not evaluation):
+        await _grade(args, produced)
+    return result
+
+
+async def _call_generate(
+    args: Any, sample: Sample, sampling_params: dict[str, Any], state: GenerateState, evaluation: bool
+) -> Sample | list[Sample]:
+    path = sample.generate_function_path or args.custom_generate_function_path
+    if not path:
+        return await generate(args, sample, sampling_params, state=state)
+    function = load_function("--custom-generate-function-path", path)
+    # A function of the user's gets its own copy of the parameters: changing it must not reach other samples.
+    params = copy.deepcopy(sampling_params)
+    result = await function(args, sample, params, **accepted_keywords(function, {"evaluation": evaluation}))
+    for item in flatten([result]):
+        if not isinstance(item, Sample):
+            raise ValueError(f"{path} returned a {type(item).__name__}; expected a Sample or a list of Samples")
+        item.validate()
+    return result
+
+
+async def _run_hooks(args: Any, sample: Sample, rollout_id: int, evaluation: bool) -> None:
+    for path in args.rollout_sample_hook_path or ():
+        hook = load_function("--rollout-sample-hook-path", path)
+        offered = accepted_keywords(hook, {"rollout_id": rollout_id, "evaluation": evaluation})
+        value = hook(args, sample, **offered)
+        if inspect.isawaitable(value):
+            value = await value
+        if value is not None and value is not sample:
+            raise ValueError(f"--rollout-sample-hook-path {path} returned {type(value).__name__}; change the sample in place")
+
+
+def _check_produced(sample: Sample, num_siblings: int) -> None:
+    if sample.status not in _FINISHED:
+        raise ValueError(f"generation ended with status {sample.status.value}; expected completed, truncated or aborted")
+    if sample.response_length == 0:
+        raise ValueError("generation ended without a response token")
+    if num_siblings > 1 and sample.rollout_id is None:
+        raise ValueError("samples that fan out of one trajectory must share a rollout_id that is not None")
+
+
+async def _grade(args: Any, samples: list[Sample]) -> None:
+    ungraded = [sample for sample in samples if sample.reward is None]
+    if not ungraded:
+        return
+    started = time.monotonic()
+    if len(ungraded) == 1:
+        rewards = [await async_rm(args, ungraded[0])]
+    else:
+        rewards = await batched_async_rm(args, ungraded)
+    for sample, reward in zip(ungraded, rewards, strict=True):
+        _check_reward(sample, reward)
+        sample.reward = reward
+        sample.metadata.setdefault("reward_seconds", 0.0)
+        sample.metadata["reward_seconds"] += time.monotonic() - started
+
+
+def _check_reward(sample: Sample, reward: Any) -> None:
+    values = reward.values() if isinstance(reward, dict) else [reward]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if not numbers or not all(math.isfinite(value) for value in numbers):
+        raise ValueError(
+            f"the reward of sample {sample.index} is {reward!r}; expected a finite number, or a mapping that holds one"
+        )
+
+
+async def generate_and_rm_group(
+    args: Any, group: Group, sampling_params: dict[str, Any], *, state: GenerateState, evaluation: bool = False
+) -> list:
+    """All samples of one prompt; with --group-rm they are graded together once all are there."""
+    if state.aborted:
+        return group
+    deterministic = _deterministic_seed(args)
+    tasks = []
+    for sample in group:
+        sample.session_id = sample.session_id or uuid.uuid4().hex
+        params = dict(sampling_params)
+        if deterministic is not None:
+            params["sampling_seed"] = deterministic + (sample.index or 0)
+        tasks.append(generate_and_rm(args, sample, params, state=state, evaluation=evaluation))
+    results = list(await asyncio.gather(*tasks))
+    if args.group_rm and not evaluation:
+        await _grade_group(args, flatten(results))
+    return results
+
+
+async def _grade_group(args: Any, samples: list[Sample]) -> None:
+    if any(sample.status not in _FINISHED for sample in samples):
+        return
+    try:
+        await _grade(args, samples)
+    except Exception as error:
+        for sample in samples:
+            sample.status, sample.reward = Status.FAILED, None
+            sample.metadata["error"] = f"group reward: {type(error).__name__}: {error}"
+        logger.warning("group %s failed: %s", samples[0].group_index, samples[0].metadata["error"])
+
+
+def _deterministic_seed(args: Any) -> int | None:
+    """Base of the sampling seeds under SGLang's deterministic inference; each sample of the run gets its own."""
+    flags = getattr(args, "sglang", None) or {}
+    return args.rollout_seed if flags.get("enable_deterministic_inference") else None

@@ -1,0 +1,169 @@
+"""Groups of samples -> one RolloutBatch: the only door from the rollout to training.
+
+A column is there for all samples or for none; where some have it and some do not, that is an error with the sample's index,
+never a decision made by the first sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slime.algorithms.rewards import normalize_by_group
+from slime.rollout.base_types import Group, flatten
+from slime.rollout.plugins import load_function
+from slime.types import RolloutBatch
+from slime.types.sample import Sample, Status
+
+_CENTRED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
+_SCALED = ("grpo", "gspo", "cispo")
+
+
+def make_rollout_batch(groups: list[Group], *, rollout_id: int, config: Any) -> RolloutBatch:
+    """Row i is the i-th sample of the flattened groups. Raises ValueError naming the sample that cannot be trained."""
+    args = config.args
+    samples, group_column = _rows(groups)
+    if not samples:
+        raise ValueError(f"rollout {rollout_id} has no samples to train on")
+    for sample in samples:
+        _check_trainable(sample, rollout_id)
+    if args.custom_convert_samples_to_train_data_path:
+        return _from_custom(args, samples, group_column, rollout_id)
+    raw, rewards = _rewards(args, samples, group_column)
+    return RolloutBatch(
+        rollout_id=rollout_id,
+        tokens=tuple(np.asarray(sample.tokens, dtype=np.int64) for sample in samples),
+        response_lengths=np.array([sample.response_length for sample in samples], dtype=np.int64),
+        loss_masks=tuple(_loss_mask(sample) for sample in samples),
+        rewards=rewards,
+        raw_rewards=raw,
+        groups=group_column,
+        trajectories=_trajectories(samples),
+        sample_ids=_sample_ids(samples),
+        truncated=np.array([sample.status is Status.TRUNCATED for sample in samples], dtype=bool),
+        rollout_log_probs=_optional(samples, "rollout_log_probs"),
+        teacher_log_probs=_optional(samples, "teacher_log_probs"),
+        weight_versions=tuple(tuple(sample.weight_versions) for sample in samples),
+    )
+
+
+def _rows(groups: list[Group]) -> tuple[list[Sample], np.ndarray]:
+    """Flattened samples and the position of their group: whatever a plugin wrote into group_index, one group is one group."""
+    samples: list[Sample] = []
+    column: list[int] = []
+    for position, group in enumerate(groups):
+        members = flatten(group) if isinstance(group, list) else [group]
+        samples += members
+        column += [position] * len(members)
+    return samples, np.array(column, dtype=np.int64)
+
+
+def _check_trainable(sample: Sample, rollout_id: int) -> None:
+    where = f"rollout {rollout_id}, sample {sample.index}"
+    if sample.status not in (Status.COMPLETED, Status.TRUNCATED):
+        raise ValueError(f"{where} is {sample.status.value}; only completed and truncated samples are trained")
+    if sample.response_length == 0:
+        raise ValueError(f"{where} has no response token; drop it in the rollout function")
+    sample.validate()
+
+
+def _loss_mask(sample: Sample) -> np.ndarray:
+    if sample.remove_sample:
+        return np.zeros(sample.response_length, dtype=np.float32)
+    if sample.loss_mask is None:
+        return np.ones(sample.response_length, dtype=np.float32)
+    return np.asarray(sample.loss_mask, dtype=np.float32)
+
+
+def _trajectories(samples: list[Sample]) -> np.ndarray:
+    """Samples with the same rollout_id share a trajectory; None is a trajectory of its own, with a number nobody else uses."""
+    numbers: dict[object, int] = {}
+    keys = [("own", row) if sample.rollout_id is None else ("shared", sample.rollout_id) for row, sample in enumerate(samples)]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+
+def _sample_ids(samples: list[Sample]) -> np.ndarray:
+    known = [sample.index for sample in samples if sample.index is not None]
+    if len(set(known)) == len(samples):
+        return np.array(known, dtype=np.int64)
+    # Fan-out siblings carry one index, plugins may carry none: positions are unique at least within the rollout.
+    return np.arange(len(samples), dtype=np.int64)
+
+
+def _optional(samples: list[Sample], name: str) -> tuple[np.ndarray, ...] | None:
+    columns = [getattr(sample, name) for sample in samples]
+    present = [column is not None for column in columns]
+    if not any(present):
+        return None
+    if not all(present):
+        missing = samples[present.index(False)]
+        raise ValueError(
+            f"sample {missing.index} has no {name}, but {sum(present)} of {len(samples)} samples of this rollout have; "
+            f"give it to all or none"
+        )
+    return tuple(np.asarray(column, dtype=np.float32) for column in columns)
+
+
+def raw_reward(args: Any, sample: Sample) -> float:
+    """What the grader said; a plugin that shapes rewards leaves the original in metadata["raw_reward"]."""
+    value = sample.metadata.get("raw_reward", None)
+    value = sample.get_reward_value(args) if value is None else value
+    if not isinstance(value, int | float):
+        raise ValueError(f"the reward of sample {sample.index} is {value!r}, not a number; name its entry with --reward-key")
+    return float(value)
+
+
+def _rewards(args: Any, samples: list[Sample], groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(raw, what advantages are made of), float32 [n]."""
+    if args.custom_reward_post_process_path:
+        path = args.custom_reward_post_process_path
+        raw, rewards = load_function("--custom-reward-post-process-path", path)(args, samples)
+        if len(raw) != len(samples) or len(rewards) != len(samples):
+            raise ValueError(
+                f"--custom-reward-post-process-path {path} gave {len(raw)} and {len(rewards)} rewards for {len(samples)}"
+            )
+        return np.asarray(raw, dtype=np.float32), np.asarray(rewards, dtype=np.float32)
+    raw = np.array([raw_reward(args, sample) for sample in samples], dtype=np.float32)
+    shaped = np.array([float(sample.get_reward_value(args)) for sample in samples], dtype=np.float32)
+    if not args.rewards_normalization or args.advantage_estimator not in _CENTRED:
+        return raw, shaped
+    divide = args.advantage_estimator in _SCALED and args.grpo_std_normalization
+    return raw, normalize_by_group(shaped, groups, divide)
+
+
+_CUSTOM_REQUIRED = ("tokens", "response_lengths", "rewards", "loss_masks", "rollout_ids")
+
+
+def _from_custom(args: Any, samples: list[Sample], groups: np.ndarray, rollout_id: int) -> RolloutBatch:
+    """The mapping of a --custom-convert-samples-to-train-data-path function, with slime's keys, as columns."""
+    path = args.custom_convert_samples_to_train_data_path
+    data = load_function("--custom-convert-samples-to-train-data-path", path)(args, samples)
+    missing = [key for key in _CUSTOM_REQUIRED if key not in data]
+    if missing:
+        raise ValueError(f"--custom-convert-samples-to-train-data-path {path}: its mapping lacks {', '.join(missing)}")
+    n = len(data["tokens"])
+    column = data.get("group_indices", groups if n == len(samples) else None)
+    if column is None:
+        raise ValueError(
+            f"{path} turned {len(samples)} samples into {n} rows; add a key group_indices that says which prompt each is of"
+        )
+
+    def per_token(key: str) -> tuple[np.ndarray, ...] | None:
+        return tuple(np.asarray(row, dtype=np.float32) for row in data[key]) if data.get(key) is not None else None
+
+    _, trajectories = np.unique(np.asarray(data["rollout_ids"]), return_inverse=True)
+    return RolloutBatch(
+        rollout_id=rollout_id,
+        tokens=tuple(np.asarray(row, dtype=np.int64) for row in data["tokens"]),
+        response_lengths=np.asarray(data["response_lengths"], dtype=np.int64),
+        loss_masks=per_token("loss_masks"),
+        rewards=np.asarray(data["rewards"], dtype=np.float32),
+        raw_rewards=np.asarray(data.get("raw_reward", data["rewards"]), dtype=np.float32),
+        groups=np.asarray(column, dtype=np.int64),
+        trajectories=trajectories.astype(np.int64),
+        sample_ids=np.asarray(data.get("sample_indices", np.arange(n)), dtype=np.int64),
+        truncated=np.asarray(data.get("truncated", np.zeros(n)), dtype=bool),
+        rollout_log_probs=per_token("rollout_log_probs"),
+        teacher_log_probs=per_token("teacher_log_probs"),
+    )

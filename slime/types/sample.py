@@ -1,0 +1,329 @@
+"""One trajectory, or one piece of it: the word that generation, rewards and filters speak.
+
+Field names and defaults are the ones that users' plugins know. Every append checks all lengths before it changes anything, so a
+Sample is whole at every moment: `loss_mask` and `rollout_log_probs` are either None or as long as the response.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+
+class Status(Enum):
+    """Why the sample is as it is."""
+
+    PENDING = "pending"
+    """Not generated yet."""
+    COMPLETED = "completed"
+    """Ended by an end token or a stop string."""
+    TRUNCATED = "truncated"
+    """Ended by a length limit."""
+    ABORTED = "aborted"
+    """Interrupted by us; may be continued."""
+    FAILED = "failed"
+    """Generation or grading broke; never trained, never scored."""
+
+
+@dataclass
+class SpecInfo:
+    """Speculative decoding, summed over the requests of a sample."""
+
+    spec_accept_token_num: int = 0
+    spec_draft_token_num: int = 0
+    spec_verify_ct: int = 0
+    completion_token_num: int = 0
+
+    @property
+    def spec_accept_rate(self) -> float:
+        """Accepted part of the drafted tokens."""
+        return self.spec_accept_token_num / self.spec_draft_token_num if self.spec_draft_token_num else 0.0
+
+    @property
+    def spec_accept_length(self) -> float:
+        """Tokens that one verification yields on average."""
+        return self.completion_token_num / self.spec_verify_ct if self.spec_verify_ct else 0.0
+
+    def add(self, meta_info: dict[str, Any]) -> None:
+        self.spec_accept_token_num += meta_info.get("spec_accept_token_num", 0)
+        self.spec_draft_token_num += meta_info.get("spec_draft_token_num", 0)
+        self.spec_verify_ct += meta_info.get("spec_verify_ct", 0)
+        self.completion_token_num += meta_info.get("completion_tokens", 0)
+
+
+@dataclass
+class PrefixCacheInfo:
+    """Prefix cache hits, summed over the requests of a sample."""
+
+    cached_tokens: int = 0
+    total_prompt_tokens: int = 0
+
+    @property
+    def prefix_cache_hit_rate(self) -> float:
+        return self.cached_tokens / self.total_prompt_tokens if self.total_prompt_tokens else 0.0
+
+    def add(self, meta_info: dict[str, Any]) -> None:
+        self.cached_tokens += meta_info.get("cached_tokens", 0)
+        self.total_prompt_tokens += meta_info.get("prompt_tokens", 0)
+
+
+_FINISH_STATUS = {"length": Status.TRUNCATED, "abort": Status.ABORTED, "stop": Status.COMPLETED}
+
+
+def _int32(value: Any) -> np.ndarray:
+    """base64 text, raw bytes, a tensor, an array or a list -> flat int32."""
+    if isinstance(value, str):
+        value = base64.b64decode(value)
+    if isinstance(value, bytes | bytearray):
+        return np.frombuffer(bytes(value), dtype=np.int32)
+    return np.asarray(value, dtype=np.int32).reshape(-1)
+
+
+def _first(meta_info: dict[str, Any], *names: str) -> Any:
+    return next((meta_info[name] for name in names if meta_info.get(name) is not None), None)
+
+
+@dataclass
+class Sample:
+    """One prompt with one (perhaps unfinished) response."""
+
+    Status = Status
+    SpecInfo = SpecInfo
+    PrefixCacheInfo = PrefixCacheInfo
+
+    group_index: int | None = None
+    """Counter of prompts taken from the data source; samples of one prompt share it."""
+    index: int | None = None
+    """Counter of samples taken from the data source; unique over the run."""
+    rollout_id: int | None = None
+    """Trajectory this sample belongs to; needed only when one execution fans out into several samples, which then share it."""
+    prompt: str | list[dict[str, Any]] = ""
+    tokens: list[int] = field(default_factory=list)
+    """Prompt ids, then response ids."""
+    multimodal_inputs: dict[str, Any] | None = None
+    multimodal_train_inputs: dict[str, Any] | None = None
+    multimodal_train_input_id: int | None = None
+    apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    response: str = ""
+    response_length: int = 0
+    """Tokens at the end of `tokens` that are response."""
+    label: str | None = None
+    reward: float | dict[str, Any] | None = None
+    """None until graded."""
+    loss_mask: list[int] | None = None
+    """Per response token: 1 trained, 0 not; None means all ones."""
+    weight_versions: list[str] = field(default_factory=list)
+    """Versions of the weights that answered, in order of the requests."""
+    rollout_log_probs: list[float] | None = None
+    """Per response token: the engine's log-prob, 0 for tokens that it did not generate."""
+    rollout_top_p_token_ids: np.ndarray | None = None
+    """int32: the vocabulary kept by top-p, concatenated over response tokens."""
+    rollout_top_p_token_offsets: np.ndarray | None = None
+    """int32 [response_length + 1]: where each token's span starts."""
+    rollout_routed_experts: np.ndarray | None = None
+    """int32 [len(tokens) - 1, num_layers, topk]: the engine's routing."""
+    remove_sample: bool = False
+    """Keep it in the group statistics but train nothing of it."""
+    teacher_log_probs: list[float] | None = None
+    status: Status = Status.PENDING
+    metadata: dict[str, Any] = field(default_factory=dict)
+    generate_function_path: str | None = None
+    custom_rm_path: str | None = None
+    train_metadata: dict[str, Any] | None = None
+    session_id: str | None = None
+    """Routing key: requests of one session reach one engine."""
+    non_generation_time: float = 0.0
+    """Seconds of a custom generate function that were not spent in the engine."""
+    spec_info: SpecInfo = field(default_factory=SpecInfo)
+    prefix_cache_info: PrefixCacheInfo = field(default_factory=PrefixCacheInfo)
+
+    # ------------------------------------------------------------------------------------------------------ reading
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.tokens) - self.response_length
+
+    @property
+    def effective_response_length(self) -> int:
+        """Trained tokens of the response."""
+        return sum(self.loss_mask) if self.loss_mask is not None else self.response_length
+
+    def get_reward_value(self, args: Any) -> float:
+        """The number that training uses: the reward itself, or its entry `--reward-key`."""
+        reward_key = getattr(args, "reward_key", None)
+        if not reward_key:
+            return self.reward
+        if not isinstance(self.reward, dict) or reward_key not in self.reward:
+            found = sorted(self.reward) if isinstance(self.reward, dict) else repr(self.reward)
+            raise ValueError(f"sample {self.index}: --reward-key is {reward_key!r}, but its reward is {found}")
+        return self.reward[reward_key]
+
+    def validate(self) -> None:
+        """All lengths agree. Raises ValueError with the numbers."""
+        n = self.response_length
+        if not 0 <= n <= len(self.tokens):
+            raise ValueError(f"sample {self.index}: response_length is {n}, but there are {len(self.tokens)} tokens")
+        for name in ("loss_mask", "rollout_log_probs", "teacher_log_probs"):
+            column = getattr(self, name)
+            if column is not None and len(column) != n:
+                raise ValueError(f"sample {self.index}: {name} has {len(column)} entries, the response has {n} tokens")
+        offsets, ids = self.rollout_top_p_token_offsets, self.rollout_top_p_token_ids
+        if (offsets is None) != (ids is None):
+            raise ValueError(f"sample {self.index}: top-p ids and offsets come together; one of them is missing")
+        if offsets is not None and (len(offsets) != n + 1 or offsets[0] != 0 or offsets[-1] != len(ids)):
+            raise ValueError(
+                f"sample {self.index}: top-p offsets must be {n + 1} numbers from 0 to {len(ids)}; "
+                f"got {len(offsets)} from {offsets[:1]} to {offsets[-1:]}"
+            )
+
+    # ------------------------------------------------------------------------------------------------------ growing
+
+    def append_response_tokens(
+        self,
+        args: Any = None,
+        *,
+        tokens: list[int],
+        log_probs: list[float] | None = None,
+        trainable: bool = True,
+        meta_info: dict[str, Any] | None = None,
+        text: str | None = None,
+        update_terminal_info: bool = True,
+    ) -> None:
+        """Grow the response by what an engine generated (trainable) or an environment said (not trainable).
+
+        `meta_info` is the engine's: top-p spans, routed experts and, at the end of a request, finish reason, weight version and
+        cache statistics. Raises ValueError and leaves the sample unchanged when a length disagrees.
+        """
+        tokens = [int(token) for token in tokens]
+        meta_info = meta_info or {}
+        new_log_probs = self._checked_log_probs(len(tokens), log_probs, trainable)
+        spans = self._checked_top_p(len(tokens), meta_info, trainable)
+        routed = self._checked_routing(len(tokens), meta_info, args)
+
+        before = self.response_length
+        # Masks are made explicit from the first append on: an absent one stands for ones over the earlier response.
+        self.loss_mask = (self.loss_mask if self.loss_mask is not None else [1] * before) + [int(trainable)] * len(tokens)
+        if new_log_probs is not None:
+            self.rollout_log_probs = (
+                self.rollout_log_probs if self.rollout_log_probs is not None else [0.0] * before
+            ) + new_log_probs
+        if spans is not None:
+            self.rollout_top_p_token_ids, self.rollout_top_p_token_offsets = spans
+        if routed is not None:
+            self.rollout_routed_experts = routed
+        self.tokens = self.tokens + tokens
+        self.response_length += len(tokens)
+        if text is not None:
+            self.response += text
+        if update_terminal_info and meta_info.get("finish_reason") is not None:
+            self.update_terminal_info(args, meta_info)
+        self.validate()
+
+    def update_terminal_info(self, args: Any, meta_info: dict[str, Any]) -> None:
+        """What the end of one request tells: version, cache and speculation statistics, and why it ended."""
+        if getattr(args, "sglang_speculative_algorithm", None):
+            self.spec_info.add(meta_info)
+        self.prefix_cache_info.add(meta_info)
+        if meta_info.get("weight_version") is not None:
+            self.weight_versions = [*self.weight_versions, str(meta_info["weight_version"])]
+        self.status = _FINISH_STATUS.get(meta_info["finish_reason"]["type"], self.status)
+
+    def _checked_log_probs(self, count: int, log_probs: list[float] | None, trainable: bool) -> list[float] | None:
+        if not trainable:
+            if log_probs is not None:
+                raise ValueError(f"sample {self.index}: tokens that no engine generated have no log-probs; pass none")
+            return [0.0] * count
+        if log_probs is None or len(log_probs) != count:
+            found = "none" if log_probs is None else len(log_probs)
+            raise ValueError(f"sample {self.index}: {count} trainable tokens need {count} log-probs, got {found}")
+        if self.rollout_log_probs is None and self.response_length > 0:
+            raise ValueError(
+                f"sample {self.index}: the {self.response_length} response tokens before have no log-probs; "
+                f"fill rollout_log_probs for them before appending trainable tokens"
+            )
+        return [float(value) for value in log_probs]
+
+    def _checked_top_p(self, count: int, meta_info: dict[str, Any], trainable: bool) -> tuple[np.ndarray, np.ndarray] | None:
+        ids = _first(meta_info, "top_p_token_ids", "top_p_kept_token_ids")
+        offsets = _first(meta_info, "top_p_token_offsets", "top_p_kept_token_offsets")
+        if (ids is None) != (offsets is None):
+            raise ValueError(f"sample {self.index}: the engine sent only one of top-p token ids and offsets")
+        active = self.rollout_top_p_token_ids is not None
+        if ids is None:
+            if not active:
+                return None
+            if trainable and count:
+                raise ValueError(f"sample {self.index}: earlier tokens have top-p spans, these {count} have none")
+            ids, offsets = np.zeros(0, np.int32), np.zeros(count + 1, np.int32)
+        ids, offsets = _int32(ids), _int32(offsets)
+        if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 0).any():
+            raise ValueError(
+                f"sample {self.index}: top-p offsets for {count} tokens and {len(ids)} ids must be {count + 1} rising numbers "
+                f"from 0 to {len(ids)}; got {offsets[:3]}..{offsets[-1:]} ({len(offsets)})"
+            )
+        if active:
+            old_ids, old_offsets = self.rollout_top_p_token_ids, self.rollout_top_p_token_offsets
+        else:
+            old_ids, old_offsets = np.zeros(0, np.int32), np.zeros(self.response_length + 1, np.int32)
+        return np.concatenate([old_ids, ids]), np.concatenate([old_offsets, offsets[1:] + old_offsets[-1]])
+
+    def _checked_routing(self, count: int, meta_info: dict[str, Any], args: Any) -> np.ndarray | None:
+        routed = meta_info.get("routed_experts")
+        if routed is None:
+            return None
+        num_layers, topk = args.num_layers, args.moe_router_topk
+        start = int(meta_info.get("routed_experts_start_len") or 0)
+        rows = len(self.tokens) + count - 1 - start
+        flat = _int32(routed)
+        if flat.size != rows * num_layers * topk:
+            raise ValueError(
+                f"sample {self.index}: routed experts have {flat.size} entries; {rows} tokens from position {start} on x "
+                f"{num_layers} layers x top-{topk} need {rows * num_layers * topk}"
+            )
+        new = flat.reshape(rows, num_layers, topk)
+        if start == 0:
+            return new
+        known = 0 if self.rollout_routed_experts is None else len(self.rollout_routed_experts)
+        if known < start:
+            raise ValueError(f"sample {self.index}: routed experts continue at position {start}, only {known} are known")
+        return np.concatenate([self.rollout_routed_experts[:start], new])
+
+    # ---------------------------------------------------------------------------------------------------- restarting
+
+    def reset_for_retry(self) -> None:
+        """Forget what was generated; prompt, label and identity stay."""
+        prompt_ids = self.tokens[: self.prompt_length] if self.response_length else self.tokens
+        fresh = Sample()
+        for name in ("response", "response_length", "reward", "loss_mask", "rollout_log_probs", "teacher_log_probs",
+                     "rollout_top_p_token_ids", "rollout_top_p_token_offsets", "rollout_routed_experts", "weight_versions",
+                     "spec_info", "prefix_cache_info", "non_generation_time", "remove_sample"):  # fmt: skip
+            setattr(self, name, getattr(fresh, name))
+        self.tokens, self.status = prompt_ids, Status.PENDING
+
+    # ------------------------------------------------------------------------------------------------------- storing
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for dumps; extra attributes that a plugin set travel too."""
+        value = dict(self.__dict__)
+        value["status"] = self.status.value
+        value["spec_info"] = dict(self.spec_info.__dict__)
+        value["prefix_cache_info"] = dict(self.prefix_cache_info.__dict__)
+        return value
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Sample:
+        """The inverse of to_dict; accepts keys it does not know (they become attributes) and missing ones."""
+        value = dict(value)
+        value["status"] = Status(value.get("status", Status.PENDING.value))
+        value["spec_info"] = SpecInfo(**(value.get("spec_info") or {}))
+        value["prefix_cache_info"] = PrefixCacheInfo(**(value.get("prefix_cache_info") or {}))
+        known = {f.name for f in fields(cls)}
+        sample = cls(**{name: item for name, item in value.items() if name in known})
+        for name, item in value.items():
+            if name not in known:
+                setattr(sample, name, item)
+        return sample

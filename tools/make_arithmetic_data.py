@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""Write arithmetic prompts in the format of dapo-math-17k: train, evaluation and a warm-start set.
+
+    python tools/make_arithmetic_data.py --output DIR --train 4096 --eval 64 --sft 8192 --task add --max-operand 5 --seed 0
+
+writes DIR/train.jsonl and DIR/eval.jsonl (`prompt`: chat messages, `label`: the answer as text) and DIR/sft.jsonl (`messages`
+with the answer in the form that the grader of `--rm-type math` wants). A prompt of the evaluation set occurs in no other file:
+its operands do, in another wording or the other order. The same arguments give the same bytes on every machine.
+
+How hard it is: the number of different problems grows with --max-operand squared; `add` is learned first, `add-mod` (only the
+last digit counts) and `mul` later. --label-noise makes a share of the SFT answers wrong, for a warm start that leaves more to
+learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+WORDINGS = (
+    "What is the sum of {a} {op} {b}? Answer in \\boxed{{}}",
+    "Compute {a} {op} {b}. Give only the final answer in \\boxed{{}}",
+    "Question: what number is {a} {op} {b}? Put it inside \\boxed{{}}",
+    "Solve {a} {op} {b} and put the answer in \\boxed{{}}",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    word: str
+    answer: Callable[[int, int], int]
+    suffix: str = ""
+
+
+TASKS = {
+    "add": Task("plus", lambda a, b: a + b),
+    "add-mod": Task("plus", lambda a, b: (a + b) % 10, " mod 10"),
+    "sub": Task("minus", lambda a, b: a - b),
+    "mul": Task("times", lambda a, b: a * b),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str
+
+
+def all_problems(task_name: str, *, min_operand: int, max_operand: int, num_wordings: int) -> list[Problem]:
+    """Every wording of every ordered pair of operands."""
+    task = TASKS[task_name]
+    operands = range(min_operand, max_operand + 1)
+    problems = []
+    for wording in WORDINGS[:num_wordings]:
+        for a in operands:
+            for b in operands:
+                question = wording.format(a=a, op=task.word, b=f"{b}{task.suffix}")
+                if task_name != "add":
+                    question = question.replace("the sum of ", "")
+                problems.append(Problem(question, str(task.answer(a, b))))
+    return problems
+
+
+def split(problems: list[Problem], *, num_eval: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """(train, eval): disjoint, and every operand pair of eval is in train when there is more than one wording or order."""
+    if not 0 <= num_eval <= len(problems) // 2:
+        raise ValueError(
+            f"--eval {num_eval} of {len(problems)} different prompts: at most half can be held out; raise --max-operand"
+        )
+    shuffled = list(problems)
+    random.Random(f"split/{seed}").shuffle(shuffled)
+    return shuffled[num_eval:], shuffled[:num_eval]
+
+
+def draw(problems: list[Problem], count: int, *, seed: str) -> list[Problem]:
+    """`count` problems, every one as often as every other (give or take one), in a shuffled order per pass."""
+    generator, drawn = random.Random(seed), []
+    while len(drawn) < count:
+        epoch = list(problems)
+        generator.shuffle(epoch)
+        drawn += epoch
+    return drawn[:count]
+
+
+def prompt_row(problem: Problem, *, task: str, index: int, part: str) -> dict[str, object]:
+    return {
+        "data_source": f"arithmetic/{task}",
+        "prompt": [{"role": "user", "content": problem.question}],
+        "label": problem.answer,
+        "ability": "MATH",
+        "reward_model": {"ground_truth": problem.answer, "style": "rule"},
+        "extra_info": {"index": f"{part}-{index}"},
+    }
+
+
+def sft_row(problem: Problem, *, answer: str) -> dict[str, object]:
+    return {
+        "messages": [
+            {"role": "user", "content": problem.question},
+            {"role": "assistant", "content": f"\\boxed{{{answer}}}"},
+        ],
+        "label": problem.answer,
+    }
+
+
+def sft_rows(problems: list[Problem], *, label_noise: float, seed: int) -> list[dict[str, object]]:
+    """A share `label_noise` of the answers is another problem's."""
+    generator = random.Random(f"noise/{seed}")
+    answers = sorted({problem.answer for problem in problems})
+    rows = []
+    for problem in problems:
+        noisy = generator.random() < label_noise
+        rows.append(sft_row(problem, answer=generator.choice(answers) if noisy else problem.answer))
+    return rows
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{path}: {len(rows)} rows")
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl, eval.jsonl and sft.jsonl")
+    parser.add_argument("--task", choices=sorted(TASKS), default="add")
+    parser.add_argument("--train", type=int, default=4096, help="rows; prompts repeat once all were used")
+    parser.add_argument("--eval", type=int, default=32, help="rows, all different, none in train or sft")
+    parser.add_argument("--sft", type=int, default=0, help="rows")
+    parser.add_argument("--min-operand", type=int, default=0)
+    parser.add_argument("--max-operand", type=int, default=5)
+    parser.add_argument("--wordings", type=int, default=2, choices=range(1, len(WORDINGS) + 1))
+    parser.add_argument("--label-noise", type=float, default=0.0, help="share of wrong answers in sft.jsonl, 0 to 1")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    problems = all_problems(args.task, min_operand=args.min_operand, max_operand=args.max_operand, num_wordings=args.wordings)
+    train, evaluation = split(problems, num_eval=args.eval, seed=args.seed)
+    print(f"{args.task}: {len(problems)} different prompts, {len(evaluation)} of them held out")
+    drawn = draw(train, args.train, seed=f"train/{args.seed}")
+    _write(args.output / "train.jsonl", [prompt_row(p, task=args.task, index=i, part="train") for i, p in enumerate(drawn)])
+    _write(args.output / "eval.jsonl", [prompt_row(p, task=args.task, index=i, part="eval") for i, p in enumerate(evaluation)])
+    if args.sft:
+        warm = draw(train, args.sft, seed=f"sft/{args.seed}")
+        _write(args.output / "sft.jsonl", sft_rows(warm, label_noise=args.label_noise, seed=args.seed))
+
+
+if __name__ == "__main__":
+    main()
