@@ -3,8 +3,9 @@
     <save>/iter_0000012/                  torch_dist files (any TP, PP, CP, DP loads them) and slime_manifest.json
     <save>/latest_checkpointed_iteration.txt   "12", replaced atomically after everything else
 
-A save writes into a folder with a temporary name and renames it when every rank has finished, so a folder called iter_* is whole.
-The manifest names every file with its size and checksum; a load compares them first and names what is missing or changed.
+A save writes into a folder with a temporary name and renames it when every rank has finished, so a folder called iter_* is
+whole. The manifest names every file with its size and checksum; a load compares them first and names what is missing or
+changed.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class Source:
 def resolve(config: Config) -> Source:
     """--load if it holds a Megatron checkpoint or HF files, else --ref-load, else --hf-checkpoint.
 
-    Only a Megatron checkpoint in --load continues a run (unless --finetune). Raises ValueError naming every place that was looked at.
+    Only a Megatron checkpoint in --load continues a run (unless --finetune). Raises ValueError naming every place that was
+    looked at.
     """
     paths = config.checkpoint
     if paths.load and (found := find_megatron(Path(paths.load), paths.ckpt_step)):
@@ -139,10 +141,11 @@ def _others(path: Path) -> str:
 
 
 def save(root: Path, iteration: int, state: Mapping[str, Any], ranks: Ranks) -> Path:
-    """Write `state` (a sharded state dict) as iteration `iteration`. Every rank calls it and gets the folder, or the same ValueError.
+    """Write `state` (a sharded state dict) as iteration `iteration`. Every rank calls it and gets the folder, or the same
+    ValueError.
 
-    On any failure (a full disk, a torn write) nothing named iter_* or the tracker has changed, and the error names the checkpoint
-    that stays in force.
+    On any failure (a full disk, a torn write) nothing named iter_* or the tracker has changed, and the error names the
+    checkpoint that stays in force.
     """
     begin = time.monotonic()
     final, partial = checkpoint_folder(root, str(iteration)), root / f".saving_iter_{iteration:07d}"
@@ -173,13 +176,20 @@ def _together(do: Callable[[], Any], root: Path, iteration: int, *, clean: Path 
     rank, told = failures[0]
     before = read_tracker(root) if root.is_dir() else None
     force = f"the newest checkpoint stays {checkpoint_folder(root, before)}" if before else "there is no earlier checkpoint"
-    raise ValueError(f"saving iteration {iteration} to {root} failed on rank {rank} of {len(answers)}: {told}; {force}")
+    free = f"{shutil.disk_usage(root).free / 1e9:.3f} GB free there" if root.is_dir() else "the folder does not exist"
+    raise ValueError(
+        f"saving iteration {iteration} to {root} ({free}) failed on rank {rank} of {len(answers)}: {told}; {force}"
+    )
 
 
 def _root_cause(error: BaseException) -> str:
     # megatron-core's own exception lists a rank -> (exception, traceback) table; its last line is the cause.
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no message"
+    told = lines[-1].strip() if lines else "no message"
+    if "inline_container" in told or "unexpected pos" in told:
+        # torch's file writer swallows the system's reason and reports only that its position is wrong.
+        return f"a file could not be written to its end, as on a full disk or at a quota ({told})"
+    return told
 
 
 def _bytes_to_write(state: Mapping[str, Any]) -> int:

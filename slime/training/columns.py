@@ -1,12 +1,12 @@
 """What a policy step needs beside the rollout: old and reference log-probs, advantages. By sample position, on the host.
 
-Everything here happens on the last pipeline stage only, on every tensor- and context-parallel rank alike, so those ranks hold equal
-columns for the samples of their data-parallel rank.
+Everything here happens on the last pipeline stage only, on every tensor- and context-parallel rank alike, so those ranks hold
+equal columns for the samples of their data-parallel rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from slime.algorithms import advantages as adv
 from slime.algorithms.kl import approx_kl
 from slime.parallel import Ranks
-from slime.training.hooks import load_hook
 from slime.types import RolloutBatch
 from slime.types.micro_batch import MicroBatch
 
@@ -56,7 +55,8 @@ class Passes:
 
 
 def passes_of(config: Config, num_steps: int) -> Passes:
-    """One step per rollout sees the very weights that are `old`, so its own log-probs serve; otherwise they are computed before."""
+    """One step per rollout sees the very weights that are `old`, so its own log-probs serve; otherwise they are computed
+    before."""
     rules = config.algorithm
     if rules.loss_type != "policy_loss" or not rules.compute_advantages_and_returns:
         return Passes(old=False, ref=False)
@@ -85,10 +85,14 @@ def split_column(micro: MicroBatch, values: Tensor) -> Column:
     return dict(zip(micro.positions, values.detach().float().cpu().split(lengths), strict=True))
 
 
-def fill_advantages(columns: Columns, batch: RolloutBatch, config: Config, ranks: Ranks) -> None:
-    """Compute kl, advantages and returns. Collective over the data-parallel group with --normalize-advantages."""
+def fill_advantages(
+    columns: Columns, batch: RolloutBatch, config: Config, ranks: Ranks, *, custom: Callable[..., None] | None = None
+) -> None:
+    """Compute kl, advantages and returns; `custom` replaces the estimator (slime's --custom-advantage-function-path).
+
+    Collective over the data-parallel group with --normalize-advantages.
+    """
     rules = config.algorithm
-    custom = load_hook("--custom-advantage-function-path", rules.custom_advantage_function_path)
     columns.kl = {position: _kl(columns, position, batch, rules.kl_loss_type) for position in columns.positions}
     if custom is not None:
         _custom_advantages(custom, columns, batch, config)
@@ -122,7 +126,7 @@ def _advantage(columns: Columns, position: int, batch: RolloutBatch, config: Con
     )
 
 
-def _custom_advantages(custom, columns: Columns, batch: RolloutBatch, config: Config) -> None:
+def _custom_advantages(custom: Callable[..., None], columns: Columns, batch: RolloutBatch, config: Config) -> None:
     """slime's signature: fn(args, rollout_data) sets "advantages" and "returns", lists in the order of the given samples."""
     order = columns.positions
 
@@ -150,7 +154,7 @@ def _custom_advantages(custom, columns: Columns, batch: RolloutBatch, config: Co
         if values is None or len(values) != len(order):
             raise ValueError(
                 f"--custom-advantage-function-path {config.algorithm.custom_advantage_function_path} must set "
-                f"rollout_data[{name!r}] to {len(order)} tensors, one per sample; it left {None if values is None else len(values)}"
+                f"rollout_data[{name!r}] to {len(order)} tensors, one a sample; it left {values if values is None else len(values)}"
             )
         setattr(columns, name, {p: torch.as_tensor(v, dtype=torch.float32) for p, v in zip(order, values, strict=True)})
 
@@ -168,7 +172,8 @@ def _whiten(columns: Columns, batch: RolloutBatch, ranks: Ranks) -> None:
 
 
 def rollout_metrics(columns: Columns, batch: RolloutBatch, ranks: Ranks) -> dict[str, float]:
-    """slime's train-side rollout/ values: mean over samples of the mean over a sample's trained tokens. Collective over dp_group."""
+    """slime's train-side rollout/ values: mean over samples of the mean over a sample's trained tokens. Collective over
+    dp_group."""
     metrics = {
         "rollout/rewards": float(batch.rewards.mean()),
         "rollout/raw_reward": float(batch.raw_rewards.mean()),

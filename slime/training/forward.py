@@ -42,8 +42,8 @@ class Pipeline:
         return self.chunks[0].config
 
     def train(self, micro_batches: Sequence[MicroBatch], loss: LossFunction) -> list[dict[str, Tensor]]:
-        """Forward and backward of one step; gradients are summed into the buffers. -> the loss's values per micro-batch on the last
-        stage, [] elsewhere."""
+        """Forward and backward of one step; gradients are summed into the buffers. -> the loss's values per micro-batch on the
+        last stage, [] elsewhere."""
         return self._run(micro_batches, partial(_differentiate, loss), forward_only=False)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], read: Callable[[MicroBatch, Tensor], Any]) -> list[Any]:
@@ -82,7 +82,8 @@ def run_chunk(chunk: Module, micro: MicroBatch) -> Tensor:
 
 def _differentiate(loss: LossFunction, micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     value, report = loss(micro, logits)
-    # megatron-core divides by nothing when the model config says calculate_per_token_loss; the token count is only its bookkeeping.
+    # megatron-core divides by nothing when the model config says calculate_per_token_loss; the token count is only its
+    # bookkeeping.
     return value, torch.zeros((), dtype=torch.int, device=logits.device), report
 
 

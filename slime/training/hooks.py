@@ -8,7 +8,8 @@ from typing import Any
 
 
 def load_hook(flag: str, path: str | None) -> Callable[..., Any] | None:
-    """The function at `path` (package.module.name), or None for no path. Raises ValueError naming flag, path and what is missing."""
+    """The function at `path` (package.module.name), or None for no path. Raises ValueError naming flag, path and what is
+    missing."""
     if path is None:
         return None
     module_name, _, name = path.rpartition(".")

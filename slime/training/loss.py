@@ -1,7 +1,7 @@
 """From log-probabilities to the one number of a micro-batch, and the values reported beside it.
 
-Every value is sum(loss_weight * loss_mask * token value) over the micro-batch's response tokens: weights come from the StepPlan, so
-adding over micro-batches and ranks gives the step's value with no division anywhere.
+Every value is sum(loss_weight * loss_mask * token value) over the micro-batch's response tokens: weights come from the
+StepPlan, so adding over micro-batches and ranks gives the step's value with no division anywhere.
 """
 
 from __future__ import annotations

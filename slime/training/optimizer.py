@@ -55,8 +55,8 @@ def schedule_of(config: Config) -> Schedule:
 def wrap_gradients(chunks: Sequence[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
     """Each chunk with fp32 gradient buffers that are *summed* over data and context parallel ranks.
 
-    Megatron sums instead of averaging when its model config says calculate_per_token_loss; what users mean by the flag of that name
-    is in StepPlan.loss_weight already.
+    Megatron sums instead of averaging when its model config says calculate_per_token_loss; what users mean by the flag of that
+    name is in StepPlan.loss_weight already.
     """
     rules = config.optimizer
     ddp = DistributedDataParallelConfig(
@@ -153,8 +153,8 @@ def clip_gradients(optimizer: MegatronOptimizer, max_norm: float, total_norm: fl
 def restore_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any], *, take: str) -> None:
     """Continue a saved schedule at its position.
 
-    take: "same" demands that flags and checkpoint agree, "flags" and "checkpoint" say which one wins. The decay length is allowed to
-    differ under a constant learning rate, where nothing reads it. Raises ValueError with the differing values.
+    take: "same" demands that flags and checkpoint agree, "flags" and "checkpoint" say which one wins. The decay length is
+    allowed to differ under a constant learning rate, where nothing reads it. Raises ValueError with the differing values.
     """
     own = scheduler.state_dict()
     differing = {key: (own[key], saved[key]) for key in own if key != "num_steps" and key in saved and own[key] != saved[key]}

@@ -108,7 +108,7 @@ def _resume(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
         log.warning("random streams start anew: %s ranks saved, %d load", saved_world, trainer.ranks.world_size)
     if "opt_param_scheduler" not in common and not paths.no_load_optim:
         raise ValueError(
-            f"{folder} holds no optimizer (it was saved with --no-save-optim); pass --no-load-optim to continue with a fresh one"
+            f"{folder} holds no optimizer (saved with --no-save-optim?); pass --no-load-optim to continue with a fresh one"
         )
     state = load_sharded(_sharded_state(trainer, is_loading=True, with_random=with_random), folder, trainer.ranks)
     fill_chunks(trainer.model, state)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -67,6 +67,7 @@ class Trainer:
             "step": load_hook(
                 "--custom-megatron-before-train-step-hook-path", config.algorithm.custom_megatron_before_train_step_hook_path
             ),
+            "advantage": load_hook("--custom-advantage-function-path", config.algorithm.custom_advantage_function_path),
             "data": load_hook("--rollout-data-postprocess-path", config.algorithm.rollout_data_postprocess_path),
         }
         _prepare_schedules(self.model, ranks)
@@ -126,7 +127,7 @@ class Trainer:
         if not self.ranks.is_last_stage:
             return Columns(positions=mine)
         if rules.loss_type == "policy_loss" and rules.compute_advantages_and_returns:
-            fill_advantages(columns, batch, self.config, self.ranks)
+            fill_advantages(columns, batch, self.config, self.ranks, custom=self._hooks["advantage"])
         if self._hooks["data"] is not None:
             self._hooks["data"](self.config.args, batch.rollout_id, columns)
         return columns
@@ -211,7 +212,7 @@ class Trainer:
         ]
 
     def _reduce(self, values: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Add up over micro-batches and data-parallel ranks, then tell every stage. Context-parallel ranks hold equal values."""
+        """Add up over micro-batches and data-parallel ranks, then tell every stage. Context-parallel values are equal."""
         metrics: dict[str, float] = {}
         if values:
             names = sorted(values[0])
@@ -235,7 +236,7 @@ class Trainer:
         return state.load(self)
 
     def save(self, rollout_id: int, *, data_state: Mapping[str, Any] | None) -> Path:
-        """The whole state under --save as iteration `rollout_id`. Raises one ValueError on all ranks; the previous one stays."""
+        """The whole state under --save as iteration `rollout_id`. Raises one ValueError on all ranks, and the previous stays."""
         return state.save(self, rollout_id, data_state)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -39,8 +39,8 @@ def qwen3(folder: Path, *, layers: int = 4, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     config = transformers.Qwen3Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=False, attention_bias=False,
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=False, attention_bias=False,
     )  # fmt: skip
     config.architectures = ["Qwen3ForCausalLM"]
     model = transformers.Qwen3ForCausalLM(config).float()

@@ -1,0 +1,63 @@
+"""A bad gradient is never skipped silently."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import RankFailed, run_ranks
+from tiny import config_for, plans, rollout, start
+
+pytestmark = pytest.mark.slow
+
+
+def poisoned(rank: int, folder, changes: dict, world: int, bad_rollouts: tuple[int, ...], num_rollouts: int):
+    """Train; in bad rollouts the backward pass of layer 2's first matrix gives NaN on the last rank."""
+    config = config_for(folder, **changes)
+    trainer = start(config)
+    poison = [False]
+    chunk = trainer.model[0]
+    if rank == world - 1:
+        layer = chunk.decoder.layers[-1]
+        layer.mlp.linear_fc1.weight.register_hook(lambda gradient: gradient * float("nan") if poison[0] else gradient)
+    weights, reports = [], []
+    for rollout_id in range(num_rollouts):
+        poison[0] = rollout_id in bad_rollouts
+        batch = rollout(rollout_id)
+        reports.append(trainer.train(batch, plans(batch, config, world)).per_step[0])
+        weights.append(torch.cat([weight.flatten().clone() for _, weight in trainer.named_weights()]))
+    return reports, weights
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(pipeline_model_parallel_size=2)], ids=["DP2", "PP2"])
+def test_a_nan_gradient_stops_the_run_naming_step_rank_parameter_and_samples(qwen3, layout):
+    with pytest.raises(RankFailed) as told:
+        run_ranks(2, poisoned, qwen3, layout, 2, (1,), 3)
+    message = str(told.value)
+    assert "NonFiniteGradient: rollout 1 step 0" in message
+    assert "rank 1: first bad gradient: decoder.layers." in message and "mlp.linear_fc1.weight" in message
+    assert "rank 0: first bad gradient" not in message, "only the rank whose own gradient was bad is accused"
+    assert "samples [100, 101, 102" in message
+
+
+def test_allowed_skips_leave_the_weights_alone_are_counted_and_end(qwen3):
+    changes = dict(check_for_nan_in_loss_and_grad=False)
+    reports, weights = run_ranks(2, poisoned, qwen3, changes, 2, (1, 2), 4)[0]
+    assert (
+        torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
+    )
+    assert [report["train/skipped_steps"] for report in reports] == [0, 1, 2, 2]
+    with pytest.raises(RankFailed, match="rollout 3 step 0.*3 were skipped before"):
+        run_ranks(1, poisoned, qwen3, changes, 1, (0, 1, 2, 3), 5)
+
+
+def test_a_nan_loss_names_its_micro_batch_and_not_the_whole_step(qwen3):
+    batch = rollout(4)
+    batch.rewards[5] = float("nan")
+
+    def run(rank: int):
+        config = config_for(qwen3, use_dynamic_batch_size=False, micro_batch_size=1)
+        trainer = start(config)
+        trainer.train(batch, plans(batch, config, 1))
+
+    with pytest.raises(RankFailed, match=r"rollout 4 step 0.*the loss of samples \[405\] is not finite"):
+        run_ranks(1, run)
