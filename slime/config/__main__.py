@@ -15,7 +15,11 @@ def main(argv: list[str]) -> int:
     door = "train"
     if argv[:1] == ["--door"]:
         door, argv = argv[1], argv[2:]
+    check = argv[:1] == ["--check"]
+    argv = argv[check:]
     config = load(argv or ["--help"], door=door)  # type: ignore[arg-type]
+    if check:
+        return 0
     for section in SECTION_NAMES:
         sys.stdout.write(f"{section}\n")
         part = getattr(config, section)

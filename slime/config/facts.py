@@ -17,7 +17,7 @@ HF_MODEL_TYPES = ("glm_moe_dsa", "deepseek_v32", "deepseek_v3", "qwen2", "qwen3"
 
 LoadKind = Literal["nothing", "megatron", "release", "iteration", "hf", "unknown"]
 """What a folder holds: nothing at all, a Megatron checkpoint with an iteration or with the word "release" in its tracker, one
-iteration's folder itself, an HF model, or something else."""
+iteration's folder itself, an HF model, or an HF model that no weight-name table knows."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def kind_of(folder: str | None) -> LoadKind:
     config = read_hf_config(folder)
     if config is not None:
         return "hf" if config.get("model_type") in HF_MODEL_TYPES else "unknown"
-    return "nothing" if not any(root.iterdir()) else "unknown"
+    return "nothing"  # also logs, or a first save that was torn: without a tracker there is nothing to continue from
 
 
 def read_hf_config(folder: str | None) -> Mapping[str, object] | None:

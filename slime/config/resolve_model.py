@@ -251,7 +251,8 @@ def _stages(v: Values, mega: dict[str, Any], pp: int) -> None:
     rest, stages = layers - (first or 0) - (last or 0), pp - (first is not None) - (last is not None)
     v.require(
         rest >= 0 and (rest % stages == 0 if stages else rest == 0),
-        f"{layers} layers do not divide: first stage {'-' if first is None else first}, last stage {'-' if last is None else last}, "
+        f"{layers} layers do not divide: first stage {'-' if first is None else first}, "
+        f"last stage {'-' if last is None else last}, "
         f"{rest} layers over the {stages} other stages",
     )
     per_stage = rest // stages if stages else layers // pp

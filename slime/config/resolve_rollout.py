@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from slime.config.engine_groups import groups_without_yaml, read_models
 from slime.config.errors import ConfigError
 from slime.config.eval_datasets import read_eval_datasets
-from slime.config.facts import TRACKER
+from slime.config.facts import HF_MODEL_TYPES
 
 if TYPE_CHECKING:
     from slime.config.resolve import Values
@@ -325,8 +325,7 @@ def initial_weights(v: Values) -> None:
         return
     if kind == "unknown":
         v.mistakes.append(
-            f"--load {v['load']} holds neither a Megatron checkpoint ({TRACKER}) nor an HF model of a known type; "
-            "give an empty or missing folder to start from --ref-load"
+            f"--load {v['load']} is an HF model of a type that no weight-name table knows ({', '.join(HF_MODEL_TYPES)})"
         )
         return
     if kind == "megatron":
