@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     say = print if rank == 0 else (lambda *_, **__: None)
     table = NameTable.for_model(hf)
     reader = SafetensorsReader(config.checkpoint.hf_checkpoint)
-    chunks = build_model(config, hf, ranks, device, dtype=_dtype(hf))
+    chunks = build_model(config, hf, ranks, device, dtype=_dtype(hf), weights_only=True)
     say(f"{hf.model_type}: {table.num_parameters(mtp=False):,} parameters on {world_size} ranks ({device.reason})")
     say(_coverage(table, reader))
     written = load_hf(chunks, table, reader, ranks, padded_vocab=padded_vocab_size(config, hf), progress=_progress(rank))

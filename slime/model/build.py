@@ -29,18 +29,19 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(
-    config: object, hf: HfConfig, ranks: Ranks, device: Device, *, check: bool = True, dtype: torch.dtype | None = None
+    config: object, hf: HfConfig, ranks: Ranks, device: Device, *, dtype: torch.dtype | None = None, weights_only: bool = False
 ) -> list[GPTModel]:
     """This rank's chunks (one, or one per virtual stage), without DDP and with uninitialised weights: load a checkpoint next.
 
-    dtype: of the parameters, where it is not the config's to say (conversion keeps the checkpoint's). check: refuse, listing all differences, when MODEL_ARGS and config.json describe different models.
-    Raises ValueError for that, and for layouts that cannot compute what was asked.
+    dtype: of the parameters, where it is not the config's to say (conversion keeps the checkpoint's). weights_only: the model will
+    never compute. Raises ValueError, listing all differences, when MODEL_ARGS and config.json describe different models, and for
+    layouts that cannot compute what was asked.
     """
-    megatron, notes = transformer_config(config, device, dtype=dtype)
+    megatron, notes = transformer_config(config, device, dtype=dtype, weights_only=weights_only)
     if ranks.rank == 0:
         for note in notes:
             logger.info("model: %s", note)
-    if check and (lines := differences(config.model.megatron, config.model, hf)):
+    if lines := differences(vars(megatron), config.model, hf):
         raise ValueError("MODEL_ARGS and the checkpoint describe different models:\n  " + "\n  ".join(lines))
     chunks = [
         _chunk(config, megatron, hf, ranks, vp_stage) for vp_stage in (range(ranks.vpp_size) if ranks.vpp_size else [None])

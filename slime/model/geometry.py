@@ -87,17 +87,13 @@ _FLAGS = {
 def differences(given: Mapping[str, object], model: object, hf: HfConfig) -> list[str]:
     """One line per value in which MODEL_ARGS and the checkpoint's config.json disagree; empty when they describe one model.
 
-    given: the TransformerConfig values that the flags produced. model: the config's model section (rotary_base, vocab_size, tying).
+    given: the fields of the TransformerConfig that the flags produced, defaults included. model: the config's model section (rotary_base, vocab_size, tying).
     """
     lines = []
     for name, wanted in megatron_values(hf).items():
         found = given.get(name)
         if name == "moe_layer_freq":
             found = _as_pattern(found, hf.num_layers)
-        if name == "num_query_groups" and found is None:
-            found = given.get("num_attention_heads")
-        if found is None and wanted in (None, False):
-            continue
         if name == "ffn_hidden_size" and hf.num_experts and all(megatron_values(hf)["moe_layer_freq"]):
             continue
         if found != wanted:

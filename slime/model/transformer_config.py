@@ -44,8 +44,12 @@ def params_dtype(config: object, device: Device) -> torch.dtype:
     return torch.bfloat16 if config.model.bf16 else device.default_params_dtype
 
 
-def transformer_config(config: object, device: Device, *, dtype: torch.dtype | None = None) -> tuple[TransformerConfig, list[str]]:
-    """(megatron-core's config, notes: one line per value changed, with the reason). dtype overrides the config's parameter dtype.
+def transformer_config(
+    config: object, device: Device, *, dtype: torch.dtype | None = None, weights_only: bool = False
+) -> tuple[TransformerConfig, list[str]]:
+    """(megatron-core's config, notes: one line per value changed, with the reason).
+
+    dtype overrides the config's parameter dtype. weights_only: the model will hold weights and never compute (conversion).
 
     `config.model.megatron` holds the values of the command line under megatron-core's field names; `config.parallel` the sizes.
     Raises ValueError for combinations that would compute something else than asked.
@@ -53,7 +57,7 @@ def transformer_config(config: object, device: Device, *, dtype: torch.dtype | N
     parallel, model = config.parallel, config.model
     values = dict(model.megatron)
     notes: list[str] = []
-    _refuse(parallel, values)
+    _refuse(parallel, values, weights_only)
     for name, reason in _NEEDS_OTHER_PACKAGES.items():
         if values.pop(name, False):
             notes.append(f"{name} off: {reason}")
@@ -93,8 +97,8 @@ def transformer_config(config: object, device: Device, *, dtype: torch.dtype | N
     return TransformerConfig(**{name: value for name, value in values.items() if name in plain}), notes
 
 
-def _refuse(parallel: object, values: dict[str, object]) -> None:
-    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+def _refuse(parallel: object, values: dict[str, object], weights_only: bool) -> None:
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel and not weights_only:
         raise ValueError(
             f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} needs --sequence-parallel: without it megatron-core "
             f"doubles the gradients of head norms and cannot train MoE layers"
