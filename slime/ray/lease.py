@@ -25,7 +25,7 @@ class EngineMemory(Protocol):
 
 
 class TrainerMemory(Protocol):
-    def sleep(self) -> None: ...
+    def sleep(self, what: str) -> None: ...
     def wake(self) -> None: ...
 
 
@@ -50,12 +50,13 @@ class Lease:
 
     @contextmanager
     def syncing(self) -> Iterator[None]:
-        """The trainer gives up what it needs for steps only, the engines take memory for weights; at the end also for KV cache."""
+        """The trainer keeps its weights only and the engines take memory for theirs; at the end the trainer gives up the rest too."""
         self._expect(Holder.TRAINER)
-        self._trainers.sleep()
+        self._trainers.sleep("steps")
         self._engines.resume_memory("weights")
         self.holder = Holder.SYNC
         yield
+        self._trainers.sleep("weights")
         self._engines.resume_memory("kv_cache")
         self.holder = Holder.ENGINES
 

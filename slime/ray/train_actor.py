@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import ray
@@ -41,7 +41,7 @@ class TrainActor:
         self._config, self._rank, self._world_size = config, rank, world_size
         self._device_index = device_index
         self._store = None
-        self._engine_groups: dict[tuple[int, ...], object] = {}
+        self._stream = None
         for name, value in config.cluster.train_env_vars.items():
             os.environ[name] = str(value)
 
@@ -74,7 +74,7 @@ class TrainActor:
     def _build(self) -> dict[str, object]:
         from slime.model.build import build_model
         from slime.model.hf_config import read_hf_config
-        from slime.training import Trainer
+        from slime.training.trainer import Trainer
 
         hf_config = self._hf_config = read_hf_config(self._config.checkpoint.hf_checkpoint)
         model = build_model(self._config, hf_config, self._ranks, self._device)
@@ -94,23 +94,32 @@ class TrainActor:
 
     def export_hf(self, folder: str) -> None:
         """Write the policy as a Hugging Face checkpoint (all ranks take part)."""
-        self._trainer.save_hf(folder)
+        self._weight_stream().save_hf(folder, origin=self._config.checkpoint.hf_checkpoint)
 
-    def sleep(self) -> None:
-        self._trainer.sleep()
+    def sleep(self, what: str) -> None:
+        """Leave the device with "steps" (gradients, optimizer) or with "weights" (the parameters themselves)."""
+        from slime.training import memory
+
+        tensors = {"steps": memory.step_tensors, "weights": memory.weight_tensors}[what](self._trainer)
+        report = self._device.sleep(tensors)
+        logger.debug("sleep %s: %.2f GB in %.2f s", what, report.nbytes / 1e9, report.seconds)
 
     def wake(self) -> None:
-        self._trainer.wake()
+        report = self._device.wake()
+        logger.debug("wake: %.2f GB in %.2f s", report.nbytes / 1e9, report.seconds)
 
     def stream(self, version: int, targets: Sequence[EngineTarget]) -> StreamReport:
         """Send all weights to the engines, bucket by bucket; each bucket is on every rank when it is sent."""
+        return self._weight_stream().send(version, targets)
+
+    def _weight_stream(self):
         from slime.ray.weight_stream import WeightStream
 
-        if not hasattr(self, "_stream"):
-            self._stream = WeightStream(
-                self._trainer.model, self._hf_config, self._ranks, self._device, limit_bytes=self._config.engine.update_weight_buffer_size
-            )
-        return self._stream.send(version, targets)
+        if self._stream is None:
+            limit = self._config.engine.update_weight_buffer_size
+            self._stream = WeightStream(self._trainer.model, self._hf_config, self._ranks, self._device, limit_bytes=limit)
+        return self._stream
 
-    def memory(self) -> dict[str, float]:
-        return self._device.memory().as_dict()
+    def memory(self) -> dict[str, int]:
+        """Bytes: used, peak, free on the device, total."""
+        return asdict(self._device.memory())

@@ -53,8 +53,8 @@ class TrainGroup:
     def stream(self, version: int) -> StreamReport:
         return self._first(self._call("stream", version, list(self.targets), doing=f"sending weights v{version}"))
 
-    def sleep(self) -> None:
-        self._call("sleep", doing="putting the trainer to sleep")
+    def sleep(self, what: str) -> None:
+        self._call("sleep", what, doing=f"putting the trainer's {what} to sleep")
 
     def wake(self) -> None:
         self._call("wake", doing="waking the trainer")
@@ -73,4 +73,10 @@ class TrainGroup:
 
 def _environment() -> dict[str, str]:
     # The trainer picks its device by the slot's index among all of the node's, so Ray must not hide the others.
-    return {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "NCCL_CUMEM_ENABLE": "0", "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        "NCCL_CUMEM_ENABLE": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        # megatron-core warns on every import about each optional package that is not there.
+        "PYTHONWARNINGS": "ignore::UserWarning",
+    }

@@ -15,11 +15,12 @@ from slime.engine.client import EngineClient
 from slime.engine.payload import bucket_payload
 from slime.model.export import export_weights
 from slime.model.hf_config import HfConfig
+from slime.model.hf_io import write_hf
 from slime.model.names import NameTable
 from slime.parallel import Ranks
 from slime.ray.train_actor import EngineTarget
 from slime.types.weight_bucket import WeightBucket
-from slime.weights.buckets import fill_buckets
+from slime.weights.buckets import fill_buckets, unpack_bucket
 from slime.weights.protocol import StreamReport
 from slime.weights.quantize import WireFormat
 from slime.weights.stream import Source, broadcast_buckets
@@ -57,7 +58,7 @@ class WeightStream:
     def send(self, version: int, targets: Sequence[EngineTarget]) -> StreamReport:
         """Every weight to every engine. An engine that shares devices with trainer ranks is served by them, others by rank 0."""
         self._open_groups(targets)
-        buckets = broadcast_buckets(self._sources(), rank=self._ranks.rank, device=self._device.torch_device)
+        buckets = self._buckets_of_all(self._wire)
         count = nbytes = tensors = 0
         with asyncio.Runner() as runner:
             clients = {target.name: EngineClient(target.url, target.token) for target in targets if self._posts(target)}
@@ -72,7 +73,22 @@ class WeightStream:
         self._device.empty_cache()
         return StreamReport(count, nbytes, tensors)
 
-    def _sources(self) -> list[Source]:
+    def save_hf(self, folder: str, *, origin: str) -> None:
+        """The policy as a Hugging Face checkpoint in the trained dtype, written by rank 0; the MTP layers, which are not trained, are
+        left out and no longer announced."""
+        wire = WireFormat(self._wire.dtype, None, frozenset(), self._wire.float32_names)
+        tensors = (named for bucket in self._buckets_of_all(wire) for named in unpack_bucket(bucket))
+        if self._ranks.rank == 0:
+            write_hf(folder, tensors, origin=origin, table=self._table, mtp_kept=False)
+        else:
+            for _ in tensors:
+                pass
+        dist.barrier()
+
+    def _buckets_of_all(self, wire: WireFormat) -> Iterator[WeightBucket]:
+        return broadcast_buckets(self._sources(wire), rank=self._ranks.rank, device=self._device.torch_device)
+
+    def _sources(self, wire: WireFormat) -> list[Source]:
         """Per pipeline stage the rank that sends the dense weights, and per expert shard the one that sends its experts."""
         if self._places is None:
             mine = _Place.of(self._ranks)
@@ -81,15 +97,15 @@ class WeightStream:
         sources = []
         for place in self._places:
             if place.is_dense_source:
-                sources.append(Source(place.rank, self._buckets(experts=False) if self._ranks.rank in place.tp_ranks else None))
+                sources.append(Source(place.rank, self._buckets(wire, experts=False) if self._ranks.rank in place.tp_ranks else None))
         for place in self._places:
             if place.is_expert_source:
-                sources.append(Source(place.rank, self._buckets(experts=True) if self._ranks.rank in place.etp_ranks else None))
+                sources.append(Source(place.rank, self._buckets(wire, experts=True) if self._ranks.rank in place.etp_ranks else None))
         return sources
 
-    def _buckets(self, *, experts: bool) -> Iterator[WeightBucket]:
+    def _buckets(self, wire: WireFormat, *, experts: bool) -> Iterator[WeightBucket]:
         groups = export_weights(self._model, self._table, self._ranks, gather_to_source=False, experts=experts)
-        encoded = (self._wire.encode_group(group) for group in groups if group)
+        encoded = (wire.encode_group(group) for group in groups if group)
         return fill_buckets(encoded, limit_bytes=self._limit_bytes)
 
     def _posts(self, target: EngineTarget) -> bool:

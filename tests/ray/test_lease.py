@@ -16,8 +16,8 @@ class Recorder:
     def resume_memory(self, what):
         self.events.append(f"engines resume {what}")
 
-    def sleep(self):
-        self.events.append("trainer sleeps")
+    def sleep(self, what):
+        self.events.append(f"trainer puts {what} to sleep")
 
     def wake(self):
         self.events.append("trainer wakes")
@@ -34,9 +34,10 @@ def test_one_iteration_hands_the_devices_over_in_the_legal_order():
         "engines release",
         "trainer wakes",
         "train",
-        "trainer sleeps",
+        "trainer puts steps to sleep",
         "engines resume weights",
         "sync",
+        "trainer puts weights to sleep",
         "engines resume kv_cache",
     ]
     assert lease.holder is Holder.ENGINES
@@ -58,7 +59,7 @@ def test_a_failed_sync_does_not_wake_the_cache_of_half_updated_engines():
     with pytest.raises(RuntimeError):
         with lease.syncing():
             raise RuntimeError("a bucket was refused")
-    assert both.events == ["trainer sleeps", "engines resume weights"]
+    assert both.events == ["trainer puts steps to sleep", "engines resume weights"]
     assert lease.holder is Holder.SYNC
 
 
