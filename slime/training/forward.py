@@ -93,18 +93,19 @@ def _collect(read: Callable, micro: MicroBatch, logits: Tensor, non_loss_data: b
 
 
 def response_log_probs(
-    micro: MicroBatch, logits: Tensor, ranks: Ranks, *, temperature: float, chunk_size: int
+    micro: MicroBatch, logits: Tensor, ranks: Ranks, *, vocabulary: range, temperature: float, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every response token, whole on every rank of the context-parallel group.
 
     logits [1, t, v/tp] -> (log_probs [r], entropy [r]) fp32, differentiable; each rank's gradient is that of its own rows.
+    vocabulary: global token ids of this rank's columns, padding excluded (slime.model.build.own_vocabulary).
     """
-    rows = logits.squeeze(0)
+    rows = _own_columns(logits.squeeze(0), len(vocabulary))
     log_probs, entropy = vocab_parallel_log_prob(
         rows,
         micro.targets,
         group=ranks.tp_group if ranks.tp_size > 1 else None,
-        vocab_start=ranks.tp_rank * rows.shape[1],
+        vocab_start=vocabulary.start,
         temperature=temperature,
         chunk_size=chunk_size,
         with_entropy=True,
@@ -112,6 +113,16 @@ def response_log_probs(
     both = torch.stack([log_probs, entropy], dim=1)
     whole = _Whole.apply(both, micro.layout, ranks.cp_group if ranks.cp_size > 1 else None)[micro.response_rows]
     return whole[:, 0], whole[:, 1]
+
+
+def _own_columns(rows: Tensor, count: int) -> Tensor:
+    """Without the columns that pad the vocabulary: their logit is 0, and would take part in every softmax."""
+    if count == rows.shape[1]:
+        return rows
+    if count == 0:
+        # This rank holds padding alone; one impossible word keeps it in the reductions.
+        return rows[:, :1].masked_fill(torch.ones_like(rows[:, :1], dtype=torch.bool), float("-inf"))
+    return rows[:, :count]
 
 
 class _Whole(torch.autograd.Function):

@@ -16,6 +16,8 @@ from torch import Tensor
 from slime.algorithms import importance, policy_loss
 from slime.algorithms.kl import approx_kl
 from slime.algorithms.sft import nll
+from slime.model.build import own_vocabulary, padded_vocab_size
+from slime.model.hf_config import read_hf_config
 from slime.parallel import Ranks
 from slime.training.forward import response_log_probs
 from slime.training.hooks import load_hook
@@ -31,6 +33,8 @@ class Objective:
 
     config: Config
     ranks: Ranks
+    vocabulary: range
+    """Global token ids of this rank's logit columns."""
     temperature: float
     custom_loss: Callable[..., Any] | None
     custom_tis: Callable[..., Any] | None
@@ -42,9 +46,11 @@ class Objective:
         custom = load_hook("--custom-loss-function-path", rules.custom_loss_function_path)
         if rules.loss_type == "custom_loss" and custom is None:
             raise ValueError("--loss-type custom_loss needs --custom-loss-function-path")
+        hf = read_hf_config(config.checkpoint.hf_checkpoint)
         return Objective(
             config=config,
             ranks=ranks,
+            vocabulary=own_vocabulary(padded_vocab_size(config, hf), hf, ranks),
             # Supervised data was not sampled, so there is no sampling temperature to undo.
             temperature=1.0 if rules.loss_type == "sft_loss" else config.rollout.rollout_temperature,
             custom_loss=custom,
@@ -56,15 +62,24 @@ class Objective:
             return torch.utils.checkpoint.checkpoint(self._value, micro, logits, use_reentrant=False)
         return self._value(micro, logits)
 
+    def log_probs(self, micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(log-probs [r], entropy [r]) of the response tokens at the objective's temperature."""
+        return response_log_probs(
+            micro,
+            logits,
+            self.ranks,
+            vocabulary=self.vocabulary,
+            temperature=self.temperature,
+            chunk_size=self.config.batch.log_probs_chunk_size,
+        )
+
     def _value(self, micro: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if self.config.algorithm.loss_type == "custom_loss":
             loss, values = self.custom_loss(self.config.args, micro, logits, lambda token_values: total(micro, token_values))
             # A loss that does not touch the logits would leave this rank out of the backward collectives.
             loss = loss + 0.0 * logits.float().sum()
             return loss, _report({"loss": loss, **values})
-        log_probs, entropy = response_log_probs(
-            micro, logits, self.ranks, temperature=self.temperature, chunk_size=self.config.batch.log_probs_chunk_size
-        )
+        log_probs, entropy = self.log_probs(micro, logits)
         if self.config.algorithm.loss_type == "sft_loss":
             loss = total(micro, nll(log_probs))
             return loss, _report({"loss": loss, "entropy_loss": total(micro, entropy.detach())})

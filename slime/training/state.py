@@ -46,8 +46,7 @@ class LoadedState:
 def load(trainer: Trainer) -> LoadedState:
     """Reference weights into a snapshot (where an objective needs them), then the actor's own state; see checkpoint.resolve."""
     config = trainer.config
-    rules = config.algorithm
-    if rules.use_kl_loss or rules.kl_coef:
+    if trainer.keeps_reference:
         _load_reference(trainer)
     source = checkpoint.resolve(config)
     start = source.start_rollout_id(config.checkpoint.start_rollout_id)

@@ -22,7 +22,7 @@ from slime.model.local import local_tensors
 from slime.parallel import Ranks
 from slime.training import state
 from slime.training.columns import Columns, fill_advantages, passes_of, rollout_metrics, split_column
-from slime.training.forward import Pipeline, response_log_probs
+from slime.training.forward import Pipeline
 from slime.training.guard import Guard
 from slime.training.hooks import load_hook
 from slime.training.loss import Objective
@@ -56,9 +56,10 @@ class Trainer:
     """DDP, optimizer and schedule around model chunks; every public method is called by all ranks together."""
 
     def __init__(self, config: Config, device: Device, ranks: Ranks, model: Sequence[Module], *, ref: bool = False) -> None:
-        """model: this rank's chunks as built (no DDP yet), or with `ref` a model that only computes log-probs."""
+        """model: this rank's chunks as built (no DDP yet). ref: keep the weights of --ref-load beside them, for `ref` log-probs."""
         self.config, self.device, self.ranks = config, device, ranks
         self.model = list(model)
+        self.keeps_reference = ref or config.algorithm.use_kl_loss or config.algorithm.kl_coef != 0
         self.objective = Objective.from_config(config, ranks)
         self._hooks = {
             "log_prob": load_hook(
@@ -76,7 +77,7 @@ class Trainer:
         self.optimizer = self.scheduler = None
         chunks: Sequence[Module] = self.model
         # An evaluation-only run has no steps, so it pays for no optimizer state.
-        if not ref and config.data.num_rollout != 0:
+        if config.data.num_rollout != 0:
             chunks = wrap_gradients(self.model, config)
             self.optimizer = make_optimizer(chunks, config)
             self.scheduler = make_scheduler(self.optimizer, config)
@@ -91,7 +92,7 @@ class Trainer:
     def train(self, batch: RolloutBatch, steps: Sequence[StepPlan]) -> TrainReport:
         """Old and reference log-probs, advantages, then every step of the rollout."""
         if self.optimizer is None:
-            raise ValueError("this trainer was built without an optimizer (--num-rollout 0, or a reference model)")
+            raise ValueError("this trainer was built without an optimizer (--num-rollout 0)")
         clock = _Clock()
         columns = self._columns(batch, steps, clock)
         metrics: dict[str, float] = {}
@@ -141,13 +142,7 @@ class Trainer:
         entropy: dict[int, Tensor] = {}
 
         def read(micro: MicroBatch, logits: Tensor) -> tuple[dict, dict]:
-            values, uncertainty = response_log_probs(
-                micro,
-                logits,
-                self.ranks,
-                temperature=self.objective.temperature,
-                chunk_size=self.config.batch.log_probs_chunk_size,
-            )
+            values, uncertainty = self.objective.log_probs(micro, logits)
             return split_column(micro, values), split_column(micro, uncertainty)
 
         for values, uncertainty in self.pipeline.evaluate(micro_batches, read):
@@ -236,7 +231,7 @@ class Trainer:
         return state.load(self)
 
     def save(self, rollout_id: int, *, data_state: Mapping[str, Any] | None) -> Path:
-        """The whole state under --save as iteration `rollout_id`. Raises one ValueError on all ranks, and the previous stays."""
+        """The whole state under --save as iteration `rollout_id`. Raises one ValueError on all ranks; the old one stays."""
         return state.save(self, rollout_id, data_state)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -13,3 +13,8 @@ import tiny  # noqa: E402  (imports megatron-core once; ranks are forked from he
 @pytest.fixture(scope="session")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tiny.qwen3(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="session")
+def glm(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tiny.glm(tmp_path_factory.mktemp("glm"))

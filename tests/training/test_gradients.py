@@ -8,7 +8,6 @@ import torch
 from ranks import run_ranks
 from tiny import config_for, gradients, plans, rollout, start
 
-from slime.model.geometry import megatron_values
 from slime.model.hf_config import read_hf_config
 from slime.model.layout import merge
 from slime.model.names import NameTable
@@ -106,5 +105,48 @@ def test_gradients_are_those_of_a_program_written_with_transformers_alone(qwen3)
     assert len(grads) == len(table.entries) - sum(entry.name.endswith("expert_bias") for entry in table.entries)
 
 
-def test_the_model_values_of_the_tests_are_the_checkpoints(qwen3):
-    assert megatron_values(read_hf_config(qwen3))["num_layers"] == 4
+def test_padding_of_the_vocabulary_takes_no_probability(qwen3, whole):
+    """96 words padded to 128: to 192 on two ranks, of which the second holds no word at all."""
+    for world, changes in ((1, dict()), (2, dict(tensor_model_parallel_size=2, sequence_parallel=True))):
+        changes = changes | dict(make_vocab_size_divisible_by=96 if world == 2 else 128)
+        for steps, _ in run_ranks(world, one_step, qwen3, changes, world, rollout()):
+            for name, value in whole[False][0][0].items():
+                assert steps[0][name] == pytest.approx(value, rel=3e-6, abs=3e-7), (world, name)
+
+
+GLM_CUTS = {
+    "DP2": dict(),
+    "EP2": dict(expert_model_parallel_size=2),
+    "PP2, 6 + 2": dict(pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=6),
+    "TP2 SP EP2": dict(
+        tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2, expert_tensor_parallel_size=1
+    ),
+    "CP2 contiguous": dict(context_parallel_size=2, allgather_cp=True),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_glm(glm):
+    return run_ranks(1, one_step, glm, dict(), 1, rollout())[0]
+
+
+@pytest.mark.parametrize("cut", GLM_CUTS)
+def test_a_sparse_mixture_of_experts_takes_the_same_step_however_it_is_cut(glm, whole_glm, cut):
+    changes = dict(expert_tensor_parallel_size=1) | GLM_CUTS[cut]
+    expected, whole_weights = whole_glm
+    for steps, weights in run_ranks(2, one_step, glm, changes, 2, rollout()):
+        for name, value in expected[0].items():
+            assert steps[0][name] == pytest.approx(value, rel=2e-5, abs=2e-6), (cut, name)
+        for name, weight in weights.items():
+            if weight.shape == whole_weights[name].shape:
+                torch.testing.assert_close(weight, whole_weights[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_the_indexer_is_not_trained(glm, whole_glm):
+    before = run_ranks(1, lambda rank: {n: w.clone() for n, w in start(config_for(glm)).named_weights()})[0]
+    after = whole_glm[1]
+    indexer = [name for name in after if any(part in name for part in (".wq_b.", ".wk.", ".k_norm.", ".weights_proj."))]
+    assert len(indexer) == 5 * 4, "four computing layers, each with two matrices, gates and a norm with a bias"
+    assert all(torch.equal(before[name], after[name]) for name in indexer)
+    moved = [name for name in after if not torch.equal(before[name], after[name])]
+    assert len(moved) > 0.9 * (len(after) - len(indexer) - 5), "everything but the indexer and the expert biases moves"

@@ -33,22 +33,46 @@ from slime.types import RolloutBatch, StepPlan  # noqa: E402
 VOCAB = 96
 
 
-def qwen3(folder: Path, *, layers: int = 4, seed: int = 0) -> Path:
+def qwen3(folder: Path, *, seed: int = 0) -> Path:
     """A tiny dense Qwen3 as transformers saves it, float32, with weights large enough to matter."""
     import transformers
 
+    values = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=4, max_position_embeddings=512)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, rope_theta=10000.0, tie_word_embeddings=False)
+    return _random_model(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**values, **heads)), folder, seed)
+
+
+def glm(folder: Path, *, seed: int = 0) -> Path:
+    """A tiny GLM-5.2: MLA, sparse attention with shared indices (computing layers 1-3 and 7), three dense and five MoE layers."""
+    import transformers
+
+    values = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=8, max_position_embeddings=512)
+    latent = dict(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20)
+    heads = dict(num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=1e-5, pad_token_id=None)
+    experts = dict(
+        n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=1, moe_intermediate_size=32, n_group=1, topk_group=1
+    )
+    rest = dict(first_k_dense_replace=3, routed_scaling_factor=2.5, num_nextn_predict_layers=0, tie_word_embeddings=False)
+    indexer = dict(index_n_heads=16, index_head_dim=32, index_topk=6, index_topk_freq=4, index_skip_topk_offset=3)
+    rope = dict(
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, rope_interleave=True, indexer_rope_interleave=True
+    )
+    config = transformers.GlmMoeDsaConfig(**values, **latent, **heads, **experts, **rest, **indexer, **rope)
+    config._attn_implementation, config._experts_implementation = "eager", "eager"
+    return _random_model(transformers.GlmMoeDsaForCausalLM(config), folder, seed)
+
+
+def _random_model(model: torch.nn.Module, folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
-    config = transformers.Qwen3Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=False, attention_bias=False,
-    )  # fmt: skip
-    config.architectures = ["Qwen3ForCausalLM"]
-    model = transformers.Qwen3ForCausalLM(config).float()
+    model = model.float()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
         else:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+    for name, buffer in model.named_buffers():
+        if "e_score_correction_bias" in name:
+            torch.nn.init.normal_(buffer, std=0.1)
     model.save_pretrained(folder)
     return folder
 
