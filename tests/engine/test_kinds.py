@@ -53,7 +53,9 @@ def test_a_cuda_engines_settings_are_options_of_every_supported_version(glm, rol
 
 def test_an_engine_that_is_never_paused_runs_without_the_memory_saver(glm):
     kept = dataclasses.replace(spec("regular", 0, glm), needs_offload=False)
-    plan = command("cuda", kept, HERE, PORTS, capabilities("0.5.17"), base_env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+    plan = command(
+        "cuda", kept, HERE, PORTS, capabilities("0.5.17"), base_env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    )
     assert plan.settings["enable_memory_saver"] is False and "cuda_graph_backend_prefill" not in plan.settings
     assert "PYTORCH_CUDA_ALLOC_CONF" not in plan.env
 
@@ -62,7 +64,13 @@ def test_a_cpu_engine_drops_each_cuda_option_with_a_note(glm):
     base = {"CUDA_VISIBLE_DEVICES": "0", "PATH": "/bin", "PYTHONPATH": "/mine"}
     plan = command("host", spec("decode", 0, glm, **GPU_FLAGS), HERE, PORTS, capabilities("0.5.23"), base_env=base)
     assert not set(plan.settings) & set(CUDA_ONLY) - {"enable_memory_saver"}
-    for name in ("kv_cache_dtype", "dsa_decode_backend", "mem_fraction_static", "speculative_algorithm", "disaggregation_ib_device"):
+    for name in (
+        "kv_cache_dtype",
+        "dsa_decode_backend",
+        "mem_fraction_static",
+        "speculative_algorithm",
+        "disaggregation_ib_device",
+    ):
         assert any(note.startswith(f"CPU engine: {name} ") for note in plan.notes), name
     assert plan.settings["disaggregation_transfer_backend"] == "mooncake_tcp"
     assert plan.settings["attention_backend"] == "torch_native"

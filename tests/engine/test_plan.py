@@ -99,7 +99,11 @@ def test_a_second_model_starts_behind_the_first_and_keeps_its_own_path():
         ([group("regular", 4, 4)], {}, "take 4 GPUs .* --rollout-num-gpus is 8"),
         ([group("regular", 8, 8)], {"pp_size": "3"}, "8 GPUs are not tensor parallel 2 x pipeline parallel 3"),
         ([group("regular", 8, 8)], {"dp_size": "2"}, "add --sglang-enable-dp-attention"),
-        ([group("regular", 8, 8)], {"dp_size": "3", "enable_dp_attention": True}, "dp_size 3 must divide the tensor parallel size 8"),
+        (
+            [group("regular", 8, 8)],
+            {"dp_size": "3", "enable_dp_attention": True},
+            "dp_size 3 must divide the tensor parallel size 8",
+        ),
         ([group("regular", 8, 8)], {"ep_size": "3"}, "ep_size 3 must divide"),
         ([group("regular", 8, 8)], {"dp_size": "2", "data_parallel_size": "4"}, "say different things"),
         ([group("regular", 8, 8)], {"ep_size": "many"}, "'many', not a whole number"),
@@ -114,7 +118,9 @@ def test_what_cannot_be_laid_out_is_refused_with_the_numbers(groups, flags, mess
 
 def test_a_typo_in_an_option_is_found_before_anything_starts():
     (spec,) = plan([model(group("regular", 1, 1))], slots(1), mem_fraction_statik="0.8")
-    with pytest.raises(ValueError, match="--sglang-mem-fraction-statik: sglang .* has no such option; nearest: --sglang-mem-fraction-static"):
+    with pytest.raises(
+        ValueError, match="--sglang-mem-fraction-statik: sglang .* has no such option; nearest: --sglang-mem-fraction-static"
+    ):
         check_options(spec)
 
 

@@ -124,5 +124,9 @@ def test_an_engine_without_a_token_is_refused(tmp_path):
 def test_an_address_of_another_machine_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot bind 203.0.113.7.*is it an address of this machine"):
         EngineProcess(
-            engine(tmp_path).spec, device_kind="host", token="t", log_path=tmp_path / "e.log", place=NodePlacement(0, "203.0.113.7", 0)
+            engine(tmp_path).spec,
+            device_kind="host",
+            token="t",
+            log_path=tmp_path / "e.log",
+            place=NodePlacement(0, "203.0.113.7", 0),
         )

@@ -70,7 +70,9 @@ def test_a_python_that_never_imports_sglang_pays_nothing():
 
 
 def test_the_childs_environment_hides_accelerators_and_stays_on_loopback():
-    env = host_environment(cores=[3, 5], base={"CUDA_VISIBLE_DEVICES": "0", "NCCL_DEBUG": "INFO", "PYTHONPATH": "/mine", "HOME": "/h"})
+    env = host_environment(
+        cores=[3, 5], base={"CUDA_VISIBLE_DEVICES": "0", "NCCL_DEBUG": "INFO", "PYTHONPATH": "/mine", "HOME": "/h"}
+    )
     assert "CUDA_VISIBLE_DEVICES" not in env and "NCCL_DEBUG" not in env
     assert env["SGLANG_CPU_OMP_THREADS_BIND"] == "3|5" and env["OMP_NUM_THREADS"] == "1"
     assert env["SGLANG_HOST_IP"] == "127.0.0.1" and env["GLOO_SOCKET_IFNAME"] == "lo"

@@ -79,7 +79,10 @@ def test_settings_become_the_words_that_the_parser_expects(settings, argv):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"nsa_decode_backend": "x"}, "--sglang-nsa-decode-backend: sglang 0.5.23 has no such option; nearest: .*dsa-decode-backend"),
+        (
+            {"nsa_decode_backend": "x"},
+            "--sglang-nsa-decode-backend: sglang 0.5.23 has no such option; nearest: .*dsa-decode-backend",
+        ),
         ({"max_running_requests": "many"}, "--sglang-max-running-requests .* takes a value of type int, got 'many'"),
         ({"mem_fraction_static": "half"}, "takes a value of type float, got 'half'"),
         ({"kv_cache_dtype": "fp8_e4m33"}, "is one of .*got 'fp8_e4m33'; nearest: fp8_e4m3"),
@@ -94,7 +97,9 @@ def test_a_wrong_option_is_one_clear_error(settings, message):
 
 def test_an_option_is_found_by_its_field_name_and_by_each_spelling():
     table = OptionTable("9", (Option("dp_size", ("--dp-size", "--data-parallel-size"), "value", "int", None),))
-    assert {table.find(name).name for name in ("dp_size", "dp-size", "data_parallel_size", "--data-parallel-size")} == {"dp_size"}
+    assert {table.find(name).name for name in ("dp_size", "dp-size", "data_parallel_size", "--data-parallel-size")} == {
+        "dp_size"
+    }
 
 
 @pytest.mark.slow

@@ -1,0 +1,124 @@
+"""Engines without disaggregation: the tiny GLM-5.2 on two tensor-parallel ranks, and SGLang's own Qwen3 behind a router."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine.engines import TOKEN, make_checkpoint, prompt, request, spec
+from engine.reference import largest_difference, load_reference, read_weights
+
+from slime.device import get_device
+from slime.engine.client import EngineClient, RouterClient, sync
+from slime.engine.payload import flatten_bucket
+from slime.engine.process import EngineProcess
+from slime.engine.router import RouterProcess, Worker
+
+pytestmark = pytest.mark.slow
+
+ROUND_OFF = 1e-4
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(GLM engine with TP2, Qwen3 engine, checkpoint of each)."""
+    folder = tmp_path_factory.mktemp("regular")
+    glm = make_checkpoint("cpu", folder / "glm", seed=1) / "fp8"
+    qwen = make_checkpoint("qwen3", folder / "qwen3") / "bf16"
+    engines = [
+        EngineProcess(
+            spec(
+                "regular",
+                i,
+                path,
+                tp=ranks,
+                max_total_tokens=4096,
+                chunked_prefill_size=64,
+            ),
+            device_kind="host",
+            token=TOKEN,
+            log_path=folder / f"{path.parent.name}.log",
+        )
+        for i, (path, ranks) in enumerate(((glm, 2), (qwen, 1)))
+    ]
+    try:
+        for engine in engines:
+            engine.start()
+        for engine in engines:
+            engine.wait_ready(240)
+        yield engines, (glm, qwen), folder
+    finally:
+        for engine in engines:
+            engine.stop()
+
+
+def largest_gap(engine, model, seed: int, length: int) -> float:
+    tokens = prompt(seed, length)
+    answer = sync(EngineClient(engine.url, TOKEN).generate(request(tokens, 20), timeout=120))
+    return max(largest_difference(model, tokens, answer))
+
+
+def update(engine, ranks: int, named: list[tuple[str, torch.Tensor]], version: str) -> None:
+    client = EngineClient(engine.url, TOKEN)
+    sync(client.pause_generation())
+    sync(client.flush_cache())
+    sync(client.begin_weight_update(version))
+    sync(client.update_weights_from_tensor([flatten_bucket(named, get_device())] * ranks))
+    sync(client.end_weight_update(version))
+    sync(client.continue_generation())
+
+
+def test_two_ranks_with_chunked_prefill_equal_transformers_before_and_after_an_update(served):
+    (glm, _), (checkpoint, _), folder = served
+    weights = read_weights(checkpoint)
+    model = load_reference(checkpoint, weights, folder / "reference")
+    for length in (10, 40, 230):
+        assert largest_gap(glm, model, length, length) < ROUND_OFF
+
+    generator = torch.Generator().manual_seed(3)
+    # One of each way of splitting: rows, columns, whole experts, fused experts, not at all.
+    changed = {
+        name: weights[name] + 0.2 * weights[name].std() * torch.randn(weights[name].shape, generator=generator)
+        for name in weights
+        if name.startswith("model.layers.5.") or name == "lm_head.weight"
+    }
+    weights |= changed
+    fused = {"gate_up_proj": [], "down_proj": []}
+    for expert in range(8):
+        gate, up, down = (changed.pop(f"model.layers.5.mlp.experts.{expert}.{w}_proj.weight") for w in ("gate", "up", "down"))
+        fused["gate_up_proj"].append(torch.cat((gate, up)))
+        fused["down_proj"].append(down)
+    changed |= {f"model.layers.5.mlp.experts.{name}": torch.stack(tensors) for name, tensors in fused.items()}
+    before = largest_gap(glm, load_reference(checkpoint, weights, folder / "reference"), 9, 200)
+    update(glm, 2, list(changed.items()), "7")
+    assert before > 0.02, "the update was too small to be seen"
+    assert largest_gap(glm, load_reference(checkpoint, weights, folder / "reference"), 9, 200) < ROUND_OFF
+    assert sync(EngineClient(glm.url, TOKEN).weight_version()) == "7"
+
+
+def test_a_dense_model_is_served_by_sglangs_own_class_and_updated_too(served, tmp_path):
+    (_, qwen), (_, checkpoint), _ = served
+    weights = read_weights(checkpoint)
+    model = load_reference(checkpoint, weights, tmp_path / "reference")
+    assert largest_gap(qwen, model, 5, 100) < ROUND_OFF
+    generator = torch.Generator().manual_seed(4)
+    changed = {name: tensor * (1 + 0.2 * torch.randn(tensor.shape, generator=generator)) for name, tensor in weights.items()}
+    model = load_reference(checkpoint, changed, tmp_path / "reference")
+    assert largest_gap(qwen, model, 6, 100) > 0.02
+    update(qwen, 1, list(changed.items()), "1")
+    assert largest_gap(qwen, model, 6, 100) < ROUND_OFF
+
+
+def test_a_router_in_regular_mode_passes_the_key_and_keeps_a_routing_key_together(served, tmp_path):
+    (_, qwen), _, _ = served
+    router = RouterProcess(
+        [Worker(qwen.url, "regular")], token=TOKEN, log_path=tmp_path / "router.log", options={"policy": "consistent_hashing"}
+    )
+    try:
+        router.start()
+        router.wait_ready(60)
+        client = RouterClient(router.url, TOKEN)
+        assert [worker["url"] for worker in sync(client.workers())] == [qwen.url]
+        answer = sync(client.generate(request(prompt(1, 12), 5), routing_key="sample-1", timeout=60))
+        assert len(answer["output_ids"]) == 5
+    finally:
+        router.stop()
