@@ -59,7 +59,10 @@ SHORT = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size
 
 def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
     """A config with the sections that the model room reads; layout: tp=2, pp=2, first=2, recompute=True, zigzag=True ..."""
-    values = {**megatron_values(hf), "moe_router_dtype": "fp32" if hf.num_experts else None}
+    values = megatron_values(hf)
+    if hf.num_experts:
+        # finalize_model_grads moves the selection bias by this rate at every step, 0.001 unless told otherwise.
+        values.update(moe_router_dtype="fp32", moe_router_bias_update_rate=0.0)
     if layout.pop("recompute", False):
         values.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     zigzag = layout.pop("zigzag", False)
