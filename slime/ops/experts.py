@@ -19,7 +19,7 @@ def grouped_swiglu(x: Tensor, tokens_per_expert: Tensor, w1: Tensor, w2: Tensor,
         raise ValueError(
             f"want x [n, h], w1 [E, 2f, h], w2 [E, h, f]; got {tuple(x.shape)}, {tuple(w1.shape)}, {tuple(w2.shape)}"
         )
-    if x.is_cuda:
+    if x.is_cuda and x.dtype == torch.bfloat16 and x.shape[0] > 0:
         return _grouped(x, tokens_per_expert, w1, w2, probs)
     return _looped(x, tokens_per_expert, w1, w2, probs)
 
@@ -40,7 +40,9 @@ def _looped(x: Tensor, tokens_per_expert: Tensor, w1: Tensor, w2: Tensor, probs:
 def _grouped(x: Tensor, tokens_per_expert: Tensor, w1: Tensor, w2: Tensor, probs: Tensor | None) -> Tensor:
     offsets = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
     gate_up = grouped_mm(x, w1.transpose(1, 2), offs=offsets)
-    return grouped_mm(_swiglu(gate_up, probs), w2.transpose(1, 2), offs=offsets)
+    from slime.ops.triton_kernels import WeightedSwiGLU
+
+    return grouped_mm(WeightedSwiGLU.apply(gate_up, probs), w2.transpose(1, 2), offs=offsets)
 
 
 def _swiglu(gate_up: Tensor, probs: Tensor | None) -> Tensor:

@@ -28,6 +28,34 @@ def quantize_blockwise(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor
     """
     if weight.dim() != 2:
         raise ValueError(f"block FP8 quantises matrices; got a tensor of shape {tuple(weight.shape)}")
+    if weight.is_cuda:
+        codes = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+        scale_inv = torch.empty(scale_shape(weight.shape, block), dtype=torch.float32, device=weight.device)
+        quantize_blockwise_into(weight, codes, scale_inv, block)
+        return codes, scale_inv
+    return quantize_reference(weight, block)
+
+
+def quantize_blockwise_into(weight: Tensor, codes: Tensor, scale_inv: Tensor, block: int = 128) -> None:
+    """quantize_blockwise on CUDA with its results written where they travel from: one read of weight, one write.
+
+    codes [out, in] e4m3 and scale_inv [ceil(out/block), ceil(in/block)] float32 are contiguous views of a flat bucket. Raises ValueError
+    when a shape, dtype or layout does not fit.
+    """
+    if codes.shape != weight.shape or codes.dtype != FP8 or not codes.is_contiguous():
+        raise ValueError(f"codes must be contiguous e4m3 of shape {tuple(weight.shape)}; got {codes.dtype} {tuple(codes.shape)}")
+    if tuple(scale_inv.shape) != scale_shape(weight.shape, block) or scale_inv.dtype != torch.float32 or not scale_inv.is_contiguous():
+        raise ValueError(f"scales must be contiguous float32 of shape {scale_shape(weight.shape, block)}; got {tuple(scale_inv.shape)}")
+    from slime.ops import triton_kernels
+
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    with torch.cuda.device(weight.device):
+        triton_kernels.quantize_blocks(weight, codes, scale_inv, block, FP8_MAX, SMALLEST_SCALE)
+
+
+def quantize_reference(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """quantize_blockwise in plain torch, on any device."""
     rows, cols = weight.shape
     tile_rows, tile_cols = scale_shape(weight.shape, block)
     padded = torch.zeros(tile_rows * block, tile_cols * block, dtype=torch.float32, device=weight.device)

@@ -75,8 +75,15 @@ class _Stats:
         self.sum_x_exp = torch.zeros_like(self.sum_exp)
         self.target = torch.zeros_like(self.sum_exp)
 
-    def add(self, rows: slice, x: Tensor, local_targets: Tensor) -> None:
-        """x [r, v] scaled logits (overwritten); local_targets [r], outside 0..v where the target is not in these columns."""
+    def add(self, rows: slice, logits: Tensor, temperature: float, local_targets: Tensor) -> None:
+        """logits [r, v] of some columns; local_targets [r], outside 0..v where the target is not in these columns."""
+        if _fused(logits):
+            from slime.ops import triton_kernels
+
+            states = (self.max[rows], self.sum_exp[rows], self.sum_x_exp[rows], self.target[rows])
+            triton_kernels.add_row_stats(logits, temperature, local_targets, *states)
+            return
+        x = logits.to(self.max.dtype, copy=True).div_(temperature)
         held = (local_targets >= 0) & (local_targets < x.shape[1])
         at_target = x.gather(1, local_targets.clamp(0, x.shape[1] - 1)[:, None])[:, 0]
         self.target[rows] += torch.where(held, at_target, 0.0)
@@ -109,10 +116,11 @@ class _VocabParallelLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, group, vocab_start, temperature, chunk_size, with_entropy):
         dtype = _accumulation_dtype(logits)
+        logits = logits.contiguous()
         local_targets = targets.to(torch.int64) - vocab_start
         stats = _Stats(logits.shape[0], logits.device, dtype)
         for rows in _chunks(logits.shape[0], chunk_size):
-            stats.add(rows, logits[rows].to(dtype, copy=True).div_(temperature), local_targets[rows])
+            stats.add(rows, logits[rows], temperature, local_targets[rows])
         lse, log_prob, entropy = stats.reduce(group)
         ctx.save_for_backward(logits, local_targets, lse, entropy)
         ctx.temperature, ctx.chunk_size, ctx.with_entropy = temperature, chunk_size, with_entropy
@@ -121,13 +129,11 @@ class _VocabParallelLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_log_prob, grad_entropy):
         logits, local_targets, lse, entropy = ctx.saved_tensors
+        grad_log_prob, grad_entropy = grad_log_prob.contiguous(), grad_entropy.contiguous()
         grad = torch.empty_like(logits)
         for rows in _chunks(logits.shape[0], ctx.chunk_size):
-            x = logits[rows].to(lse.dtype, copy=True).div_(ctx.temperature)
-            grad_entropy_rows = grad_entropy[rows] if ctx.with_entropy else None
-            grad[rows] = _grad_logits(
-                x, local_targets[rows], lse[rows], entropy[rows], grad_log_prob[rows], grad_entropy_rows, ctx.temperature
-            )
+            slopes = (grad_log_prob[rows], grad_entropy[rows] if ctx.with_entropy else None)
+            _grad_logits(logits[rows], grad[rows], local_targets[rows], lse[rows], entropy[rows], *slopes, ctx.temperature)
         return grad, None, None, None, None, None, None
 
 
@@ -137,9 +143,8 @@ class _LinearLogProb(torch.autograd.Function):
         local_targets = targets.to(torch.int64) - vocab_start
         stats = _Stats(hidden.shape[0], hidden.device, _accumulation_dtype(hidden))
         for rows in _chunks(hidden.shape[0], chunk_size, DEFAULT_ROWS):
-            for cols in _chunks(weight.shape[0], VOCAB_TILE):
-                x = _product(hidden[rows], weight[cols]).div_(temperature)
-                stats.add(rows, x, local_targets[rows] - cols.start)
+            for cols in _vocab_tiles(weight.shape[0]):
+                stats.add(rows, _product(hidden[rows], weight[cols]), temperature, local_targets[rows] - cols.start)
         lse, log_prob, entropy = stats.reduce(group)
         ctx.save_for_backward(hidden, weight, local_targets, lse, entropy)
         ctx.temperature, ctx.chunk_size, ctx.with_entropy = temperature, chunk_size, with_entropy
@@ -148,38 +153,50 @@ class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_log_prob, grad_entropy):
         hidden, weight, local_targets, lse, entropy = ctx.saved_tensors
+        grad_log_prob, grad_entropy = grad_log_prob.contiguous(), grad_entropy.contiguous()
         grad_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device)
         grad_weight = torch.empty_like(weight)
-        for cols in _chunks(weight.shape[0], VOCAB_TILE):
+        for cols in _vocab_tiles(weight.shape[0]):
             grad_tile = torch.zeros(weight[cols].shape, dtype=lse.dtype, device=weight.device)
             for rows in _chunks(hidden.shape[0], ctx.chunk_size, DEFAULT_ROWS):
-                x = _product(hidden[rows], weight[cols]).div_(ctx.temperature)
-                grad_entropy_rows = grad_entropy[rows] if ctx.with_entropy else None
-                grad_x = _grad_logits(
-                    x, local_targets[rows] - cols.start, lse[rows], entropy[rows], grad_log_prob[rows], grad_entropy_rows,
-                    ctx.temperature,
-                ).to(hidden.dtype)
-                grad_hidden[rows] += _product(grad_x, weight[cols].t())
-                grad_tile += _product(grad_x.t(), hidden[rows].t())
+                logits = _product(hidden[rows], weight[cols])
+                grad_logits = torch.empty(logits.shape, dtype=hidden.dtype, device=hidden.device)
+                targets = local_targets[rows] - cols.start
+                slopes = (grad_log_prob[rows], grad_entropy[rows] if ctx.with_entropy else None)
+                _grad_logits(logits, grad_logits, targets, lse[rows], entropy[rows], *slopes, ctx.temperature)
+                del logits
+                _add_product(grad_hidden[rows], grad_logits, weight[cols])
+                _add_product(grad_tile, grad_logits.t(), hidden[rows])
             grad_weight[cols] = grad_tile
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None, None
 
 
-def _grad_logits(x, local_targets, lse, entropy, grad_log_prob, grad_entropy, temperature) -> Tensor:
-    """d loss / d logits [r, v] from scaled logits x (overwritten).
+def _grad_logits(logits, grad, local_targets, lse, entropy, grad_log_prob, grad_entropy, temperature) -> None:
+    """grad [r, v] = d loss / d logits. With x = logits / temperature:
 
     d log p_target / dx_j = [j = target] - p_j;   d H / dx_j = -p_j (log p_j + H).
     """
+    if _fused(logits):
+        from slime.ops import triton_kernels
+
+        triton_kernels.grad_logits(logits, grad, temperature, local_targets, lse, entropy, grad_log_prob, grad_entropy)
+        return
+    x = logits.to(lse.dtype, copy=True).div_(temperature)
     log_p = x.sub_(lse[:, None])
     p = torch.exp(log_p)
     slope = -grad_log_prob[:, None]
     if grad_entropy is not None:
         # log p = -inf only where p = 0: the finite floor makes the product 0.
         slope = slope - grad_entropy[:, None] * (log_p.clamp_min_(torch.finfo(x.dtype).min) + entropy[:, None])
-    grad = p.mul_(slope)
+    slopes = p.mul_(slope)
     held = (local_targets >= 0) & (local_targets < x.shape[1])
-    grad.scatter_add_(1, local_targets.clamp(0, x.shape[1] - 1)[:, None], torch.where(held, grad_log_prob, 0.0)[:, None])
-    return grad.div_(temperature)
+    slopes.scatter_add_(1, local_targets.clamp(0, x.shape[1] - 1)[:, None], torch.where(held, grad_log_prob, 0.0)[:, None])
+    grad.copy_(slopes.div_(temperature))
+
+
+def _fused(logits: Tensor) -> bool:
+    """Whether the Triton kernels take these logits: one pass over memory instead of several."""
+    return logits.is_cuda and logits.dtype != torch.float64
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -189,6 +206,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.t()
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total [m, n] += a [m, k] @ b [k, n], accumulated in the dtype of total (fp32 for 16-bit operands)."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += _product(a, b.t())
+
+
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -196,6 +221,12 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
 def _finite(x: Tensor) -> Tensor:
     """Replaces -inf (a row without a finite logit) so that x - shift is not inf - inf."""
     return torch.where(torch.isneginf(x), torch.zeros_like(x), x)
+
+
+def _vocab_tiles(v_local: int) -> list[slice]:
+    """Equal tiles of at most VOCAB_TILE columns, but for rounding up to 128: a narrow last tile would waste its matrix products."""
+    tiles = -(-v_local // VOCAB_TILE)
+    return _chunks(v_local, min(VOCAB_TILE, -(-v_local // max(tiles, 1) // 128) * 128))
 
 
 def _chunks(length: int, chunk_size: int, default: int | None = None) -> list[slice]:

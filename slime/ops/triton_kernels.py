@@ -1,0 +1,173 @@
+"""Triton kernels behind slime.ops on CUDA: each fuses what plain torch does in several passes over memory. Imported only there."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def quantize_blocks(weight: Tensor, codes: Tensor, scale_inv: Tensor, block: int, fp8_max: float, smallest_scale: float) -> None:
+    """weight [out, in] -> codes [out, in] e4m3 and scale_inv, both written in place; rows of weight and codes are contiguous."""
+    rows, cols = weight.shape
+    if weight.numel():
+        _quantize_block[(triton.cdiv(cols, block), triton.cdiv(rows, block))](
+            weight, codes, scale_inv, rows, cols, weight.stride(0), fp8_max, smallest_scale, BLOCK=block, num_warps=8
+        )
+
+
+@triton.jit
+def _quantize_block(weight, codes, scale_inv, rows, cols, row_stride, fp8_max, smallest_scale, BLOCK: tl.constexpr):
+    tile_col, tile_row = tl.program_id(0), tl.program_id(1)
+    r = tile_row * BLOCK + tl.arange(0, BLOCK)
+    c = tile_col * BLOCK + tl.arange(0, BLOCK)
+    inside = (r < rows)[:, None] & (c < cols)[None, :]
+    x = tl.load(weight + r.to(tl.int64)[:, None] * row_stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    amax = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
+    # Correctly rounded divisions: the same bytes as the plain-torch formula.
+    scale = tl.where(amax == 0.0, 1.0, tl.maximum(tl.div_rn(amax, fp8_max), smallest_scale))
+    y = tl.div_rn(x, tl.broadcast_to(scale, [BLOCK, BLOCK]))
+    y = tl.minimum(tl.maximum(y, -fp8_max), fp8_max).to(codes.dtype.element_ty)
+    tl.store(codes + r.to(tl.int64)[:, None] * cols + c[None, :], y, mask=inside)
+    tl.store(scale_inv + tile_row * tl.num_programs(0) + tile_col, scale)
+
+
+def add_row_stats(
+    logits: Tensor, temperature: float, local_targets: Tensor, top: Tensor, sum_exp: Tensor, sum_x_exp: Tensor, target: Tensor
+) -> None:
+    """One pass over logits [r, v]: running max, sum of e^(x-max), sum of x e^(x-max), x at the target, x = logits / temperature."""
+    rows, cols = logits.shape
+    if rows and cols:
+        _row_stats[(rows,)](
+            logits, local_targets, top, sum_exp, sum_x_exp, target, cols, logits.stride(0), 1.0 / temperature, BLOCK=4096, num_warps=8
+        )
+
+
+@triton.jit
+def _row_stats(logits, local_targets, top, sum_exp, sum_x_exp, target, cols, row_stride, per_temperature, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * row_stride
+    lane = tl.arange(0, BLOCK)
+    highest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, cols, BLOCK):
+        c = first + lane
+        x = tl.load(logits + c, mask=c < cols, other=float("-inf")).to(tl.float32) * per_temperature
+        new = tl.maximum(highest, x)
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        rescale = tl.exp(highest - shift)
+        e = tl.exp(x - shift)
+        total = total * rescale + e
+        weighted = weighted * rescale + tl.where(e > 0.0, x * e, 0.0)
+        highest = new
+    before = tl.load(top + row)
+    whole = tl.maximum(tl.max(highest, axis=0), before)
+    shift = tl.where(whole == float("-inf"), 0.0, whole)
+    rescale = tl.exp(highest - shift)
+    old = tl.exp(before - shift)
+    tl.store(top + row, whole)
+    tl.store(sum_exp + row, tl.load(sum_exp + row) * old + tl.sum(total * rescale, axis=0))
+    tl.store(sum_x_exp + row, tl.load(sum_x_exp + row) * old + tl.sum(weighted * rescale, axis=0))
+    at = tl.load(local_targets + row)
+    held = (at >= 0) & (at < cols)
+    x = tl.load(logits + at, mask=held, other=0.0).to(tl.float32) * per_temperature
+    tl.store(target + row, tl.load(target + row) + x)
+
+
+def grad_logits(
+    logits: Tensor, grad: Tensor, temperature: float, local_targets: Tensor, lse: Tensor, entropy: Tensor, grad_log_prob: Tensor,
+    grad_entropy: Tensor | None,
+) -> None:  # fmt: skip
+    """grad [r, v] (any float dtype; may be logits itself) = d loss / d logits, one read and one write."""
+    rows, cols = logits.shape
+    if rows and cols:
+        has_entropy = grad_entropy is not None
+        _grad_logits[(rows, triton.cdiv(cols, 4096))](
+            logits, grad, local_targets, lse, entropy, grad_log_prob, grad_entropy if has_entropy else lse, cols, logits.stride(0),
+            grad.stride(0), 1.0 / temperature, HAS_ENTROPY=has_entropy, BLOCK=4096, num_warps=8,
+        )  # fmt: skip
+
+
+@triton.jit
+def _grad_logits(
+    logits, grad, local_targets, lse, entropy, grad_log_prob, grad_entropy, cols, row_stride, grad_stride, per_temperature,
+    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row * row_stride + c, mask=c < cols, other=0.0).to(tl.float32) * per_temperature
+    log_p = x - tl.load(lse + row)
+    p = tl.exp(log_p)
+    g = tl.load(grad_log_prob + row)
+    slope = -g
+    if HAS_ENTROPY:
+        slope = slope - tl.load(grad_entropy + row) * (tl.where(p > 0.0, log_p, 0.0) + tl.load(entropy + row))
+    y = p * slope + tl.where(c == tl.load(local_targets + row), g, 0.0)
+    tl.store(grad + row * grad_stride + c, y * per_temperature, mask=c < cols)
+
+
+class WeightedSwiGLU(torch.autograd.Function):
+    """silu(gate) * up * probs of gate_up [n, 2f] (gate first) -> [n, f], in float32, rounded once; probs [n] or None."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, probs: Tensor | None) -> Tensor:
+        n, width = gate_up.shape
+        act = gate_up.new_empty(n, width // 2)
+        if n:
+            block = triton.next_power_of_2(min(width // 2, 2048))
+            _swiglu[(n, triton.cdiv(width // 2, block))](
+                gate_up, gate_up if probs is None else probs, act, width // 2, HAS_PROBS=probs is not None, BLOCK=block
+            )
+        ctx.save_for_backward(gate_up, probs)
+        return act
+
+    @staticmethod
+    def backward(ctx, grad_act: Tensor):
+        gate_up, probs = ctx.saved_tensors
+        n, width = gate_up.shape
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_probs = None if probs is None else torch.zeros(n, dtype=torch.float32, device=probs.device)
+        if n:
+            block = triton.next_power_of_2(min(width // 2, 2048))
+            _swiglu_backward[(n,)](
+                gate_up, gate_up if probs is None else probs, grad_act.contiguous(), grad_gate_up,
+                gate_up if probs is None else grad_probs, width // 2, HAS_PROBS=probs is not None, BLOCK=block,
+            )  # fmt: skip
+        return grad_gate_up, None if probs is None else grad_probs.to(probs.dtype)
+
+
+@triton.jit
+def _swiglu(gate_up, probs, act, f, HAS_PROBS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up + row * 2 * f + c, mask=c < f, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * f + f + c, mask=c < f, other=0.0).to(tl.float32)
+    y = gate * tl.sigmoid(gate) * up
+    if HAS_PROBS:
+        y = y * tl.load(probs + row).to(tl.float32)
+    tl.store(act + row * f + c, y, mask=c < f)
+
+
+@triton.jit
+def _swiglu_backward(gate_up, probs, grad_act, grad_gate_up, grad_probs, f, HAS_PROBS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    weight = 1.0
+    if HAS_PROBS:
+        weight = tl.load(probs + row).to(tl.float32)
+    of_probs = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, f, BLOCK):
+        c = first + tl.arange(0, BLOCK)
+        gate = tl.load(gate_up + row * 2 * f + c, mask=c < f, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + row * 2 * f + f + c, mask=c < f, other=0.0).to(tl.float32)
+        g = tl.load(grad_act + row * f + c, mask=c < f, other=0.0).to(tl.float32)
+        s = tl.sigmoid(gate)
+        silu = gate * s
+        if HAS_PROBS:
+            of_probs += g * silu * up
+        g = g * weight
+        tl.store(grad_gate_up + row * 2 * f + c, g * up * s * (1.0 + gate * (1.0 - s)), mask=c < f)
+        tl.store(grad_gate_up + row * 2 * f + f + c, g * silu, mask=c < f)
+    if HAS_PROBS:
+        tl.store(grad_probs + row, tl.sum(of_probs, axis=0))

@@ -1,0 +1,280 @@
+// The indexer for Hopper: score[i, j] = key_scale_j * sum over 32 heads of gate[i, h] * relu(q[i, h] . k[j]), then the top-k of each row.
+//
+// scores: one block holds 8 queries (8 x 32 heads = 256 columns of the product) and walks through keys; each of its three warpgroups
+// takes 64 keys at a time from its own ring of shared-memory stages, so that one warpgroup's sums over heads run beside another's
+// matrix product. Keys are the rows of the product, so heads lie along a thread's registers: a sum over heads is 8 multiply-adds and
+// 3 exchanges between 4 threads.
+// select: one block per row. Two rounds of 13-bit counting find the largest 26 bits of the threshold, a third the last 6; one more
+// round writes the positions in ascending order.
+#include "hopper.cuh"
+
+using namespace hopper;
+
+namespace {
+
+constexpr int kHeads = 32, kDim = 128, kQueries = 8, kGroupKeys = 64, kGroups = 3, kStages = 3;
+
+template <bool kFp8>
+struct Shape {
+    static constexpr int kRowBytes = kFp8 ? kDim : 2 * kDim;
+    static constexpr int kRowTiles = kRowBytes / 128;              // 128-byte columns
+    static constexpr int kStageBytes = kRowTiles * kTileBytes;     // 64 keys
+    static constexpr int kQueryBytes = 4 * kRowTiles * kTileBytes;  // 256 rows: [column tile][4 x 64 rows]
+    static constexpr int kSharedBytes = kQueryBytes + kGroups * kStages * kStageBytes;
+};
+
+struct ScoreArguments {
+    const void *q, *k;
+    const float *gates, *key_scale;  // [t, 32]; [T] or null
+    const int *starts, *ends;        // [t]
+    float* scores;                   // [t, stride], column j is key j - first_key
+    int t, chunk;
+    int64_t keys, stride;
+};
+
+template <bool kFp8>
+__global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x) {
+    using S = Shape<kFp8>;
+    extern __shared__ __align__(1024) char shared[];
+    const uint32_t base = smem_address(shared);
+    const int first_query = blockIdx.x * kQueries, queries = min(kQueries, x.t - first_query);
+    const int group = threadIdx.x / 128, in_group = threadIdx.x & 127, lane = threadIdx.x & 31;
+
+    int64_t low = x.keys, high = 0;
+    for (int i = 0; i < queries; ++i) {
+        const int start = __ldg(x.starts + first_query + i), end = __ldg(x.ends + first_query + i);
+        if (start < end) low = min(low, static_cast<int64_t>(start)), high = max(high, static_cast<int64_t>(end));
+    }
+    const int64_t chunk_begin = static_cast<int64_t>(blockIdx.y) * x.chunk;
+    low = max(low, chunk_begin) & ~static_cast<int64_t>(kGroupKeys - 1);
+    high = min(high, chunk_begin + x.chunk);
+    if (low >= high) return;
+    const int tiles = static_cast<int>((high - low + kGroupKeys - 1) / kGroupKeys);
+
+    const int copy_row = in_group / 8, unit = in_group & 7;
+    const uint32_t ring = base + S::kQueryBytes + group * kStages * S::kStageBytes;
+    auto fetch = [&](int tile) {
+        if (tile < tiles) {
+            const uint32_t to = ring + tile / kGroups % kStages * S::kStageBytes;
+#pragma unroll
+            for (int r = copy_row; r < kGroupKeys; r += 16) {
+                const int64_t key = low + static_cast<int64_t>(tile) * kGroupKeys + r;
+                const char* source = static_cast<const char*>(x.k) + min(key, x.keys - 1) * S::kRowBytes + unit * 16;
+#pragma unroll
+                for (int column = 0; column < S::kRowTiles; ++column)
+                    copy16_async(to + column * kTileBytes + swizzled(r, unit), source + column * 128, key < x.keys);
+            }
+        }
+        copies_commit();
+    };
+    const char* q = static_cast<const char*>(x.q) + static_cast<int64_t>(first_query) * kHeads * S::kRowBytes;
+    for (int i = threadIdx.x; i < 256 * S::kRowTiles * 8; i += kGroups * 128) {
+        const int r = i / (S::kRowTiles * 8), column = i / 8 % S::kRowTiles, u = i & 7;
+        const bool real = r < queries * kHeads;
+        copy16_async(base + (column * 4 + r / 64) * kTileBytes + swizzled(r & 63, u),
+                     q + static_cast<int64_t>(real ? r : 0) * S::kRowBytes + column * 128 + u * 16, real);
+    }
+    copies_commit();
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage) fetch(group + stage * kGroups);
+
+    // Column 8 j + 2 (lane % 4) + e of half p is head (8 j + ...) % 32 of query 4 p + j / 4.
+    float gate[2][32];
+#pragma unroll
+    for (int p = 0; p < 2; ++p)
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            const int query = p * 4 + i / 8, head = (i / 2 % 4) * 8 + (lane & 3) * 2 + (i & 1);
+            gate[p][i] = query < queries ? __ldg(x.gates + static_cast<int64_t>(first_query + query) * kHeads + head) : 0.f;
+        }
+    copies_wait<kStages - 1>();
+    publish_to_wgmma();
+    __syncthreads();
+
+    const int row = in_group / 32 * 16 + lane / 4;
+    for (int tile = group; tile < tiles; tile += kGroups) {
+        copies_wait<kStages - 2>();
+        publish_to_wgmma();
+        barrier_sync(group + 1, 128);  // this stage is there for all; the stage fetched next is no longer read
+        fetch(tile + (kStages - 1) * kGroups);
+        const uint32_t keys_at = ring + tile / kGroups % kStages * S::kStageBytes;
+        const int64_t key = low + static_cast<int64_t>(tile) * kGroupKeys + row;
+#pragma unroll
+        for (int p = 0; p < 2; ++p) {
+            float d[64];
+            wgmma_begin();
+#pragma unroll
+            for (int step = 0; step < S::kRowTiles * 4; ++step) {
+                const int column = step / 4, within = step % 4 * 32;
+                const uint64_t a = operand(keys_at + column * kTileBytes + within);
+                const uint64_t b = operand(base + (column * 4 + p * 2) * kTileBytes + within);
+                if constexpr (kFp8) mma128_fp8(d, a, b, step > 0);
+                else mma128<0, 0>(d, a, b, step > 0);
+            }
+            wgmma_commit();
+            wgmma_wait<0>();
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float sum[4];
+#pragma unroll
+                for (int query = 0; query < 4; ++query) {
+                    sum[query] = 0.f;
+#pragma unroll
+                    for (int i = 0; i < 8; ++i)
+                        sum[query] = fmaf(gate[p][query * 8 + i], fmaxf(d[(query * 4 + i / 2) * 4 + half * 2 + (i & 1)], 0.f), sum[query]);
+                }
+                // Thread l of 4 ends with the whole sum of query l.
+                const bool odd = lane & 1, upper = lane & 2;
+                const float a = (odd ? sum[1] : sum[0]) + __shfl_xor_sync(0xffffffffu, odd ? sum[0] : sum[1], 1);
+                const float b = (odd ? sum[3] : sum[2]) + __shfl_xor_sync(0xffffffffu, odd ? sum[2] : sum[3], 1);
+                float total = (upper ? b : a) + __shfl_xor_sync(0xffffffffu, upper ? a : b, 2);
+                const int query = p * 4 + (lane & 3);
+                const int64_t column = key + half * 8;
+                if (x.key_scale != nullptr && column < x.keys) total *= __ldg(x.key_scale + column);
+                if (query < queries && column < x.keys) x.scores[(first_query + query) * x.stride + column] = total;
+            }
+        }
+    }
+    copies_wait<0>();
+}
+
+constexpr int kThreads = 1024, kBins = 8192;
+
+// Larger float -> larger unsigned; -0 and 0 are one value.
+__device__ __forceinline__ uint32_t ordered(float f) {
+    const uint32_t bits = __float_as_uint(f + 0.f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// Inclusive prefix sum over the block; *total gets the sum. `space` has 32 entries.
+__device__ __forceinline__ uint32_t block_prefix(uint32_t value, uint32_t* space, uint32_t* total) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    uint32_t sum = value;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const uint32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
+        if (lane >= offset) sum += other;
+    }
+    if (lane == 31) space[warp] = sum;
+    __syncthreads();
+    uint32_t of_warp = space[lane];
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+        const uint32_t other = __shfl_up_sync(0xffffffffu, of_warp, offset);
+        if (lane >= offset) of_warp += other;
+    }
+    const uint32_t before = warp ? __shfl_sync(0xffffffffu, of_warp, warp - 1) : 0;
+    *total = __shfl_sync(0xffffffffu, of_warp, 31);
+    __syncthreads();
+    return sum + before;
+}
+
+template <typename Visit>
+__device__ __forceinline__ void for_each_score(const float* scores, int start, int end, Visit visit) {
+    // 16-byte loads from the multiple of 4 at or below start; visit(value, position, inside).
+    for (int at = (start & ~3) + static_cast<int>(threadIdx.x) * 4, step = 0; step < end - (start & ~3); at += kThreads * 4, step += kThreads * 4) {
+        float4 v = {0.f, 0.f, 0.f, 0.f};
+        if (at < end) v = *reinterpret_cast<const float4*>(scores + at);
+        visit(v, at);
+    }
+}
+
+__global__ void __launch_bounds__(kThreads, 2) select(const float* scores, int64_t stride, const int* starts, const int* ends, int topk,
+                                                      int* picked) {
+    __shared__ uint32_t bins[kBins];
+    __shared__ uint32_t space[32];
+    __shared__ uint32_t found[2];
+    const int row = blockIdx.x, start = starts[row], end = ends[row], count = max(end - start, 0);
+    scores += row * stride;
+    picked += static_cast<int64_t>(row) * topk;
+    if (count <= topk) {
+        for (int i = threadIdx.x; i < topk; i += kThreads) picked[i] = i < count ? start + i : -1;
+        return;
+    }
+    uint32_t prefix = 0, wanted = topk;  // the threshold's bits so far; how many of the values with these bits are taken
+#pragma unroll
+    for (int round = 0; round < 3; ++round) {
+        const int shift = round == 0 ? 19 : round == 1 ? 6 : 0, bits = round == 2 ? 6 : 13, above = round == 0 ? 32 : round == 1 ? 19 : 6;
+        for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
+        __syncthreads();
+        for_each_score(scores, start, end, [&](const float4 v, int at) {
+            const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t u = ordered(values[i]);
+                const bool same = round == 0 || (u >> (above & 31)) == (prefix >> (above & 31));
+                if (at + i >= start && at + i < end && same) atomicAdd(&bins[(u >> shift) & ((1u << bits) - 1)], 1u);
+            }
+        });
+        __syncthreads();
+        // Thread i owns the 8 bins from the top down; the bin where the running count reaches `wanted` is the threshold's.
+        uint32_t own[8], sum = 0, total;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) own[i] = bins[kBins - 1 - (threadIdx.x * 8 + i)], sum += own[i];
+        uint32_t before = block_prefix(sum, space, &total) - sum;
+        if (before < wanted && before + sum >= wanted) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                if (before < wanted && before + own[i] >= wanted) {
+                    found[0] = kBins - 1 - (threadIdx.x * 8 + i), found[1] = wanted - before;
+                }
+                before += own[i];
+            }
+        }
+        __syncthreads();
+        prefix |= found[0] << shift, wanted = found[1];
+        __syncthreads();
+    }
+    uint32_t before_above = 0, before_equal = 0;
+    for_each_score(scores, start, end, [&](const float4 v, int at) {
+        const float values[4] = {v.x, v.y, v.z, v.w};
+        uint32_t counts = 0, u[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const bool inside = at + i >= start && at + i < end;
+            u[i] = inside ? ordered(values[i]) : 0u;
+            counts += (u[i] > prefix && inside) + ((u[i] == prefix && inside) << 16);
+        }
+        uint32_t total;
+        const uint32_t until = block_prefix(counts, space, &total) - counts;
+        uint32_t larger = before_above + (until & 0xffff), equal = before_equal + (until >> 16);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (at + i < start || at + i >= end) continue;
+            if (u[i] > prefix) picked[larger++ + min(equal, wanted)] = at + i;
+            else if (u[i] == prefix) {
+                if (equal < wanted) picked[larger + equal] = at + i;
+                ++equal;
+            }
+        }
+        before_above += total & 0xffff, before_equal += total >> 16;
+    });
+}
+
+template <bool kFp8>
+cudaError_t launch(const ScoreArguments& x, cudaStream_t stream) {
+    cudaError_t error = cudaFuncSetAttribute(score<kFp8>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<kFp8>::kSharedBytes);
+    if (error != cudaSuccess) return error;
+    const dim3 grid((x.t + kQueries - 1) / kQueries, static_cast<unsigned>((x.keys + x.chunk - 1) / x.chunk));
+    score<kFp8><<<grid, kGroups * 128, Shape<kFp8>::kSharedBytes, stream>>>(x);
+    return cudaGetLastError();
+}
+
+}  // namespace
+
+extern "C" {
+
+int indexer_scores(const void* q, const void* k, const float* gates, const float* key_scale, const int* starts, const int* ends,
+                   float* scores, int t, int64_t keys, int64_t stride, int chunk, int fp8, cudaStream_t stream) {
+    if (t == 0 || keys == 0) return cudaSuccess;
+    const ScoreArguments x{q, k, gates, key_scale, starts, ends, scores, t, chunk, keys, stride};
+    return fp8 ? launch<true>(x, stream) : launch<false>(x, stream);
+}
+
+int indexer_select(const float* scores, int64_t stride, const int* starts, const int* ends, int t, int topk, int* picked,
+                   cudaStream_t stream) {
+    if (t) select<<<t, kThreads, 0, stream>>>(scores, stride, starts, ends, topk, picked);
+    return cudaGetLastError();
+}
+
+}
