@@ -185,9 +185,7 @@ def translate(settings: Mapping[str, object], column: Capabilities) -> Translati
                 notes.append(f"sglang {column.version}: {name} is dropped, it does nothing there")
                 continue
             if successor in settings:
-                raise ValueError(
-                    f"{name} is {value!r} and its successor {successor} is {settings[successor]!r}; keep one of them"
-                )
+                raise ValueError(f"{name} is {value!r} and its successor {successor} is {settings[successor]!r}; keep one")
             notes.append(f"sglang {column.version}: {name} is called {successor}")
             name = successor
         renamed = column.value_renames.get((name, value)) if isinstance(value, str) else None
@@ -199,9 +197,8 @@ def translate(settings: Mapping[str, object], column: Capabilities) -> Translati
         del out["enable_dp_attention"]
         if ways is not None:
             out[column.attention_dp_option] = ways
-            notes.append(
-                f"sglang {column.version}: dp_size {ways} with enable_dp_attention is called {column.attention_dp_option} {ways}"
-            )
+            name = column.attention_dp_option
+            notes.append(f"sglang {column.version}: dp_size {ways} with enable_dp_attention is called {name} {ways}")
     return Translation(out, tuple(notes))
 
 

@@ -91,8 +91,9 @@ def test_a_server_ends_when_its_parent_is_killed(tmp_path):
 
 def engine(tmp_path: Path, **changes) -> EngineProcess:
     values = {
-        "model": "default", "role": "regular", "engine_id": 0, "gpu_offset": 0, "num_gpus": 1, "num_nodes": 1, "tp_size": 1, "pp_size": 1,
-        "dp_size": 1, "ep_size": 1, "model_path": str(tmp_path), "update_weights": True, "needs_offload": True, "random_seed": 1,
+        "model": "default", "role": "regular", "engine_id": 0, "gpu_offset": 0, "num_gpus": 1, "num_nodes": 1,
+        "tp_size": 1, "pp_size": 1, "dp_size": 1, "ep_size": 1, "model_path": str(tmp_path), "update_weights": True,
+        "needs_offload": True, "random_seed": 1,
     } | changes  # fmt: skip
     return EngineProcess(EngineSpec(**values), device_kind="host", token="t", log_path=tmp_path / "e.log")
 
