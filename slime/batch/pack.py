@@ -21,6 +21,7 @@ def pack(
     positions: Sequence[int],
     *,
     loss_weight: np.ndarray,
+    denominator: float = 1.0,
     contiguous: bool = True,
     cp_rank: int = 0,
     cp_size: int = 1,
@@ -29,9 +30,10 @@ def pack(
 ) -> MicroBatch:
     """The micro-batch of the samples at `positions`, in that order, as context-parallel rank `cp_rank` sees it.
 
-    loss_weight: float64 [n] over the batch (StepPlan.loss_weight). contiguous: --allgather-cp, else zigzag. multiple: rows per
-    rank are a multiple of it. columns: further per-token MicroBatch fields by name (old_log_probs, ref_log_probs, advantages);
-    rollout and teacher log-probs come from the batch. No positions give a stream of padding without a response token.
+    loss_weight (float64 [n] over the batch) and denominator are the StepPlan's. contiguous: --allgather-cp, else zigzag.
+    multiple: rows per rank are a multiple of it. columns: further per-token MicroBatch fields by name (old_log_probs,
+    ref_log_probs, advantages); rollout and teacher log-probs come from the batch. No positions give a stream of padding
+    without a response token.
     """
     positions = tuple(int(position) for position in positions)
     make = SequenceLayout.contiguous if contiguous else SequenceLayout.zigzag
@@ -64,6 +66,7 @@ def pack(
             [np.full(response, loss_weight[position]) for position, response in zip(positions, responses, strict=True)],
             np.float32,
         ),
+        denominator=denominator,
         **{name: _join_column(name, column, positions, responses) for name, column in given.items()},
     )
 

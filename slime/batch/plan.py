@@ -76,6 +76,7 @@ def plan_steps(
                 micro_batches=tuple(tuple(tuple(micro) for micro in rank) for rank in ranks),
                 loss_weight=weight,
                 num_trajectories=len(ids),
+                denominator=max(float(mask_sums[positions].sum()), 1.0) if per_token else float(len(ids)),
             )
         )
     return plans

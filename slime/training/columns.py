@@ -153,8 +153,8 @@ def _custom_advantages(custom: Callable[..., None], columns: Columns, batch: Rol
         values = data.get(name)
         if values is None or len(values) != len(order):
             raise ValueError(
-                f"--custom-advantage-function-path {config.algorithm.custom_advantage_function_path} must set rollout_data[{name!r}] "
-                f"to {len(order)} tensors, one per sample; it left {values if values is None else len(values)}"
+                f"--custom-advantage-function-path {config.algorithm.custom_advantage_function_path}: rollout_data[{name!r}] "
+                f"must become {len(order)} tensors, one per sample; it is {values if values is None else len(values)}"
             )
         setattr(columns, name, {p: torch.as_tensor(v, dtype=torch.float32) for p, v in zip(order, values, strict=True)})
 

@@ -38,6 +38,7 @@ class Objective:
     temperature: float
     custom_loss: Callable[..., Any] | None
     custom_tis: Callable[..., Any] | None
+    custom_reducer: Callable[..., Any] | None
 
     @staticmethod
     def from_config(config: Config, ranks: Ranks) -> Objective:
@@ -55,6 +56,7 @@ class Objective:
             temperature=1.0 if rules.loss_type == "sft_loss" else config.rollout.rollout_temperature,
             custom_loss=custom,
             custom_tis=load_hook("--custom-tis-function-path", rules.custom_tis_function_path),
+            custom_reducer=load_hook("--custom-pg-loss-reducer-function-path", rules.custom_pg_loss_reducer_function_path),
         )
 
     def __call__(self, micro: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,7 +108,7 @@ class Objective:
             values |= weights | {"ois": total(micro, (log_probs.detach() - old).exp())}
             if rules.use_tis:
                 token_loss = weighted
-        pg_loss = total(micro, token_loss)
+        pg_loss = total(micro, token_loss) if self.custom_reducer is None else self._custom_reduction(micro, token_loss)
         entropy_loss = total(micro, entropy)
         loss = pg_loss
         if rules.entropy_coef:
@@ -168,6 +170,15 @@ class Objective:
         kept = torch.cat(list(masks)) if len(masks) else micro.loss_mask
         # total() applies the loss mask again, so a mask that only removes tokens is exact.
         return weighted * kept, {name: total(micro, value) for name, value in metrics.items()}
+
+    def _custom_reduction(self, micro: MicroBatch, token_loss: Tensor) -> Tensor:
+        """slime's signature: the user's reducer sums over the samples it is given; the step's denominator is ours."""
+        lengths = torch.bincount(micro.segments, minlength=micro.num_samples).tolist()
+        if not lengths:
+            return total(micro, token_loss)
+        masks = list(micro.loss_mask.split(lengths))
+        reduce = self.custom_reducer(list(micro.layout.lengths), lengths, masks, self.config.algorithm.calculate_per_token_loss)
+        return reduce(token_loss) / micro.denominator
 
 
 def total(micro: MicroBatch, token_values: Tensor) -> Tensor:

@@ -37,9 +37,12 @@ def schedule_of(config: Config) -> Schedule:
         raise ValueError("--global-batch-size (or --num-steps-per-rollout) is needed to train")
     if rules.lr_decay_iters:
         decay = rules.lr_decay_iters * batch_size
+    elif config.data.num_rollout:
+        decay = config.data.num_rollout * config.data.rollout_batch_size * config.data.n_samples_per_prompt
+    elif rules.lr_decay_style == "constant":
+        decay = max(2 * rules.lr_warmup_iters * batch_size, 1)  # nothing reads it beyond the warm-up
     else:
-        decay = (config.data.num_rollout or 0) * config.data.rollout_batch_size * config.data.n_samples_per_prompt
-    decay = max(decay, 1)
+        raise ValueError(f"--lr-decay-style {rules.lr_decay_style} needs a length: give --lr-decay-iters or --num-rollout")
     warmup = rules.lr_warmup_iters * batch_size
     if rules.lr_warmup_fraction is not None:
         warmup = int(rules.lr_warmup_fraction * decay)

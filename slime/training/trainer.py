@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -56,7 +57,7 @@ class Trainer:
     """DDP, optimizer and schedule around model chunks; every public method is called by all ranks together."""
 
     def __init__(self, config: Config, device: Device, ranks: Ranks, model: Sequence[Module], *, ref: bool = False) -> None:
-        """model: this rank's chunks as built (no DDP yet). ref: keep the weights of --ref-load beside them, for `ref` log-probs."""
+        """model: this rank's chunks as built (no DDP yet). ref: keep the weights of --ref-load beside them."""
         self.config, self.device, self.ranks = config, device, ranks
         self.model = list(model)
         self.keeps_reference = ref or config.algorithm.use_kl_loss or config.algorithm.kl_coef != 0
@@ -71,6 +72,7 @@ class Trainer:
             "advantage": load_hook("--custom-advantage-function-path", config.algorithm.custom_advantage_function_path),
             "data": load_hook("--rollout-data-postprocess-path", config.algorithm.rollout_data_postprocess_path),
         }
+        _refuse_auxiliary_losses(self.model)
         _prepare_schedules(self.model, ranks)
         self.snapshots = Snapshots(self.model)
         self.guard = Guard(ranks.rank, limit=0 if config.optimizer.check_for_nan_in_loss_and_grad else MAX_SKIPPED_STEPS)
@@ -155,6 +157,7 @@ class Trainer:
             pack,
             batch,
             loss_weight=plan.loss_weight,
+            denominator=plan.denominator,
             contiguous=self.config.parallel.allgather_cp,
             cp_rank=self.ranks.cp_rank,
             cp_size=self.ranks.cp_size,
@@ -242,6 +245,17 @@ class Trainer:
 
 MAX_SKIPPED_STEPS = 3
 """Steps with a non-finite gradient that --no-check-for-nan-in-loss-and-grad lets a run skip."""
+
+
+def _refuse_auxiliary_losses(chunks: Sequence[Module]) -> None:
+    # They are divided by token counts inside the router, so their share would depend on packing and padding.
+    for chunk in chunks:
+        given = [chunk.config.moe_aux_loss_coeff, chunk.config.moe_z_loss_coeff]
+        if chunk.config.num_moe_experts and any(np.any(np.asarray(value or 0)) for value in given):
+            raise ValueError(
+                f"--moe-aux-loss-coeff {given[0]} / --moe-z-loss-coeff {given[1]}: a step is the weighted sum of its token losses "
+                f"and carries no router loss; pass 0 (--moe-router-bias-update-rate balances experts)"
+            )
 
 
 def _prepare_schedules(chunks: Sequence[Module], ranks: Ranks) -> None:

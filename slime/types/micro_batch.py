@@ -34,6 +34,8 @@ class MicroBatch:
     """float32 [r]."""
     loss_weight: Tensor
     """float32 [r]: the StepPlan's weight of the token's sample. The loss is sum(loss_weight * loss_mask * token_loss)."""
+    denominator: float
+    """Of the whole step; see StepPlan."""
     rollout_log_probs: Tensor | None = None
     """float32 [r]: the engine's."""
     old_log_probs: Tensor | None = None

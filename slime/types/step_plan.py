@@ -23,6 +23,8 @@ class StepPlan:
     """float64 [n] over the whole RolloutBatch, 0 for samples outside this step."""
     num_trajectories: int
     """What the learning-rate schedule advances by (slime's step global batch size)."""
+    denominator: float
+    """What the weights divide by: trajectories, or trained tokens with --calculate-per-token-loss. For users' own reducers."""
 
     def __post_init__(self) -> None:
         counts = {len(rank) for rank in self.micro_batches}

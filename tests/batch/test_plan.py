@@ -52,6 +52,8 @@ def test_nothing_is_lost_nothing_is_twice_and_every_rank_keeps_step(rollout, per
         assert plan.num_micro_batches % sizes["vpp_group"] == 0
         inside = {trajectories[p] for p in plan.positions}
         assert len(inside) == plan.num_trajectories
+        tokens = sum(mask_sums[p] for p in plan.positions)
+        assert plan.denominator == (max(tokens, 1) if per_token else len(inside))
         assert not inside & {trajectories[p] for other in plans if other is not plan for p in other.positions}
         assert set(np.flatnonzero(plan.loss_weight)) == set(plan.positions), "weights are positive in the step, zero outside"
     counts = [plan.num_trajectories for plan in plans]

@@ -21,6 +21,7 @@ CUTS = {
     "DP3, ranks without work": (3, dict(max_tokens_per_gpu=4096)),
     "PP2": (2, dict(pipeline_model_parallel_size=2)),
     "PP2 uneven": (2, dict(pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=1)),
+    "PP2 VPP2": (2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
     "TP2 SP": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
     "CP2 zigzag": (2, dict(context_parallel_size=2)),
     "CP2 contiguous": (2, dict(context_parallel_size=2, allgather_cp=True)),

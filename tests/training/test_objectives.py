@@ -235,6 +235,32 @@ def test_user_functions_are_called_with_slimes_signatures(qwen3, monkeypatch):
     assert report.per_step[0]["train/half"] == pytest.approx(0.5 * np.mean([m.any() for m in batch.loss_masks]))
 
 
+def test_a_users_reducer_sums_and_the_step_divides(qwen3, monkeypatch):
+    def dr_grpo(total_lengths, response_lengths, loss_masks, calculate_per_token_loss):
+        """Dr. GRPO: every token divided by one constant instead of its sample's length."""
+        assert calculate_per_token_loss is False
+        return lambda x: sum((part * mask).sum() for part, mask in zip(x.split(response_lengths), loss_masks, strict=True)) / 24
+
+    monkeypatch.setitem(sys.modules, "made_up_reducer", SimpleNamespace(dr_grpo=dr_grpo))
+    batch = rollout(seed=19)
+    changes = dict(custom_pg_loss_reducer_function_path="made_up_reducer.dr_grpo")
+    report, grads = run_ranks(1, step_of, qwen3, changes, batch)[0]
+    model, log_probs, _ = hf_log_probs(qwen3, batch)
+    masks = [torch.from_numpy(mask) for mask in batch.loss_masks]
+    losses = zip(batch.rewards, log_probs, masks, strict=True)
+    loss = sum((-float(r) * (lp - lp.detach()).exp() * m).sum() for r, lp, m in losses) / 24 / len(batch)
+    check_against(qwen3, batch, report, grads, (model, loss))
+    other = run_ranks(2, step_of, qwen3, changes, batch, 2)[0][0]
+    assert other.per_step[0]["train/grad_norm"] == pytest.approx(report.per_step[0]["train/grad_norm"], rel=1e-5)
+
+
+def test_router_losses_are_refused_because_no_step_plan_weighs_them(glm):
+    config = config_for(glm)
+    config.model.megatron["moe_aux_loss_coeff"] = 0.01
+    with pytest.raises(RankFailed, match="--moe-aux-loss-coeff 0.01.*pass 0"):
+        run_ranks(1, lambda rank: start(config))
+
+
 def test_a_wrong_dotted_path_ends_the_run_at_its_start(qwen3):
     def build(rank: int, **changes):
         start(config_for(qwen3, **changes))

@@ -55,12 +55,14 @@ LAYOUTS = {
     "one rank bf16": (1, dict(params_dtype="bf16")),
     "DP2": (2, dict(params_dtype="fp32")),
     "PP2": (2, dict(pipeline_model_parallel_size=2)),
+    "GLM EP2": (2, dict(expert_model_parallel_size=2, expert_tensor_parallel_size=1)),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_and_one_more_is_two_to_the_bit(qwen3, tmp_path, layout):
+def test_one_and_one_more_is_two_to_the_bit(qwen3, glm, tmp_path, layout):
     world, changes = LAYOUTS[layout]
+    qwen3 = glm if "GLM" in layout else qwen3
     # Two steps per rollout, warm-up and decay: every part of the schedule is on the way.
     changes = changes | dict(global_batch_size=4, lr_decay_style="cosine", lr_warmup_iters=3, weight_decay=0.1)
     straight = run_ranks(world, run, qwen3, changes, 2, False)

@@ -43,7 +43,7 @@ def qwen3(folder: Path, *, seed: int = 0) -> Path:
 
 
 def glm(folder: Path, *, seed: int = 0) -> Path:
-    """A tiny GLM-5.2: MLA, sparse attention with shared indices (computing layers 1-3 and 7), three dense and five MoE layers."""
+    """A tiny GLM-5.2: MLA, sparse attention with shared indices (layers 1-3 and 7 compute them), 3 dense and 5 MoE layers."""
     import transformers
 
     values = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=8, max_position_embeddings=512)

@@ -46,13 +46,13 @@ def test_a_wrong_length_names_column_and_row(changes, message):
 
 def test_a_plan_refuses_uneven_ranks_duplicates_and_strays():
     weight = np.array([0.5, 0.5])
-    StepPlan(0, (((0,),), ((1,),)), weight, 2)
+    StepPlan(0, (((0,),), ((1,),)), weight, 2, 2.0)
     with pytest.raises(ValueError, match=r"\[1, 2\] micro-batches"):
-        StepPlan(0, (((0,),), ((1,), ())), weight, 2)
+        StepPlan(0, (((0,),), ((1,), ())), weight, 2, 2.0)
     with pytest.raises(ValueError, match=r"samples \[0\] are planned more than once"):
-        StepPlan(0, (((0,),), ((0, 1),)), weight, 2)
+        StepPlan(0, (((0,),), ((0, 1),)), weight, 2, 2.0)
     with pytest.raises(ValueError, match=r"samples \[1\] have a loss weight but are on no rank"):
-        StepPlan(0, (((0,),),), weight, 1)
+        StepPlan(0, (((0,),),), weight, 1, 1.0)
 
 
 def test_the_words_of_a_rollout_worker_load_no_torch():
