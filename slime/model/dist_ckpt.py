@@ -81,8 +81,7 @@ def save_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks, *, 
 
 def load_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks) -> dict[str, Any]:
     """Fill a sharded state dict from `folder`, whatever layout wrote it. Raises ValueError listing tensors it does not hold."""
-    if not (Path(folder) / "metadata.json").is_file():
-        raise ValueError(f"{folder} is not a finished torch_dist checkpoint: it has no metadata.json")
+    check_finished(folder)
     strategy = get_default_load_sharded_strategy(str(folder))
     if dist.get_world_size(ranks.dp_cp_group) > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, ranks.dp_cp_group)
@@ -116,10 +115,17 @@ def fill_chunks(chunks: list[torch.nn.Module], state: Mapping[str, Any]) -> None
         unwrap(chunk).load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"], strict=True)
 
 
-def check_description(hf: HfConfig, folder: str | Path) -> dict[str, Any]:
-    """The checkpoint's common values. Raises ValueError listing in what its model differs from `hf`'s."""
+def check_finished(folder: str | Path) -> None:
+    """Raise ValueError unless `folder` is a torch_dist checkpoint whose last file, metadata.json, was written."""
     if not (Path(folder) / "common.pt").is_file():
         raise ValueError(f"{folder} is not a torch_dist checkpoint: it has no common.pt")
+    if not (Path(folder) / "metadata.json").is_file():
+        raise ValueError(f"{folder} is not a finished torch_dist checkpoint: it has no metadata.json, which is written last")
+
+
+def check_description(hf: HfConfig, folder: str | Path) -> dict[str, Any]:
+    """The checkpoint's common values. Raises ValueError listing in what its model differs from `hf`'s."""
+    check_finished(folder)
     common = dist_checkpointing.load_common_state_dict(str(folder))
     saved, wanted = common.get(DESCRIPTION), describe(hf)
     if saved is None:
