@@ -113,7 +113,7 @@ def _engine(
     rank: int,
     seed: int,
 ) -> EngineSpec:
-    settings = {**flags, **group.overrides}
+    settings = merged(flags, group.overrides)
     where = f"engine {engine_id} ({model.name}, {group.worker_type})"
     if group.worker_type == "encoder":
         raise ValueError(f"{where}: encoder groups serve image models, which this version does not train; remove the group")
@@ -162,6 +162,14 @@ def _engine(
         random_seed=seed + rank * slots.gpus_per_node,
         settings=settings,
     )
+
+
+def merged(flags: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, object]:
+    """Flags with a group's overrides on top; an override replaces a flag also when they use old and new names of one option."""
+    successors = TABLE[-1].renames
+    overridden = {successors.get(name) or name for name in overrides}
+    kept = {name: value for name, value in flags.items() if (successors.get(name) or name) not in overridden}
+    return {**kept, **overrides}
 
 
 def _pop_size(settings: dict[str, object], names: tuple[str, ...], where: str) -> int | None:

@@ -12,9 +12,6 @@ import os
 import signal
 import sys
 import threading
-import time
-
-GRACE_SECONDS = 5.0
 
 
 def read_token() -> str:
@@ -31,10 +28,8 @@ def stop_with_parent() -> None:
     def wait() -> None:
         while os.read(0, 4096):
             pass
-        group = os.getpgid(0)
-        os.killpg(group, signal.SIGTERM)
-        time.sleep(GRACE_SECONDS)
-        os.killpg(group, signal.SIGKILL)
+        # Without a grace period: a child that outlives this process in its own start-up would be nobody's to stop.
+        os.killpg(os.getpgid(0), signal.SIGKILL)
 
     threading.Thread(target=wait, name="stop-with-parent", daemon=True).start()
 

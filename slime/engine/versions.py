@@ -115,7 +115,7 @@ class OptionTable:
         wanted = name.replace("-", "_").lstrip("_")
         by_name = self._names()
         if wanted not in by_name:
-            near = difflib.get_close_matches(wanted, by_name, n=3, cutoff=0.5)
+            near = difflib.get_close_matches(wanted, by_name, n=2, cutoff=0.75)
             hint = f"; nearest: {', '.join('--sglang-' + n.replace('_', '-') for n in near)}" if near else ""
             raise ValueError(f"--sglang-{wanted.replace('_', '-')}: sglang {self.version} has no such option{hint}")
         return by_name[wanted]

@@ -65,6 +65,11 @@ def test_the_recipes_options_exist_under_the_names_of_every_supported_version():
         assert ("--dp-size=64" in argv) == (column.version != "0.5.23")
 
 
+def test_an_override_wins_over_the_flag_under_either_name_of_the_option():
+    (spec,) = plan([model(group("regular", 1, 1, cuda_graph_max_bs_decode=12))], slots(1), cuda_graph_max_bs="8", page_size="64")
+    assert spec.settings == {"cuda_graph_max_bs_decode": 12, "page_size": "64"}
+
+
 def test_placeholders_keep_their_slots_empty():
     specs = plan([model(group("regular", 2, 1), group("placeholder", 3, 1), group("regular", 4, 2))], slots(9))
     assert [(spec.gpu_offset, spec.num_gpus) for spec in specs] == [(0, 1), (1, 1), (5, 2), (7, 2)]
