@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-from functools import lru_cache
 from typing import Any
 
 from slime.rollout.base_types import RolloutFnEvalOutput, flatten
@@ -20,9 +19,11 @@ logger = logging.getLogger(__name__)
 _MOST_FAILED = 0.1
 
 
-@lru_cache(maxsize=64)
-def _prompts(dataset: Any, hf_checkpoint: str, on_broken: str) -> tuple[Sample, ...]:
-    """Read once per run; the samples are copied for every evaluation."""
+_read: dict[tuple, list[Sample]] = {}
+"""Prompt files are read once per run; the samples are copied for every evaluation."""
+
+
+def _prompts(dataset: Any, hf_checkpoint: str, on_broken: str) -> list[Sample]:
     form = PromptFormat(
         input_key=dataset.input_key,
         label_key=dataset.label_key,
@@ -31,15 +32,13 @@ def _prompts(dataset: Any, hf_checkpoint: str, on_broken: str) -> tuple[Sample, 
         apply_chat_template=dataset.apply_chat_template,
         apply_chat_template_kwargs=dict(dataset.apply_chat_template_kwargs),
     )
-    return tuple(
-        read_prompts(
-            dataset.path,
-            form,
-            tokenizer=load_tokenizer(hf_checkpoint),
-            max_prompt_len=dataset.max_prompt_len,
-            on_broken=on_broken,
+    key = (dataset.path, repr(form), dataset.max_prompt_len, hf_checkpoint, on_broken)
+    if key not in _read:
+        tokenizer = load_tokenizer(hf_checkpoint)
+        _read[key] = read_prompts(
+            dataset.path, form, tokenizer=tokenizer, max_prompt_len=dataset.max_prompt_len, on_broken=on_broken
         )
-    )
+    return _read[key]
 
 
 async def evaluate_rollout(args: Any, rollout_id: int) -> RolloutFnEvalOutput:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _TRIES = 4
 _FIRST_PAUSE_SECONDS = 0.5
+_FAILURES_SHOWN = 3
 _FINISHED = (Status.COMPLETED, Status.TRUNCATED)
 
 
@@ -44,6 +45,7 @@ class GenerateState:
     sampling_params: dict[str, Any] = field(default_factory=dict)
     max_context_len: int | None = None
     """Most tokens of prompt and response together; None does not bound them."""
+    num_failed: int = 0
     aborted: bool = False
     """Set when the rollout has enough: samples still waiting do not start."""
     rollout_id: int = 0
@@ -196,7 +198,9 @@ async def generate_and_rm(
     except Exception as error:
         sample.status, sample.reward = Status.FAILED, None
         sample.metadata["error"] = f"{type(error).__name__}: {error}"
-        logger.warning("sample %s failed: %s", sample.index, sample.metadata["error"])
+        state.num_failed += 1
+        level = logging.WARNING if state.num_failed <= _FAILURES_SHOWN else logging.DEBUG
+        logger.log(level, "sample %s failed: %s", sample.index, sample.metadata["error"])
         return sample
 
 

@@ -31,6 +31,11 @@ SIGNATURES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "--custom-eval-rollout-log-function-path": ("fn(rollout_id, args, data, extra_metrics)", 4, ()),
     "--data-source-path": ("a class taking (args)", 1, ()),
 }  # fmt: skip
+# Passed by keyword to functions that take them.
+_OFFERED = {
+    "--custom-generate-function-path": ("evaluation",),
+    "--rollout-sample-hook-path": ("rollout_id", "evaluation"),
+}
 _MUST_BE_ASYNC = ("--custom-generate-function-path", "--custom-rm-path")
 _DATA_SOURCE_METHODS = {"get_samples": 1, "add_samples": 1, "state_dict": 0, "load_state_dict": 1, "__len__": 0}
 
@@ -76,7 +81,8 @@ def _check_arity(flag: str, path: str, found: Callable, expected: str, num_posit
     except (TypeError, ValueError):
         return  # a builtin without a signature: Python will say what is wrong when it is called
     try:
-        signature.bind(*range(num_positional), **dict.fromkeys(keywords))
+        offered = accepted_keywords(found, dict.fromkeys(_OFFERED.get(flag, ())))
+        signature.bind(*range(num_positional), **dict.fromkeys(keywords), **offered)
     except TypeError as error:
         raise ValueError(f"{flag} {path}: found {found.__name__}{signature} ({error}); expected {expected}") from None
 

@@ -98,7 +98,7 @@ def _check_prefix(shorter: str, longer: str, position: int) -> None:
         same = next((i for i, (a, b) in pairs if a != b), min(len(shorter), len(longer)))
         raise ValueError(
             f"message {position}: the chat template changes what came before (character {same}: "
-            f"{shorter[same : same + 30]!r} becomes {longer[same : same + 30]!r}); use --loss-mask-type distill_qwen: it trains "
+            f"{shorter[same : same + 30]!r} becomes {longer[same : same + 30]!r}); --loss-mask-type distill_qwen trains "
             f"the last turn only"
         )
 

@@ -1,0 +1,259 @@
+"""generate_rollout against a router that answers real HTTP on loopback: what is trained, dropped and put back adds up."""
+
+from __future__ import annotations
+
+import collections
+import time
+
+import pytest
+from rollout_helpers import sum_in
+
+from slime.rollout.data_source import RolloutDataSourceWithBuffer
+from slime.rollout.filter_hub.base_types import DynamicFilterOutput
+from slime.rollout.sglang_rollout import generate, generate_rollout
+from slime.types.sample import Status
+
+CHECK_STD = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
+
+
+@pytest.fixture
+def run(rollout_config, runtime_args):
+    """(rollout_id, **config values) -> (output, data source)."""
+
+    def one(rollout_id=0, source=None, **values):
+        args = runtime_args(rollout_config(**values))
+        source = source or RolloutDataSourceWithBuffer(args)
+        return generate_rollout(args, rollout_id, source), source
+
+    return one
+
+
+def right_every_second_time(counter):
+    def answer(text, payload):
+        counter[text] += 1
+        value = sum_in(text) + (counter[text] % 2)
+        return f"\\boxed{{{value}}}<|endoftext|>", "stop"
+
+    return answer
+
+
+def test_samples_carry_what_the_engine_said(run, router):
+    output, _ = run()
+    assert [len(group) for group in output.samples] == [2, 2, 2, 2]
+    sample = output.samples[0][0]
+    assert sample.response == "\\boxed{0}<|endoftext|>" and sample.label == "0" and sample.reward == 1
+    assert sample.status is Status.COMPLETED and sample.weight_versions == ["3"]
+    prompt = router.tokenizer.encode(sample.prompt, add_special_tokens=False)
+    assert sample.tokens[: len(prompt)] == prompt and sample.response_length == 4
+    assert sample.rollout_log_probs == [-0.5, -0.625, -0.75, -0.875]
+    payload, headers = router.requests[0]
+    assert payload["return_logprob"] is True and payload["sampling_params"]["max_new_tokens"] == 8
+    assert headers["Authorization"] == "Bearer t0ken"
+    assert len({headers["X-SMG-Routing-Key"] for _, headers in router.requests}) == len(router.requests) == 8
+
+
+def test_order_does_not_depend_on_who_finishes_first(run, router):
+    def slow_first(text, payload):
+        time.sleep(0.3 if sum_in(text) == 0 else 0.0)
+        return f"\\boxed{{{sum_in(text)}}}<|endoftext|>", "stop"
+
+    router.answer = slow_first
+    output, _ = run()
+    assert [group[0].group_index for group in output.samples] == [0, 1, 2, 3]
+    assert [sample.index for group in output.samples for sample in group] == list(range(8))
+
+
+def test_a_filter_drops_groups_by_reason_and_more_prompts_are_taken(run, router):
+    counter = collections.Counter()
+    alternate = right_every_second_time(counter)
+    router.answer = lambda text, payload: (
+        alternate(text, payload) if sum_in(text) % 2 else (f"\\boxed{{{sum_in(text)}}}<|endoftext|>", "stop")
+    )
+    output, source = run(dynamic_sampling_filter_path=CHECK_STD)
+    assert len(output.samples) == 4
+    assert all({sample.reward for sample in group} == {0, 1} for group in output.samples)
+    metrics = output.metrics
+    dropped = sum(value for name, value in metrics.items() if name.startswith("rollout/dynamic_filter/drop_"))
+    assert metrics["rollout/dynamic_filter/drop_zero_std_1.0"] >= 1
+    assert metrics["rollout/groups_submitted"] == 4 + dropped == source.sample_group_index
+
+
+def drop_all_unless_needed(args, group):
+    return DynamicFilterOutput(keep=False, reason="dull", keep_when_insufficient=True)
+
+
+def test_a_filter_may_keep_what_would_otherwise_be_missing(run):
+    output, source = run(dynamic_sampling_filter_path=f"{__name__}.drop_all_unless_needed", over_sampling_batch_size=6)
+    assert len(output.samples) == 4 and source.sample_group_index == 6
+    assert output.metrics["rollout/dynamic_filter/drop_dull"] == 2
+
+
+def conserved(output, source):
+    metrics = output.metrics
+    dropped = sum(value for name, value in metrics.items() if "/drop_" in name)
+    return metrics["rollout/groups_submitted"] == len(output.samples) + dropped + len(source.buffer)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_oversampled_groups_are_aborted_and_accounted_for(run, router, partial):
+    def hang_on_large_sums(text, payload):
+        if sum_in(text) >= 3 and not router.aborted.wait(0.02):
+            router.aborted.wait(20)
+            return "\\boxed{", "abort"
+        return f"\\boxed{{{sum_in(text)}}}<|endoftext|>", "stop"
+
+    router.answer = hang_on_large_sums
+    output, source = run(rollout_id=7, over_sampling_batch_size=8, rollout_batch_size=4, partial_rollout=partial)
+    assert router.aborted.is_set() and len(output.samples) == 4
+    assert conserved(output, source)
+    if not partial:
+        assert source.buffer == []
+        return
+    halted = [sample for group in source.buffer for sample in group if sample.status is Status.ABORTED]
+    assert halted and all(sample.metadata["start_rollout_id"] == 7 for sample in halted)
+    assert all(sample.response in ("", "\\boxed{") for sample in halted)
+
+    # The next rollout continues them: the request carries what is there, and the budget is what is left of 8.
+    router.requests.clear()
+    router.answer = lambda text, payload: (f"{sum_in(text)}}}<|endoftext|>", "stop")
+    begun = next(sample for sample in halted if sample.response_length)
+    output, source = run(rollout_id=8, source=source, partial_rollout=True, mask_offpolicy_in_partial_rollout=True)
+    continued = next(sample for group in output.samples for sample in group if sample.index == begun.index)
+    assert continued.response == f"\\boxed{{{continued.label}}}<|endoftext|>" and continued.reward == 1
+    assert continued.loss_mask == [0] + [1] * (continued.response_length - 1)
+    sent = [
+        payload for payload, _ in router.requests if payload["input_ids"] == continued.tokens[: -continued.response_length + 1]
+    ]
+    assert sent and {payload["sampling_params"]["max_new_tokens"] for payload in sent} == {7}
+    assert continued.weight_versions == ["3", "3"]
+
+
+def test_one_bad_prompt_is_left_out_counted_and_never_scored(run, router):
+    good = router.answer
+    router.answer = lambda text, payload: 400 if sum_in(text) == 1 else good(text, payload)
+    output, source = run()
+    assert len(output.samples) == 4 and conserved(output, source)
+    assert output.metrics["rollout/dynamic_filter/drop_failed"] >= 1
+    assert all(sample.reward == 1 for group in output.samples for sample in group)
+
+
+def test_many_failures_end_the_run_with_the_reason(run, router):
+    router.answer = lambda text, payload: 400
+    with pytest.raises(RuntimeError, match=r"8 of \d+ groups of this rollout failed.*answered 400: made to fail"):
+        run()
+
+
+def test_a_busy_server_is_asked_again(run, router):
+    calls = collections.Counter()
+    good = router.answer
+
+    def busy_once(text, payload):
+        calls[tuple(payload["input_ids"])] += 1
+        return 503 if calls[tuple(payload["input_ids"])] == 1 else good(text, payload)
+
+    router.answer = busy_once
+    output, _ = run(n_samples_per_prompt=1, rm_type="math")
+    assert len(output.samples) == 4 and "rollout/dynamic_filter/drop_failed" not in output.metrics
+
+
+def test_a_missing_grader_is_an_error_not_a_zero(run):
+    with pytest.raises(RuntimeError, match="pass --rm-type NAME or --custom-rm-path PATH"):
+        run(rm_type=None)
+    with pytest.raises(RuntimeError, match="'maths' is not one of dapo, deepscaler"):
+        run(rm_type="maths")
+
+
+async def two_turns(args, sample, sampling_params, evaluation=False):
+    sampling_params["max_new_tokens"] = 5
+    await generate(args, sample, sampling_params)
+    sample.append_response_tokens(tokens=[1, 2], trainable=False)
+    sample.metadata["evaluation"] = evaluation
+    return sample
+
+
+async def fan_out(args, sample, sampling_params):
+    import copy
+
+    other = copy.deepcopy(sample)
+    for item in (sample, other):
+        item.rollout_id = sample.index
+        await generate(args, item, dict(sampling_params))
+    return [sample, other]
+
+
+def note_label(args, sample, *, rollout_id):
+    sample.metadata["hook"] = (sample.label, rollout_id)
+
+
+async def whole_group(args, samples, **kwargs):
+    return [float(len(samples)) for _ in samples]
+
+
+def test_custom_generate_hooks_and_group_reward_take_part(run, router):
+    output, _ = run(
+        rollout_id=5,
+        custom_generate_function_path=f"{__name__}.two_turns",
+        rollout_sample_hook_path=(f"{__name__}.note_label",),
+        custom_rm_path=f"{__name__}.whole_group",
+        group_rm=True,
+    )
+    sample = output.samples[1][1]
+    assert sample.loss_mask == [1, 1, 1, 1, 0, 0] and sample.metadata["hook"] == (sample.label, 5)
+    assert sample.reward == 2.0 and sample.metadata["evaluation"] is False
+    assert {payload["sampling_params"]["max_new_tokens"] for payload, _ in router.requests} == {5}
+
+
+def test_fan_out_groups_hold_all_siblings(run):
+    output, _ = run(custom_generate_function_path=f"{__name__}.fan_out")
+    assert [[len(item) for item in group] for group in output.samples] == [[2, 2]] * 4
+    assert all(sample.reward == 1 for group in output.samples for item in group for sample in item)
+
+
+def test_a_response_without_room_is_refused_by_name(run):
+    with pytest.raises(RuntimeError, match="a context of 5 leaves no room"):
+        run(rollout_max_context_len=5)
+    with pytest.raises(ValueError, match="--rollout-max-response-len"):
+        run(rollout_max_response_len=None)
+
+
+def test_evaluation_takes_every_prompt_of_every_data_set(rollout_config, runtime_args, router, prompt_file):
+    from slime.config import EvalDataset
+    from slime.rollout.metrics import evaluation_metrics
+
+    def common(name, **values):
+        return EvalDataset(
+            name=name, input_key="prompt", label_key="label", apply_chat_template=True, max_response_len=6, **values
+        )
+
+    router.answer = lambda text, payload: (
+        f"\\boxed{{{sum_in(text) if sum_in(text) < 2 else 99}}}<|endoftext|>",
+        "length" if sum_in(text) == 0 else "stop",
+    )
+    datasets = (
+        common("first", path=prompt_file + "@[:4]", n_samples_per_eval_prompt=2, temperature=0.5),
+        common("second", path=prompt_file + "@[:1]", rm_type="random", metadata_overrides={"source": "x"}),
+    )
+    args = runtime_args(rollout_config(datasets=datasets, dynamic_sampling_filter_path=CHECK_STD))
+    output = generate_rollout(args, 0, None, evaluation=True)
+    # The first four prompts are 0+0, 0+1, 0+2, 0+3: half of them are answered rightly.
+    assert output.data["first"]["rewards"] == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert output.data["first"]["truncated"] == [True, True] + [False] * 6
+    assert output.data["second"]["samples"][0].metadata["source"] == "x"
+    metrics = evaluation_metrics(output.data)
+    assert metrics["eval/first"] == 0.5 and metrics["eval/first-pass@2"] == 0.5
+    assert metrics["eval/first-truncated_ratio"] == 0.25
+    temperatures = sorted(payload["sampling_params"]["temperature"] for payload, _ in router.requests)
+    assert temperatures == [0.5] * 8 + [1.0]
+
+
+def test_the_log_function_sees_the_samples_and_can_replace_the_log(run):
+    output, _ = run(custom_rollout_log_function_path=f"{__name__}.count_samples")
+    assert output.default_log is False and COUNTED == [(0, 8)]
+
+
+COUNTED = []
+
+
+def count_samples(rollout_id, args, samples, extra_metrics, rollout_time):
+    COUNTED.append((rollout_id, len(samples)))
+    return True

@@ -1,0 +1,268 @@
+"""What the graders call right and wrong, in tables of our own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from rollout_helpers import make_config
+
+from slime.rollout.rm_hub import async_rm, batched_async_rm, remote
+from slime.rollout.rm_hub.dapo import grade_dapo
+from slime.rollout.rm_hub.deepscaler import grade_deepscaler
+from slime.rollout.rm_hub.f1 import token_f1
+from slime.rollout.rm_hub.gpqa import grade_gpqa
+from slime.rollout.rm_hub.math_grader import equal_answers, grade_math, last_boxed
+from slime.rollout.rm_hub.symbolic import SymbolicProcess
+from slime.types.sample import Sample
+
+BOXED = [
+    (r"so \boxed{7}.", "7"),
+    (r"first \boxed{1}, then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\fbox{x}", "x"),
+    (r"\boxed 5$", "5"),
+    (r"\boxed{ {a} and {b} }", "{a} and {b}"),
+    (r"\boxed{12} and then \boxed{3", "12"),
+    (r"no box, 7", None),
+    (r"\boxed{", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize("text, content", BOXED)
+def test_the_last_closed_box_counts(text, content):
+    assert last_boxed(text) == content
+
+
+SAME = [
+    ("7", "7"), ("7.0", "7"), ("007", "7"), ("1,234,567", "1234567"), ("0.5", r"\frac{1}{2}"), ("1/2", r"\frac12"),
+    (r"\dfrac{3}{4}", r"\tfrac34"), ("-3/4", r"-\frac{3}{4}"), (r"1\frac{1}{2}", "1.5"), ("50\\%", "50"), ("$12", "12"),
+    (r"90^\circ", "90"), (r"5\text{ cm}", "5"), ("x = 4", "4"), (r"\left(1, 2\right)", "(1,2)"), ("(0.5, 1)", r"(\frac12, 1)"),
+    (r"\text{Paris}", "paris"), ("B", "b"), (r"\sqrt2", r"\sqrt{2}"), (r"3 \text{ and } 4", "3,4"), ("+6", "6"),
+    (".5", "0.5"),    (r"\{1, 2\}", "1,2"),
+]  # fmt: skip
+DIFFERENT = [
+    ("7", "8"), ("12", "1"), ("1", "12"), ("0.3333", r"\frac13"), ("(1, 2]", "[1, 2]"), ("(1,2)", "(2,1)"), ("", "0"), ("7", ""),
+    (r"\frac{1}{0}", "0"), ("1e3", "1000000"), ("x", "y"), ("1,2,3", "1,2"), ("-5", "5"), ("__import__('os')", "0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given, wanted", SAME)
+def test_spellings_of_one_answer_are_equal(given, wanted):
+    assert equal_answers(given, wanted) and equal_answers(wanted, given)
+
+
+@pytest.mark.parametrize("given, wanted", DIFFERENT)
+def test_different_answers_are_different(given, wanted):
+    assert not equal_answers(given, wanted) and not equal_answers(wanted, given)
+
+
+def test_math_needs_a_box_in_the_response_but_not_in_the_label():
+    assert grade_math(r"thus \boxed{12}", "12") and grade_math(r"\boxed{12}", r"\boxed{12}")
+    assert not grade_math("thus 12", "12")
+
+
+ALGEBRA = [
+    (r"(x+1)^2", "x^2+2x+1", True),
+    (r"\frac{\sqrt{8}}{2}", r"\sqrt{2}", True),
+    (r"2\pi r", r"r \cdot 2 \pi", True),
+    (r"\sin^2 x + \cos^2 x", "1", True),
+    ("y=2x+1", "2y=4x+2", True),
+    (r"\log_2 8", "3", True),
+    ("4!", "24", True),
+    ("x+1", "x+2", False),
+    (r"\sqrt{2}", "1.4142", False),
+    (r"\unknown{3}", "3x", False),
+    ("9^9^9^9^9", "x", False),
+    ("(" * 200, "x", False),
+    ("import os; os.system('true')", "x", False),
+    ("().__class__", "x", False),
+]
+
+
+def test_algebra_is_compared_by_a_process_that_knows_no_python():
+    process = SymbolicProcess()
+    try:
+        for left, right, expected in ALGEBRA:
+            assert process.equal(left, right) is expected, (left, right)
+        assert process.num_timeouts == 0
+    finally:
+        process.close()
+
+
+def test_a_comparison_that_takes_too_long_is_ended_counted_and_the_next_one_works(monkeypatch, tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys, json, time\nprint('ready', flush=True)\n"
+        "for line in sys.stdin:\n    left, right = json.loads(line)\n    time.sleep(60 if left == 'slow' else 0)\n"
+        "    print(json.dumps(left == right), flush=True)\n"
+    )
+    monkeypatch.setattr("slime.rollout.rm_hub.symbolic._WORKER", worker)
+    process = SymbolicProcess(answer_seconds=0.3)
+    try:
+        started = time.monotonic()
+        assert process.equal("slow", "slow") is False
+        assert time.monotonic() - started < 10 and process.num_timeouts == 1
+        process.answer_seconds = 10
+        assert process.equal("a", "a") is True
+    finally:
+        process.close()
+
+
+@pytest.mark.parametrize(
+    "response, label, right",
+    [
+        (r"<think>\boxed{1}</think> so \boxed{x(x+1)}", "x^2+x", True),
+        (r"<think>\boxed{5}</think> no box", "5", False),
+        (r"\boxed{5}", "5", False),
+        (r"question ###Response \boxed{5} ###Response \boxed{6}", "5", True),
+        (r"</think>\boxed{}", "", False),
+    ],
+)
+def test_deepscaler_grades_what_follows_the_thought(response, label, right):
+    assert grade_deepscaler(response, label) is right
+
+
+@pytest.mark.parametrize(
+    "response, label, score, pred",
+    [
+        ("steps\nAnswer: 34", "34", 1.0, "34"),
+        (r"Answer: \boxed{34}", "34.0", 1.0, "34"),
+        ("Answer: 1\nAnswer: 34.", "34", 1.0, "34"),
+        ("Answer: $x = 34$", "34", 1.0, "34"),
+        ("Answer: 35", "34", -1.0, "35"),
+        ("the answer is 34", "34", -1.0, "[INVALID]"),
+        ("Answer: 34" + "." * 400, "34", -1.0, "[INVALID]"),
+    ],
+)
+def test_dapo_reads_the_last_answer_line_near_the_end(response, label, score, pred):
+    assert grade_dapo(response, label) == {"score": score, "acc": score > 0, "pred": pred}
+
+
+@pytest.mark.parametrize(
+    "prediction, truth, score",
+    [
+        ("The cat sat", "a cat sat", 1.0),
+        ("cat", "cat dog", 2 / 3),  # precision 1, recall 1/2
+        ("cat cat", "cat", 2 / 3),
+        ("bird", "cat", 0.0),
+        ("yes it is", "yes", 0.0),
+        ("", "cat", 0.0),
+    ],
+)
+def test_f1_is_the_harmonic_mean_of_precision_and_recall(prediction, truth, score):
+    assert token_f1(prediction, truth) == pytest.approx(score)
+
+
+CHOICES = {"choices": ["red apple", "green pear", "blue plum"]}
+
+
+@pytest.mark.parametrize(
+    "response, label, metadata, score",
+    [
+        ("The answer is (B).", "B", {}, 1.0),
+        ("Answer: A ... no, answer: C", "C", {}, 1.0),
+        (r"\boxed{\text{B}}", 1, CHOICES, 1.0),
+        (r"\boxed{green pear}", "green pear", CHOICES, 1.0),
+        ("I think\n\nD", "D", {}, 1.0),
+        ("It must be the blue plum.", None, CHOICES | {"correct_letter": "C"}, 1.0),
+        ("Answer: A", "B", {}, 0.0),
+        ("no idea", "B", {}, 0.0),
+        ("", "B", {}, 0.0),
+        ("Answer: E", "E", {"valid_letters": ["A", "B", "C", "D", "E"]}, 1.0),
+    ],
+)
+def test_gpqa_reads_letters_indices_and_texts(response, label, metadata, score):
+    assert grade_gpqa(response, label, metadata) == score
+
+
+def test_gpqa_without_a_right_choice_is_an_error():
+    with pytest.raises(ValueError, match="which choice is right"):
+        grade_gpqa("Answer: A", "none of these", CHOICES)
+
+
+def grade(sample, **values):
+    return asyncio.run(async_rm(make_config(**values).args, sample))
+
+
+async def by_length(args, sample, **kwargs):
+    return [float(len(s.response)) for s in sample] if isinstance(sample, list) else float(len(sample.response))
+
+
+async def always_nine(args, sample, **kwargs):
+    return 9.0
+
+
+def test_who_grades_a_sample_the_nearest_wins():
+    sample = Sample(response=r"\boxed{7}", label="7")
+    assert grade(sample, rm_type="math") == 1
+    assert grade(sample, rm_type="boxed_f1") == 1.0 and grade(sample, rm_type="f1") < 1.0
+    assert grade(Sample(response="7", label="7", metadata={"rm_type": "f1"}), rm_type="math") == 1.0
+    assert grade(sample, rm_type="math", custom_rm_path=f"{__name__}.by_length") == 9.0 == len(sample.response)
+    own = Sample(response="abc", custom_rm_path=f"{__name__}.always_nine")
+    assert grade(own, custom_rm_path=f"{__name__}.by_length") == 9.0
+    with pytest.raises(ValueError, match="no label to grade against"):
+        grade(Sample(response=r"\boxed{7}"), rm_type="math")
+    with pytest.raises(ValueError, match="'math2' is not one of"):
+        grade(sample, rm_type="math2")
+
+
+def test_random_rewards_are_the_same_for_the_same_sample():
+    samples = [Sample(index=i) for i in range(40)]
+    args = make_config(rm_type="random").args
+    first, second = (asyncio.run(batched_async_rm(args, samples)) for _ in range(2))
+    assert first == second and set(first) == {0, 1}
+
+
+async def one_too_few(args, samples, **kwargs):
+    return [1.0]
+
+
+def test_a_batch_grader_answers_for_every_sample():
+    samples = [Sample(response="a"), Sample(response="bc")]
+    args = make_config(custom_rm_path=f"{__name__}.by_length").args
+    assert asyncio.run(batched_async_rm(args, samples)) == [1.0, 2.0]
+    with pytest.raises(ValueError, match="gave 1 rewards for a list of 2 samples"):
+        asyncio.run(batched_async_rm(make_config(custom_rm_path=f"{__name__}.one_too_few").args, samples))
+
+
+@pytest.fixture
+def reward_server():
+    statuses, seen = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_POST(self):
+            seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            status = statuses.pop(0) if statuses else 200
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b'{"score": 0.25}')
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", statuses, seen
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_reward_server_is_asked_again_when_busy_and_not_when_it_refuses(reward_server, monkeypatch):
+    monkeypatch.setattr(remote, "LONGEST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(remote.random, "random", lambda: 0.0)
+    url, statuses, seen = reward_server
+    sample = Sample(prompt="p", response="r", label="l")
+    statuses += [503, 500]
+    assert grade(sample, rm_type="remote_rm", rm_url=url) == {"score": 0.25}
+    assert seen == [{"prompt": "p", "response": "r", "label": "l"}] * 3
+    statuses += [404]
+    with pytest.raises(RuntimeError, match="gave no reward: 404"):
+        grade(sample, rm_type="remote_rm", rm_url=url)
+    assert len(seen) == 4
+    with pytest.raises(ValueError, match="--rm-url"):
+        grade(sample, rm_type="remote_rm")

@@ -1,0 +1,90 @@
+"""Supervised masks: exactly what the assistant would have generated, the token that ends its turn included."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rollout_helpers import make_config
+
+from slime.rollout.data_source import RolloutDataSource
+from slime.rollout.sft_masks import mask_conversation
+from slime.rollout.sft_rollout import generate_rollout
+from slime.rollout.to_batch import make_rollout_batch
+from slime.rollout.tokenizer import load_tokenizer
+
+USER, ASSISTANT = "user", "assistant"
+
+
+def chat(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def trained_text(tokenizer, masked):
+    return tokenizer.decode([token for token, kept in zip(masked.token_ids, masked.loss_mask, strict=True) if kept])
+
+
+def test_glm_turns_end_with_the_next_role_and_the_last_with_the_end_token(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    messages = chat((USER, "1+1"), (ASSISTANT, "2"), (USER, "2+2"), (ASSISTANT, "4"))
+    masked = mask_conversation(tokenizer, messages, loss_mask_type="glm5")
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(masked.token_ids) == text + "<|endoftext|>"
+    assert trained_text(tokenizer, masked) == "2<|user|>4<|endoftext|>"
+    assert masked.response_length == len(tokenizer.encode("2<|user|>2+2<|assistant|>4<|endoftext|>", add_special_tokens=False))
+
+
+def test_glm_observations_end_a_turn_and_are_not_trained(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    messages = chat((USER, "x"), (ASSISTANT, "ask"), ("tool", "7"), ("tool", "8"), (ASSISTANT, "7"))
+    masked = mask_conversation(tokenizer, messages, loss_mask_type="glm5")
+    assert trained_text(tokenizer, masked) == "ask<|observation|>7<|endoftext|>"
+    assert "<tool_response>7</tool_response><tool_response>8</tool_response>" in tokenizer.decode(masked.token_ids)
+
+
+@pytest.mark.parametrize("kind", ["qwen", "qwen3"])
+def test_qwen_turns_end_with_their_own_marker_and_ids_are_the_templates(qwen_folder, kind):
+    tokenizer = load_tokenizer(qwen_folder)
+    messages = chat((USER, "1+1"), (ASSISTANT, "2"), ("tool", "a"), ("tool", "b"), (ASSISTANT, "4"))
+    masked = mask_conversation(tokenizer, messages, loss_mask_type=kind)
+    whole = tokenizer.encode(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)
+    assert masked.token_ids == whole
+    assert trained_text(tokenizer, masked) == "2<|im_end|>4<|im_end|>"
+
+
+def test_a_turn_can_be_left_out_and_the_last_turn_taken_alone(qwen_folder):
+    tokenizer = load_tokenizer(qwen_folder)
+    messages = chat((USER, "1+1"), (ASSISTANT, "2"), (USER, "2+2"), (ASSISTANT, "4"))
+    messages[1]["step_loss_mask"] = 0
+    assert trained_text(tokenizer, mask_conversation(tokenizer, messages, loss_mask_type="qwen")) == "4<|im_end|>"
+    messages[1]["step_loss_mask"] = 1
+    assert trained_text(tokenizer, mask_conversation(tokenizer, messages, loss_mask_type="distill_qwen")) == "4<|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(qwen_folder):
+    tokenizer = load_tokenizer(qwen_folder)
+    forgetful = tokenizer.chat_template.replace(
+        "{{ message.content }}<|im_end|>", "{{ message.content if loop.last }}<|im_end|>"
+    )
+    messages = chat((USER, "1+1"), (ASSISTANT, "2"))
+    tokenizer_copy = type(tokenizer).from_pretrained(qwen_folder)
+    tokenizer_copy.chat_template = forgetful
+    with pytest.raises(ValueError, match="the chat template changes what came before"):
+        mask_conversation(tokenizer_copy, messages, loss_mask_type="qwen")
+    with pytest.raises(ValueError, match="ends with the assistant"):
+        mask_conversation(tokenizer, messages[:1], loss_mask_type="qwen")
+
+
+def test_the_sft_rollout_makes_a_trainable_batch(tmp_path, tokenizer_folder):
+    path = tmp_path / "sft.jsonl"
+    rows = [{"messages": chat((USER, f"1 plus {i}"), (ASSISTANT, f"\\boxed{{{i + 1}}}"))} for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(
+        prompt_data=str(path), input_key="messages", hf_checkpoint=tokenizer_folder, rollout_batch_size=3, loss_mask_type="qwen"
+    )
+    output = generate_rollout(config.args, 0, RolloutDataSource(config.args))
+    batch = make_rollout_batch(output.samples, rollout_id=0, config=config)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    responses = [tokenizer.decode(tokens[-n:]) for tokens, n in zip(batch.tokens, batch.response_lengths, strict=True)]
+    assert responses == [f"\\boxed{{{i}}}<|endoftext|>" for i in (1, 2, 3)]
+    assert batch.mask_sums.tolist() == [4, 4, 4] and batch.rollout_log_probs is None

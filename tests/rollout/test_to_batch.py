@@ -1,0 +1,112 @@
+"""Samples become columns: numbers computed by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rollout_helpers import make_config
+
+from slime.rollout.to_batch import make_rollout_batch
+from slime.types.sample import Sample, Status
+
+
+def sample(index, group, reward, *, prompt=2, response=3, **values):
+    values = {"loss_mask": [1] * response, "rollout_log_probs": [-0.25] * response, "status": Status.COMPLETED} | values
+    return Sample(
+        index=index, group_index=group, tokens=list(range(prompt + response)), response_length=response, reward=reward, **values
+    )
+
+
+def test_rewards_are_centred_and_scaled_within_groups_of_any_size():
+    groups = [[sample(0, 0, 1.0), sample(1, 0, 0.0), sample(2, 0, 0.0)], [sample(3, 1, 2.0), sample(4, 1, 2.0)]]
+    batch = make_rollout_batch(groups, rollout_id=6, config=make_config())
+    # group 0: mean 1/3, unbiased std sqrt(((2/3)^2 + 2 (1/3)^2) / 2) = sqrt(1/3); group 1: no spread.
+    std = (1 / 3) ** 0.5
+    np.testing.assert_allclose(batch.rewards, [2 / 3 / std, -1 / 3 / std, -1 / 3 / std, 0, 0], rtol=1e-5)
+    assert batch.raw_rewards.tolist() == [1, 0, 0, 2, 2] and batch.rollout_id == 6
+    assert batch.groups.tolist() == [0, 0, 0, 1, 1] and batch.trajectories.tolist() == [0, 1, 2, 3, 4]
+    assert batch.sample_ids.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({"grpo_std_normalization": False}, [0.5, -0.5]),
+        ({"rewards_normalization": False}, [1.0, 0.0]),
+        ({"advantage_estimator": "reinforce_plus_plus"}, [1.0, 0.0]),
+        ({"advantage_estimator": "reinforce_plus_plus_baseline"}, [0.5, -0.5]),
+    ],
+)
+def test_normalisation_follows_estimator_and_flags(values, expected):
+    batch = make_rollout_batch([[sample(0, 0, 1.0), sample(1, 0, 0.0)]], rollout_id=0, config=make_config(**values))
+    np.testing.assert_allclose(batch.rewards, expected, rtol=1e-6)
+
+
+def test_masks_truncation_and_versions_travel():
+    first = sample(0, 0, 1.0, loss_mask=None, status=Status.TRUNCATED, weight_versions=["1", "2"])
+    removed = sample(1, 0, 0.0, remove_sample=True)
+    masked = sample(2, 1, 0.0, response=2, loss_mask=[0, 1], rollout_log_probs=[0.0, -2.0])
+    batch = make_rollout_batch([[first, removed], [masked]], rollout_id=0, config=make_config())
+    assert [mask.tolist() for mask in batch.loss_masks] == [[1, 1, 1], [0, 0, 0], [0, 1]]
+    assert batch.truncated.tolist() == [True, False, False]
+    assert batch.weight_versions == (("1", "2"), (), ())
+    assert batch.rollout_log_probs[2].tolist() == [0.0, -2.0] and batch.rollout_log_probs[2].dtype == np.float32
+    assert batch.tokens[2].tolist() == [0, 1, 2, 3] and batch.response_lengths.tolist() == [3, 3, 2]
+
+
+def test_siblings_of_a_fan_out_share_a_trajectory():
+    siblings = [sample(0, 0, 1.0, rollout_id=0), sample(0, 0, 1.0, rollout_id=0)]
+    batch = make_rollout_batch([[siblings, sample(1, 0, 0.0)]], rollout_id=0, config=make_config())
+    assert batch.trajectories.tolist() == [0, 0, 1] and batch.groups.tolist() == [0, 0, 0]
+    assert len(set(batch.sample_ids.tolist())) == 3
+
+
+def test_a_column_is_there_for_all_samples_or_for_none():
+    without = [[sample(0, 0, 1.0, rollout_log_probs=None), sample(1, 0, 0.0, rollout_log_probs=None)]]
+    assert make_rollout_batch(without, rollout_id=0, config=make_config()).rollout_log_probs is None
+    mixed = [[sample(0, 0, 1.0), sample(1, 0, 0.0, rollout_log_probs=None)]]
+    with pytest.raises(ValueError, match="sample 1 has no rollout_log_probs, but 1 of 2"):
+        make_rollout_batch(mixed, rollout_id=0, config=make_config())
+
+
+def test_reward_mappings_need_a_key_and_a_plugin_may_keep_the_raw_reward():
+    group = [[sample(0, 0, {"score": 1.0, "acc": True}), sample(1, 0, {"score": -1.0}, metadata={"raw_reward": 5.0})]]
+    batch = make_rollout_batch(group, rollout_id=0, config=make_config(reward_key="score", grpo_std_normalization=False))
+    assert batch.raw_rewards.tolist() == [1.0, 5.0] and batch.rewards.tolist() == [1.0, -1.0]
+    with pytest.raises(ValueError, match="name its entry with --reward-key"):
+        make_rollout_batch(group, rollout_id=0, config=make_config())
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"status": Status.ABORTED}, "rollout 3, sample 0 is aborted"),
+        ({"response": 0}, "has no response token"),
+        ({"loss_mask": [1]}, "loss_mask has 1 entries, the response has 3 tokens"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        make_rollout_batch([[sample(0, 0, 1.0, **values)]], rollout_id=3, config=make_config())
+
+
+def halve(args, samples):
+    return [s.reward for s in samples], [s.reward / 2 for s in samples]
+
+
+def first_two_tokens(args, samples):
+    return {
+        "tokens": [s.tokens[:2] for s in samples], "response_lengths": [1] * len(samples), "rewards": [3.0] * len(samples),
+        "loss_masks": [[1]] * len(samples), "rollout_ids": [9, 9],
+    }  # fmt: skip
+
+
+def test_custom_conversions_replace_the_default():
+    group = [[sample(0, 0, 1.0), sample(1, 0, 0.0)]]
+    config = make_config(custom_reward_post_process_path=f"{__name__}.halve")
+    batch = make_rollout_batch(group, rollout_id=0, config=config)
+    assert batch.raw_rewards.tolist() == [1, 0] and batch.rewards.tolist() == [0.5, 0]
+    config = make_config(custom_convert_samples_to_train_data_path=f"{__name__}.first_two_tokens")
+    batch = make_rollout_batch(group, rollout_id=0, config=config)
+    assert batch.tokens[0].tolist() == [0, 1] and batch.rewards.tolist() == [3, 3]
+    assert batch.trajectories.tolist() == [0, 0] and batch.groups.tolist() == [0, 0]
