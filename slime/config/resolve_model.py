@@ -55,14 +55,14 @@ def shape(v: Values) -> None:
     )
     if missing:
         return
+    if v["max_position_embeddings"] is None:
+        v.derive("max_position_embeddings", v["seq_length"], "it defaults to --seq-length")
     _attention(v, mega)
     _experts(v, mega)
     if v["swiglu"]:
         mega["gated_linear_unit"] = True
     if v["use_rotary_position_embeddings"]:
         v.derive("position_embedding_type", "rope", "--use-rotary-position-embeddings is its older spelling")
-    if v["max_position_embeddings"] is None:
-        v.derive("max_position_embeddings", v["seq_length"], "it defaults to --seq-length")
     if v["vocab_size"] is None and v.facts.hf_config is not None:
         v.derive("vocab_size", hf_check.text_config(v.facts.hf_config).get("vocab_size"), "the HF config says so")
     v.require(

@@ -11,5 +11,5 @@ __all__ = ["parse_args"]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> FlatArgs:
-    """The flat read-only view of the command line (of this program, unless `argv` is given); a mistake ends it with status 2."""
+    """The flat read-only view of `argv` (of this program's command line); a mistake ends the program with status 2."""
     return load(sys.argv[1:] if argv is None else argv).args
