@@ -12,7 +12,8 @@ class RolloutLine:
 
     rollout_id: int
     num_rollout: int
-    reward: float
+    reward: float | None
+    """Mean of the graded samples; None where nothing is graded (supervised training)."""
     response_length: float
     """Mean tokens of a response."""
     log_prob_gap: float | None
@@ -26,12 +27,13 @@ class RolloutLine:
 
     def text(self) -> str:
         width = len(str(self.num_rollout))
-        gap = f"gap {self.log_prob_gap:.4f}" if self.log_prob_gap is not None else "gap -"
+        gap = f" | gap {self.log_prob_gap:.4f}" if self.log_prob_gap is not None else ""
         entropy = f" | entropy {self.entropy:.3f}" if self.entropy is not None else ""
         loss = f" | loss {self.loss:7.4f}" if self.loss is not None else ""
+        reward = f" | reward {self.reward:6.3f} {bar(self.reward)}" if self.reward is not None else ""
         return (
-            f"rollout {self.rollout_id + 1:>{width}}/{self.num_rollout} | reward {self.reward:6.3f} {bar(self.reward)} | "
-            f"response {self.response_length:6.1f} tok | {gap}{entropy}{loss} | step {self.step_seconds:5.1f} s "
+            f"rollout {self.rollout_id + 1:>{width}}/{self.num_rollout}{reward} | "
+            f"response {self.response_length:6.1f} tok{gap}{entropy}{loss} | step {self.step_seconds:5.1f} s "
             f"(generate {self.generate_seconds:.1f}, train {self.train_seconds:.1f}, sync {self.sync_seconds:.1f})"
         )
 

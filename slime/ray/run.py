@@ -100,7 +100,10 @@ class Run:
         self._placement = place(
             num_trainer=self._num_trainer_slots(), num_engine=self._num_engine_slots(), colocate=config.cluster.colocate
         )
-        actor = RolloutActor.options(num_cpus=0.5).remote(config, self._placement, _run_folder(config), secrets.token_hex(16))
+        # It takes no CPU from the slots. Two threads: `stop` must get through while `start` still waits for engines.
+        actor = RolloutActor.options(num_cpus=0, max_concurrency=2).remote(
+            config, self._placement, _run_folder(config), secrets.token_hex(16)
+        )
         self._rollout = RolloutSide(actor)
         engines_ready = self._rollout.begin_start()
         if self._has_trainer:
@@ -204,7 +207,7 @@ class Run:
         line = RolloutLine(
             rollout_id=rollout.rollout_id,
             num_rollout=self.num_rollout,
-            reward=metrics.get("rollout/raw_reward", 0.0),
+            reward=None if self._config.algorithm.loss_type == "sft_loss" else metrics["rollout/raw_reward"],
             response_length=metrics.get("rollout/response_len/mean", 0.0),
             log_prob_gap=trained.get("train/train_rollout_logprob_abs_diff"),
             entropy=trained.get("train/entropy_loss"),

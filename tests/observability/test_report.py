@@ -11,6 +11,14 @@ def test_a_rollout_is_one_line_with_its_figures():
         assert part in line, (part, line)
 
 
+def test_supervised_training_shows_no_reward():
+    line = RolloutLine(
+        rollout_id=0, num_rollout=3, reward=None, response_length=4.5, log_prob_gap=None, entropy=None, loss=0.6562,
+        generate_seconds=0.0, train_seconds=1.0, sync_seconds=0.0, step_seconds=1.0,
+    ).text()  # fmt: skip
+    assert "reward" not in line and "gap" not in line and "loss  0.6562" in line
+
+
 def test_the_bar_has_one_cell_per_tenth_and_stays_within_its_ends():
     assert bar(0.52).count("█") == 5 and len(bar(0.52)) == 10
     assert bar(-3.0) == "·" * 10 and bar(7.0) == "█" * 10

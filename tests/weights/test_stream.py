@@ -2,7 +2,7 @@ import torch
 
 from slime.weights.buckets import fill_buckets, unpack_bucket
 from slime.weights.stream import Source, broadcast_buckets
-from tests.ranks import run_ranks
+from ranks import run_ranks
 
 
 def _tensors(source: int, count: int) -> list[list[tuple[str, torch.Tensor]]]:

@@ -1,0 +1,218 @@
+#!/usr/bin/env bash
+# A tiny GLM-5.2 with every mechanism on, trained by GRPO on 2 CPU cores (or one GPU): the launcher, flags, actors, engines and weight
+# stream of the 744B recipe with small numbers. It makes its own checkpoint and data, so it needs nothing but the environment.
+#
+#   bash scripts/run-glm5.2-tiny.sh [FLAGS...]      FLAGS win over the launcher's, e.g. --num-rollout 4
+#
+# BASE_DIR   where everything goes                                    (default: outputs/glm5.2-tiny of this project)
+# SEED       of the checkpoint, the data and the run                  (default 1234)
+# Steps that are done already are skipped, and training continues from its last checkpoint: delete BASE_DIR to start anew.
+set -euo pipefail
+
+SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+source "${SCRIPT_DIR}/lib/launch.sh"
+source "${SCRIPT_DIR}/models/glm5.2-tiny.sh"
+
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+SEED="${SEED:-1234}"
+BASE_DIR="${BASE_DIR:-${PROJECT_ROOT}/outputs/glm5.2-tiny}"
+# Two device slots and as many CPUs as the actors name, whatever the machine has.
+export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" NUM_GPUS=2 NUM_CPUS=8
+RUN_DIR="${BASE_DIR}/run"
+mkdir -p "${BASE_DIR}" "${RUN_DIR}"
+
+run_python() { PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" "${PYTHON}" "$@"; }
+
+# 1. A random checkpoint pair in the Hugging Face format of zai-org/GLM-5.2 and GLM-5.2-FP8, and arithmetic prompts.
+if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny-FP8/config.json ]]; then
+   say "1/4 writing a tiny GLM-5.2 checkpoint pair and its data"
+   run_python "${PROJECT_ROOT}/tools/make_tiny_checkpoint.py" --preset "${GLM52_TINY:-cpu}" --seed "${SEED}" \
+      --output-bf16 "${BASE_DIR}/GLM-5.2-tiny" --output-fp8 "${BASE_DIR}/GLM-5.2-tiny-FP8"
+   run_python "${PROJECT_ROOT}/tools/make_arithmetic_data.py" --output "${BASE_DIR}/arithmetic" --seed "${SEED}" \
+      --task add --max-operand 9 --train 4096 --eval 32 --sft 16384 --label-noise 0.6
+fi
+
+# 2. BF16 Hugging Face -> Megatron torch_dist, the command of the 744B recipe with smaller numbers.
+if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny_torch_dist/latest_checkpointed_iteration.txt ]]; then
+   say "2/4 converting it to torch_dist on two ranks"
+   PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" PYTHONWARNINGS=ignore "${PYTHON}" -m torch.distributed.run --nproc-per-node 2 --standalone \
+      "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
+      --tensor-model-parallel-size 1 \
+      --pipeline-model-parallel-size 2 \
+      --decoder-last-pipeline-num-layers 2 \
+      --expert-model-parallel-size 1 \
+      --expert-tensor-parallel-size 1 \
+      --hf-checkpoint "${BASE_DIR}/GLM-5.2-tiny/" \
+      --save "${BASE_DIR}/GLM-5.2-tiny_torch_dist/"
+fi
+
+PERF_ARGS=(
+   --tensor-model-parallel-size 1
+   --pipeline-model-parallel-size 2
+   --decoder-first-pipeline-num-layers 6
+   --decoder-last-pipeline-num-layers 2
+   --context-parallel-size 1
+   --expert-model-parallel-size 1
+   --expert-tensor-parallel-size 1
+
+   --use-dynamic-batch-size
+   --max-tokens-per-gpu 2048
+   --data-pad-size-multiplier 16
+   --log-probs-chunk-size 1024
+)
+
+CLUSTER_ARGS=(
+   --actor-num-nodes 1
+   --actor-num-gpus-per-node "${NUM_GPUS}"
+   --num-gpus-per-node "${NUM_GPUS}"
+   --seed "${SEED}"
+)
+
+MISC_ARGS=(
+   --attention-dropout 0.0
+   --hidden-dropout 0.0
+   --accumulate-allreduce-grads-in-fp32
+   --attention-softmax-in-fp32
+   --use-tensorboard
+   --tb-project-name glm5.2-tiny
+)
+
+ENVIRONMENT=(
+   "PYTHONPATH=${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}"
+   "PYTHONUNBUFFERED=1"
+   "OMP_NUM_THREADS=${OMP_NUM_THREADS}"
+   "TOKENIZERS_PARALLELISM=false"
+)
+
+# 3. The warm start: supervised training, no engines. Six in ten of its answers are wrong on purpose, so that the model learns the form
+#    of an answer and a bias towards the right one, and reinforcement learning has something left to do.
+WARM_START="${BASE_DIR}/GLM-5.2-tiny_warm_start"
+SFT_ARGS=(
+   --hf-checkpoint "${BASE_DIR}/GLM-5.2-tiny-FP8"
+   --ref-load "${BASE_DIR}/GLM-5.2-tiny_torch_dist"
+   --load "${WARM_START}"
+   --save "${WARM_START}"
+   --save-interval 1000000
+
+   --debug-train-only
+   --loss-type sft_loss
+   --disable-compute-advantages-and-returns
+   --rollout-function-path slime.rollout.sft_rollout.generate_rollout
+   --prompt-data "${BASE_DIR}/arithmetic/sft.jsonl"
+   --input-key messages
+   --loss-mask-type qwen
+   --num-rollout "${SFT_STEPS:-100}"
+   --rollout-batch-size 64
+   --global-batch-size 64
+
+   --optimizer adam
+   --lr 3e-3
+   --lr-decay-style cosine
+   --lr-warmup-iters 5
+   --weight-decay 0.01
+   --adam-beta1 0.9
+   --adam-beta2 0.98
+)
+
+# 4. Reinforcement learning.
+CKPT_ARGS=(
+   --hf-checkpoint "${BASE_DIR}/GLM-5.2-tiny-FP8"
+   --ref-load "${WARM_START}"
+   --load "${BASE_DIR}/GLM-5.2-tiny_slime"
+   --save "${BASE_DIR}/GLM-5.2-tiny_slime"
+   --save-interval 20
+)
+
+ROLLOUT_ARGS=(
+   --prompt-data "${BASE_DIR}/arithmetic/train.jsonl"
+   --input-key prompt
+   --label-key label
+   --apply-chat-template
+   --rollout-shuffle
+   --rm-type math
+
+   --num-rollout 20
+   --rollout-batch-size 32
+   --n-samples-per-prompt 8
+   --rollout-max-response-len 8
+   --rollout-temperature 1.0
+
+   --global-batch-size 256
+   --balance-data
+)
+
+EVAL_ARGS=(
+   --eval-interval 20
+   --eval-prompt-data arithmetic "${BASE_DIR}/arithmetic/eval.jsonl"
+   --n-samples-per-eval-prompt 4
+   --eval-max-response-len 8
+)
+
+GRPO_ARGS=(
+   --advantage-estimator grpo
+   --kl-loss-coef 0.00
+   --entropy-coef 0.00
+   --eps-clip 0.2
+   --eps-clip-high 0.28
+   --use-tis
+   --tis-clip-low 0.5
+   --tis-clip 2.0
+)
+
+OPTIMIZER_ARGS=(
+   --optimizer adam
+   --lr 1e-3
+   --lr-decay-style constant
+   --weight-decay 0.01
+   --adam-beta1 0.9
+   --adam-beta2 0.98
+)
+
+# One prefill and one decode engine, as the 744B recipe has one and three.
+SGLANG_CONFIG="${RUN_DIR}/sglang.yaml"
+cat >"${SGLANG_CONFIG}" <<'YAML'
+sglang:
+  - name: default
+    server_groups:
+      - worker_type: prefill
+        num_gpus: 1
+        num_gpus_per_engine: 1
+      - worker_type: decode
+        num_gpus: 1
+        num_gpus_per_engine: 1
+YAML
+
+SGLANG_ARGS=(
+   --sglang-config "${SGLANG_CONFIG}"
+   --sglang-server-concurrency 32
+   --sglang-disaggregation-transfer-backend mooncake
+   --update-weight-buffer-size $((64 * 1024 * 1024))
+)
+
+SFT_FLAGS=("${CLUSTER_ARGS[@]}" "${MODEL_ARGS[@]}" "${SFT_ARGS[@]}" "${PERF_ARGS[@]}" "${MISC_ARGS[@]}")
+FLAGS=(
+   "${CLUSTER_ARGS[@]}"
+   --colocate
+   "${MODEL_ARGS[@]}"
+   "${CKPT_ARGS[@]}"
+   "${ROLLOUT_ARGS[@]}"
+   "${EVAL_ARGS[@]}"
+   "${PERF_ARGS[@]}"
+   "${GRPO_ARGS[@]}"
+   "${OPTIMIZER_ARGS[@]}"
+   "${SGLANG_ARGS[@]}"
+   "${MISC_ARGS[@]}"
+   "$@"
+)
+check_flags "${FLAGS[@]}"
+
+start_ray_head
+if [[ ! -f ${WARM_START}/latest_checkpointed_iteration.txt ]]; then
+   say "3/4 warm start: supervised training (sft_loss) on answers of which six in ten are wrong"
+   submit_job "$(runtime_env_json "${ENVIRONMENT[@]}" "SLIME_RUN_DIR=${RUN_DIR}/warm_start" "TENSORBOARD_DIR=${RUN_DIR}/tensorboard/warm_start")" \
+      "${SFT_FLAGS[@]}"
+fi
+say "4/4 reinforcement learning (GRPO)"
+submit_job "$(runtime_env_json "${ENVIRONMENT[@]}" "SLIME_RUN_DIR=${RUN_DIR}" "TENSORBOARD_DIR=${RUN_DIR}/tensorboard/grpo")" "${FLAGS[@]}"
+say "checkpoints ${BASE_DIR}/GLM-5.2-tiny_slime, curves: tensorboard --logdir ${RUN_DIR}/tensorboard, engine logs ${RUN_DIR}"
+print_resume "bash ${SCRIPT_DIR}/run-glm5.2-tiny.sh --num-rollout 40"

@@ -1,0 +1,101 @@
+"""The weight stream of real trainer ranks into HTTP servers that only unpack what arrives."""
+
+import base64
+import json
+import pickle
+import threading
+from collections import defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from model.parity import build
+from ranks import run_ranks
+
+from slime.device.host import HostDevice
+from slime.model.hf_config import read_hf_config
+from slime.model.hf_io import SafetensorsReader
+from slime.model.names import NameTable
+from slime.ray.train_actor import EngineTarget
+from slime.ray.weight_stream import WeightStream
+from slime.weights.quantize import WireFormat
+
+pytestmark = pytest.mark.slow
+
+
+class RecordingEngine:
+    """Keeps every tensor that is posted, per rank of the engine; refuses a request without the token."""
+
+    def __init__(self):
+        outer = self
+        self.ranks: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
+        self.repeated: list[str] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                allowed = self.headers["Authorization"] == "Bearer secret"
+                for rank, text in enumerate(body["serialized_named_tensors"] if allowed else []):
+                    outer._keep(rank, pickle.loads(base64.b64decode(text)))
+                answer = json.dumps({"success": allowed}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def _keep(self, rank: int, payload: dict) -> None:
+        for meta in payload["metadata"]:
+            raw = payload["flattened_tensor"][meta.start_idx : meta.end_idx]
+            if meta.name in self.ranks[rank]:
+                self.repeated.append(meta.name)
+            self.ranks[rank][meta.name] = raw.view(meta.dtype).view(meta.shape).clone()
+
+
+@pytest.fixture(scope="module")
+def tiny_pair(tmp_path_factory):
+    from tools.make_tiny_checkpoint import main
+
+    folder = tmp_path_factory.mktemp("stream")
+    main(["--preset", "cpu", "--seed", "5", "--output", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "layout", [{"tp": 2, "pp": 2, "first": 6, "ep": 2}, {"pp": 2, "first": 6, "ep": 2}], ids=["tp2 pp2 ep2", "pp2 ep2 dp2"]
+)
+def test_every_engine_gets_every_tensor_once_and_bit_for_bit(tiny_pair, layout):
+    bf16, fp8 = str(tiny_pair / "bf16"), str(tiny_pair / "fp8")
+    # One engine over the devices of ranks 0 and 1, one over those of 2 and 3, and one of two processes elsewhere.
+    engines = [RecordingEngine() for _ in range(3)]
+    shared = [(0, 1), (2, 3), ()]
+    targets = [EngineTarget(f"e{i}", engines[i].url, "secret", shared[i], 2) for i in range(3)]
+
+    def send(rank: int) -> tuple[int, int]:
+        chunks, ranks, _, _ = build(rank, 4, bf16, **layout)
+        stream = WeightStream(chunks, read_hf_config(fp8), ranks, HostDevice(), limit_bytes=200_000)
+        report = stream.send(1, targets)
+        return report.buckets, report.tensors
+
+    reports = run_ranks(4, send)
+    assert len(set(reports)) == 1
+    hf = read_hf_config(fp8)
+    wire, reader = WireFormat.of_checkpoint(hf), SafetensorsReader(bf16)
+    expected = {}
+    for tensor in NameTable.for_model(hf, with_mtp=False).hf_tensors():
+        expected.update(wire.encode(tensor.name, reader.read(tensor, torch.float32)))
+    assert reports[0][1] == len(expected) and reports[0][0] > 5, "several buckets"
+    for engine in engines:
+        assert engine.repeated == []
+        assert sorted(engine.ranks) == [0, 1]
+        for received in engine.ranks.values():
+            assert set(received) == set(expected)
+            for name, tensor in expected.items():
+                assert received[name].dtype == tensor.dtype, name
+                assert torch.equal(received[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
