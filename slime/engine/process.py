@@ -186,6 +186,11 @@ class EngineProcess:
         host = f"[{self.place.host}]" if ":" in self.place.host else self.place.host
         return f"http://{host}:{self.ports.http}"
 
+    @property
+    def dist_init_addr(self) -> str:
+        """Where the engine's ranks meet; node 0's goes into the NodePlacement of the other nodes."""
+        return self.place.dist_init_addr or f"{self.place.host}:{self.ports.dist_init}"
+
     def start(self) -> None:
         """Returns when the process runs, not when it serves. Options are checked before anything starts."""
         found = installed_version()

@@ -65,8 +65,40 @@ def test_the_recipes_options_exist_under_the_names_of_every_supported_version():
         assert ("--dp-size=64" in argv) == (column.version != "0.5.23")
 
 
+def test_the_flagship_launchers_own_command_line_fits_every_supported_version(tmp_path):
+    from launchers.test_launchers import make_desk
+
+    from slime.config import parse
+    from slime.engine.kinds import command
+    from slime.engine.plan import plan_engines
+    from slime.engine.ports import EnginePorts
+    from slime.engine.spec import NodePlacement
+    from slime.engine.versions import TABLE, option_table, typed_argv
+
+    started = make_desk(tmp_path).run("run-glm5.2-744B-A40B.sh", SOCKET_IFNAME="eth0")
+    specs = plan_engines(parse(started.job))
+    assert [(spec.role, spec.gpu_offset, spec.num_nodes, spec.dp_size, spec.ep_size) for spec in specs] == [
+        ("prefill", 0, 8, 64, 64),
+        ("decode", 64, 8, 64, 64),
+        ("decode", 128, 8, 64, 64),
+        ("decode", 192, 8, 64, 64),
+    ]
+    place, ports = NodePlacement(3, "10.0.0.4", 0, "10.0.0.1:15003"), EnginePorts(15000, 15001, 15003, 15002)
+    for column in TABLE:
+        argv = typed_argv(command("cuda", specs[1], place, ports, column, base_env={}).settings, option_table(column.version))
+        for word in (
+            "--node-rank=3",
+            "--dist-init-addr=10.0.0.1:15003",
+            "--deepep-mode=low_latency",
+            "--cuda-graph-max-bs-decode=12",
+        ):
+            assert word in argv
+
+
 def test_an_override_wins_over_the_flag_under_either_name_of_the_option():
-    (spec,) = plan([model(group("regular", 1, 1, cuda_graph_max_bs_decode=12))], slots(1), cuda_graph_max_bs="8", page_size="64")
+    (spec,) = plan(
+        [model(group("regular", 1, 1, cuda_graph_max_bs_decode=12))], slots(1), cuda_graph_max_bs="8", page_size="64"
+    )
     assert spec.settings == {"cuda_graph_max_bs_decode": 12, "page_size": "64"}
 
 
