@@ -124,8 +124,8 @@ def _settle(args: Any, ledger: Ledger, group: list, *, original: Group, num_pend
         ledger.last_error = failed[0].metadata.get("error", "")
         _refuse_many_failures(args, ledger)
         return
-    if any(sample.status is Status.ABORTED for sample in samples):
-        # Somebody else aborted it (a weight update, an operator); what is there is not lost with --partial-rollout.
+    if any(sample.status not in (Status.COMPLETED, Status.TRUNCATED) for sample in samples):
+        # Aborted by us or by somebody else (an operator), or never begun; with --partial-rollout what is there is not lost.
         _put_back(args, ledger, original, reason="aborted")
         return
     ledger.finished.append(group)

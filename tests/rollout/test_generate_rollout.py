@@ -128,6 +128,28 @@ def test_oversampled_groups_are_aborted_and_accounted_for(run, router, partial):
     assert continued.weight_versions == ["3", "3"]
 
 
+def test_groups_that_never_began_are_put_back_untouched(run, router):
+    seen = []
+
+    def process(args, all_groups, data_source):
+        seen.extend(all_groups)
+
+    globals()["see_all"] = process
+    router.answer = lambda text, payload: time.sleep(0.02) or (f"\\boxed{{{sum_in(text)}}}<|endoftext|>", "stop")
+    output, source = run(
+        over_sampling_batch_size=20,
+        partial_rollout=True,
+        sglang_server_concurrency=1,
+        rollout_all_samples_process_path=f"{__name__}.see_all",
+    )
+    assert conserved(output, source) and output.metrics["rollout/groups_submitted"] == 20
+    untouched = [sample for group in source.buffer for sample in group if not sample.tokens]
+    assert len(untouched) >= 20 and all(sample.status is not Status.COMPLETED for sample in untouched)
+    assert all(sample.reward == 1 for group in seen for sample in group)
+    output, source = run(rollout_id=1, source=source, partial_rollout=True)
+    assert [group[0].group_index for group in output.samples] == [4, 5, 6, 7]
+
+
 def test_one_bad_prompt_is_left_out_counted_and_never_scored(run, router):
     good = router.answer
     router.answer = lambda text, payload: 400 if sum_in(text) == 1 else good(text, payload)

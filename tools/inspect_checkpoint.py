@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Show what an HF checkpoint folder holds, and whether its index tells the truth; reads headers only, so 744B take seconds.
+
+    python tools/inspect_checkpoint.py FOLDER            # one line per kind of tensor, layers and experts folded together
+    python tools/inspect_checkpoint.py FOLDER --filter indexer
+
+With the filter, only matching names are listed; the whole folder is checked all the same.
+or an FP8 weight has no scales (or the reverse).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import struct
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+BYTES = {
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "BF16": 2,
+    "F16": 2,
+    "I16": 2,
+    "F32": 4,
+    "I32": 4,
+    "F64": 8,
+    "I64": 8,
+}
+SCALE = "weight_scale_inv"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * BYTES[self.dtype]
+
+
+def read_header(path: Path) -> list[TensorInfo]:
+    """Names, types and shapes of one safetensors file. Raises ValueError when its size is not what the header says."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if path.stat().st_size != 8 + length + end:
+        raise ValueError(
+            f"{path.name}: {path.stat().st_size} bytes, its header needs {8 + length + end}; the file is cut short"
+        )
+    return [TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path.name) for name, entry in header.items()]
+
+
+def read_folder(folder: Path) -> tuple[list[TensorInfo], list[str]]:
+    """(tensors, faults)."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no .safetensors file")
+    tensors: list[TensorInfo] = []
+    faults: list[str] = []
+    for path in files:
+        try:
+            tensors += read_header(path)
+        except (ValueError, struct.error) as error:
+            faults.append(str(error))
+    faults += _index_faults(folder, tensors) + _scale_faults(tensors)
+    return tensors, faults
+
+
+def _index_faults(folder: Path, tensors: list[TensorInfo]) -> list[str]:
+    index_path = folder / "model.safetensors.index.json"
+    if not index_path.exists():
+        return []
+    promised = json.loads(index_path.read_text())["weight_map"]
+    found = {tensor.name: tensor.file for tensor in tensors}
+    faults = [f"{name}: the index says {file}, it is nowhere" for name, file in promised.items() if name not in found]
+    for name, file in found.items():
+        if promised.get(name) != file:
+            faults.append(f"{name}: it is in {file}, the index says {promised.get(name, 'nothing')}")
+    return faults
+
+
+def _scale_faults(tensors: list[TensorInfo]) -> list[str]:
+    kinds = {tensor.name: tensor.dtype for tensor in tensors}
+    faults = []
+    for name, dtype in kinds.items():
+        if dtype.startswith("F8") and name.removesuffix("weight") + SCALE not in kinds:
+            faults.append(f"{name}: FP8 without {SCALE}")
+        if name.endswith(SCALE) and not kinds.get(name.removesuffix(SCALE) + "weight", "").startswith("F8"):
+            faults.append(f"{name}: scales without an FP8 weight")
+    return faults
+
+
+def fold(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
+
+
+def table(tensors: list[TensorInfo]) -> list[str]:
+    """One line per (folded name, dtype, shape), widest first, and the totals."""
+    groups: dict[tuple, list[TensorInfo]] = defaultdict(list)
+    for tensor in tensors:
+        groups[fold(tensor.name), tensor.dtype, tensor.shape].append(tensor)
+    lines = []
+    for (name, dtype, shape), members in sorted(groups.items(), key=lambda item: -sum(t.num_bytes for t in item[1])):
+        size = sum(tensor.num_bytes for tensor in members)
+        lines.append(f"{size / 1e6:12.3f} MB  {len(members):6} x {dtype:8} {'x'.join(map(str, shape)) or 'scalar':>16}  {name}")
+    weights = [tensor for tensor in tensors if not tensor.name.endswith(SCALE)]
+    total = sum(tensor.num_bytes for tensor in tensors)
+    parameters = sum(math.prod(tensor.shape) for tensor in weights)
+    return [*lines, f"{total / 1e6:12.3f} MB  {len(tensors):6} tensors, {parameters:,} parameters"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--filter", default="", help="only names that contain this text")
+    args = parser.parse_args(argv)
+    tensors, faults = read_folder(args.folder)
+    print("\n".join(table([tensor for tensor in tensors if args.filter in tensor.name])))
+    print("\n".join(faults), file=sys.stderr, end="\n" if faults else "")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
