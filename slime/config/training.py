@@ -80,9 +80,11 @@ class OptimizerConfig:
     overlap_param_gather: bool = False
     """Gather weights during the forward pass."""
     accumulate_allreduce_grads_in_fp32: bool = False
-    """fp32 gradient buffers."""
+    """Always on: gradients are summed in fp32 buffers."""
     check_for_nan_in_loss_and_grad: bool = flag(True, off="--no-check-for-nan-in-loss-and-grad")
     """Stop at the first NaN. Off: a step with a non-finite gradient is skipped, counted and named in the log."""
+    max_skipped_steps: int = 3
+    """Steps that --no-check-for-nan-in-loss-and-grad may skip in a run; the next one stops it."""
     ddp_bucket_size: int | None = None
     """Parameters of one gradient bucket."""
     override_opt_param_scheduler: bool = flag(False, "--override-opt-param-scheduler", "--override-opt_param-scheduler")
@@ -151,7 +153,7 @@ class BatchConfig:
     """Fill micro-batches up to --max-tokens-per-gpu."""
     max_tokens_per_gpu: int | None = None
     """Tokens of one micro-batch per rank; a micro-batch holds this times the context-parallel size."""
-    log_probs_max_tokens_per_gpu: int | None = None
+    log_probs_max_tokens_per_gpu: int | None = flag(None, later="a token cap of its own for passes without gradient")
     """The same for passes without gradient; None takes max_tokens_per_gpu."""
     balance_data: bool = False
     """Spread the samples so that data-parallel ranks get equal work."""
@@ -231,9 +233,9 @@ class AlgorithmConfig:
     """Lower bound of its weight."""
     get_mismatch_metrics: bool = False
     """Report the train/rollout mismatch without using it (needs a custom TIS path)."""
-    use_opsm: bool = flag(False, later="off-policy sequence masks")
+    use_opsm: bool = False
     """Mask sequences that are far off-policy."""
-    opsm_delta: float = flag(1e-4, later="off-policy sequence masks")
+    opsm_delta: float = 1e-4
     """Its threshold."""
     use_routing_replay: bool = flag(False, later="routing replay")
     """Train with the expert choices of the log-prob pass."""
@@ -255,7 +257,7 @@ class AlgorithmConfig:
     """Its teacher's checkpoint."""
     opd_teacher_ckpt_step: int | None = flag(None, later=_OPD)
     """Iteration of that checkpoint."""
-    custom_megatron_init_path: str | None = None
+    custom_megatron_init_path: str | None = flag(None, later="a hook after the ranks are set up")
     """Called with (args) after the ranks are set up."""
     custom_megatron_before_log_prob_hook_path: str | None = None
     """Called with (args, model, store_prefix) before every pass without gradient."""

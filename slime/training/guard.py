@@ -82,7 +82,7 @@ class Guard:
             how = (
                 "allow some with --no-check-for-nan-in-loss-and-grad"
                 if self.limit == 0
-                else f"{self.limit} were skipped before"
+                else f"{self.limit} were skipped before, --max-skipped-steps"
             )
             raise NonFiniteGradient(f"{message}; weights are as before this step ({how})")
         self.skipped += 1

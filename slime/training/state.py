@@ -131,7 +131,7 @@ def _load_weights(trainer: Trainer, kind: str, folder: Path) -> None:
     if kind == "megatron":
         load_model(trainer.model, hf, folder, trainer.ranks)
         return
-    table = NameTable.for_model(hf, with_mtp=False)
+    table = NameTable.for_model(hf)
     load_hf(trainer.model, table, SafetensorsReader(folder), trainer.ranks, padded_vocab=padded_vocab_size(config, hf))
 
 

@@ -75,7 +75,8 @@ class Trainer:
         _refuse_auxiliary_losses(self.model)
         _prepare_schedules(self.model, ranks)
         self.snapshots = Snapshots(self.model)
-        self.guard = Guard(ranks.rank, limit=0 if config.optimizer.check_for_nan_in_loss_and_grad else MAX_SKIPPED_STEPS)
+        rules = config.optimizer
+        self.guard = Guard(ranks.rank, limit=0 if rules.check_for_nan_in_loss_and_grad else rules.max_skipped_steps)
         self.optimizer = self.scheduler = None
         chunks: Sequence[Module] = self.model
         # An evaluation-only run has no steps, so it pays for no optimizer state.
@@ -243,18 +244,14 @@ class Trainer:
             yield local.name, local.tensor
 
 
-MAX_SKIPPED_STEPS = 3
-"""Steps with a non-finite gradient that --no-check-for-nan-in-loss-and-grad lets a run skip."""
-
-
 def _refuse_auxiliary_losses(chunks: Sequence[Module]) -> None:
     # They are divided by token counts inside the router, so their share would depend on packing and padding.
     for chunk in chunks:
         given = [chunk.config.moe_aux_loss_coeff, chunk.config.moe_z_loss_coeff]
         if chunk.config.num_moe_experts and any(np.any(np.asarray(value or 0)) for value in given):
             raise ValueError(
-                f"--moe-aux-loss-coeff {given[0]} / --moe-z-loss-coeff {given[1]}: a step is the weighted sum of its token losses "
-                f"and carries no router loss; pass 0 (--moe-router-bias-update-rate balances experts)"
+                f"--moe-aux-loss-coeff {given[0]} / --moe-z-loss-coeff {given[1]}: a step is the weighted sum of token losses "
+                f"and has no router loss; pass 0 (--moe-router-bias-update-rate balances experts)"
             )
 
 
