@@ -9,6 +9,8 @@ from typing import Literal
 from slime.config.engine_groups import SglangModel
 from slime.config.flags import derived, flag
 
+_HEALTH = "restarting dead engines during a run"
+
 
 @dataclass(frozen=True)
 class ClusterConfig:
@@ -62,7 +64,7 @@ class EngineConfig:
     """host:port of engines that already run."""
     update_weight_buffer_size: int = 512 * 1024 * 1024
     """Bytes of one weight bucket on its way to the engines."""
-    update_weights_interval: int = 1
+    update_weights_interval: int = flag(1, later="the asynchronous loop")
     """Sync the weights to the engines every so many rollouts (asynchronous loop)."""
     update_weight_mode: Literal["full", "delta"] = flag("full", later_values=("delta",))
     """Send all weights, or only what changed."""
@@ -82,13 +84,13 @@ class EngineConfig:
     """Hook of every rank after a version was written."""
     check_weight_update_equal: bool = flag(False, later="the read-back flag (the sync's own checksums are always on)")
     """Compare the engines' weights with the trainer's after a sync."""
-    use_fault_tolerance: bool = flag(False, later="restarting dead engines during a run")
+    use_fault_tolerance: bool = flag(False, later=_HEALTH)
     """Watch the engines and restart those that die."""
-    rollout_health_check_interval: float = 30.0
+    rollout_health_check_interval: float = flag(30.0, later=_HEALTH)
     """Seconds between health checks of an engine."""
-    rollout_health_check_timeout: float = 30.0
+    rollout_health_check_timeout: float = flag(30.0, later=_HEALTH)
     """An engine that does not answer within this many seconds counts as dead."""
-    rollout_health_check_first_wait: float = 0.0
+    rollout_health_check_first_wait: float = flag(0.0, later=_HEALTH)
     """Seconds without health checks after a start or resume."""
     groups: tuple[SglangModel, ...] = derived(())
     """Models and their engine groups, from --sglang-config, --prefill-num-servers or the plain flags."""

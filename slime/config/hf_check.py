@@ -88,20 +88,32 @@ def differences(hf_config: Mapping[str, object], v: Mapping[str, object], megatr
                          f"{'given' if v['untie_embeddings_and_output_weights'] else 'not given'} here")  # fmt: skip
     if rope_theta(hf) is not None:
         compare("rope_theta", float(rope_theta(hf)), "--rotary-base", v["rotary_base"])  # type: ignore[arg-type]
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters")
+    if v["multi_latent_attention"] and isinstance(scaling, dict) and "factor" in scaling:
+        compare(
+            "rope_scaling.factor", float(scaling["factor"]), "--rotary-scaling-factor", megatron.get("rotary_scaling_factor")
+        )
     if hf.get("vocab_size") is not None and v["vocab_size"] is not None:
         compare("vocab_size", hf["vocab_size"], "--vocab-size", v["vocab_size"])
     lines += _layer_kinds(hf, megatron)
     if not v["multi_latent_attention"]:
         if hf.get("attention_bias") is not None:
             compare("attention_bias", hf["attention_bias"], "--add-qkv-bias", megatron.get("add_qkv_bias", False))
-        if hf.get("partial_rotary_factor") is not None:
-            compare("partial_rotary_factor", float(hf["partial_rotary_factor"]), "--rotary-percent", v["rotary_percent"])  # type: ignore[arg-type]
+        if rope_theta(hf) is not None:
+            compare("partial_rotary_factor", _rotary_share(hf), "--rotary-percent", v["rotary_percent"])  # type: ignore[arg-type]
     if hf.get("model_type") is not None:
         for name in ("post_self_attn_layernorm", "post_mlp_layernorm"):
             if v[name] != (hf["model_type"] == "glm4"):
                 flag = "--" + name.replace("_", "-")
                 lines.append(f"model_type is {hf['model_type']} there, {flag} is {'given' if v[name] else 'not given'} here")
     return lines
+
+
+def _rotary_share(hf: Mapping[str, object]) -> float:
+    nested = hf.get("rope_parameters")
+    nested = nested if isinstance(nested, dict) else {}
+    fallback = 0.5 if hf.get("model_type") == "glm4" else 1.0  # transformers' own default of that family
+    return float(nested.get("partial_rotary_factor", hf.get("partial_rotary_factor", fallback)))  # type: ignore[arg-type]
 
 
 def _layer_kinds(hf: Mapping[str, object], megatron: Mapping[str, object]) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from slime.config.flags import derived, flag
 
+_ROPE = "RoPE scaling by flag (rope_parameters of the HF config decide)"
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -30,7 +32,7 @@ class ParallelConfig:
     num_virtual_stages_per_pipeline_rank: int | None = None
     """The same, said as chunks per stage."""
     microbatch_group_size_per_virtual_pipeline_stage: int | None = flag(
-        None, "--microbatch-group-size-per-virtual-pipeline-stage"
+        None, later="micro-batch groups of other than the pipeline's size"
     )
     """Consecutive micro-batches of one chunk; None takes the pipeline size."""
     decoder_first_pipeline_num_layers: int | None = None
@@ -59,8 +61,8 @@ class ModelConfig:
     """MODULE FUNCTION that builds the layer spec from (args, config, vp_stage)."""
     custom_model_provider_path: str | None = None
     """Dotted path of a function that builds the whole model."""
-    model_name: str | None = None
-    """Key of the weight-name table; None derives it from the HF config."""
+    model_name: str | None = flag(None, later="choosing a weight-name table by flag (the HF config's model_type does)")
+    """Key of the weight-name table."""
     vocab_size: int | None = None
     """Rows of the tokenizer's vocabulary."""
     padded_vocab_size: int | None = None
@@ -79,11 +81,11 @@ class ModelConfig:
     """RoPE theta."""
     rotary_percent: float = 1.0
     """Share of the head that RoPE turns."""
-    rotary_seq_len_interpolation_factor: int | None = None
+    rotary_seq_len_interpolation_factor: int | None = flag(None, later=_ROPE)
     """Linear RoPE interpolation."""
-    use_rope_scaling: bool = False
+    use_rope_scaling: bool = flag(False, later=_ROPE)
     """Llama 3's RoPE scaling."""
-    rope_scaling_factor: float = 8.0
+    rope_scaling_factor: float = flag(8.0, later=_ROPE)
     """Its factor."""
     max_position_embeddings: int | None = None
     """Longest position; None takes seq_length. YaRN reads it as the original context."""

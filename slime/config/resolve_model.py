@@ -16,6 +16,7 @@ def dtype_and_optimizer(v: Values) -> None:
         v.derive("params_dtype", "bf16", "--bf16 is given")
     if not v["use_distributed_optimizer"]:
         v.derive("use_distributed_optimizer", True, "checkpoints and sharded state are built on it")
+    v.derive("accumulate_allreduce_grads_in_fp32", True, "gradients are summed in fp32 on every device")
     v.require(
         not v["overlap_cpu_optimizer_d2h_h2d"] or v["optimizer_cpu_offload"],
         "--overlap-cpu-optimizer-d2h-h2d needs --optimizer-cpu-offload",
@@ -55,14 +56,20 @@ def shape(v: Values) -> None:
     )
     if missing:
         return
+    if v["use_rotary_position_embeddings"]:
+        v.derive("position_embedding_type", "rope", "--use-rotary-position-embeddings is its older spelling")
+    elif "position_embedding_type" not in v.given:
+        v.derive("position_embedding_type", "rope", "every model family here is rotary")
+    v.require(
+        v["position_embedding_type"] in ("rope", "yarn"),
+        f"--position-embedding-type {v['position_embedding_type']}: the model families here are rotary; give rope",
+    )
     if v["max_position_embeddings"] is None:
         v.derive("max_position_embeddings", v["seq_length"], "it defaults to --seq-length")
     _attention(v, mega)
     _experts(v, mega)
     if v["swiglu"]:
         mega["gated_linear_unit"] = True
-    if v["use_rotary_position_embeddings"]:
-        v.derive("position_embedding_type", "rope", "--use-rotary-position-embeddings is its older spelling")
     if v["vocab_size"] is None and v.facts.hf_config is not None:
         v.derive("vocab_size", hf_check.text_config(v.facts.hf_config).get("vocab_size"), "the HF config says so")
     v.require(
