@@ -3,9 +3,10 @@
 
     python tools/convert_torch_dist_to_hf.py --input-dir CKPT/iter_0000020 --output-dir OUT --origin-hf-dir HF_DIR
 
---input-dir: an iter_NNNNNNN or release folder, or its parent (the tracker file then says which). --origin-hf-dir gives config.json
-and the tokenizer; with --add-missing-from-origin-hf also the tensors that were not trained (the multi-token-prediction layer).
-Without them the written config.json stops announcing that layer. Weights are written in the origin's dtype, FP8 origins in bf16.
+--input-dir: an iter_NNNNNNN or release folder, or its parent (the tracker file then says which). --origin-hf-dir gives
+config.json and the tokenizer; with --add-missing-from-origin-hf also the tensors that were not trained (the
+multi-token-prediction layer). Without them the written config.json stops announcing that layer. Weights are written in the
+origin's dtype, FP8 origins in bf16.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def _tensors(table: object, reader: object, origin: object | None, dtype: object
             absent.append(entry.name)
     if absent:
         raise ValueError(
-            f"the checkpoint lacks {len(absent)} tensors, e.g. {', '.join(absent[:5])}; pass --add-missing-from-origin-hf to take them from the origin"
+            f"the checkpoint lacks {len(absent)} tensors, e.g. {', '.join(absent[:5])}; pass "
+            "--add-missing-from-origin-hf to take them from the origin"
         )
 
 

@@ -23,7 +23,10 @@ class MemoryUse:
     total: int
 
     def __str__(self) -> str:
-        return f"{self.used / 2**30:.2f} GiB used, peak {self.peak / 2**30:.2f}, {self.free / 2**30:.2f} of {self.total / 2**30:.2f} free"
+        return (
+            f"{self.used / 2**30:.2f} GiB used, peak {self.peak / 2**30:.2f}, {self.free / 2**30:.2f} of "
+            f"{self.total / 2**30:.2f} free"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Device(ABC):
     def share(self, value: object) -> bytes:
         """Pickle tensors (or a container of them) for a process on the same machine.
 
-        cuda: CUDA IPC handles, no copy; the sender keeps the tensors alive until the receiver has answered. host: the bytes themselves.
+        cuda: CUDA IPC handles, no copy; the sender keeps the tensors alive until the receiver has answered. host: the bytes
+        themselves.
         """
 
     def share_tensor(self, tensor: Tensor) -> bytes:

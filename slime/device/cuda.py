@@ -33,7 +33,9 @@ class CudaDevice(Device):
         if visible == 0:
             raise ValueError(f"local rank {local_rank}: no CUDA device is visible to this process; check CUDA_VISIBLE_DEVICES")
         if visible > 1 and local_rank >= visible:
-            raise ValueError(f"local rank {local_rank}, but only {visible} CUDA devices are visible; start at most {visible} ranks here")
+            raise ValueError(
+                f"local rank {local_rank}, but only {visible} CUDA devices are visible; start at most {visible} ranks here"
+            )
         torch.cuda.set_device(local_rank if visible > 1 else 0)
 
     def memory(self) -> MemoryUse:

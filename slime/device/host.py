@@ -49,7 +49,9 @@ class HostDevice(Device):
         """Every operation is complete when it returns."""
 
     def sleep(self, tensors: Mapping[str, Tensor]) -> SleepReport:
-        return SleepReport(0, 0.0, "host: trainer and engines share the machine's memory, so there is nowhere to move weights to")
+        return SleepReport(
+            0, 0.0, "host: trainer and engines share the machine's memory, so there is nowhere to move weights to"
+        )
 
     def wake(self) -> SleepReport:
         return SleepReport(0, 0.0, "host: nothing slept")

@@ -1,4 +1,5 @@
-"""Attention over packed samples in plain torch: grouped queries (Qwen3, GLM-4, Llama) and dense latent attention (DeepSeek-V3)."""
+"""Attention over packed samples in plain torch: grouped queries (Qwen3, GLM-4, Llama) and dense latent attention
+(DeepSeek-V3)."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ class PackedAttention(MegatronModule):
         return stream_of(packed, t, cp_group=cp_group, contiguous=self.contiguous_cp, device=device)
 
     def whole_sequence(self, shard: Tensor) -> Tensor:
-        """[t / tp, ...] -> [t, ...] under sequence parallelism; every rank then works on its own heads, so backward sums and scatters."""
+        """[t / tp, ...] -> [t, ...] under sequence parallelism; every rank then works on its own heads, so backward sums and
+        scatters."""
         if self.tp_size == 1 or not self.config.sequence_parallel:
             return shard
         return gather_from_sequence_parallel_region(shard.contiguous(), tensor_parallel_output_grad=True, group=self.tp_group)
@@ -95,13 +97,15 @@ class PackedAttention(MegatronModule):
 
 
 class GroupedQueryAttention(PackedAttention):
-    """hidden [t / tp, 1, h] -> same; input norm inside linear_qkv, whose rows lie per query group as [queries | key | value]."""
+    """hidden [t / tp, 1, h] -> same; input norm inside linear_qkv, whose rows lie per query group as [queries | key |
+    value]."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, shape: GqaShape, **kwargs: object) -> None:
         super().__init__(config, layer_number, **kwargs)
         if shape.groups % self.tp_size:
             raise ValueError(
-                f"{shape.groups} key/value heads cannot be split over --tensor-model-parallel-size {self.tp_size}; use a divisor"
+                f"{shape.groups} key/value heads cannot be split over --tensor-model-parallel-size "
+                f"{self.tp_size}; use a divisor"
             )
         self.shape = shape
         self.linear_qkv = NormColumnParallelLinear(
@@ -120,7 +124,12 @@ class GroupedQueryAttention(PackedAttention):
         self.linear_proj = self.output_projection(shape.heads * shape.width)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: PackedSeqParams = None, **_: object
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams = None,
+        **_: object,
     ) -> tuple[Tensor, Tensor | None]:
         shape = self.shape
         mixed, _ = self.linear_qkv(hidden_states)
@@ -141,7 +150,8 @@ class GroupedQueryAttention(PackedAttention):
 
 class _HeadNorm(RMSNorm):
     """RMSNorm of each head. Its weight meets this rank's heads only; megatron-core adds up its gradients by the name
-    `q_layernorm` / `k_layernorm` (finalize_model_grads), which would double them without sequence parallelism (build refuses that)."""
+    `q_layernorm` / `k_layernorm` (finalize_model_grads), which would double them without sequence parallelism (build refuses
+    that)."""
 
 
 def packed_causal_attention(query: Tensor, key: Tensor, value: Tensor, stream: Stream, *, scale: float) -> Tensor:
@@ -152,7 +162,11 @@ def packed_causal_attention(query: Tensor, key: Tensor, value: Tensor, stream: S
     out = []
     for segment in stream.segments:
         rows = slice(segment.local, segment.local + segment.end - segment.begin)
-        out.append(_segment_attention(query[rows], key[segment.sample : segment.end], value[segment.sample : segment.end], segment, scale))
+        out.append(
+            _segment_attention(
+                query[rows], key[segment.sample : segment.end], value[segment.sample : segment.end], segment, scale
+            )
+        )
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -218,7 +232,9 @@ class LatentAttention(PackedAttention):
         super().__init__(config, layer_number, **kwargs)
         self.shape = shape
         if shape.heads % self.tp_size:
-            raise ValueError(f"{shape.heads} heads cannot be split over --tensor-model-parallel-size {self.tp_size}; use a divisor")
+            raise ValueError(
+                f"{shape.heads} heads cannot be split over --tensor-model-parallel-size {self.tp_size}; use a divisor"
+            )
         self.heads_here = shape.heads // self.tp_size
         linear = {
             "config": config,
@@ -262,7 +278,12 @@ class LatentAttention(PackedAttention):
         return hidden.shape[0] * (self.tp_size if self.config.sequence_parallel else 1)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: PackedSeqParams = None, **_: object
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams = None,
+        **_: object,
     ) -> tuple[Tensor, Tensor | None]:
         shape = self.shape
         stream = self.stream(packed_seq_params, self.local_rows(hidden_states), hidden_states.device)
@@ -274,5 +295,3 @@ class LatentAttention(PackedAttention):
         key = torch.cat([key, shared_key[:, None, :].expand(-1, self.heads_here, -1)], dim=-1)
         out = packed_causal_attention(query, stream.gather(key), stream.gather(value), stream, scale=shape.scale)
         return self.linear_proj(out.flatten(1).unsqueeze(1))
-
-

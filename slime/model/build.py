@@ -33,9 +33,9 @@ def build_model(
 ) -> list[GPTModel]:
     """This rank's chunks (one, or one per virtual stage), without DDP and with uninitialised weights: load a checkpoint next.
 
-    dtype: of the parameters, where it is not the config's to say (conversion keeps the checkpoint's). weights_only: the model will
-    never compute. Raises ValueError, listing all differences, when MODEL_ARGS and config.json describe different models, and for
-    layouts that cannot compute what was asked.
+    dtype: of the parameters, where it is not the config's to say (conversion keeps the checkpoint's). weights_only: the model
+    will never compute. Raises ValueError, listing all differences, when MODEL_ARGS and config.json describe different models,
+    and for layouts that cannot compute what was asked.
     """
     megatron, notes = transformer_config(config, device, dtype=dtype, weights_only=weights_only)
     if ranks.rank == 0:
@@ -54,9 +54,9 @@ def build_model(
 def mark_sharded(chunks: list[GPTModel], table: NameTable, ranks: Ranks) -> None:
     """Tell the optimizer which parameters are parts of a whole: grad norms count the others on tensor-parallel rank 0 only.
 
-    megatron-core sets these attributes while it initialises weights, which is skipped here; without them a norm under TP > 1 would
-    silently miss every other rank's shard. Experts are parts always, as in megatron-core: their replicas are told apart by the
-    expert-data-parallel group.
+    megatron-core sets these attributes while it initialises weights, which is skipped here; without them a norm under TP > 1
+    would silently miss every other rank's shard. Experts are parts always, as in megatron-core: their replicas are told apart
+    by the expert-data-parallel group.
     """
     for local in local_tensors(chunks, ranks, experts=False):
         if local.parameter is None:

@@ -51,5 +51,7 @@ def check_files(table: NameTable, source: TensorSource) -> Coverage:
             for kind, found in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
             if found
         ]
-        raise ValueError(f"{source.folder} does not hold the {table.model_type} model its config.json describes:\n  " + "\n  ".join(parts))
+        raise ValueError(
+            f"{source.folder} does not hold the {table.model_type} model its config.json describes:\n  " + "\n  ".join(parts)
+        )
     return Coverage(len(expected), len(present & scales), len(duplicates))

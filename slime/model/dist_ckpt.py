@@ -1,6 +1,7 @@
 """Model weights as a Megatron `torch_dist` checkpoint, which loads under any other TP, PP and EP.
 
-Folder layout: `<save>/latest_checkpointed_iteration.txt` (an iteration, or `release`), `<save>/release/` or `<save>/iter_0000012/`.
+Folder layout: `<save>/latest_checkpointed_iteration.txt` (an iteration, or `release`), `<save>/release/` or
+`<save>/iter_0000012/`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ DESCRIPTION = "slime_model"
 
 
 def sharding_metadata(ranks: Ranks) -> dict[str, Any]:
-    """What sharded_state_dict wants to know. Layers are saved one by one: they differ (dense and MoE, with and without indexer)."""
+    """What sharded_state_dict wants to know. Layers are saved one by one: they differ (dense and MoE, with and without
+    indexer)."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
@@ -69,7 +71,9 @@ def save_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks, *, 
     Raises ValueError where the package psutil is missing, without which megatron-core would wait forever.
     """
     if importlib.util.find_spec("psutil") is None:
-        raise ValueError("saving a checkpoint needs the package psutil, without which megatron-core's writers hang; pip install psutil")
+        raise ValueError(
+            "saving a checkpoint needs the package psutil, without which megatron-core's writers hang; pip install psutil"
+        )
     if ranks.rank == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
     dist.barrier()
@@ -89,11 +93,15 @@ def load_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks) -> 
     # Modules announce an empty `_extra_state`; a checkpoint need not have it.
     absent = sorted(key for key in absent if not key.endswith("_extra_state"))
     if absent:
-        raise ValueError(f"{folder} lacks {len(absent)} tensors of this model: {', '.join(absent[:10])}{' ...' if len(absent) > 10 else ''}")
+        raise ValueError(
+            f"{folder} lacks {len(absent)} tensors of this model: {', '.join(absent[:10])}{' ...' if len(absent) > 10 else ''}"
+        )
     return loaded
 
 
-def save_model(chunks: list[torch.nn.Module], hf: HfConfig, folder: str | Path, ranks: Ranks, *, common: Mapping[str, Any] | None = None) -> None:
+def save_model(
+    chunks: list[torch.nn.Module], hf: HfConfig, folder: str | Path, ranks: Ranks, *, common: Mapping[str, Any] | None = None
+) -> None:
     """Weights only (and `common`, small values every rank agrees on) into `folder`."""
     save_sharded({**sharded_model(chunks, ranks), DESCRIPTION: describe(hf), **(common or {})}, folder, ranks)
 
@@ -130,7 +138,11 @@ def check_description(hf: HfConfig, folder: str | Path) -> dict[str, Any]:
     saved, wanted = common.get(DESCRIPTION), describe(hf)
     if saved is None:
         raise ValueError(f"{folder} does not say which model it holds; convert it anew with tools/convert_hf_to_torch_dist.py")
-    lines = [f"{key}: checkpoint {saved.get(key)!r}, {hf.source} {wanted.get(key)!r}" for key in sorted({*saved, *wanted}) if saved.get(key) != wanted.get(key)]
+    lines = [
+        f"{key}: checkpoint {saved.get(key)!r}, {hf.source} {wanted.get(key)!r}"
+        for key in sorted({*saved, *wanted})
+        if saved.get(key) != wanted.get(key)
+    ]
     if lines:
         raise ValueError(f"{folder} holds another model:\n  " + "\n  ".join(lines))
     return common

@@ -18,14 +18,17 @@ _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state")
 
 
 class TorchDistReader:
-    """Global Megatron names, experts numbered (see slime.model.names). Keeps the last stacked tensor, since its experts come in a row."""
+    """Global Megatron names, experts numbered (see slime.model.names). Keeps the last stacked tensor, since its experts come in
+    a row."""
 
     def __init__(self, folder: str | Path, hf: HfConfig) -> None:
         folder = Path(folder)
         if not (folder / ".metadata").is_file():
             tracker = read_tracker(folder)
             if tracker is None:
-                raise ValueError(f"{folder} is neither a torch_dist checkpoint (.metadata) nor a folder of them ({'tracker file'} missing)")
+                raise ValueError(
+                    f"{folder} is neither a torch_dist checkpoint (.metadata) nor a folder of them ({'tracker file'} missing)"
+                )
             folder = checkpoint_folder(folder, tracker)
         self.folder = folder
         check_description(hf, folder)

@@ -25,9 +25,9 @@ class StackedWeight(torch.nn.Module):
     def __init__(self, config: TransformerConfig, *shape: int) -> None:
         super().__init__()
         self.weight = new_parameter(config, *shape, sharded_tokens=False)
-        # False always, not only with EP > 1: gradients of experts are summed over the expert-data-parallel group, which is right for
-        # every layout. megatron-core takes the dense group when EP is 1, wrong under TP > 1, and its optimizer then has another
-        # structure, which is why checkpoints could not change between EP 1 and EP > 1.
+        # False always, not only with EP > 1: gradients of experts are summed over the expert-data-parallel group, which is
+        # right for every layout. megatron-core takes the dense group when EP is 1, wrong under TP > 1, and its optimizer then
+        # has another structure, which is why checkpoints could not change between EP 1 and EP > 1.
         self.weight.allreduce = False
 
 
@@ -47,7 +47,8 @@ class GroupedExperts(MegatronModule):
         super().__init__(config=config)
         if dist.get_world_size(pg_collection.expt_tp) > 1:
             raise ValueError(
-                f"--expert-tensor-parallel-size {dist.get_world_size(pg_collection.expt_tp)}: experts are whole on their rank here; "
+                f"--expert-tensor-parallel-size {dist.get_world_size(pg_collection.expt_tp)}: experts are whole "
+                "on their rank here; "
                 f"pass --expert-tensor-parallel-size 1 and raise --expert-model-parallel-size instead"
             )
         if config.moe_apply_probs_on_input or config.add_bias_linear:

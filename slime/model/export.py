@@ -22,10 +22,11 @@ def export_weights(
 ) -> Iterator[NamedTensors]:
     """HF tensors of this rank's pipeline stage and expert shard; tensors of one list must reach an engine in one update call.
 
-    Collective within the tensor-parallel group, whose members iterate in step. gather_to_source: one rank per stage (dense weights)
-    and one per stage and expert shard (experts) gets tensors, the others get empty lists; otherwise every rank gets its own stage's.
-    experts: only the routed experts (True) or only the rest (False); both unless said.
-    A tensor may share memory with the model: consume it before the next optimizer step. Tied copies are given once, by their owner.
+    Collective within the tensor-parallel group, whose members iterate in step. gather_to_source: one rank per stage (dense
+    weights) and one per stage and expert shard (experts) gets tensors, the others get empty lists; otherwise every rank gets
+    its own stage's. experts: only the routed experts (True) or only the rest (False); both unless said.
+    A tensor may share memory with the model: consume it before the next optimizer step. Tied copies are given once, by their
+    owner.
     """
     partners = Counter(entry.together for entry in table.entries if entry.together)
     waiting: dict[str, NamedTensors] = {}

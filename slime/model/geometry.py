@@ -1,4 +1,5 @@
-"""What an HF config means in megatron-core's words; used to check MODEL_ARGS against a checkpoint, and by small models in tests."""
+"""What an HF config means in megatron-core's words; used to check MODEL_ARGS against a checkpoint, and by small models in
+tests."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def _moe(hf: HfConfig) -> dict[str, object]:
         if hf["num_experts_per_tok"] != 2 * hf["topk_group"]:
             # megatron-core ranks groups by their best topk // topk_group experts, DeepSeek by their best two.
             raise ValueError(
-                f"{hf.source}: group-limited routing with {hf['num_experts_per_tok']} experts of {hf['topk_group']} groups differs "
+                f"{hf.source}: group-limited routing with {hf['num_experts_per_tok']} experts of "
+                f"{hf['topk_group']} groups differs "
                 f"between megatron-core and the released models; only two experts per chosen group are supported"
             )
         values.update(moe_router_num_groups=hf["n_group"], moe_router_group_topk=hf["topk_group"])
@@ -87,7 +89,8 @@ _FLAGS = {
 def differences(given: Mapping[str, object], model: object, hf: HfConfig) -> list[str]:
     """One line per value in which MODEL_ARGS and the checkpoint's config.json disagree; empty when they describe one model.
 
-    given: the fields of the TransformerConfig that the flags produced, defaults included. model: the config's model section (rotary_base, vocab_size, tying).
+    given: the fields of the TransformerConfig that the flags produced, defaults included. model: the config's model section
+    (rotary_base, vocab_size, tying).
     """
     lines = []
     for name, wanted in megatron_values(hf).items():

@@ -1,4 +1,5 @@
-"""config.json of a Hugging Face checkpoint, read as plain data: no transformers, so that a laptop checks a 744B model in a second."""
+"""config.json of a Hugging Face checkpoint, read as plain data: no transformers, so that a laptop checks a 744B model in a
+second."""
 
 from __future__ import annotations
 

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from slime.model.coverage import check_files
+from slime.model.export import export_weights
+from slime.model.hf_config import read_hf_config
 from slime.model.layout import merge, shard
 from slime.model.local import LocalTensor, check_shapes, local_tensors, split_of
 from slime.model.names import HfTensor, NameTable
@@ -105,8 +108,9 @@ def load_hf(
 ) -> int:
     """Fill this rank's tensors from the HF files; returns how many Megatron tensors were written.
 
-    Reads only what this rank holds, one tensor at a time. FP8 is de-quantised through bf16 for bf16 models, straight to float32 for
-    float32 ones. Raises ValueError listing tensors that are missing, unexpected or of another shape, before anything is written.
+    Reads only what this rank holds, one tensor at a time. FP8 is de-quantised through bf16 for bf16 models, straight to float32
+    for float32 ones. Raises ValueError listing tensors that are missing, unexpected or of another shape, before anything is
+    written.
     """
     check_files(table, reader)
     check_shapes(chunks, table, ranks, padded_vocab)
@@ -127,17 +131,17 @@ def _fill(local: LocalTensor, table: NameTable, reader: SafetensorsReader, ranks
 
 
 class HfWriter:
-    """Writes HF tensors into numbered safetensors files of at most `max_bytes`, then the index; `close` makes the folder valid.
+    """Writes HF tensors into safetensors files of at most `max_bytes`, then the index; `close` makes the folder valid.
 
-    One process writes. Files carry temporary names until their number is known; the index is written last.
+    Files carry temporary names until the number of all files is known; the index is written last. With several writers (one per
+    rank, `part` tells them apart, on a file system that all see) each adds its tensors and calls `flush`; `publish` then joins
+    them.
     """
 
-    def __init__(self, folder: str | Path, *, max_bytes: int = 5 * 2**30) -> None:
+    def __init__(self, folder: str | Path, *, max_bytes: int = 5 * 2**30, part: int = 0) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for old in [*self.folder.glob("*.safetensors"), self.folder / INDEX]:
-            old.unlink(missing_ok=True)
-        self.max_bytes = max_bytes
+        self.max_bytes, self.part = max_bytes, part
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._written: list[list[str]] = []
@@ -151,43 +155,60 @@ class HfWriter:
         tensor = tensor.detach().to("cpu").contiguous()
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.max_bytes:
-            self._flush()
-        # A view would drag its whole storage into the file and safetensors refuses shared ones.
+            self.flush()
+        # A view would drag its whole storage into the file, and safetensors refuses shared ones. A view of the trained weights
+        # would also change under us if it waited for its file across an optimizer step.
         self._pending[name] = tensor.clone() if tensor.untyped_storage().nbytes() != size else tensor
         self._pending_bytes += size
         self.total_bytes += size
 
-    def _flush(self) -> None:
-        save_file(self._pending, str(self._part(len(self._written))), metadata={"format": "pt"})
-        self._written.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+    def flush(self) -> list[tuple[str, list[str]]]:
+        """Write what is pending. Returns every file of this writer so far: (temporary name, tensors in it)."""
+        if self._pending:
+            save_file(self._pending, str(self.folder / self._temporary(len(self._written))), metadata={"format": "pt"})
+            self._written.append(list(self._pending))
+            self._pending, self._pending_bytes = {}, 0
+        return [(self._temporary(number), names) for number, names in enumerate(self._written)]
 
-    def _part(self, number: int) -> Path:
-        return self.folder / f".writing-{number:05d}.safetensors"
+    def _temporary(self, number: int) -> str:
+        return f".writing-{self.part:05d}-{number:05d}.safetensors"
 
-    def close(self, table: NameTable | None = None) -> None:
-        """Rename, write the index; with a table, first check that every one of its tensors was written."""
-        if self._pending or not self._written:
-            self._flush()
-        if table is not None:
-            missing = [name for name in table.hf_names() if name not in self._seen]
-            if missing:
-                raise ValueError(f"{len(missing)} tensors were never written, e.g. {', '.join(missing[:5])}")
-        weight_map, count = {}, len(self._written)
-        for number, names in enumerate(self._written):
-            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            os.replace(self._part(number), self.folder / file)
-            weight_map.update(dict.fromkeys(names, file))
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        partial = self.folder / f".{INDEX}"
-        partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        os.replace(partial, self.folder / INDEX)
+    def close(self, table: NameTable) -> None:
+        """Of a single writer: flush and publish."""
+        publish(self.folder, self.flush(), self.total_bytes, table)
+
+
+def publish(folder: str | Path, files: list[tuple[str, list[str]]], total_bytes: int, table: NameTable) -> None:
+    """Give temporary files their final names and write the index, in one process, after all are on disk.
+
+    Raises ValueError, with nothing renamed, when a tensor of the table is missing or one came twice. Older weight files go.
+    """
+    folder = Path(folder)
+    names = [name for _, tensors in files for name in tensors]
+    if len(set(names)) != len(names):
+        raise ValueError(f"written twice: {', '.join(sorted(name for name in set(names) if names.count(name) > 1)[:5])}")
+    missing = [name for name in table.hf_names() if name not in set(names)]
+    if missing:
+        raise ValueError(f"{len(missing)} tensors were never written, e.g. {', '.join(missing[:5])}")
+    for old in [*folder.glob("*.safetensors"), folder / INDEX]:
+        if not old.name.startswith(".writing-"):
+            old.unlink(missing_ok=True)
+    weight_map = {}
+    for number, (temporary, tensors) in enumerate(files):
+        final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        os.replace(folder / temporary, folder / final)
+        weight_map.update(dict.fromkeys(tensors, final))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    partial = folder / f".{INDEX}"
+    partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    os.replace(partial, folder / INDEX)
 
 
 def copy_assets(origin: str | Path, target: str | Path, *, config_changes: Mapping[str, object] | None = None) -> None:
     """Tokenizer, templates, generation config and config.json of `origin`; never weights.
 
-    config.json loses `quantization_config`, because the weights beside it are not quantised; `config_changes` are written over it.
+    config.json loses `quantization_config`, because the weights beside it are not quantised; `config_changes` are written over
+    it.
     """
     origin, target = Path(origin), Path(target)
     if origin.resolve() == target.resolve():
@@ -200,6 +221,41 @@ def copy_assets(origin: str | Path, target: str | Path, *, config_changes: Mappi
     config.pop("quantization_config", None)
     config.update(config_changes or {})
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_hf(
+    chunks: list[torch.nn.Module],
+    table: NameTable,
+    ranks: Ranks,
+    folder: str | Path,
+    *,
+    origin: str | Path,
+    max_bytes: int = 5 * 2**30,
+) -> None:
+    """The trained weights as a Hugging Face checkpoint; every rank calls it, on a file system that all of them see.
+
+    Every rank that is the source of weights writes its own files; rank 0 checks the union, numbers them and writes the index.
+    `origin`'s tokenizer and config.json come along. Weights have the trained dtype, except that float32 trainers of a bf16
+    origin write bf16. Raises ValueError on all ranks when a tensor is missing.
+    """
+    writer = HfWriter(folder, max_bytes=max_bytes, part=ranks.rank)
+    dtype = torch.float32 if read_hf_config(origin).get("dtype") == "float32" else torch.bfloat16
+    for group in export_weights(chunks, table, ranks):
+        for name, tensor in group:
+            writer.add(name, tensor if table.by_hf(name).float32 else tensor.to(dtype))
+    parts: list = [None] * ranks.world_size
+    dist.all_gather_object(parts, (writer.flush(), writer.total_bytes))
+    failure: list[str | None] = [None]
+    if ranks.rank == 0:
+        try:
+            publish(folder, [file for files, _ in parts for file in files], sum(size for _, size in parts), table)
+            kept = any(entry.name.startswith("mtp.") for entry in table.entries)
+            copy_assets(origin, folder, config_changes=None if kept else {"num_nextn_predict_layers": 0})
+        except (OSError, ValueError) as wrong:
+            failure = [f"{folder}: {wrong}"]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise ValueError(failure[0])
 
 
 def write_hf(

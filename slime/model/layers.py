@@ -31,8 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def new_parameter(config: TransformerConfig, *shape: int, fill: float | None = None, sharded_tokens: bool = True) -> Parameter:
     """A replicated parameter on the model's device, `fill`ed or left for the checkpoint.
 
-    sharded_tokens: it meets only this rank's slice of the tokens under sequence parallelism, so that its gradient is a partial sum
-    which finalize_model_grads adds up over the tensor-parallel group (attribute `sequence_parallel`).
+    sharded_tokens: it meets only this rank's slice of the tokens under sequence parallelism, so that its gradient is a partial
+    sum which finalize_model_grads adds up over the tensor-parallel group (attribute `sequence_parallel`).
     """
     device = None if config.use_cpu_initialization else get_device().torch_device
     data = torch.empty(*shape, dtype=config.params_dtype, device=device)

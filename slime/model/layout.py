@@ -50,7 +50,9 @@ def shard_shape(entry: Entry, size: int, *, padded_vocab: int | None = None) -> 
     elif entry.split == "gated_rows":
         units = whole // 2
     if units % size:
-        raise ValueError(f"{entry.name}: {units} {'query groups' if entry.groups else 'rows'} cannot be split over {size} ranks")
+        raise ValueError(
+            f"{entry.name}: {units} {'query groups' if entry.groups else 'rows'} cannot be split over {size} ranks"
+        )
     shape = list(entry.shape)
     shape[axis] = whole // size
     return tuple(shape)

@@ -59,7 +59,8 @@ FAMILIES = ("glm_moe_dsa", "deepseek_v3", "deepseek_v32", "qwen3", "qwen3_moe", 
 class NameTable:
     """Every tensor of one model. `aliases`: Megatron names of tied copies -> the name that owns the data.
 
-    `duplicates`: HF tensors some releases repeat (DeepSeek-V3's MTP layer has its own copy of the embedding) -> owner's HF name.
+    `duplicates`: HF tensors some releases repeat (DeepSeek-V3's MTP layer has its own copy of the embedding) -> owner's HF
+    name.
     """
 
     model_type: str
@@ -97,7 +98,9 @@ class NameTable:
         """The entry of a global Megatron name; a tied copy gives its owner's."""
         owner = self.aliases.get(name, name)
         if owner not in self._by_name:
-            raise ValueError(f"parameter {name} is not in the {self.model_type} weight table; does the layer spec match the model?")
+            raise ValueError(
+                f"parameter {name} is not in the {self.model_type} weight table; does the layer spec match the model?"
+            )
         return self._by_name[owner]
 
     def by_hf(self, hf_name: str) -> Entry | None:
@@ -184,7 +187,13 @@ def _mla(hf: HfConfig, ours: str, theirs: str) -> Iterator[Entry]:
         shape = (heads * (nope + rope), hidden)
         yield _plain(f"{ours}linear_q_proj.weight", f"{theirs}q_proj.weight", shape, split="rows", fp8=True)
     shape = (latent + rope, hidden)
-    yield _plain(f"{ours}linear_kv_down_proj.weight", f"{theirs}kv_a_proj_with_mqa.weight", shape, fp8=True, together=pair if query else "")
+    yield _plain(
+        f"{ours}linear_kv_down_proj.weight",
+        f"{theirs}kv_a_proj_with_mqa.weight",
+        shape,
+        fp8=True,
+        together=pair if query else "",
+    )
     yield _plain(f"{ours}linear_kv_up_proj.layer_norm_weight", f"{theirs}kv_a_layernorm.weight", (latent,))
     shape = (heads * (nope + value), latent)
     yield _plain(f"{ours}linear_kv_up_proj.weight", f"{theirs}kv_b_proj.weight", shape, split="rows", fp8=True)
@@ -227,7 +236,9 @@ def _dense(hf: HfConfig, ours: str, theirs: str) -> Iterator[Entry]:
     if hf.model_type == "glm4":
         whole = (HfTensor(f"{theirs}mlp.gate_up_proj.weight", (2 * inner, hidden), True),)
         yield Entry(f"{ours}mlp.linear_fc1.weight", (2 * inner, hidden), whole, "single", "gated_rows")
-        yield _plain(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight", (hidden, inner), split="columns", fp8=True)
+        yield _plain(
+            f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight", (hidden, inner), split="columns", fp8=True
+        )
     else:
         yield from _gated(f"{ours}mlp.", f"{theirs}mlp.", hidden, inner)
 

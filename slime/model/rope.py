@@ -28,7 +28,9 @@ class RopeTable:
         kind = parameters["rope_type"]
         if kind not in ("default", "yarn", "llama3", "linear"):
             raise ValueError(f"{hf.source}: rope_type {kind!r} is not supported (default, yarn, llama3, linear)")
-        scaling = tuple(sorted((key, value) for key, value in parameters.items() if isinstance(value, int | float | str | bool)))
+        scaling = tuple(
+            sorted((key, value) for key, value in parameters.items() if isinstance(value, int | float | str | bool))
+        )
         return RopeTable(width, hf.rope_theta, scaling, hf.get("max_position_embeddings", 4096))
 
     def cos_sin(self, stream: Stream) -> tuple[Tensor, Tensor]:

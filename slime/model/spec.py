@@ -36,7 +36,9 @@ def stage_layers(config: TransformerConfig, vp_stage: int | None = None, pp_rank
 def feed_forward(config: TransformerConfig, hf: HfConfig, layer: int) -> tuple[object, ModuleSpec]:
     """(norm before it, feed-forward) of 0-based `layer`: the norm of a dense one is inside linear_fc1."""
     if not hf.is_moe_layer(layer):
-        return IdentityOp, ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear))
+        return IdentityOp, ModuleSpec(
+            MLP, submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear)
+        )
     shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     parts = MoESubmodules(
         experts=ModuleSpec(GroupedExperts),
@@ -45,7 +47,9 @@ def feed_forward(config: TransformerConfig, hf: HfConfig, layer: int) -> tuple[o
     return RMSNorm, ModuleSpec(MoELayer, submodules=parts)
 
 
-def layer_spec(config: TransformerConfig, hf: HfConfig, layer: int, attention: ModuleSpec, *, norm_in_attention: bool) -> ModuleSpec:
+def layer_spec(
+    config: TransformerConfig, hf: HfConfig, layer: int, attention: ModuleSpec, *, norm_in_attention: bool
+) -> ModuleSpec:
     """One decoder layer around `attention`."""
     mlp_norm, mlp = feed_forward(config, hf, layer)
     return ModuleSpec(
@@ -67,7 +71,8 @@ def decoder_spec(
     """This stage's layers for the families without sparse attention."""
     if hf.has_indexer:
         raise ValueError(
-            f"{hf.source} is a sparse-attention model ({hf.model_type}); pass --spec slime_plugins.models.glm5.glm5 get_glm5_spec"
+            f"{hf.source} is a sparse-attention model ({hf.model_type}); pass --spec "
+            "slime_plugins.models.glm5.glm5 get_glm5_spec"
         )
     if hf.is_mla:
         attention = ModuleSpec(LatentAttention, params={"shape": MlaShape.for_model(hf), "contiguous_cp": contiguous_cp})

@@ -1,7 +1,7 @@
 """The packed token stream of one micro-batch as this rank's attention layers see it.
 
-Made once per micro-batch from `PackedSeqParams.cu_seqlens_q` and kept on that object, which activation recompute captures too: every
-layer, in the forward and in a recomputed forward, sees the same stream and the same shared indices.
+Made once per micro-batch from `PackedSeqParams.cu_seqlens_q` and kept on that object, which activation recompute captures too:
+every layer, in the forward and in a recomputed forward, sees the same stream and the same shared indices.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def stream_of(
     chunks of every sample (zigzag). Raises ValueError when cu_seqlens does not end at t x ranks.
     """
     if packed is None or packed.cu_seqlens_q is None:
-        raise ValueError("attention here works on packed sequences: pass packed_seq_params with cu_seqlens_q (one sample: [0, T])")
+        raise ValueError(
+            "attention here works on packed sequences: pass packed_seq_params with cu_seqlens_q (one sample: [0, T])"
+        )
     made = getattr(packed, _ATTRIBUTE, None)
     if made is None:
         made = make_stream(packed.cu_seqlens_q.tolist(), t, cp_group=cp_group, contiguous=contiguous, device=device)
@@ -103,7 +105,8 @@ def make_stream(
     total = t * size
     if bounds[0] != 0 or bounds[-1] != total:
         raise ValueError(
-            f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}, but {size} context-parallel ranks hold {t} rows each ({total}); "
+            f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}, but {size} context-parallel ranks hold {t} rows "
+            f"each ({total}); "
             f"padding at the end of the stream must be a sequence of its own"
         )
     own = [_contiguous(bounds, t, r) if contiguous or size == 1 else _zigzag(bounds, t, r, size) for r in range(size)]
@@ -131,8 +134,8 @@ def _contiguous(bounds: Sequence[int], t: int, rank: int) -> list[Segment]:
 
 
 def _zigzag(bounds: Sequence[int], t: int, rank: int, size: int) -> list[Segment]:
-    """Every sample has 2 x size equal chunks, rank r holds chunks r and 2 x size - 1 - r; a padding sequence at the end that has
-    no such chunks is dealt out in equal slices."""
+    """Every sample has 2 x size equal chunks, rank r holds chunks r and 2 x size - 1 - r; a padding sequence at the end that
+    has no such chunks is dealt out in equal slices."""
     segments, local = [], 0
     for start, end in zip(bounds, bounds[1:], strict=False):
         length = end - start

@@ -34,6 +34,13 @@ _NEEDS_OTHER_PACKAGES = {
     "moe_shared_expert_overlap": "it needs two CUDA streams inside TransformerEngine's linears",
 }
 
+# Selective recomputation of modules that keep nothing worth recomputing here.
+_NOTHING_TO_RECOMPUTE = {
+    "core_attn": "attention here never holds a score matrix",
+    "mla_up_proj": "keys and values are not expanded (sparse attention), or SDPA keeps them",
+    "moe_act": "the grouped experts keep it; recompute the module 'moe' to save that memory",
+}
+
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -62,7 +69,8 @@ def transformer_config(
         if values.pop(name, False):
             notes.append(f"{name} off: {reason}")
         values[name] = False
-    _dispatcher(values, device, notes)
+    _dispatcher(values, notes)
+    _recompute(values, notes)
     if isinstance(values.get("attention_backend"), str):
         values["attention_backend"] = AttnBackend[values["attention_backend"]]
     if model.swiglu or values.get("gated_linear_unit"):
@@ -100,23 +108,38 @@ def transformer_config(
 def _refuse(parallel: object, values: dict[str, object], weights_only: bool) -> None:
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel and not weights_only:
         raise ValueError(
-            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} needs --sequence-parallel: without it megatron-core "
+            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} needs --sequence-parallel: "
+            "without it megatron-core "
             f"doubles the gradients of head norms and cannot train MoE layers"
         )
     if values.get("layernorm_zero_centered_gamma"):
         raise ValueError("--apply-layernorm-1p is for models trained with it; none of the supported ones is")
     for name in ("hidden_dropout", "attention_dropout"):
         if values.get(name):
-            raise ValueError(f"--{name.replace('_', '-')} {values[name]}: dropout would separate trained from served probabilities; pass 0")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {values[name]}: dropout would separate trained from served probabilities; pass 0"
+            )
 
 
-def _dispatcher(values: dict[str, object], device: Device, notes: list[str]) -> None:
+def _dispatcher(values: dict[str, object], notes: list[str]) -> None:
     chosen = values.get("moe_token_dispatcher_type", "allgather")
     if chosen != "alltoall":
         if values.get("num_moe_experts") and "moe_token_dispatcher_type" in values:
             why = "flex needs DeepEP and TransformerEngine" if chosen == "flex" else "its sums differ with the batch's padding"
             notes.append(f"moe_token_dispatcher_type alltoall instead of {chosen}: {why}")
         values["moe_token_dispatcher_type"] = "alltoall"
+
+
+def _recompute(values: dict[str, object], notes: list[str]) -> None:
+    if values.get("recompute_granularity") != "selective":
+        return
+    kept = []
+    for module in values.get("recompute_modules") or ["core_attn"]:
+        if module in _NOTHING_TO_RECOMPUTE:
+            notes.append(f"recompute_modules: {module} is left out, {_NOTHING_TO_RECOMPUTE[module]}")
+        else:
+            kept.append(module)
+    values["recompute_modules"] = kept
 
 
 def _parallel_values(parallel: object) -> dict[str, object]:

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from slime.compat.megatron import prepare
-from slime.device import Device
 
 
 class ParallelSizes(Protocol):
@@ -25,11 +24,19 @@ class ParallelSizes(Protocol):
     distributed_timeout_minutes: int
 
 
+class HasBackend(Protocol):
+    """What is asked of a device here."""
+
+    backend: str
+    """The torch.distributed backend of its collectives."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process in the grid. A `*_rank` counts from 0 within the group of the same name.
 
-    `dp` counts replicas of the data; gradients of dense parameters are summed over `dp_cp_group`, those of experts over `edp_group`.
+    `dp` counts replicas of the data; gradients of dense parameters are summed over `dp_cp_group`, those of experts over
+    `edp_group`.
     """
 
     rank: int
@@ -95,7 +102,8 @@ def check_sizes(sizes: ParallelSizes, world_size: int) -> None:
     if world_size % (ep * etp * pp):
         raise ValueError(
             f"{world_size} ranks cannot be divided into expert-TP {etp} x EP {ep} x PP {pp} = {ep * etp * pp}; choose "
-            f"--expert-model-parallel-size among {_divisors(world_size // (etp * pp)) if world_size % (etp * pp) == 0 else '(none)'}"
+            "--expert-model-parallel-size among "
+            f"{_divisors(world_size // (etp * pp)) if world_size % (etp * pp) == 0 else '(none)'}"
         )
 
 
@@ -109,11 +117,13 @@ def _divisors(number: int) -> list[int]:
 
 
 def init_ranks(
-    sizes: ParallelSizes, *, rank: int, world_size: int, device: Device, seed: int = 1234, init_method: str = "env://"
+    sizes: ParallelSizes, *, rank: int, world_size: int, device: HasBackend, seed: int = 1234, init_method: str = "env://"
 ) -> Ranks:
-    """Join the world (unless torch.distributed already runs), build every group, seed megatron-core's generators, say who we are.
+    """Join the world (unless torch.distributed already runs), build every group, seed megatron-core's generators, say who we
+    are.
 
-    seed: --seed; tensor-parallel ranks get streams of their own from it, pipeline stages too. All ranks call it together. Raises ValueError when the sizes do not fit the world.
+    seed: --seed; tensor-parallel ranks get streams of their own from it, pipeline stages too. All ranks call it together.
+    Raises ValueError when the sizes do not fit the world.
     """
     check_sizes(sizes, world_size)
     prepare()

@@ -1,6 +1,7 @@
 """The weight-name table of the DSA models, under slime's name for it: registered for `deepseek_v32` and `glm_moe_dsa`.
 
-The two share one layout of tensors. Their indexers are stored rotary dimensions first, as in the checkpoint: nothing is swapped.
+The two share one layout of tensors. Their indexers are stored rotary dimensions first, as in the checkpoint: nothing is
+swapped.
 """
 
 from __future__ import annotations

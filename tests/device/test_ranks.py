@@ -26,7 +26,9 @@ def test_the_recipes_grid_fits_256_ranks() -> None:
 def test_a_grid_that_does_not_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"6 ranks cannot be divided into TP 4 x PP 1 x CP 1 = 4; start a multiple of 4 ranks"):
         check_sizes(_sizes(tp=4), 6)
-    with pytest.raises(ValueError, match=r"expert-TP 1 x EP 3 x PP 2 = 6; choose --expert-model-parallel-size among \[1, 2, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"expert-TP 1 x EP 3 x PP 2 = 6; choose --expert-model-parallel-size among \[1, 2, 4\]"
+    ):
         check_sizes(_sizes(pp=2, ep=3), 8)
 
 

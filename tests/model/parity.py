@@ -1,7 +1,8 @@
 """One training-like step of a tiny model under any layout: log-probabilities and every parameter's whole gradient.
 
-Micro-batches of packed samples go through megatron-core's schedule and DDP; the loss is the weighted sum of token log-probabilities.
-Shards come back under global names and are put together with the weight table, so results of different layouts compare directly.
+Micro-batches of packed samples go through megatron-core's schedule and DDP; the loss is the weighted sum of token
+log-probabilities. Shards come back under global names and are put together with the weight table, so results of different
+layouts compare directly.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
     return SimpleNamespace(parallel=SimpleNamespace(**parallel), model=model, args=args)
 
 
-def build(rank: int, world: int, folder: str, **layout: object) -> tuple[list[torch.nn.Module], Ranks, HfConfig, SimpleNamespace]:
+def build(
+    rank: int, world: int, folder: str, **layout: object
+) -> tuple[list[torch.nn.Module], Ranks, HfConfig, SimpleNamespace]:
     """Chunks filled from the HF files, on this rank of a fresh grid."""
     from megatron.core import parallel_state
 
@@ -125,9 +128,13 @@ def run_step(rank: int, world: int, folder: str, micro_batches: list[list[torch.
     return step(chunks, ranks, hf, config, micro_batches)
 
 
-def step(chunks: list, ranks: Ranks, hf: HfConfig, config: SimpleNamespace, micro_batches: list[list[torch.Tensor]]) -> StepResult:
+def step(
+    chunks: list, ranks: Ranks, hf: HfConfig, config: SimpleNamespace, micro_batches: list[list[torch.Tensor]]
+) -> StepResult:
     megatron = unwrap(chunks[0]).config
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False, overlap_grad_reduce=False)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=False, overlap_grad_reduce=False
+    )
     wrapped = [DistributedDataParallel(config=megatron, ddp_config=ddp_config, module=chunk) for chunk in chunks]
     megatron.finalize_model_grads_func = lambda models, tokens, **kwargs: finalize_model_grads(models, None, **kwargs)
     own = micro_batches[ranks.dp_rank :: ranks.dp_size]
@@ -204,12 +211,15 @@ def whole_grads(hf: HfConfig, results: list[StepResult]) -> dict[str, torch.Tens
         for name, (grad, position) in result.grads.items():
             slot = position if table[name].split != "none" else 0
             kept = parts.setdefault(name, {}).setdefault(slot, grad)
-            assert torch.allclose(kept, grad, rtol=0, atol=1e-5 * (1e-6 + kept.abs().max().item())), f"replicas of {name} differ"
+            assert torch.allclose(kept, grad, rtol=0, atol=1e-5 * (1e-6 + kept.abs().max().item())), (
+                f"replicas of {name} differ"
+            )
     return {name: unshard(table[name], [shards[k] for k in sorted(shards)]) for name, shards in parts.items()}
 
 
 def worst_difference(reference: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """Largest |difference| relative to the largest |entry| of the reference tensor, and where; missing names are infinitely far."""
+    """Largest |difference| relative to the largest |entry| of the reference tensor, and where; missing names are infinitely
+    far."""
     assert set(reference) == set(found), f"different parameters: {sorted(set(reference) ^ set(found))[:5]}"
     worst = (0.0, "")
     for name, expected in reference.items():

@@ -1,4 +1,5 @@
-"""Run by test_compat_megatron in a process of its own: megatron-core as published (host build only, no guard); prints what still fails.
+"""Run by test_compat_megatron in a process of its own: megatron-core as published (host build only, no guard); prints what
+still fails.
 
 A guard is obsolete when its line here says "works".
 """
@@ -111,7 +112,12 @@ def main() -> None:
         from slime.compat.megatron import host_build
 
         host_build.install()
-        found = {"router_gating": router_gating(), "split_sizes": split_sizes(), "rng_restore": rng_restore(), "rng_noise": rng_noise()}
+        found = {
+            "router_gating": router_gating(),
+            "split_sizes": split_sizes(),
+            "rng_restore": rng_restore(),
+            "rng_noise": rng_noise(),
+        }
     found["adam_steps"] = adam_steps(guarded)
     print("RESULT " + json.dumps(found))
 

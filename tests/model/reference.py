@@ -7,36 +7,128 @@ from pathlib import Path
 
 import torch
 
-COMMON = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "max_position_embeddings": 512,
-          "pad_token_id": None}  # fmt: skip
+COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "pad_token_id": None,
+}
 GQA = {**COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
-MLA = {**COMMON, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12,
-       "qk_rope_head_dim": 8, "v_head_dim": 20, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 1,
-       "moe_intermediate_size": 32, "routed_scaling_factor": 2.5, "first_k_dense_replace": 1, "rms_norm_eps": 1e-5, "num_nextn_predict_layers": 0}  # fmt: skip
+MLA = {
+    **COMMON,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "rms_norm_eps": 1e-5,
+    "num_nextn_predict_layers": 0,
+}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32,
-        "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 FAMILIES: dict[str, tuple[str, dict]] = {
     "qwen3": ("Qwen3", {**GQA, **ROPE, "tie_word_embeddings": False}),
-    "qwen3-tied": ("Qwen3", {**GQA, **ROPE, "tie_word_embeddings": True}),
-    "qwen3_moe": ("Qwen3Moe", {**GQA, **ROPE, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-                               "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}),
-    "glm4": ("Glm4", {**GQA, "attention_bias": True, "rope_parameters": {**ROPE["rope_parameters"], "partial_rotary_factor": 0.5}}),
+    "qwen3-tied": ("Qwen3", {**GQA, **ROPE, "tie_word_embeddings": True, "num_hidden_layers": 4}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            **GQA,
+            **ROPE,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+    ),
+    "glm4": (
+        "Glm4",
+        {**GQA, "attention_bias": True, "rope_parameters": {**ROPE["rope_parameters"], "partial_rotary_factor": 0.5}},
+    ),
     "llama": ("Llama", {**GQA, "rope_parameters": LLAMA3, "tie_word_embeddings": False}),
-    "deepseek_v3": ("DeepseekV3", {**MLA, "n_group": 4, "topk_group": 2, "n_routed_experts": 16, "num_experts_per_tok": 4,
-                                    "rope_parameters": YARN, "rope_interleave": True}),
-    "glm_moe_dsa": ("GlmMoeDsa", {**MLA, **ROPE, "num_hidden_layers": 7, "first_k_dense_replace": 3, "n_group": 1, "topk_group": 1,
-                                  "index_n_heads": 16, "index_head_dim": 32, "index_topk": 12, "index_topk_freq": 4,
-                                  "index_skip_topk_offset": 3, "rope_interleave": True, "indexer_rope_interleave": True}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **MLA,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 4,
+            "rope_parameters": YARN,
+            "rope_interleave": True,
+        },
+    ),
+    "glm_moe_dsa": (
+        "GlmMoeDsa",
+        {
+            **MLA,
+            **ROPE,
+            "num_hidden_layers": 7,
+            "first_k_dense_replace": 3,
+            "n_group": 1,
+            "topk_group": 1,
+            "index_n_heads": 16,
+            "index_head_dim": 32,
+            "index_topk": 12,
+            "index_topk_freq": 4,
+            "index_skip_topk_offset": 3,
+            "rope_interleave": True,
+            "indexer_rope_interleave": True,
+        },
+    ),
     # Other numbers: the indexer wider than the head, five layers, no group of four complete, topk beyond most samples.
-    "glm_moe_dsa-b": ("GlmMoeDsa", {**MLA, **ROPE, "num_hidden_layers": 5, "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1,
-                                    "num_attention_heads": 2, "num_key_value_heads": 2, "v_head_dim": 12, "kv_lora_rank": 40,
-                                    "index_n_heads": 32, "index_head_dim": 64, "index_topk": 40, "index_topk_freq": 2,
-                                    "index_skip_topk_offset": 1, "rope_interleave": True, "indexer_rope_interleave": True}),
-}  # fmt: skip
+    "glm_moe_dsa-b": (
+        "GlmMoeDsa",
+        {
+            **MLA,
+            **ROPE,
+            "num_hidden_layers": 5,
+            "first_k_dense_replace": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "v_head_dim": 12,
+            "kv_lora_rank": 40,
+            "index_n_heads": 32,
+            "index_head_dim": 64,
+            "index_topk": 40,
+            "index_topk_freq": 2,
+            "index_skip_topk_offset": 1,
+            "rope_interleave": True,
+            "indexer_rope_interleave": True,
+        },
+    ),
+}
 
 
 def make_reference(family: str, folder: Path, seed: int = 0) -> torch.nn.Module:
@@ -62,7 +154,8 @@ def make_reference(family: str, folder: Path, seed: int = 0) -> torch.nn.Module:
 
 
 def as_engines_compute(model: torch.nn.Module) -> torch.nn.Module:
-    """transformers builds the two latent norms with eps 1e-6; every engine, and we, use the config's. Nor is a padding token special."""
+    """transformers builds the two latent norms with eps 1e-6; every engine, and we, use the config's. Nor is a padding token
+    special."""
     model.get_input_embeddings().padding_idx = None
     for module_name, module in model.named_modules():
         if module_name.endswith(("q_a_layernorm", "kv_a_layernorm")):
@@ -81,8 +174,11 @@ def load_reference(folder: str) -> torch.nn.Module:
     return as_engines_compute(model)
 
 
-def reference_step(model: torch.nn.Module, micro_batches: list[list[torch.Tensor]]) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """(log-probabilities per micro-batch, gradient by HF name, fused experts apart) of parity.step's loss, sample by sample, unpacked."""
+def reference_step(
+    model: torch.nn.Module, micro_batches: list[list[torch.Tensor]]
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """(log-probabilities per micro-batch, gradient by HF name, fused experts apart) of parity.step's loss, sample by sample,
+    unpacked."""
     log_probs = []
     for samples in micro_batches:
         total = sum(len(sample) for sample in samples)

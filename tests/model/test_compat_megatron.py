@@ -1,4 +1,5 @@
-"""Each correction of megatron-core is needed by the installed version, and does its work. A failure of a `still` test: delete that guard."""
+"""Each correction of megatron-core is needed by the installed version, and does its work. A failure of a `still` test: delete
+that guard."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ _HERE = pathlib.Path(__file__).parent
 
 
 def _run(*flags: str) -> dict[str, str]:
-    done = subprocess.run([sys.executable, str(_HERE / "published_megatron.py"), *flags], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(_HERE / "published_megatron.py"), *flags], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
 
@@ -34,7 +37,10 @@ def guarded() -> dict[str, str]:
 
 
 def test_megatron_core_still_needs_the_host_build() -> None:
-    code = "import torch\nfrom megatron.core.transformer.moe.router import TopKRouter\nimport megatron.core.optimizer.clip_grads as c\n"
+    code = (
+        "import torch\nfrom megatron.core.transformer.moe.router import TopKRouter\nimport "
+        "megatron.core.optimizer.clip_grads as c\n"
+    )
     code += "p = torch.nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)\nc.clip_grad_by_total_norm_fp32([p], 1.0, 2.0)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and ("torch.cuda" in done.stderr or "CUDA" in done.stderr or "AssertionError" in done.stderr)

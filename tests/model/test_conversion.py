@@ -21,14 +21,14 @@ from slime.model.local import local_tensors
 
 ROOT = Path(__file__).parents[2]
 MODEL_ARGS = """
---spec slime_plugins.models.glm5.glm5 get_glm5_spec --moe-layer-freq [0]*3+[1]*5 --num-experts 8 --moe-shared-expert-intermediate-size 64
---moe-router-topk 2 --moe-grouped-gemm --moe-permute-fusion --moe-ffn-hidden-size 64 --moe-router-score-function sigmoid
---moe-router-pre-softmax --moe-router-enable-expert-bias --moe-router-bias-update-rate 0 --moe-router-load-balancing-type seq_aux_loss
---moe-router-topk-scaling-factor 2.5 --moe-aux-loss-coeff 0 --moe-router-dtype fp32 --make-vocab-size-divisible-by 16 --num-layers 8
---hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 --disable-bias-linear --swiglu --untie-embeddings-and-output-weights
---position-embedding-type rope --no-position-embedding --normalization RMSNorm --qk-layernorm --multi-latent-attention --q-lora-rank 64
---kv-lora-rank 32 --qk-head-dim 32 --v-head-dim 32 --qk-pos-emb-head-dim 16 --kv-channels 32 --vocab-size 320 --rotary-base 8000000
---enable-experimental --allgather-cp
+--spec slime_plugins.models.glm5.glm5 get_glm5_spec --moe-layer-freq [0]*3+[1]*5 --num-experts 8
+--moe-shared-expert-intermediate-size 64 --moe-router-topk 2 --moe-grouped-gemm --moe-permute-fusion --moe-ffn-hidden-size 64
+--moe-router-score-function sigmoid --moe-router-pre-softmax --moe-router-enable-expert-bias --moe-router-bias-update-rate 0
+--moe-router-load-balancing-type seq_aux_loss --moe-router-topk-scaling-factor 2.5 --moe-aux-loss-coeff 0 --moe-router-dtype
+fp32 --make-vocab-size-divisible-by 16 --num-layers 8 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4
+--disable-bias-linear --swiglu --untie-embeddings-and-output-weights --position-embedding-type rope --no-position-embedding
+--normalization RMSNorm --qk-layernorm --multi-latent-attention --q-lora-rank 64 --kv-lora-rank 32 --qk-head-dim 32 --v-head-dim
+32 --qk-pos-emb-head-dim 16 --kv-channels 32 --vocab-size 320 --rotary-base 8000000 --enable-experimental --allgather-cp
 """.split()
 
 
@@ -37,7 +37,9 @@ def _run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
 
 
-def _convert(world: int, source: str, save: Path, *flags: str, model_args: list[str] = MODEL_ARGS) -> subprocess.CompletedProcess:
+def _convert(
+    world: int, source: str, save: Path, *flags: str, model_args: list[str] = MODEL_ARGS
+) -> subprocess.CompletedProcess:
     return _run(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "tools/convert_hf_to_torch_dist.py",
         *model_args, *flags, "--hf-checkpoint", source, "--save", str(save),
@@ -105,7 +107,14 @@ def test_a_checkpoint_loads_under_any_other_layout(glm: str, tmp_path: Path) -> 
         return common["iteration"]
 
     run_ranks(4, save)
-    for world, layout in [(1, {}), (2, {"tp": 2}), (2, {"pp": 2, "first": 6}), (2, {"ep": 2}), (4, {"ep": 4, "tp": 2}), (2, {"cp": 2})]:
+    for world, layout in [
+        (1, {}),
+        (2, {"tp": 2}),
+        (2, {"pp": 2, "first": 6}),
+        (2, {"ep": 2}),
+        (4, {"ep": 4, "tp": 2}),
+        (2, {"cp": 2}),
+    ]:
         assert run_ranks(world, load, world, layout) == [3] * world, layout
 
 
@@ -165,7 +174,9 @@ def test_a_missing_tensor_in_the_checkpoint_is_named(glm: str, tmp_path: Path) -
         save_sharded({**state, DESCRIPTION: describe(hf)}, tmp_path / "ckpt", ranks)
         load_model(chunks, hf, tmp_path / "ckpt", ranks)
 
-    with pytest.raises(RankFailed, match=r"lacks 1 tensors of this model: decoder\.layers\.4\.self_attention\.linear_proj\.weight"):
+    with pytest.raises(
+        RankFailed, match=r"lacks 1 tensors of this model: decoder\.layers\.4\.self_attention\.linear_proj\.weight"
+    ):
         run_ranks(1, run)
 
 

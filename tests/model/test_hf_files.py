@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from slime.model.coverage import check_files
 from slime.model.export import export_weights
 from slime.model.hf_config import read_hf_config
-from slime.model.hf_io import INDEX, HfWriter, SafetensorsReader, copy_assets, write_hf
+from slime.model.hf_io import INDEX, HfWriter, SafetensorsReader, copy_assets, save_hf, write_hf
 from slime.model.names import NameTable
 
 
@@ -70,7 +70,8 @@ def test_an_index_that_names_an_absent_file_is_refused(glm: str, tmp_path: Path)
 
 
 def test_fp8_files_are_the_same_model_within_the_format(glm_pair: Path) -> None:
-    """e4m3 has 3 mantissa bits: each restored number is within 1/16 of the largest of its tile's steps, here 2^-4 relative + tile/448/2."""
+    """e4m3 has 3 mantissa bits: each restored number is within 1/16 of the largest of its tile's steps, here 2^-4 relative +
+    tile/448/2."""
     table = NameTable.for_model(read_hf_config(glm_pair / "fp8"))
     exact, coded = SafetensorsReader(glm_pair / "bf16"), SafetensorsReader(glm_pair / "fp8")
     assert str(check_files(table, coded)).startswith("296 tensors, 226 FP8 scales")
@@ -134,6 +135,23 @@ def test_a_saved_checkpoint_reads_back_and_its_config_is_true(glm_pair: Path, tm
     assert index["weight_map"].keys() == load_all(tmp_path / "out").keys()
 
 
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"ep": 2}, {"pp": 2, "first": 6}], ids=str)
+def test_a_sharded_model_saves_the_checkpoint_it_was_loaded_from(layout: dict, glm: str, tmp_path: Path) -> None:
+    def save(rank: int) -> None:
+        chunks, ranks, hf, _ = build(rank, 2, glm, **layout)
+        save_hf(chunks, NameTable.for_model(hf, with_mtp=False), ranks, tmp_path / "out", origin=glm, max_bytes=1_000_000)
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model-00001-of-00001.safetensors").write_bytes(b"old")
+    run_ranks(2, save)
+    saved, origin = SafetensorsReader(tmp_path / "out"), SafetensorsReader(glm)
+    check_files(NameTable.for_model(read_hf_config(tmp_path / "out")), saved)
+    for name in saved.names():
+        left, right = saved.raw(name), origin.raw(name)
+        assert left.dtype == right.dtype and torch.equal(left, right), name
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
@@ -144,7 +162,9 @@ def test_a_tensor_twice_or_never_is_an_error(glm: str, tmp_path: Path) -> None:
     writer.add("model.norm.weight", torch.ones(128))
     with pytest.raises(ValueError, match="model.norm.weight would be written twice"):
         writer.add("model.norm.weight", torch.ones(128))
-    with pytest.raises(ValueError, match=f"{len(table.hf_names()) - 1} tensors were never written, e.g. model.embed_tokens.weight"):
+    with pytest.raises(
+        ValueError, match=f"{len(table.hf_names()) - 1} tensors were never written, e.g. model.embed_tokens.weight"
+    ):
         writer.close(table)
     assert not (tmp_path / INDEX).exists()
 

@@ -1,4 +1,5 @@
-"""Every parallel layout is the same model: log-probabilities, index selections, every gradient and the grad norm of one step."""
+"""Every parallel layout is the same model: log-probabilities, index selections, every gradient and the grad norm of one
+step."""
 
 from __future__ import annotations
 
@@ -27,7 +28,15 @@ GLM_LAYOUTS = [
     (4, {"cp": 4, "ep": 2}),
     (4, {"ep": 4, "tp": 2}),
 ]
-DENSE_LAYOUTS = [(2, {"tp": 2}), (2, {"pp": 2, "first": 1}), (2, {"cp": 2}), (2, {"cp": 2, "zigzag": True}), (4, {"tp": 2, "cp": 2, "zigzag": True})]
+DENSE_LAYOUTS = [
+    (2, {"tp": 2}),
+    (2, {"pp": 2, "first": 1}),
+    (2, {"pp": 2, "vpp": 2}),
+    (4, {"tp": 2, "pp": 2, "vpp": 2}),
+    (2, {"cp": 2}),
+    (2, {"cp": 2, "zigzag": True}),
+    (4, {"tp": 2, "cp": 2, "zigzag": True}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +89,8 @@ def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _same_selection(reference: StepResult, results: list[StepResult], dp: int, layout: dict) -> None:
-    """Exactly equal indices. Chosen seeds: a near-tie of scores may legitimately flip a selection and make everything after it differ."""
+    """Exactly equal indices. Chosen seeds: a near-tie of scores may legitimately flip a selection and make everything after it
+    differ."""
     cp, tp, pp = (layout.get(axis, 1) for axis in ("cp", "tp", "pp"))
     for rank, result in enumerate(results):
         cp_rank = rank // tp % cp

@@ -15,14 +15,39 @@ from slime.model.names import NameTable
 from slime_plugins.mbridge.deepseek_v32 import name_table
 
 GLM52 = {
-    "model_type": "glm_moe_dsa", "vocab_size": 154880, "hidden_size": 6144, "intermediate_size": 12288, "moe_intermediate_size": 2048,
-    "num_hidden_layers": 78, "num_attention_heads": 64, "num_key_value_heads": 64, "n_shared_experts": 1, "n_routed_experts": 256,
-    "num_experts_per_tok": 8, "routed_scaling_factor": 2.5, "kv_lora_rank": 512, "q_lora_rank": 2048, "qk_nope_head_dim": 192,
-    "qk_rope_head_dim": 64, "v_head_dim": 256, "head_dim": 192, "first_k_dense_replace": 3, "moe_layer_freq": 1, "index_topk": 2048,
-    "index_head_dim": 128, "index_n_heads": 32, "index_topk_freq": 4, "index_skip_topk_offset": 3, "num_nextn_predict_layers": 1,
-    "n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5, "rope_interleave": True, "indexer_rope_interleave": True,
+    "model_type": "glm_moe_dsa",
+    "vocab_size": 154880,
+    "hidden_size": 6144,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 78,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "routed_scaling_factor": 2.5,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 2048,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "head_dim": 192,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "index_topk": 2048,
+    "index_head_dim": 128,
+    "index_n_heads": 32,
+    "index_topk_freq": 4,
+    "index_skip_topk_offset": 3,
+    "num_nextn_predict_layers": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_interleave": True,
+    "indexer_rope_interleave": True,
     "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +95,14 @@ def test_what_an_engine_fuses_travels_together(table: NameTable) -> None:
 
 def test_names_go_both_ways(table: NameTable) -> None:
     entry = table["decoder.layers.3.mlp.experts.linear_fc1.weight17"]
-    assert [tensor.name for tensor in entry.hf] == [f"model.layers.3.mlp.experts.17.{half}_proj.weight" for half in ("gate", "up")]
+    assert [tensor.name for tensor in entry.hf] == [
+        f"model.layers.3.mlp.experts.17.{half}_proj.weight" for half in ("gate", "up")
+    ]
     assert table.by_hf("model.layers.3.mlp.experts.17.up_proj.weight") is entry
-    assert table["mtp.layers.0.transformer_layer.self_attention.wq_b.weight"].hf[0].name == "model.layers.78.self_attn.indexer.wq_b.weight"
+    assert (
+        table["mtp.layers.0.transformer_layer.self_attention.wq_b.weight"].hf[0].name
+        == "model.layers.78.self_attn.indexer.wq_b.weight"
+    )
     assert table.by_hf("model.layers.3.self_attn.indexer.wq_b.weight") is None  # a shared layer
     with pytest.raises(ValueError, match="decoder.layers.99.input_layernorm.weight is not in the glm_moe_dsa weight table"):
         table["decoder.layers.99.input_layernorm.weight"]
@@ -115,8 +145,16 @@ def test_every_tensor_of_a_transformers_checkpoint_is_in_the_table_once(family: 
 
 def test_query_groups_lie_together_in_linear_qkv() -> None:
     """By hand: 2 groups of 2 query heads, width 1; heads q0 q1 | k0 | v0 | q2 q3 | k1 | v1."""
-    config = {"model_type": "qwen3", "vocab_size": 8, "hidden_size": 1, "intermediate_size": 2, "num_hidden_layers": 1,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 1}  # fmt: skip
+    config = {
+        "model_type": "qwen3",
+        "vocab_size": 8,
+        "hidden_size": 1,
+        "intermediate_size": 2,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 1,
+    }
     entry = NameTable.for_model(config)["decoder.layers.0.self_attention.linear_qkv.weight"]
     q, k, v = torch.tensor([[0.0], [1], [2], [3]]), torch.tensor([[10.0], [11]]), torch.tensor([[20.0], [21]])
     assert merge(entry, [q, k, v]).flatten().tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
@@ -124,8 +162,16 @@ def test_query_groups_lie_together_in_linear_qkv() -> None:
 
 def test_gate_and_up_are_cut_separately() -> None:
     """By hand: rank 0 of 2 holds the first half of gate and the first half of up."""
-    config = {"model_type": "qwen3", "vocab_size": 8, "hidden_size": 1, "intermediate_size": 4, "num_hidden_layers": 1,
-              "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 1}  # fmt: skip
+    config = {
+        "model_type": "qwen3",
+        "vocab_size": 8,
+        "hidden_size": 1,
+        "intermediate_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 1,
+    }
     entry = NameTable.for_model(config)["decoder.layers.0.mlp.linear_fc1.weight"]
     whole = torch.arange(8.0)[:, None]
     assert shard(entry, whole, 0, 2).flatten().tolist() == [0, 1, 4, 5]

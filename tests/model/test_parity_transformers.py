@@ -1,4 +1,5 @@
-"""The trainer's model computes what `transformers` computes: log-probabilities and every parameter's gradient, packed against unpacked."""
+"""The trainer's model computes what `transformers` computes: log-probabilities and every parameter's gradient, packed against
+unpacked."""
 
 from __future__ import annotations
 

@@ -15,7 +15,15 @@ from slime.batch.layout import SequenceLayout
 from slime.model.hf_config import HfConfig, read_hf_config
 from slime_plugins.models.glm5.glm5 import check_stage_start, legal_splits
 
-GLM52 = HfConfig({"model_type": "glm_moe_dsa", "num_hidden_layers": 78, "index_topk": 2048, "index_topk_freq": 4, "index_skip_topk_offset": 3})
+GLM52 = HfConfig(
+    {
+        "model_type": "glm_moe_dsa",
+        "num_hidden_layers": 78,
+        "index_topk": 2048,
+        "index_topk_freq": 4,
+        "index_skip_topk_offset": 3,
+    }
+)
 
 
 def test_the_recipes_stages_start_on_computing_layers() -> None:
@@ -47,7 +55,9 @@ def test_legal_splits_are_legal_and_best_first() -> None:
 
 
 def test_an_illegal_split_is_refused_when_the_model_is_built(glm: str) -> None:
-    with pytest.raises(RankFailed, match=r"stage 1 starts at layer 5, which reuses the indices of layer 3 .* computing layers \[1, 2, 3, 7\]"):
+    with pytest.raises(
+        RankFailed, match=r"stage 1 starts at layer 5, which reuses the indices of layer 3 .* computing layers \[1, 2, 3, 7\]"
+    ):
         run_ranks(2, lambda rank: build(rank, 2, glm, pp=2) and None)
 
 

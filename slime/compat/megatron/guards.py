@@ -153,8 +153,8 @@ GUARDS: tuple[Guard, ...] = (
     ),
     Guard(
         name="adam_steps",
-        reason="DistributedOptimizer over torch AdamW: a fresh optimizer cannot be saved; one shared `step` tensor after a load counts "
-        "once per parameter; the reshardable loaders miss `step`",
+        reason="DistributedOptimizer over torch AdamW: a fresh optimizer cannot be saved; one shared `step` tensor after a "
+        "load counts once per parameter; the reshardable loaders miss `step`",
         place="optimizer/distrib_optimizer.py:641, 825, 911",
         first=(0, 16, 0),
         last=(0, 19, 99),

@@ -44,8 +44,8 @@ class IndexerShape:
 class SparseLatentAttention(LatentAttention):
     """MLA over at most `topk` keys per query. hidden [t / tp, 1, h] -> same.
 
-    A computing layer (index_source == its own layer number) owns wq_b, wk, k_norm and weights_proj; a shared layer has none of them
-    and reads the indices from the micro-batch's stream.
+    A computing layer (index_source == its own layer number) owns wq_b, wk, k_norm and weights_proj; a shared layer has none of
+    them and reads the indices from the micro-batch's stream.
     """
 
     def __init__(
@@ -66,7 +66,12 @@ class SparseLatentAttention(LatentAttention):
         return self.index_source == self.layer_number
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: PackedSeqParams = None, **_: object
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams = None,
+        **_: object,
     ) -> tuple[Tensor, Tensor | None]:
         shape = self.shape
         stream = self.stream(packed_seq_params, self.local_rows(hidden_states), hidden_states.device)
@@ -74,7 +79,8 @@ class SparseLatentAttention(LatentAttention):
         latent, shared_key = self.latents(hidden_states, stream)
         keys = stream.gather(torch.cat([latent, shared_key], dim=-1))
         indices = self.selected_keys(hidden_states, query_latent, stream)
-        # Absorbed form: W_k moves from the keys to the queries, W_v from the values to the outputs, so that all heads read one latent.
+        # Absorbed form: W_k moves from the keys to the queries, W_v from the values to the outputs, so that all heads read one
+        # latent.
         up = self.linear_kv_up_proj.weight.view(self.heads_here, shape.nope + shape.value, shape.kv_latent)
         w_key, w_value = up.split([shape.nope, shape.value], dim=1)
         query = torch.cat([torch.einsum("thn,hnl->thl", nope, w_key), rope], dim=-1)
@@ -89,7 +95,8 @@ class SparseLatentAttention(LatentAttention):
             stream.indices[self.layer_number] = self.run_indexer(hidden, query_latent, stream)
         elif self.index_source not in stream.indices:
             raise RuntimeError(
-                f"layer {self.layer_number} reuses the indices of layer {self.index_source}, which has not run on this micro-batch"
+                f"layer {self.layer_number} reuses the indices of layer {self.index_source}, which has not run "
+                "on this micro-batch"
             )
         return stream.indices[self.index_source]
 

@@ -1,10 +1,12 @@
-"""GLM-5 and GLM-5.2 for Megatron: latent attention over keys that an indexer selects (DSA), the selection shared between layers.
+"""GLM-5 and GLM-5.2 for Megatron: latent attention over keys that an indexer selects (DSA), the selection shared between
+layers.
 
     --spec slime_plugins.models.glm5.glm5 get_glm5_spec
 
-Every dimension comes from config.json of --hf-checkpoint, `index_topk` too. A *computing* layer runs its indexer; a *shared* one uses
-the indices of the nearest computing layer before it, which must be on the same (virtual) pipeline stage. The indexer gets no gradient
-and is not given to the optimizer: the selection is discrete, and weight decay alone would shrink it step by step.
+Every dimension comes from config.json of --hf-checkpoint, `index_topk` too. A *computing* layer runs its indexer; a *shared*
+one uses the indices of the nearest computing layer before it, which must be on the same (virtual) pipeline stage. The indexer
+gets no gradient and is not given to the optimizer: the selection is discrete, and weight decay alone would shrink it step by
+step.
 """
 
 from __future__ import annotations
@@ -37,9 +39,13 @@ def get_glm5_spec(args: object, config: MLATransformerConfig, vp_stage: int | No
     """
     hf = read_hf_config(args.hf_checkpoint)
     if not hf.has_indexer:
-        raise ValueError(f"{hf.source} ({hf.model_type}) has no indexer; get_glm5_spec builds glm_moe_dsa and deepseek_v32 models")
+        raise ValueError(
+            f"{hf.source} ({hf.model_type}) has no indexer; get_glm5_spec builds glm_moe_dsa and deepseek_v32 models"
+        )
     if config.context_parallel_size > 1 and not args.allgather_cp:
-        raise ValueError("sparse attention splits the stream contiguously: pass --allgather-cp with --context-parallel-size > 1")
+        raise ValueError(
+            "sparse attention splits the stream contiguously: pass --allgather-cp with --context-parallel-size > 1"
+        )
     first = get_transformer_layer_offset(config, vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage))
     check_stage_start(hf, layers, stage=_stage_number(config, vp_stage), num_stages=_num_stages(config))
@@ -65,13 +71,15 @@ def get_glm5_spec(args: object, config: MLATransformerConfig, vp_stage: int | No
 
 
 def check_stage_start(hf: HfConfig, layers: range, *, stage: int, num_stages: int) -> None:
-    """Raise ValueError, naming the legal splits, when `layers` (0-based) begins on a layer that reuses another stage's indices."""
+    """Raise ValueError, naming the legal splits, when `layers` (0-based) begins on a layer that reuses another stage's
+    indices."""
     if not layers or hf.runs_indexer(layers.start):
         return
     starts = [layer + 1 for layer in range(hf.num_layers) if hf.runs_indexer(layer)]
     raise ValueError(
         f"pipeline stage {stage} starts at layer {layers.start + 1}, which reuses the indices of layer "
-        f"{hf.index_source(layers.start) + 1} on an earlier stage; every stage must start on one of the computing layers {starts} "
+        f"{hf.index_source(layers.start) + 1} on an earlier stage; every stage must start on one of the "
+        f"computing layers {starts} "
         f"(1-based). {_advice(hf, num_stages)}"
     )
 
@@ -95,10 +103,14 @@ def legal_splits(hf: HfConfig, num_stages: int) -> list[tuple[int, int]]:
 def _advice(hf: HfConfig, num_stages: int) -> str:
     splits = legal_splits(hf, num_stages) if num_stages > 1 else []
     if not splits:
-        return f"No first/last split of {hf.num_layers} layers over {num_stages} stages does; change --pipeline-model-parallel-size."
+        return (
+            f"No first/last split of {hf.num_layers} layers over {num_stages} stages does; change "
+            "--pipeline-model-parallel-size."
+        )
     listed = ", ".join(f"{first}/{last}" for first, last in splits[:4])
     return (
-        f"Legal --decoder-first-pipeline-num-layers/--decoder-last-pipeline-num-layers with {num_stages} stages, best balanced first: {listed}"
+        f"Legal --decoder-first-pipeline-num-layers/--decoder-last-pipeline-num-layers with {num_stages} "
+        f"stages, best balanced first: {listed}"
     )
 
 
