@@ -4,7 +4,7 @@
     python tools/inspect_checkpoint.py FOLDER            # one line per kind of tensor, layers and experts folded together
     python tools/inspect_checkpoint.py FOLDER --filter indexer
 
-Exit status 1 and one line per fault: a tensor of the index that is nowhere, a tensor that the index lacks or puts elsewhere, a file
+Exit status 1 and one line per fault: a tensor of the index that is nowhere, one that it lacks or puts elsewhere, a file
 that is cut short, an FP8 weight without scales (or the reverse). --filter shortens the list; the whole folder is checked.
 """
 
