@@ -65,6 +65,7 @@ def test_the_recipes_options_exist_under_the_names_of_every_supported_version():
         assert ("--dp-size=64" in argv) == (column.version != "0.5.23")
 
 
+@pytest.mark.slow
 def test_the_flagship_launchers_own_command_line_fits_every_supported_version(tmp_path):
     from launchers.test_launchers import make_desk
 
