@@ -95,7 +95,7 @@ def fill_advantages(
     rules = config.algorithm
     columns.kl = {position: _kl(columns, position, batch, rules.kl_loss_type) for position in columns.positions}
     if custom is not None:
-        _custom_advantages(custom, columns, batch, config)
+        call_with_rollout_data(custom, columns, batch, config.args, flag="--custom-advantage-function-path")
     else:
         columns.returns = {position: _advantage(columns, position, batch, config) for position in columns.positions}
         columns.advantages = dict(columns.returns)
@@ -126,19 +126,37 @@ def _advantage(columns: Columns, position: int, batch: RolloutBatch, config: Con
     )
 
 
-def _custom_advantages(custom: Callable[..., None], columns: Columns, batch: RolloutBatch, config: Config) -> None:
-    """slime's signature: fn(args, rollout_data) sets "advantages" and "returns", lists in the order of the given samples."""
+def call_with_rollout_data(hook: Callable[..., None], columns: Columns, batch: RolloutBatch, *first: object, flag: str) -> None:
+    """Call hook(*first, rollout_data) with slime's dictionary of this rank's samples, and take its advantages and returns back.
+
+    Lists are in the order of `columns.positions`. Raises ValueError naming `flag` where the hook leaves either out.
+    """
+    data = _rollout_data(columns, batch)
+    hook(*first, data)
+    for name in ("advantages", "returns"):
+        values = data[name]
+        if values is None or len(values) != len(columns.positions):
+            raise ValueError(
+                f"{flag}: rollout_data[{name!r}] must be {len(columns.positions)} tensors, one per sample; it is "
+                f"{values if values is None else len(values)}"
+            )
+        pairs = zip(columns.positions, values, strict=True)
+        setattr(columns, name, {position: torch.as_tensor(value, dtype=torch.float32) for position, value in pairs})
+
+
+def _rollout_data(columns: Columns, batch: RolloutBatch) -> dict[str, object]:
     order = columns.positions
 
     def ordered(column: Mapping[int, Tensor] | Sequence | None) -> list | None:
         return None if column is None else [torch.as_tensor(column[position]) for position in order]
 
-    data = {
+    return {
         "tokens": ordered(batch.tokens),
         "response_lengths": [int(batch.response_lengths[p]) for p in order],
         "total_lengths": [len(batch.tokens[p]) for p in order],
         "rewards": [float(batch.rewards[p]) for p in order],
         "raw_reward": [float(batch.raw_rewards[p]) for p in order],
+        "truncated": [int(batch.truncated[p]) for p in order],
         "loss_masks": ordered(batch.loss_masks),
         "sample_indices": [int(batch.sample_ids[p]) for p in order],
         "rollout_ids": [int(batch.trajectories[p]) for p in order],
@@ -147,16 +165,9 @@ def _custom_advantages(custom: Callable[..., None], columns: Columns, batch: Rol
         "ref_log_probs": ordered(columns.ref_log_probs),
         "rollout_log_probs": ordered(batch.rollout_log_probs),
         "teacher_log_probs": ordered(batch.teacher_log_probs),
+        "advantages": ordered(columns.advantages),
+        "returns": ordered(columns.returns),
     }
-    custom(config.args, data)
-    for name in ("advantages", "returns"):
-        values = data.get(name)
-        if values is None or len(values) != len(order):
-            raise ValueError(
-                f"--custom-advantage-function-path {config.algorithm.custom_advantage_function_path}: rollout_data[{name!r}] "
-                f"must become {len(order)} tensors, one per sample; it is {values if values is None else len(values)}"
-            )
-        setattr(columns, name, {p: torch.as_tensor(v, dtype=torch.float32) for p, v in zip(order, values, strict=True)})
 
 
 def _whiten(columns: Columns, batch: RolloutBatch, ranks: Ranks) -> None:

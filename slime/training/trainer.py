@@ -22,7 +22,7 @@ from slime.device import Device
 from slime.model.local import local_tensors
 from slime.parallel import Ranks
 from slime.training import state
-from slime.training.columns import Columns, fill_advantages, passes_of, rollout_metrics, split_column
+from slime.training.columns import Columns, call_with_rollout_data, fill_advantages, passes_of, rollout_metrics, split_column
 from slime.training.forward import Pipeline
 from slime.training.guard import Guard
 from slime.training.hooks import load_hook
@@ -133,7 +133,8 @@ class Trainer:
         if rules.loss_type == "policy_loss" and rules.compute_advantages_and_returns:
             fill_advantages(columns, batch, self.config, self.ranks, custom=self._hooks["advantage"])
         if self._hooks["data"] is not None:
-            self._hooks["data"](self.config.args, batch.rollout_id, columns)
+            arguments = (self.config.args, batch.rollout_id)
+            call_with_rollout_data(self._hooks["data"], columns, batch, *arguments, flag="--rollout-data-postprocess-path")
         return columns
 
     def _log_probs(self, batch: RolloutBatch, steps: Sequence[StepPlan], prefix: str) -> tuple[dict, dict]:

@@ -207,19 +207,24 @@ def test_user_functions_are_called_with_slimes_signatures(qwen3, monkeypatch):
         calls.append(("tis", [len(x) for x in train_log_probs] == response_lengths, len(total_lengths)))
         return pg_loss * 0.5, [mask * 0 + 1 for mask in loss_masks], {"half": torch.full_like(pg_loss, 0.5)}
 
+    def after_advantages(args, rollout_id, data):
+        calls.append(("postprocess", rollout_id, [len(a) for a in data["advantages"]] == data["response_lengths"]))
+        data["advantages"] = [a + 1 for a in data["advantages"]]
+
     def before_step(args, rollout_id, step_id, model, optimizer, scheduler):
         calls.append(("step", rollout_id, step_id, len(model)))
 
     def before_log_prob(args, model, store_prefix):
         calls.append(("log_prob", store_prefix))
 
-    for function in (advantages, tis, before_step, before_log_prob):
+    for function in (advantages, after_advantages, tis, before_step, before_log_prob):
         setattr(module, function.__name__, function)
     monkeypatch.setitem(sys.modules, "made_up_hooks", module)
     batch = rollout(3, seed=17)
     changes = dict(
         custom_advantage_function_path="made_up_hooks.advantages", use_tis=True, custom_tis_function_path="made_up_hooks.tis",
         custom_megatron_before_train_step_hook_path="made_up_hooks.before_step",
+        rollout_data_postprocess_path="made_up_hooks.after_advantages",
         custom_megatron_before_log_prob_hook_path="made_up_hooks.before_log_prob", max_tokens_per_gpu=4096,
     )  # fmt: skip
 
@@ -228,9 +233,10 @@ def test_user_functions_are_called_with_slimes_signatures(qwen3, monkeypatch):
         return report, grads, calls
 
     report, grads, seen = run_ranks(1, run)[0]
-    assert seen == [("log_prob", ""), ("advantages", 0.2, 8, (24,)), ("step", 3, 0, 1), ("tis", True, 8)]
+    before = [("log_prob", ""), ("advantages", 0.2, 8, (24,)), ("postprocess", 3, True)]
+    assert seen == [*before, ("step", 3, 0, 1), ("tis", True, 8)]
     model, log_probs, _ = hf_log_probs(qwen3, batch)
-    loss = mean(batch, [-0.5 * i * (lp - lp.detach()).exp() for i, lp in enumerate(log_probs)])
+    loss = mean(batch, [-0.5 * (i + 1) * (lp - lp.detach()).exp() for i, lp in enumerate(log_probs)])
     check_against(qwen3, batch, report, grads, (model, loss))
     assert report.per_step[0]["train/half"] == pytest.approx(0.5 * np.mean([m.any() for m in batch.loss_masks]))
 
