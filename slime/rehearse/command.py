@@ -1,0 +1,109 @@
+"""The command line: the run's flags, plus a few of the rehearsal's own.
+
+    python3 -m slime.rehearse [--json FILE] [--html FILE] [--gpu-memory GB] ... FLAGS OF THE RUN
+
+Exit status: 0 launchable, 1 with every violation listed, 2 when the rehearsal's own flags are wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from slime.rehearse.report import as_json, as_text
+from slime.rehearse.result import Options, rehearse
+
+OWN = {
+    "--json": ("FILE", "write everything as JSON"),
+    "--html": ("FILE", "write the report with its pictures, one self-contained file"),
+    "--weight-map": ("FILE", "write the weight map, one line per tensor"),
+    "--gpu-memory": ("GB", "memory of one GPU (80 for H100, 141 for H200)"),
+    "--checkpoint-index": ("FILE", "model.safetensors.index.json to check against the weight map"),
+    "--hostfile": ("FILE", "node addresses, one per line (default: the environment variable HOSTFILE)"),
+    "--engine-version": ("VERSION", "SGLang of the cluster (default: the installed one)"),
+    "--sequence-tokens": ("N", "length of the sequence that FLOPs are for (default: the longest that the flags allow)"),
+    "--rate": ("NAME=VALUE", "replace an assumed rate; may be repeated"),
+    "--assume": ("NAME=VALUE", "replace an assumption of the memory model; may be repeated"),
+    "--runtime-env": ("JSON", "environment of the job as the launcher passes it to Ray"),
+    "--expect-digest": ("HEX", "the weight map must have this digest (or begin with it)"),
+    "--no-ranks": ("", "leave out building all ranks"),
+    "--preflight": ("", "check the nodes of the running Ray cluster instead (RAY_ADDRESS)"),
+}
+REPEATED = ("--rate", "--assume")
+
+
+def split_own(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """(the rehearsal's flags, the run's). Raises ValueError for an own flag without its value."""
+    own: dict[str, list[str]] = {}
+    rest: list[str] = []
+    position = 0
+    while position < len(argv):
+        name, equals, inline = argv[position].partition("=")
+        position += 1
+        if name not in OWN:
+            rest.append(argv[position - 1])
+            continue
+        value = ""
+        if OWN[name][0]:
+            if not equals:
+                if position == len(argv):
+                    raise ValueError(f"{name} wants a value: {OWN[name][0]}")
+                inline = argv[position]
+                position += 1
+            value = inline
+        if name in own and name not in REPEATED:
+            raise ValueError(f"{name} is given twice")
+        own.setdefault(name, []).append(value)
+    return own, rest
+
+
+def options_of(own: dict[str, list[str]]) -> Options:
+    def one(name: str) -> str | None:
+        return own[name][0] if name in own else None
+
+    env = None
+    if text := one("--runtime-env"):
+        raw = json.loads(text)
+        env = {str(key): str(value) for key, value in raw.get("env_vars", raw).items()}
+    return Options(
+        gpu_memory_gb=float(one("--gpu-memory") or 80),
+        checkpoint_index=one("--checkpoint-index"),
+        hostfile=one("--hostfile") or os.environ.get("HOSTFILE"),
+        engine_version=one("--engine-version"),
+        length=int(one("--sequence-tokens")) if one("--sequence-tokens") else None,
+        rates=tuple(own.get("--rate", ())),
+        assume=tuple(own.get("--assume", ())),
+        env=env,
+        build_ranks="--no-ranks" not in own,
+        expect_digest=one("--expect-digest"),
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write((__doc__ or "") + "\n" + "".join(f"  {name} {value}".ljust(30) + f"{text}\n" for name, (value, text) in OWN.items()))
+        return 0
+    try:
+        own, flags = split_own(argv)
+        if "--preflight" in own:
+            from slime.rehearse.preflight import main as preflight
+
+            return preflight(flags, json_file=own.get("--json", [None])[0])
+        options = options_of(own)
+        done = rehearse(flags, options)
+    except ValueError as error:
+        sys.stderr.write(f"rehearse: {error}\n")
+        return 2
+    sys.stdout.write(as_text(done))
+    if "--json" in own:
+        Path(own["--json"][0]).write_text(json.dumps(as_json(done), indent=1) + "\n")
+    if "--weight-map" in own and done.weights is not None:
+        Path(own["--weight-map"][0]).write_text("".join(row.canonical() + "\n" for row in done.weights.rows))
+    if "--html" in own:
+        from slime.rehearse.page import as_html
+
+        Path(own["--html"][0]).write_text(as_html(done))
+    return 0 if done.findings.launchable else 1

@@ -1,0 +1,190 @@
+"""Files that the flags name: read where they exist, unchecked where they do not, never assumed."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from slime.rehearse.findings import Findings
+from slime.rehearse.reading import Reading
+from slime.rehearse.weight_map import checkpoint_bytes
+
+TAIL_BYTES = 1 << 20
+
+
+def check_files(reading: Reading, findings: Findings, *, checkpoint_index: str | None, hostfile: str | None) -> None:
+    config = reading.config
+    _check_prompts(reading, findings)
+    for name, folder in (("--hf-checkpoint", config.checkpoint.hf_checkpoint), ("--ref-load", config.checkpoint.ref_load)):
+        if folder and not Path(folder).is_dir():
+            findings.unchecked("files", f"{name} {folder} is not on this machine")
+    _check_index(reading, findings, checkpoint_index)
+    _check_save(reading, findings)
+    _check_hosts(reading, findings, hostfile)
+    for path in ("rollout_function_path", "custom_generate_function_path", "custom_rm_path", "dynamic_sampling_filter_path"):
+        value = getattr(config.rollout, path)
+        if value and "." not in value:
+            findings.violation("files", f"--{path.replace('_', '-')} {value} is no dotted path of a function", "", "write package.module.function")
+
+
+def _check_prompts(reading: Reading, findings: Findings) -> None:
+    data, evaluation = reading.config.data, reading.config.evaluation
+    sources = [("--prompt-data", data.prompt_data, data.input_key, data.label_key)]
+    sources += [(f"evaluation {one.name}", one.path, one.input_key or data.input_key, one.label_key) for one in evaluation.datasets]
+    for flag, path, input_key, label_key in sources:
+        if not path:
+            continue
+        file = Path(re.sub(r"@\[-?\d*:-?\d*\]$", "", path))
+        if file.suffix not in (".jsonl", ".parquet"):
+            findings.violation("files", f"{flag} {file} is neither .jsonl nor .parquet", "", "convert it, or correct the name")
+        elif not file.exists():
+            findings.unchecked("files", f"{flag} {file} is not on this machine")
+        elif file.suffix == ".jsonl":
+            _check_jsonl(flag, file, input_key, label_key, findings)
+        else:
+            _check_parquet(flag, file, input_key, label_key, findings)
+
+
+def _check_jsonl(flag: str, file: Path, input_key: str, label_key: str | None, findings: Findings) -> None:
+    lines = _first_and_last(file)
+    if not lines:
+        findings.violation("files", f"{flag} {file} is empty", "", "write the prompts, one JSON object per line")
+        return
+    for where, line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            findings.violation("files", f"{flag} {file}: the {where} line is not JSON ({error.msg} at column {error.colno})", line[:80], "repair the line (a torn download?)")
+            return
+        _check_columns(f"{flag} {file}: the {where} line", set(row), input_key, label_key, findings)
+    findings.ok("files", f"{flag}: first and last line of {file} have the columns asked for", f"{file.stat().st_size / 1e6:.1f} MB")
+
+
+def _check_columns(where: str, found: set[str], input_key: str, label_key: str | None, findings: Findings) -> None:
+    for name, key in (("--input-key", input_key), ("--label-key", label_key)):
+        if key is not None and key not in found:
+            findings.violation("files", f"{where} has no {key!r}", f"columns: {', '.join(sorted(found))}", f"pass {name} with one of those columns")
+
+
+def _first_and_last(file: Path) -> list[tuple[str, str]]:
+    """Text of the first and last non-empty line, without reading the rest."""
+    with open(file, "rb") as stream:
+        first = next((line for line in stream if line.strip()), b"")
+        size = file.stat().st_size
+        stream.seek(max(0, size - TAIL_BYTES))
+        rest = [line for line in stream.read().split(b"\n") if line.strip()]
+    if not first:
+        return []
+    return [("first", first.decode("utf-8", "replace")), ("last", (rest[-1] if rest else first).decode("utf-8", "replace"))]
+
+
+def _check_parquet(flag: str, file: Path, input_key: str, label_key: str | None, findings: Findings) -> None:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        findings.unchecked("files", f"{flag} {file}: pyarrow is not installed here")
+        return
+    schema = parquet.read_schema(file)
+    _check_columns(f"{flag} {file}", set(schema.names), input_key, label_key, findings)
+    findings.ok("files", f"{flag}: the columns of {file} are read", ", ".join(schema.names))
+
+
+def _check_index(reading: Reading, findings: Findings, given: str | None) -> None:
+    """model.safetensors.index.json against the weight-name table: missing, unexpected, and the total size."""
+    folder = reading.config.checkpoint.hf_checkpoint
+    file = Path(given) if given else Path(folder or ".") / "model.safetensors.index.json"
+    if reading.table is None:
+        return
+    if not file.exists():
+        if given:
+            findings.violation("weights", f"--checkpoint-index {given} does not exist", "", "name the checkpoint's model.safetensors.index.json")
+        elif folder:
+            findings.unchecked("weights", f"the checkpoint's index {file} is not on this machine")
+        return
+    try:
+        index = json.loads(file.read_text())
+        present = set(index["weight_map"])
+    except (json.JSONDecodeError, KeyError) as error:
+        findings.violation("weights", f"{file} is no safetensors index ({error})", "", "download it again")
+        return
+    expected = set(reading.table.hf_names())
+    scales = {tensor.scale_name for tensor in reading.table.hf_tensors() if tensor.fp8}
+    fp8 = bool(present & scales)
+    missing = sorted((expected | (scales if fp8 else set())) - present)
+    unexpected = sorted(present - expected - scales - set(reading.table.duplicates))
+    for names, kind, fix in (
+        (missing, "missing from", "download the checkpoint again; a shard is incomplete"),
+        (unexpected, "unexpected in", "is config.json of the same model? remove stray files"),
+    ):
+        if names:
+            findings.violation("weights", f"{len(names)} tensors are {kind} {file}", ", ".join(names[:6]) + (" ..." if len(names) > 6 else ""), fix)
+    files = {Path(file).parent / name for name in set(index["weight_map"].values())}
+    absent = sorted(path.name for path in files if not path.exists())
+    if absent and not given:
+        findings.violation("weights", f"{len(absent)} of {len(files)} safetensors files that {file} names are not there", ", ".join(absent[:4]), "download them")
+    total, wanted = index.get("metadata", {}).get("total_size"), checkpoint_bytes(reading.table, fp8=fp8)
+    if not missing and not unexpected:
+        findings.ok("weights", f"{file}: {len(present):,} tensors, each in the table exactly once", f"{total:,} bytes" if total else "")
+        duplicated = present & set(reading.table.duplicates)
+        if total and not duplicated and total != wanted:
+            findings.violation("weights", f"{file} announces {total:,} bytes, the table's shapes and types give {wanted:,}", "", "are the tensors bf16 (or block FP8)?")
+
+
+def _check_save(reading: Reading, findings: Findings) -> None:
+    """Write access and room for two checkpoints where --save is on this machine."""
+    folder = reading.config.checkpoint.save
+    if not folder:
+        return
+    existing = next((parent for parent in (Path(folder), *Path(folder).parents) if parent.exists()), None)
+    if existing is None or (existing != Path(folder) and existing != Path(folder).parent):
+        findings.unchecked("files", f"--save {folder}: neither it nor its parent is on this machine")
+        return
+    if not os.access(existing, os.W_OK):
+        findings.violation("files", f"--save {folder} cannot be written by this user", str(existing), "change the owner, or name another folder")
+        return
+    free = shutil.disk_usage(existing).free
+    need = 0
+    if reading.table is not None:
+        parameters = reading.table.num_parameters(mtp=False)
+        need = parameters * (2 if reading.config.checkpoint.no_save_optim else 14)
+    findings.check(
+        free >= need, "files", f"--save {folder} is writable and has room for a checkpoint", values=f"free {free / 1e9:.1f} GB, one checkpoint {need / 1e9:.1f} GB",
+        wrong=f"--save {folder} has no room for one checkpoint", fix="free space, name another folder, or pass --no-save-optim",
+    )  # fmt: skip
+
+
+def _check_hosts(reading: Reading, findings: Findings, hostfile: str | None) -> None:
+    """HOSTFILE: one worker address per line, as many as there are nodes, none twice."""
+    cluster = reading.config.cluster
+    nodes = max(cluster.actor_num_nodes, -(-(cluster.rollout_num_gpus or 0) // max(cluster.num_gpus_per_node, 1)))
+    if hostfile is None:
+        if nodes > 1:
+            findings.unchecked("files", f"the addresses of {nodes} nodes: no hostfile is given", "", "set HOSTFILE (one worker address per line)")
+        return
+    if not Path(hostfile).exists():
+        findings.unchecked("files", f"HOSTFILE {hostfile} is not on this machine")
+        return
+    hosts = [line.split("#")[0].strip() for line in Path(hostfile).read_text().splitlines()]
+    hosts = [host for host in hosts if host]
+    if twice := sorted({host for host in hosts if hosts.count(host) > 1}):
+        findings.violation("files", f"HOSTFILE {hostfile} names hosts twice", ", ".join(twice), "one line per node")
+    if odd := [host for host in hosts if not _is_host(host)]:
+        findings.violation("files", f"HOSTFILE {hostfile} has lines that are no address", ", ".join(odd[:4]), "one address per line, nothing else")
+    findings.check(
+        len(set(hosts)) == nodes, "files", f"HOSTFILE names {nodes} nodes", wrong=f"HOSTFILE {hostfile} names {len(set(hosts))} nodes, the run wants {nodes}",
+        fix="add or remove lines, or change --actor-num-nodes",
+    )  # fmt: skip
+
+
+def _is_host(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+        return True
+    except ValueError:
+        return bool(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", text)) and not re.fullmatch(r"[\d.]+", text)
+
+

@@ -1,0 +1,234 @@
+"""Does the training layout fit the ranks and the model? Stage starts, divisibility along each cut, padding, batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slime.model.names import Entry
+from slime.rehearse.findings import Findings
+from slime.rehearse.flops import ModelWork, model_work
+from slime.rehearse.reading import Reading
+from slime.rehearse.shares import Grid
+from slime.rehearse.stages import Split, balance, best_list, computing_layers, layout_text, legal_first_last, wrong_starts
+from slime.rehearse.weight_map import fp8_block_is_local
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How even the pipeline is, and what else would be legal."""
+
+    length: int
+    """Tokens of the sequence that costs are for."""
+    sizes: tuple[int, ...]
+    costs: tuple[float, ...]
+    """Training FLOPs per token of each stage."""
+    first_last: tuple[Split, ...]
+    best: Split | None
+    computing: tuple[int, ...]
+
+    @property
+    def value(self) -> float:
+        return balance(self.costs) if self.sizes else 0.0
+
+
+def check_layout(reading: Reading, findings: Findings, *, length: int) -> Balance | None:
+    config, grid = reading.config, reading.grid
+    if grid is not None:
+        findings.ok(
+            "layout", f"{grid.world} ranks = TP {grid.tp} x PP {grid.pp} x CP {grid.cp} x DP {grid.dp}",
+            f"experts: TP {grid.etp} x EP {grid.ep} x PP {grid.pp} x DP {grid.edp}",
+        )  # fmt: skip
+    if config.parallel.tensor_model_parallel_size > 1:
+        findings.check(
+            config.parallel.sequence_parallel, "layout", "tensor parallelism is with --sequence-parallel",
+            wrong=f"--tensor-model-parallel-size {config.parallel.tensor_model_parallel_size} without --sequence-parallel",
+            fix="pass --sequence-parallel (without it megatron-core doubles gradients of norms and cannot train experts)",
+        )  # fmt: skip
+    if reading.hf is None or reading.table is None:
+        findings.unchecked("layout", "stage starts, cuts and balance: the model's config.json is not known here")
+        return None
+    if reading.hf.num_experts and (reading.grid.etp if reading.grid else config.parallel.expert_tensor_parallel_size) not in (1, None):
+        findings.violation(
+            "layout", "experts are whole on their rank in this trainer", f"--expert-tensor-parallel-size {config.parallel.expert_tensor_parallel_size}",
+            "pass --expert-tensor-parallel-size 1 and raise --expert-model-parallel-size instead",
+        )  # fmt: skip
+    _check_spec(reading, findings)
+    _check_context_parallel(reading, findings)
+    if grid is not None:
+        _check_cuts(reading, grid, findings)
+        _check_batch(reading, grid, findings)
+    return _check_stages(reading, findings, length)
+
+
+def _check_spec(reading: Reading, findings: Findings) -> None:
+    spec, hf = reading.config.model.spec, reading.hf
+    if hf.has_indexer:
+        findings.check(
+            spec is not None and spec[1] == "get_glm5_spec", "layout", "a sparse-attention model is built by get_glm5_spec",
+            values=" ".join(spec) if spec else "", wrong=f"{hf.model_type} needs the sparse-attention layer spec",
+            fix="pass --spec slime_plugins.models.glm5.glm5 get_glm5_spec",
+        )  # fmt: skip
+    elif spec is not None and spec[1] == "get_glm5_spec":
+        findings.violation("layout", f"get_glm5_spec builds glm_moe_dsa and deepseek_v32, {hf.source} is {hf.model_type}", " ".join(spec), "remove --spec")
+
+
+def _check_context_parallel(reading: Reading, findings: Findings) -> None:
+    sizes, hf = reading.config.parallel, reading.hf
+    if sizes.context_parallel_size == 1:
+        return
+    if hf.has_indexer:
+        findings.check(
+            sizes.allgather_cp, "layout", f"CP {sizes.context_parallel_size} with the contiguous layout of sparse attention",
+            wrong=f"sparse attention with --context-parallel-size {sizes.context_parallel_size} needs contiguous shards", fix="pass --allgather-cp",
+        )  # fmt: skip
+    elif sizes.allgather_cp:
+        findings.violation(
+            "layout", "--allgather-cp is the layout of sparse attention", f"{hf.source} is {hf.model_type}",
+            "remove --allgather-cp: zigzag shards are balanced for full attention",
+        )  # fmt: skip
+
+
+def _check_cuts(reading: Reading, grid: Grid, findings: Findings) -> None:
+    """Every tensor that a cut goes through, once per kind."""
+    hf, padded = reading.hf, reading.config.model.padded_vocab_size
+    seen: dict[tuple, Entry] = {}
+    for entry in reading.table.entries:
+        if not entry.name.startswith("mtp."):
+            seen.setdefault((entry.name.rpartition("layers.")[2].partition(".")[2] if "layers." in entry.name else entry.name, entry.expert is not None, entry.shape), entry)
+    broken, gathered, inside = [], set(), set()
+    for entry in seen.values():
+        size = grid.etp if entry.expert is not None else grid.tp
+        problem = uneven(entry, size, padded_vocab=padded)
+        if problem:
+            broken.append(problem)
+        elif is_fp8(entry) and reading.hf.get("quantization_config"):
+            kind = short_name(entry)
+            (inside if fp8_block_is_local(entry, size, _block(hf)) else gathered).add(kind)
+    if broken:
+        findings.violation(
+            "layout", f"{len(broken)} kinds of tensors do not divide over {grid.tp} tensor-parallel ranks", "; ".join(sorted(set(broken))[:6]),
+            "choose a --tensor-model-parallel-size that divides the named counts",
+        )  # fmt: skip
+    else:
+        findings.ok("layout", f"heads, rows and vocabulary divide over TP {grid.tp}", f"{len(seen)} kinds of tensors")
+    if hf.num_experts and hf.num_experts % grid.ep == 0:
+        findings.ok("layout", f"{hf.num_experts} experts divide over EP {grid.ep}", f"{hf.num_experts // grid.ep} per rank and layer")
+    if gathered:
+        findings.ok("layout", "FP8 blocks cross tensor-parallel shards of some tensors; these are gathered before they are quantised", ", ".join(sorted(gathered)))
+    elif inside:
+        findings.ok("layout", f"every FP8 block of {_block(hf)} x {_block(hf)} lies inside one shard", f"{len(inside)} kinds of tensors")
+
+
+def _block(hf) -> int:
+    return int((hf.get("quantization_config") or {}).get("weight_block_size", [128])[0])
+
+
+def short_name(entry: Entry) -> str:
+    name = entry.name.rpartition("layers.")[2].partition(".")[2] or entry.name
+    return name.rstrip("0123456789")
+
+
+def is_fp8(entry: Entry) -> bool:
+    return any(tensor.fp8 for tensor in entry.hf)
+
+
+def uneven(entry: Entry, size: int, *, padded_vocab: int | None) -> str:
+    """Why `size` ranks cannot share the entry; empty when they can."""
+    if entry.split == "none":
+        return ""
+    whole = entry.shape[1 if entry.split == "columns" else 0]
+    if entry.split == "vocab":
+        whole = padded_vocab or whole
+    units = entry.groups[0] if entry.groups else whole // 2 if entry.split == "gated_rows" else whole
+    return f"{short_name(entry)}: {units} {'query groups' if entry.groups else 'rows' if entry.split != 'columns' else 'columns'}" if units % size else ""
+
+
+def _check_batch(reading: Reading, grid: Grid, findings: Findings) -> None:
+    config, batch = reading.config, reading.config.batch
+    prompts, samples = config.data.rollout_batch_size, config.data.n_samples_per_prompt
+    if prompts and batch.global_batch_size and batch.global_batch_size > 0 and prompts * samples % batch.global_batch_size == 0:
+        steps = prompts * samples // batch.global_batch_size
+        findings.ok("batch", f"{prompts} prompts x {samples} samples = {batch.global_batch_size} x {steps} steps")
+        if batch.global_batch_size % grid.dp and not batch.use_dynamic_batch_size:
+            findings.violation(
+                "batch", f"a step's {batch.global_batch_size} samples do not divide over {grid.dp} data-parallel ranks", "",
+                f"make --global-batch-size a multiple of {grid.dp}, or pass --use-dynamic-batch-size",
+            )  # fmt: skip
+    if batch.max_tokens_per_gpu:
+        unit = batch.data_pad_size_multiplier * grid.tp * grid.cp
+        capacity = batch.max_tokens_per_gpu * grid.cp
+        findings.check(
+            capacity % unit == 0 or capacity > unit, "batch", f"a full micro-batch of {capacity:,} tokens takes padding to multiples of {unit:,}",
+            wrong=f"a micro-batch holds {capacity:,} tokens, but the stream is padded to a multiple of {unit:,}",
+            fix=f"lower --data-pad-size-multiplier (now {batch.data_pad_size_multiplier}) or raise --max-tokens-per-gpu",
+        )  # fmt: skip
+        longest = longest_sample(config)
+        if longest and longest > capacity:
+            findings.unchecked(
+                "batch", f"samples of up to {longest:,} tokens are longer than a micro-batch of {capacity:,}; such a sample is trained alone and needs "
+                f"{longest / capacity:.1f} times the memory of this report", "",
+                f"raise --max-tokens-per-gpu to {-(-longest // grid.cp):,}, or lower --rollout-max-response-len / --rollout-max-prompt-len",
+            )  # fmt: skip
+
+
+def longest_sample(config) -> int | None:
+    """Tokens of the longest sample that the flags allow; None when they set no bound."""
+    rollout = config.rollout
+    if rollout.rollout_max_context_len:
+        return rollout.rollout_max_context_len
+    if rollout.rollout_max_response_len:
+        return rollout.rollout_max_response_len + (rollout.rollout_max_prompt_len or 0)
+    return None
+
+
+def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance | None:
+    hf, pp = reading.hf, reading.config.parallel.pipeline_model_parallel_size
+    work = model_work(reading.table, hf, length)
+    recompute = reading.config.model.megatron.get("recompute_granularity") == "full"
+    costs, head = layer_costs(work, recompute=recompute)
+    options, best = (), None
+    if 1 < pp <= hf.num_layers:
+        options, best = tuple(legal_first_last(hf, pp, costs, head)), best_list(hf, pp, costs, head)
+    if reading.chunks is None:
+        if pp > 1:
+            findings.unchecked("layout", "stage starts: the layers do not divide over the stages", "", _advice(options, best))
+        return Balance(length, (), (), options, best, tuple(computing_layers(hf)))
+    for chunk in wrong_starts(hf, reading.chunks):
+        findings.violation(
+            "layout",
+            f"pipeline stage {chunk.pp_rank} starts at layer {chunk.layers.start + 1}, which reuses the indices of layer "
+            f"{hf.index_source(chunk.layers.start) + 1} on an earlier stage",
+            f"computing layers: {computing_layers(hf)}",
+            _advice(options, best),
+        )
+    if empty := [chunk.pp_rank for chunk in reading.chunks if not len(chunk.layers) and pp > 1]:
+        findings.violation("layout", f"pipeline stages {empty} hold no layer", "", "lower --pipeline-model-parallel-size or change the split")
+    per_rank = [0.0] * pp
+    sizes = [0] * pp
+    for chunk in reading.chunks:
+        sizes[chunk.pp_rank] += len(chunk.layers)
+        per_rank[chunk.pp_rank] += sum(costs[layer] for layer in chunk.layers)
+    per_rank[reading.chunks[-1].pp_rank] += head
+    result = Balance(length, tuple(sizes), tuple(per_rank), options, best, tuple(computing_layers(hf)))
+    if not wrong_starts(hf, reading.chunks) and pp > 1:
+        starts = ", ".join(str(chunk.layers.start + 1) for chunk in reading.chunks)
+        findings.ok("layout", f"stages start on layers {starts}" + (", all of them computing layers" if hf.has_indexer else ""),
+                    f"stage balance {result.value:.1%} by training FLOPs at {length:,} tokens")  # fmt: skip
+    return result
+
+
+def layer_costs(work: ModelWork, *, recompute: bool) -> tuple[list[float], float]:
+    """Training FLOPs per token of each layer, and of the output layer."""
+    return [layer.training(recompute=recompute) for layer in work.layers], 3 * work.head
+
+
+def _advice(options: tuple[Split, ...], best: Split | None) -> str:
+    if not options and best is None:
+        return "no split over so many stages starts every stage on a computing layer; change --pipeline-model-parallel-size"
+    said = []
+    if options:
+        listed = ", ".join(f"{a}/{b} ({split.balance:.0%})" for split in options[:4] for a, b in [split.first_last])
+        said.append(f"--decoder-first/last-pipeline-num-layers, best balanced first: {listed}")
+    if best is not None:
+        said.append(f"or --pipeline-model-parallel-layout '{layout_text(best.sizes)}' ({best.balance:.0%})")
+    return "; ".join(said)

@@ -1,0 +1,125 @@
+"""The model, rank by rank: every rank is built for real (layer spec, megatron-core, meta device) and the parts must add up exactly.
+
+Building needs torch and megatron-core and happens in child processes, so that their memory and patches stay theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from slime.rehearse.findings import Findings
+from slime.rehearse.reading import Reading
+from slime.rehearse.shares import StageShare
+
+
+@dataclass(frozen=True)
+class BuiltRanks:
+    """What all ranks together hold."""
+
+    num_ranks: int
+    unique: int
+    """Parameters of the whole model, each counted once over all ranks."""
+    per_rank: tuple[int, ...]
+    seconds: float
+    peak_bytes: int
+    """Of all child processes together."""
+    errors: tuple[str, ...] = ()
+    orders: dict[int, list] = field(default_factory=dict)
+    """Stage -> [parameter name, experts in the stack] in the model's own order."""
+
+
+def build_ranks(reading: Reading, *, ranks: Sequence[int] | None = None, processes: int = 2, timeout: float = 600.0) -> BuiltRanks:
+    """Build `ranks` (all unless said) of the layout. Raises ValueError when a child process ends without an answer."""
+    world = reading.grid.world
+    wanted = list(range(world)) if ranks is None else list(ranks)
+    started = time.monotonic()
+    # Without flags' checkpoint on this machine the parameter type would be the host's; bytes are not the matter here.
+    from slime.rehearse.rank_worker import Job
+
+    job = Job(replace(reading.config, notes=()), reading.hf, world, ())
+    rows: list[dict] = []
+    peak = 0
+    with tempfile.TemporaryDirectory(prefix="slime-rehearse-") as folder:
+        children = []
+        try:
+            for number in range(min(processes, len(wanted))):
+                path = Path(folder) / f"job-{number}"
+                path.with_suffix(".pkl").write_bytes(pickle.dumps(replace(job, ranks=tuple(wanted[number::processes]))))
+                children.append((_start(path), path))
+            for child, path in children:
+                child.wait(timeout=max(1.0, timeout - (time.monotonic() - started)))
+                lines = [json.loads(line) for line in path.with_suffix(".out").read_text().splitlines() if line.startswith("{")]
+                if child.returncode != 0 or not lines or "peak_bytes" not in lines[-1]:
+                    raise ValueError(f"building ranks ended with status {child.returncode}:\n{path.with_suffix('.err').read_text()[-2000:]}")
+                peak += lines.pop()["peak_bytes"]
+                rows += lines
+        finally:
+            for child, _ in children:
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
+    return _summed(rows, len(wanted), time.monotonic() - started, peak)
+
+
+def _start(path: Path) -> subprocess.Popen:
+    root = str(Path(__file__).resolve().parents[2])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    with open(path.with_suffix(".out"), "w") as out, open(path.with_suffix(".err"), "w") as err:
+        return subprocess.Popen([sys.executable, "-m", "slime.rehearse.rank_worker", str(path.with_suffix(".pkl"))], stdout=out, stderr=err, env=env)
+
+
+def _summed(rows: list[dict], num_ranks: int, seconds: float, peak: int) -> BuiltRanks:
+    """Each tensor once: a replicated one from tensor-parallel rank 0, shards from all of them, experts from every expert shard."""
+    errors = [f"rank {row['rank']}: {row['error']}" for row in rows if "error" in row]
+    built = sorted((row for row in rows if "error" not in row), key=lambda row: row["rank"])
+    unique = 0
+    orders: dict[int, list] = {}
+    for row in built:
+        if row["off_meta"]:
+            errors.append(f"rank {row['rank']}: {row['off_meta'][0]} was allocated for real")
+        if row["cp"] == 0 and row["dp"] == 0:
+            unique += sum(numel for numel, cut in row["dense"].values() if cut or row["tp"] == 0)
+        if row["edp"] == 0:
+            unique += row["experts"]
+        if row["order"]:
+            orders.setdefault(row["pp"], row["order"])
+    return BuiltRanks(num_ranks, unique, tuple(row["parameters"] for row in built), seconds, peak, tuple(errors), orders)
+
+
+def check_ranks(reading: Reading, shares: Sequence[StageShare], findings: Findings, *, build: Callable[[Reading], BuiltRanks] = build_ranks) -> BuiltRanks | None:
+    """Build all ranks and compare their sums with the weight table and with the arithmetic of the other parts."""
+    try:
+        built = build(reading)
+    except (ValueError, subprocess.TimeoutExpired, ImportError) as error:
+        findings.violation("ranks", f"the ranks could not be built: {error}", "", "run `python3 -m slime.rehearse` in the environment of scripts/setup.sh")
+        return None
+    for error in sorted(set(text.partition(": ")[2] for text in built.errors))[:8]:
+        findings.violation("ranks", error, f"{sum(text.endswith(error) for text in built.errors)} ranks", "the message says what to change")
+    if built.errors:
+        return built
+    wanted = reading.table.num_parameters(mtp=False)
+    tied = sum(share.has_head for share in shares) if reading.table.aliases and reading.grid.pp > 1 else 0
+    padding = (reading.config.model.padded_vocab_size or reading.hf["vocab_size"]) - reading.hf["vocab_size"]
+    copies = tied + (1 if reading.table.aliases else 2)
+    expected = wanted + padding * reading.hf["hidden_size"] * copies + (reading.hf["vocab_size"] * reading.hf["hidden_size"] if tied else 0)
+    findings.check(
+        built.unique == expected, "ranks", f"all {built.num_ranks} ranks built; their parameters add up to the checkpoint's {wanted:,}",
+        values=f"{built.seconds:.1f} s, {built.peak_bytes / 2**30:.2f} GiB" + (f", {padding} padded vocabulary rows" if padding else ""),
+        wrong=f"the ranks hold {built.unique:,} parameters, the checkpoint has {expected:,}", fix="this is a defect of the layer spec or the weight table; please report it",
+    )  # fmt: skip
+    per_stage = reading.grid.ranks_per_stage
+    off = [rank for rank, count in enumerate(built.per_rank) if len(built.per_rank) == reading.grid.world and count != shares[rank // per_stage].parameters]
+    findings.check(
+        not off, "ranks", "each rank holds what the memory model counts", wrong=f"{len(off)} ranks hold another number of parameters than the memory model counts",
+        values=f"rank {off[0]}: {built.per_rank[off[0]]:,} built" if off else f"{min(built.per_rank):,} to {max(built.per_rank):,} parameters", fix="report it with this output",
+    )  # fmt: skip
+    return built

@@ -1,0 +1,226 @@
+"""The flags, read as far as they make sense: every mistake becomes a finding, and what is sound goes on to the other checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from slime.config import resolve_model, resolve_rollout
+from slime.config.command_line import CommandLine, parse_words
+from slime.config.config import Config
+from slime.config.errors import ConfigError
+from slime.config.facts import Facts, gather_facts
+from slime.config.flags import FrozenMap
+from slime.config.loader import MAPPINGS, _apply_yaml, _build, _defaults
+from slime.config.megatron_flags import default_of
+from slime.config.resolve import Values
+from slime.model.geometry import differences, megatron_values
+from slime.model.hf_config import HfConfig
+from slime.model.names import FAMILIES, NameTable
+from slime.rehearse.findings import Findings
+from slime.rehearse.known_models import known_config, known_names
+from slime.rehearse.shares import Grid
+from slime.rehearse.stages import Chunk, Cut, cut_layers
+
+# The order of slime.config.resolve.resolve; there each stage stops at its first mistakes, here all are wanted.
+RULES: tuple[Callable[[Values], None], ...] = (
+    resolve_model.dtype_and_optimizer,
+    resolve_model.shape,
+    resolve_model.checkpoint_fields,
+    resolve_rollout.debug_modes,
+    resolve_rollout.placement,
+    resolve_model.layout,
+    resolve_rollout.algorithm,
+    resolve_rollout.batch,
+    resolve_rollout.lengths,
+    resolve_rollout.evaluation,
+    resolve_rollout.engines,
+    resolve_rollout.saving,
+    resolve_rollout.initial_weights,
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the flags mean. A part that their mistakes leave undefined is None."""
+
+    config: Config
+    hf: HfConfig | None
+    hf_is_stored: bool
+    """`hf` is the stored config of a release: the checkpoint itself is not on this machine."""
+    table: NameTable | None
+    grid: Grid | None
+    chunks: tuple[Chunk, ...] | None
+
+
+def read(argv: Sequence[str], findings: Findings) -> Reading:
+    words = _words(argv, findings)
+    values, notes = _resolved(words, findings)
+    config = _build(values, notes=tuple(notes), door="rehearse")
+    hf, stored = _hf_config(config, findings)
+    if hf is not None:
+        _compare(config, hf, findings)
+    table = NameTable.for_model(hf) if hf is not None and hf.model_type in FAMILIES else None
+    return Reading(config, hf, stored, table, _grid(config), _chunks(config, findings))
+
+
+def _words(argv: Sequence[str], findings: Findings) -> CommandLine:
+    """All words at once when they are right; otherwise every flag by itself, keeping the right ones."""
+    try:
+        words = parse_words(argv, door="rehearse")
+        findings.ok("flags", "every flag is declared, and its value has the right type", f"{sum(w.startswith('--') for w in argv)} flags")
+        return words
+    except ConfigError as error:
+        for line in str(error).split("\n"):
+            findings.violation("flags", line, fix=_flag_fix(line))
+    groups: list[list[str]] = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            groups.append([word])
+        elif groups:
+            groups[-1].append(word)
+    kept: list[str] = []
+    for group in groups:
+        try:
+            parse_words(group, door="rehearse")
+        except ConfigError:
+            continue
+        kept += group
+    return parse_words(kept, door="rehearse")
+
+
+def _flag_fix(line: str) -> str:
+    if "did you mean" in line:
+        return f"write {line.partition('did you mean ')[2].rstrip('?')}"
+    return "correct or remove the flag; `python3 -m slime.config.help` lists all"
+
+
+def _resolved(words: CommandLine, findings: Findings) -> tuple[Values, list[str]]:
+    start = _defaults()
+    start.update(words.given)
+    start.update({name: dict(words.megatron[name]) for name in MAPPINGS})
+    start.update(sglang=FrozenMap(words.sglang), router=FrozenMap(words.router))
+    notes: list[str] = []
+    try:
+        notes = _apply_yaml(start, words)
+    except ConfigError as error:
+        findings.violation("flags", str(error), fix="correct the file of --custom-config-path")
+    values = Values(start, given=words.given, door="rehearse", facts=_facts(start, findings))
+    sound = True
+    for rule in RULES:
+        values.mistakes = []
+        said: list[str] = []
+        try:
+            rule(values)
+        except ConfigError as error:
+            said = str(error).split("\n") if not values.mistakes else []
+        except (TypeError, ValueError, KeyError, ZeroDivisionError) as consequence:
+            # A rule that relies on a value which an earlier mistake left open; alone it would be our own mistake.
+            assert not sound, f"{rule.__name__}: {consequence!r}"
+        for mistake in values.mistakes or said:
+            sound = False
+            findings.violation("config", mistake, fix=_rule_fix(mistake))
+    values.mistakes = []
+    if sound:
+        findings.ok("config", "the flags agree with each other", f"{len(values.notes)} values derived")
+    return values, [*notes, *values.notes]
+
+
+def _rule_fix(mistake: str) -> str:
+    if ";" in mistake:
+        return mistake.rpartition(";")[2].strip()
+    return "change one of the named values so that the sentence no longer holds"
+
+
+def _facts(start: dict, findings: Findings) -> Facts:
+    try:
+        found = gather_facts(load=start["load"], ref_load=start["ref_load"], hf_checkpoint=start["hf_checkpoint"])
+    except ConfigError as error:
+        findings.violation("files", str(error), fix="repair the file")
+        found = Facts()
+    if found.hf_config is None and start["hf_checkpoint"] and (known := known_config(start["hf_checkpoint"])) is not None:
+        return Facts(found.load, found.ref_load, dict(known), found.tensorboard_dir)
+    return found
+
+
+def _hf_config(config: Config, findings: Findings) -> tuple[HfConfig | None, bool]:
+    folder = config.checkpoint.hf_checkpoint
+    if folder is None:
+        return None, False
+    from slime.model.hf_config import read_hf_config
+
+    try:
+        hf = read_hf_config(folder)
+        findings.ok("files", "config.json of --hf-checkpoint is read", hf.source)
+        return hf, False
+    except ValueError:
+        pass
+    known = known_config(folder)
+    if known is None:
+        findings.unchecked(
+            "files", f"{folder}/config.json is not on this machine, and no release is stored under that name", ", ".join(known_names()),
+            "run this where the checkpoint is, or copy its config.json into a folder and pass that as --hf-checkpoint",
+        )  # fmt: skip
+        return None, True
+    findings.unchecked("files", f"{folder}/config.json is not on this machine; {known.source} stands for it")
+    return known, True
+
+
+def _compare(config: Config, hf: HfConfig, findings: Findings) -> None:
+    """Fields that the config room's own comparison does not know."""
+    if not config.model.megatron.get("num_layers"):
+        return
+    said = " ".join(finding.what for finding in findings.of("violation"))
+    lines = [line for line in differences(_with_defaults(config, hf), config.model, hf) if line.split(":")[0] not in said]
+    for line in lines:
+        findings.violation("model", line, fix=f"change {line.split(':')[0]} in MODEL_ARGS to the checkpoint's value")
+    if not lines and "disagree with" not in said:
+        findings.ok("model", "MODEL_ARGS describe the model of the HF config", f"compared with {hf.source}")
+
+
+def _with_defaults(config: Config, hf: HfConfig) -> dict[str, object]:
+    """TransformerConfig values as megatron-core would complete them, for the fields that the HF config decides."""
+    given = dict(config.model.megatron)
+    for name in megatron_values(hf):
+        given.setdefault(name, default_of(name))
+    if given.get("num_query_groups") is None:
+        given["num_query_groups"] = given.get("num_attention_heads")
+    if given.get("kv_channels") is None and given.get("num_attention_heads"):
+        given["kv_channels"] = given["hidden_size"] // given["num_attention_heads"]
+    return given
+
+
+def _grid(config: Config) -> Grid | None:
+    sizes, cluster = config.parallel, config.cluster
+    grid = Grid(
+        world=cluster.actor_num_nodes * cluster.actor_num_gpus_per_node,
+        tp=sizes.tensor_model_parallel_size,
+        pp=sizes.pipeline_model_parallel_size,
+        cp=sizes.context_parallel_size,
+        ep=sizes.expert_model_parallel_size,
+        etp=sizes.expert_tensor_parallel_size or sizes.tensor_model_parallel_size,
+    )
+    if min(grid.world, grid.tp, grid.pp, grid.cp, grid.ep, grid.etp) < 1:
+        return None
+    if grid.world % (grid.tp * grid.pp * grid.cp) or grid.world % (grid.etp * grid.ep * grid.pp):
+        return None
+    return grid
+
+
+def _chunks(config: Config, findings: Findings) -> tuple[Chunk, ...] | None:
+    sizes, num_layers = config.parallel, config.model.megatron.get("num_layers")
+    if not num_layers or sizes.pipeline_model_parallel_size < 1:
+        return None
+    vpp = sizes.virtual_pipeline_model_parallel_size or 1
+    if sizes.pipeline_model_parallel_layout:
+        vpp = 1
+    cut = Cut(
+        num_layers, sizes.pipeline_model_parallel_size, vpp, sizes.decoder_first_pipeline_num_layers,
+        sizes.decoder_last_pipeline_num_layers, sizes.pipeline_model_parallel_layout,
+    )  # fmt: skip
+    try:
+        return tuple(cut_layers(cut))
+    except ValueError as error:
+        if "do not divide" not in " ".join(finding.what for finding in findings.of("violation")):
+            findings.violation("layout", str(error), fix="see the legal splits in this report")
+        return None

@@ -1,0 +1,109 @@
+"""The rehearsal as text for a terminal and as JSON for programs."""
+
+from __future__ import annotations
+
+from slime.rehearse.cost import rates_shown
+from slime.rehearse.result import Rehearsal
+from slime.rehearse.stages import Split, layout_text
+
+
+def as_text(done: Rehearsal) -> str:
+    findings = done.findings
+    lines = [finding.line() for finding in findings.items if finding.severity == "ok"]
+    lines += [finding.line() for finding in findings.of("unchecked")]
+    lines += [finding.line() for finding in findings.of("violation")]
+    for title, part in (("stages", _stages(done)), ("memory per GPU, GB", _memory(done)), ("cost of one rollout", _cost(done)), ("engine options", list(done.engines.renames))):
+        if part:
+            lines += ["", f"-- {title}", *part]
+    lines += ["", "-- time: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in (done.seconds or {}).items())]
+    lines.append(verdict(done))
+    return "\n".join(lines) + "\n"
+
+
+def verdict(done: Rehearsal) -> str:
+    violations, unchecked = len(done.findings.of("violation")), len(done.findings.of("unchecked"))
+    if violations:
+        return f"NOT LAUNCHABLE: {violations} violation{'s' if violations > 1 else ''} ({unchecked} points could not be checked from here)"
+    return f"launchable: {len(done.findings.of('ok'))} checks passed, {unchecked} points could not be checked from here"
+
+
+def _stages(done: Rehearsal) -> list[str]:
+    balance = done.balance
+    if balance is None or len(balance.sizes) < 2:
+        return []
+    lines = [f"layers {'/'.join(map(str, balance.sizes))}: stages are {balance.value:.1%} even by training FLOPs at {balance.length:,} tokens "
+             f"({sum(balance.sizes) / len(balance.sizes) / max(balance.sizes):.1%} by layers)"]  # fmt: skip
+    for split in balance.first_last[:5]:
+        lines.append(f"  legal: --decoder-first-pipeline-num-layers {split.sizes[0]} --decoder-last-pipeline-num-layers {split.sizes[-1]}: {split.balance:.1%}")
+    if len(balance.first_last) > 5:
+        lines.append(f"  and {len(balance.first_last) - 5} more pairs, all in --json")
+    if balance.best is not None:
+        lines.append(f"  best list: {','.join(map(str, balance.best.sizes))}: {balance.best.balance:.1%}   --pipeline-model-parallel-layout '{layout_text(balance.best.sizes)}'")
+    return lines
+
+
+def _memory(done: Rehearsal) -> list[str]:
+    if not done.memory:
+        return []
+    names = [phase.name for phase in done.memory[0].phases]
+    lines = ["stage  layers  params B  " + "  ".join(name.rjust(max(7, len(name))) for name in names) + "  host GB/node"]
+    per_node = done.reading.config.cluster.actor_num_gpus_per_node
+    for stage in done.memory:
+        share = stage.share
+        cells = "  ".join(f"{stage.phase(name).total / 1e9:.1f}".rjust(max(7, len(name))) for name in names)
+        lines.append(f"{share.stage:5d}  {len(share.layers):6d}  {share.parameters / 1e9:8.3f}  {cells}  {stage.host_optimizer * per_node / 1e9:12.0f}")
+    for role, tokens in (done.kv_tokens or {}).items():
+        lines.append(f"KV cache of a {role} GPU: {tokens:,} tokens")
+    return lines
+
+
+def _cost(done: Rehearsal) -> list[str]:
+    cost = done.cost
+    if cost is None:
+        return []
+    lines = [f"{cost.tokens:,} tokens, {cost.flops_per_token_forward / 1e9:.1f} GF forward and {cost.flops_per_token_training / 1e9:.1f} GF training per token"]
+    lines += [f"  {phase.name:22s} {phase.seconds:8.1f} s   {phase.why}" for phase in cost.phases]
+    lines.append(f"  {'sum':22s} {cost.seconds:8.1f} s   {cost.gpu_hours:.1f} GPU-hours per rollout; {cost.dominant.name} dominates")
+    lines.append("  assumed: " + ", ".join(f"{name} {value:g}" for name, value in rates_shown(done.rates).items()))
+    return lines
+
+
+def _split(split: Split) -> dict[str, object]:
+    return {"layers": list(split.sizes), "balance": round(split.balance, 6)}
+
+
+def as_json(done: Rehearsal) -> dict[str, object]:
+    """Everything but the weight map's rows (--weight-map writes those)."""
+    grid, balance, weights, cost, built = done.reading.grid, done.balance, done.weights, done.cost, done.built
+    return {
+        "launchable": done.findings.launchable,
+        "findings": [vars(finding) for finding in done.findings.items],
+        "notes": list(done.reading.config.notes),
+        "seconds": dict(done.seconds or {}),
+        "grid": None if grid is None else {**vars(grid), "dp": grid.dp, "edp": grid.edp},
+        "stages": None if balance is None else {
+            "layers": list(balance.sizes), "balance": balance.value if balance.sizes else None, "tokens": balance.length, "costs": list(balance.costs),
+            "computing_layers": list(balance.computing), "legal_first_last": [_split(split) for split in balance.first_last],
+            "best": None if balance.best is None else {**_split(balance.best), "layout": layout_text(balance.best.sizes)},
+        },
+        "memory": [
+            {"stage": m.share.stage, "parameters": m.share.parameters, "dense": m.share.dense, "experts": m.share.experts, "frozen": m.share.frozen,
+             "host_optimizer_per_rank": m.host_optimizer, "phases": {phase.name: dict(phase.parts) for phase in m.phases}}
+            for m in done.memory
+        ],
+        "kv_tokens_per_gpu": dict(done.kv_tokens or {}),
+        "cost": None if cost is None else {
+            "tokens": cost.tokens, "flops_per_token_forward": cost.flops_per_token_forward, "flops_per_token_training": cost.flops_per_token_training,
+            "phases": [vars(phase) for phase in cost.phases], "seconds": cost.seconds, "gpu_hours": cost.gpu_hours, "rates": dict(rates_shown(done.rates)),
+            "sync": None if cost.sync is None else vars(cost.sync),
+        },
+        "engines": {
+            "sglang": done.engines.version, "renames": list(done.engines.renames),
+            "engines": [{"label": s.label, "gpus": s.num_gpus, "offset": s.gpu_offset, "tp": s.tp_size, "dp": s.dp_size, "ep": s.ep_size} for s in done.engines.specs],
+        },
+        "weights": None if weights is None else {
+            "tensors": len(weights.rows), "buckets": len(weights.bucket_bytes), "bytes": weights.nbytes, "digest": weights.digest,
+            "bytes_per_source": {str(rank): count for rank, count in weights.source_bytes.items()},
+        },
+        "ranks": None if built is None else {"built": built.num_ranks, "unique_parameters": built.unique, "seconds": built.seconds, "peak_bytes": built.peak_bytes, "errors": list(built.errors)},
+    }  # fmt: skip

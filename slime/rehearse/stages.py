@@ -1,0 +1,202 @@
+"""Which layers a pipeline stage holds, which cuts are legal for index sharing, and which of them are balanced. Pure arithmetic.
+
+Layers are 0-based. megatron-core's own rules are followed (a test compares every case with its functions), so that a laptop without
+megatron-core knows the same answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from slime.model.hf_config import HfConfig
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One model chunk: a pipeline stage, or one of its parts under virtual pipelining."""
+
+    pp_rank: int
+    vp_stage: int
+    layers: range
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How --decoder-first/last-..., --pipeline-model-parallel-layout and the virtual size cut the layers."""
+
+    num_layers: int
+    pp_size: int
+    vpp_size: int = 1
+    first: int | None = None
+    last: int | None = None
+    layout: str | None = None
+
+
+def cut_layers(cut: Cut) -> list[Chunk]:
+    """All chunks in the order in which a token passes them. Raises ValueError, with the numbers, when layers do not divide."""
+    if cut.layout is not None:
+        return _from_layout(cut)
+    sizes = _chunk_sizes(cut)
+    chunks, start = [], 0
+    for vp_stage in range(cut.vpp_size):
+        for pp_rank in range(cut.pp_size):
+            chunks.append(Chunk(pp_rank, vp_stage, range(start, start + sizes[pp_rank])))
+            start += sizes[pp_rank]
+    assert start == cut.num_layers, f"{start} of {cut.num_layers} layers were placed"
+    return chunks
+
+
+def _chunk_sizes(cut: Cut) -> list[int]:
+    """Layers of one chunk of each pipeline rank."""
+    named = [value for value in (cut.first, cut.last) if value is not None]
+    if cut.pp_size == 1:
+        return [cut.num_layers]
+    rest, stages = cut.num_layers - sum(named), cut.pp_size - len(named)
+    if rest < 0 or (stages and rest % stages) or (not stages and rest):
+        raise ValueError(f"{cut.num_layers} layers minus first/last {named} leave {rest} for {stages} stages, which does not divide")
+    middle = rest // stages if stages else 0
+    per_stage = [middle] * cut.pp_size
+    if cut.first is not None:
+        per_stage[0] = cut.first
+    if cut.last is not None:
+        per_stage[-1] = cut.last
+    if any(size % cut.vpp_size for size in per_stage):
+        raise ValueError(f"stages of {per_stage} layers do not divide into {cut.vpp_size} virtual chunks each")
+    return [size // cut.vpp_size for size in per_stage]
+
+
+def _from_layout(cut: Cut) -> list[Chunk]:
+    text = cut.layout.replace(",", "").replace(" ", "")
+    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        text = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), text)
+    if unknown := sorted(set(text) - set("EtLm|")):
+        raise ValueError(f"--pipeline-model-parallel-layout has {''.join(unknown)!r}; it is made of E (embedding), t (layer), L (loss), m, | and *")
+    parts = text.split("|")
+    if len(parts) % cut.pp_size:
+        raise ValueError(f"--pipeline-model-parallel-layout has {len(parts)} stages, no multiple of --pipeline-model-parallel-size {cut.pp_size}")
+    if text.count("t") != cut.num_layers:
+        raise ValueError(f"--pipeline-model-parallel-layout places {text.count('t')} layers (t), the model has {cut.num_layers}")
+    if not text.startswith("E") or not text.endswith("L") or text.count("E") != 1 or text.count("L") != 1:
+        raise ValueError("--pipeline-model-parallel-layout must begin with the only E (embedding) and end with the only L (loss)")
+    chunks, start = [], 0
+    for number, part in enumerate(parts):
+        size = part.count("t")
+        chunks.append(Chunk(number % cut.pp_size, number // cut.pp_size, range(start, start + size)))
+        start += size
+    return chunks
+
+
+def layout_text(sizes: Sequence[int]) -> str:
+    """The --pipeline-model-parallel-layout value of a per-stage list: [10, 8] -> Et*10|t*8L."""
+    parts = [f"t*{size}" for size in sizes]
+    return "E" + "|".join(parts) + "L"
+
+
+def wrong_starts(hf: HfConfig, chunks: Iterable[Chunk]) -> list[Chunk]:
+    """Chunks that begin on a layer which reuses the indices of a layer on another chunk."""
+    if not hf.has_indexer:
+        return []
+    return [chunk for chunk in chunks if len(chunk.layers) and not hf.runs_indexer(chunk.layers.start)]
+
+
+def computing_layers(hf: HfConfig) -> list[int]:
+    """1-based, as logs and flags count layers."""
+    return [layer + 1 for layer in range(hf.num_layers) if hf.runs_indexer(layer)]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A legal cut: layers per stage, and how even it is (mean stage cost / greatest stage cost)."""
+
+    sizes: tuple[int, ...]
+    balance: float
+
+    @property
+    def first_last(self) -> tuple[int, int]:
+        return self.sizes[0], self.sizes[-1]
+
+
+def balance(costs: Sequence[float]) -> float:
+    """Share of the pipeline's time in which an average stage works, bubbles aside: mean cost / greatest cost."""
+    return sum(costs) / len(costs) / max(costs)
+
+
+def stage_costs(sizes: Sequence[int], layer_costs: Sequence[float], head_cost: float) -> list[float]:
+    costs, start = [], 0
+    for size in sizes:
+        costs.append(sum(layer_costs[start : start + size]))
+        start += size
+    costs[-1] += head_cost
+    return costs
+
+
+def legal_first_last(hf: HfConfig, pp_size: int, layer_costs: Sequence[float], head_cost: float) -> list[Split]:
+    """Every (first, last) pair for which stages divide and start on computing layers, best balanced first."""
+    found = []
+    if pp_size < 2:
+        return found
+    for first in range(1, hf.num_layers):
+        for last in range(1, hf.num_layers - first + 1):
+            rest, stages = hf.num_layers - first - last, pp_size - 2
+            if (stages and (rest % stages or not rest)) or (not stages and rest):
+                continue
+            sizes = (first, *([rest // stages] * stages if stages else []), last)
+            if _starts_are_legal(hf, sizes):
+                found.append(Split(sizes, balance(stage_costs(sizes, layer_costs, head_cost))))
+    return sorted(found, key=lambda split: (-split.balance, split.sizes))
+
+
+def _starts_are_legal(hf: HfConfig, sizes: Sequence[int]) -> bool:
+    starts, start = [], 0
+    for size in sizes[:-1]:
+        start += size
+        starts.append(start)
+    return not hf.has_indexer or all(hf.runs_indexer(layer) for layer in starts)
+
+
+def best_list(hf: HfConfig, pp_size: int, layer_costs: Sequence[float], head_cost: float) -> Split | None:
+    """The per-stage list whose slowest stage is fastest; among those the one with the least sum of squares. None when none is legal.
+
+    Dynamic programming over legal cut positions: best[stage][position] = (greatest cost, sum of squares) of the stages up to there.
+    """
+    num_layers = hf.num_layers
+    cuts = [layer for layer in range(1, num_layers) if not hf.has_indexer or hf.runs_indexer(layer)]
+    prefix = [0.0]
+    for cost in layer_costs:
+        prefix.append(prefix[-1] + cost)
+    slowest = _least_slowest(pp_size, cuts, prefix, head_cost, num_layers)
+    if slowest is None:
+        return None
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for stage in range(pp_size):
+        ends = [num_layers] if stage == pp_size - 1 else cuts
+        following: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for start, (squares, sizes) in best.items():
+            for end in ends:
+                cost = prefix[end] - prefix[start] + (head_cost if end == num_layers else 0.0) if end > start else None
+                if cost is None or cost > slowest * (1 + 1e-12):
+                    continue
+                candidate = (squares + cost * cost, (*sizes, end - start))
+                if end not in following or candidate < following[end]:
+                    following[end] = candidate
+        best = following
+    sizes = best[num_layers][1]
+    return Split(sizes, balance(stage_costs(sizes, layer_costs, head_cost)))
+
+
+def _least_slowest(pp_size: int, cuts: list[int], prefix: list[float], head_cost: float, num_layers: int) -> float | None:
+    best = {0: 0.0}
+    for stage in range(pp_size):
+        ends = [num_layers] if stage == pp_size - 1 else cuts
+        following: dict[int, float] = {}
+        for start, slowest in best.items():
+            for end in ends:
+                if end <= start:
+                    continue
+                cost = max(slowest, prefix[end] - prefix[start] + (head_cost if end == num_layers else 0.0))
+                if cost < following.get(end, float("inf")):
+                    following[end] = cost
+        best = following
+    return best.get(num_layers)

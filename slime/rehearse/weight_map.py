@@ -1,0 +1,262 @@
+"""Where every Hugging Face tensor lives in the trainer, how it travels, and which engine ranks keep it. Pure arithmetic.
+
+One row per tensor, in the order in which the weight stream sends it. The stream's rules are those of `slime.ray.weight_stream`: first the
+dense weights, one source rank per pipeline stage, then the routed experts, one source per stage and expert shard; inside a source the
+model's own order of parameters, buffers last; tensors that an engine fuses travel together; buckets are filled up to
+--update-weight-buffer-size. A test compares rows and buckets with the real stream of a small model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from slime.engine.spec import EngineSpec
+from slime.model.hf_config import HfConfig
+from slime.model.names import Entry, HfTensor, NameTable
+from slime.rehearse.flops import layer_of
+from slime.rehearse.shares import Grid
+from slime.rehearse.stages import Chunk
+
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor on the wire. `name` is the HF name; its FP8 scale, when there is one, travels with it."""
+
+    name: str
+    shape: tuple[int, ...]
+    fp8: bool
+    stage: int
+    holders: str
+    """Which ranks of the stage hold it: "rows 1/4 of each of 4 tp ranks, 8 replicas" in compact form."""
+    source: int
+    """Global rank that sends it."""
+    bucket: int
+    """Number of its bucket in the whole stream."""
+    engines: str
+    """Which ranks of an engine keep it."""
+    block: str
+    """FP8: "shard" when every block lies in one shard, "gather" when the source gathers the tensor first; else "-"."""
+    nbytes: int
+
+    def canonical(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"{self.name}\t{shape}\t{'fp8' if self.fp8 else '-'}\t{self.stage}\t{self.holders}\t{self.source}\t{self.bucket}\t{self.engines}\t{self.block}\t{self.nbytes}"
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    rows: tuple[Row, ...]
+    bucket_bytes: tuple[int, ...]
+    source_bytes: dict[int, int]
+    problems: tuple[str, ...]
+    """Orphaned, doubled or separated tensors; empty when the map is a proof."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical table: two runs with the same digest move the same tensors the same way."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(row.canonical().encode())
+            digest.update(b"\n")
+        return digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(row.nbytes for row in self.rows)
+
+
+def checkpoint_bytes(table: NameTable, *, fp8: bool) -> int:
+    """Sum of all tensors' bytes in a BF16 or block-FP8 checkpoint, MTP layer included."""
+    return sum(wire_bytes(tensor, fp8=fp8 and tensor.fp8, block=128, float32=entry.float32) for entry in table.entries for tensor in entry.hf)
+
+
+def wire_bytes(tensor: HfTensor, *, fp8: bool, block: int, float32: bool) -> int:
+    numel = 1
+    for size in tensor.shape:
+        numel *= size
+    if fp8:
+        rows, columns = tensor.shape
+        return numel + -(-rows // block) * -(-columns // block) * SCALE_BYTES
+    return numel * (4 if float32 else 2)
+
+
+def fp8_format(hf: HfConfig) -> tuple[int | None, frozenset[str]]:
+    """(block, modules kept as they are) of the serving checkpoint; (None, ...) when it is not block FP8."""
+    section = hf.get("quantization_config") or {}
+    block = section.get("weight_block_size")
+    return (int(block[0]) if block else None), frozenset(section.get("modules_to_not_convert") or ())
+
+
+def build_weight_map(
+    table: NameTable, hf: HfConfig, grid: Grid, chunks: Sequence[Chunk], engines: Sequence[EngineSpec], *, limit_bytes: int
+) -> WeightMap:
+    """The map of the main model (the MTP layer is not trained: engines keep the checkpoint's)."""
+    block, kept = fp8_format(hf)
+    receivers = [engine for engine in engines if engine.update_weights]
+    describe = _Describer(grid, hf, receivers, block)
+    rows: list[Row] = []
+    buckets: list[int] = []
+    source_bytes: Counter[int] = Counter()
+    for source, stage, entries in _sources(table, grid, chunks):
+        for bucket in _bucketed(_groups(entries, table), limit_bytes, block, kept):
+            number = len(buckets)
+            buckets.append(sum(nbytes for _, _, nbytes, _ in bucket))
+            source_bytes[source] += buckets[-1]
+            rows += [describe.row(entry, tensor, nbytes, fp8, stage, source, number) for entry, tensor, nbytes, fp8 in bucket]
+    return WeightMap(tuple(rows), tuple(buckets), dict(source_bytes), tuple(_problems(table, rows)))
+
+
+def _sources(table: NameTable, grid: Grid, chunks: Sequence[Chunk]) -> Iterator[tuple[int, int, list[Entry]]]:
+    """(rank, stage, its entries in the model's order): dense sources of all stages, then the experts' sources, by rank."""
+    dense: dict[int, list[Entry]] = {stage: [] for stage in range(grid.pp)}
+    experts: dict[tuple[int, int], list[Entry]] = {(stage, ep): [] for stage in range(grid.pp) for ep in range(grid.ep)}
+    last = chunks[-1].pp_rank
+    owner = {layer: chunk.pp_rank for chunk in chunks for layer in chunk.layers}
+    per_shard = -(-max((entry.expert + 1 for entry in table.entries if entry.expert is not None), default=0) // grid.ep)
+    for entry in table.entries:
+        if entry.name.startswith("mtp."):
+            continue
+        layer = layer_of(entry)
+        stage = owner[layer] if layer is not None else (0 if entry.name.startswith("embedding.") else last)
+        if entry.expert is None:
+            dense[stage].append(entry)
+        else:
+            experts[stage, entry.expert // per_shard].append(entry)
+    for stage, entries in dense.items():
+        yield stage * grid.ranks_per_stage, stage, sorted(entries, key=model_order)
+    for (stage, ep), entries in experts.items():
+        if entries:
+            yield stage * grid.ranks_per_stage + ep * grid.etp, stage, sorted(entries, key=model_order)
+
+
+# The order in which the layer's modules register their parameters. `check_ranks` compares it with the built model's.
+_IN_LAYER = (
+    "input_layernorm.weight",
+    "self_attention.linear_q_proj.weight", "self_attention.linear_q_down_proj.weight", "self_attention.linear_q_up_proj.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.linear_kv_down_proj.weight", "self_attention.linear_kv_up_proj.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias",
+    "self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_proj.weight", "self_attention.q_layernorm.weight",
+    "self_attention.k_layernorm.weight", "self_attention.wq_b.weight", "self_attention.wk.weight", "self_attention.k_norm.weight",
+    "self_attention.k_norm.bias", "self_attention.weights_proj.weight", "post_self_attn_layernorm.weight", "pre_mlp_layernorm.weight",
+    "mlp.router.weight", "mlp.experts.linear_fc1.weight", "mlp.experts.linear_fc2.weight", "mlp.shared_experts.linear_fc1.weight",
+    "mlp.shared_experts.linear_fc2.weight", "mlp.linear_fc1.weight", "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc2.weight",
+    "post_mlp_layernorm.weight", "mlp.router.expert_bias",
+)  # fmt: skip
+_PLACE = {name: place for place, name in enumerate(_IN_LAYER)}
+
+
+def model_order(entry: Entry) -> tuple[int, int, int, int]:
+    """Sort key: parameters before buffers; embedding, layers, final norm, output layer; a layer's own order; the expert."""
+    layer = layer_of(entry)
+    if layer is None:
+        where = -1 if entry.name.startswith("embedding.") else 10**6 + ("output_layer" in entry.name)
+        return int(entry.float32), where, 0, 0
+    suffix = entry.name.split(".", 3)[3]
+    if entry.expert is not None:
+        suffix = suffix.removesuffix(str(entry.expert))
+    return int(entry.float32), layer, _PLACE[suffix], entry.expert or 0
+
+
+def _groups(entries: Iterable[Entry], table: NameTable) -> Iterator[list[tuple[Entry, HfTensor]]]:
+    """Tensors that must share a bucket; a fused pair is sent when its last member comes."""
+    partners = Counter(entry.together for entry in table.entries if entry.together)
+    waiting: dict[str, list[tuple[Entry, HfTensor]]] = {}
+    arrived: Counter[str] = Counter()
+    for entry in entries:
+        tensors = [(entry, tensor) for tensor in entry.hf]
+        if not entry.together:
+            yield tensors
+            continue
+        waiting.setdefault(entry.together, []).extend(tensors)
+        arrived[entry.together] += 1
+        if arrived[entry.together] == partners[entry.together]:
+            yield waiting.pop(entry.together)
+
+
+Sized = tuple[Entry, HfTensor, int, bool]
+
+
+def _bucketed(groups: Iterable[list[tuple[Entry, HfTensor]]], limit: int, block: int | None, kept: frozenset[str]) -> Iterator[list[Sized]]:
+    """The rule of `slime.weights.buckets.fill_buckets`, on sizes alone."""
+    waiting: list[Sized] = []
+    waiting_bytes = 0
+    for group in groups:
+        sized = []
+        for entry, tensor in group:
+            fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
+            sized.append((entry, tensor, wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32), fp8))
+        nbytes = sum(row[2] for row in sized)
+        if waiting and waiting_bytes + nbytes > limit:
+            yield waiting
+            waiting, waiting_bytes = [], 0
+        waiting += sized
+        waiting_bytes += nbytes
+    if waiting:
+        yield waiting
+
+
+class _Describer:
+    """Rows with their words; the few different sentences are made once."""
+
+    def __init__(self, grid: Grid, hf: HfConfig, engines: Sequence[EngineSpec], block: int | None):
+        self._grid, self._hf, self._engines, self._block = grid, hf, engines, block
+
+    def row(self, entry: Entry, tensor: HfTensor, nbytes: int, fp8: bool, stage: int, source: int, bucket: int) -> Row:
+        return Row(tensor.name, tensor.shape, fp8, stage, self._holders(entry), source, bucket, self._kept_by(entry, tensor), self._blocks(entry, fp8), nbytes)
+
+    def _holders(self, entry: Entry) -> str:
+        grid = self._grid
+        if entry.expert is not None:
+            shard = entry.expert // (self._hf.num_experts // grid.ep)
+            return f"ep {shard}/{grid.ep} x{grid.edp}" + (f" etp {entry.split}/{grid.etp}" if grid.etp > 1 else "")
+        replicas = grid.cp * grid.dp
+        if entry.split == "none" or grid.tp == 1:
+            return f"whole x{grid.tp * replicas}"
+        return f"{entry.split} 1/{grid.tp} x{replicas}"
+
+    def _kept_by(self, entry: Entry, tensor: HfTensor) -> str:
+        words = []
+        for engine in self._engines:
+            if entry.expert is not None and engine.ep_size > 1:
+                ranks = engine.tp_size // engine.ep_size
+                first = entry.expert // (self._hf.num_experts // engine.ep_size) * ranks
+                words.append(f"{engine.engine_id}:{first}" + (f"-{first + ranks - 1}" if ranks > 1 else ""))
+            else:
+                cut = engine.tp_size // engine.dp_size
+                whole = entry.split == "none" or cut == 1 or len(tensor.shape) < 2
+                words.append(f"{engine.engine_id}:all" + ("" if whole else f" 1/{cut}"))
+        return ",".join(words)
+
+    def _blocks(self, entry: Entry, fp8: bool) -> str:
+        if not fp8:
+            return "-"
+        size = self._grid.etp if entry.expert is not None else self._grid.tp
+        return "shard" if fp8_block_is_local(entry, size, self._block) else "gather"
+
+
+def fp8_block_is_local(entry: Entry, size: int, block: int) -> bool:
+    """Each HF tensor's shard starts and ends on block borders along the cut."""
+    if entry.split == "none" or size == 1:
+        return True
+    axis = 1 if entry.split == "columns" else 0
+    return all(tensor.shape[axis] % (size * block) == 0 for tensor in entry.hf if tensor.fp8)
+
+
+def _problems(table: NameTable, rows: Sequence[Row]) -> list[str]:
+    """What would make the map no proof: a tensor that is not sent, sent twice, or away from its partner."""
+    wanted = {tensor.name: entry for entry in table.entries if not entry.name.startswith("mtp.") for tensor in entry.hf}
+    sent = Counter(row.name for row in rows)
+    problems = [f"{name} is in no bucket" for name in wanted if name not in sent]
+    problems += [f"{name} is sent {count} times" for name, count in sent.items() if count != 1]
+    problems += [f"{name} is sent and not in the model" for name in sent if name not in wanted]
+    bucket_of: dict[str, int] = {}
+    for row in rows:
+        together = wanted[row.name].together if row.name in wanted else ""
+        if together and bucket_of.setdefault(together, row.bucket) != row.bucket:
+            problems.append(f"{row.name} is not in the bucket of the tensor that engines fuse it with")
+    return problems
