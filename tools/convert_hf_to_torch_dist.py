@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     rank, world_size = _place()
     folder = _target(config)
 
+    import torch
     import torch.distributed as dist
 
     from slime.device import get_device
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
     say = print if rank == 0 else (lambda *_, **__: None)
     table = NameTable.for_model(hf)
     reader = SafetensorsReader(config.checkpoint.hf_checkpoint)
-    chunks = build_model(config, hf, ranks, device, dtype=_dtype(hf), weights_only=True)
+    chunks = build_model(config, hf, ranks, device, dtype=torch.float32 if hf.is_float32 else torch.bfloat16, weights_only=True)
     say(f"{hf.model_type}: {table.num_parameters(mtp=False):,} parameters on {world_size} ranks ({device.reason})")
     say(_coverage(table, reader))
     written = load_hf(chunks, table, reader, ranks, padded_vocab=padded_vocab_size(config, hf), progress=_progress(rank))
@@ -83,14 +84,6 @@ def _target(config: object) -> Path:
     if folder.resolve() == Path(config.checkpoint.hf_checkpoint).resolve():
         raise ValueError(f"--save {config.checkpoint.save} would overwrite --hf-checkpoint")
     return folder
-
-
-def _dtype(hf: object):
-    """The dtype that config.json names; bf16 where it names none (FP8 checkpoints are of bf16 models)."""
-    import torch
-
-    named = hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
-    return torch.float32 if named == "float32" else torch.bfloat16
 
 
 def _coverage(table: object, reader: object) -> str:

@@ -39,8 +39,7 @@ def main(argv: list[str]) -> int:
     keep_mtp = has_mtp or (options.add_missing_from_origin_hf and hf.num_mtp_layers > 0)
     table = NameTable.for_model(hf, with_mtp=keep_mtp)
     origin = SafetensorsReader(options.origin_hf_dir) if options.add_missing_from_origin_hf else None
-    named = hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"
-    dtype = torch.float32 if named == "float32" else torch.bfloat16
+    dtype = torch.float32 if hf.is_float32 else torch.bfloat16
     size = write_hf(
         output, _tensors(table, reader, origin, dtype), origin=options.origin_hf_dir, table=table, mtp_kept=keep_mtp,
         max_bytes=options.chunk_size,

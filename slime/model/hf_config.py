@@ -40,6 +40,11 @@ class HfConfig(Mapping[str, Any]):
         return self["model_type"]
 
     @property
+    def is_float32(self) -> bool:
+        """Whether the weights are meant to be float32; all else counts as bf16 (FP8 checkpoints are of bf16 models)."""
+        return (self.get("dtype") or self.get("torch_dtype")) == "float32"
+
+    @property
     def num_layers(self) -> int:
         return self["num_hidden_layers"]
 

@@ -239,7 +239,7 @@ def save_hf(
     origin write bf16. Raises ValueError on all ranks when a tensor is missing.
     """
     writer = HfWriter(folder, max_bytes=max_bytes, part=ranks.rank)
-    dtype = torch.float32 if read_hf_config(origin).get("dtype") == "float32" else torch.bfloat16
+    dtype = torch.float32 if read_hf_config(origin).is_float32 else torch.bfloat16
     for group in export_weights(chunks, table, ranks):
         for name, tensor in group:
             writer.add(name, tensor if table.by_hf(name).float32 else tensor.to(dtype))
