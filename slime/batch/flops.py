@@ -12,9 +12,9 @@ def forward_flops(
 ) -> np.ndarray:
     """float64 [n]: 2 x multiply-adds of one forward pass over each sample alone; a training step costs 3 times that.
 
-    model: values under megatron-core's TransformerConfig names (config.model.megatron). attended: keys that a query attends to at
-    most (index_topk of sparse attention; None is all before it). Counted: projections, causal attention, feed-forward (the experts a
-    token visits, and the shared one), output head. Not counted: the indexer's scores, norms, softmax.
+    model: values under megatron-core's TransformerConfig names (config.model.megatron). attended: keys that a query attends to
+    at most (index_topk of sparse attention; None is all before it). Counted: projections, causal attention, feed-forward (the
+    experts a token visits, and the shared one), output head. Not counted: the indexer's scores, norms, softmax.
     """
     tokens = np.asarray(lengths, dtype=np.float64)
     layers, hidden = int(model["num_layers"]), int(model["hidden_size"])
