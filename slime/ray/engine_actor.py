@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -14,6 +15,15 @@ logger = logging.getLogger(__name__)
 
 # A cold start on GPUs compiles kernels and captures graphs for minutes; loading 744B from a shared disk takes longer still.
 READY_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class EngineAddress:
+    url: str
+    bootstrap_port: int | None
+    """Where decode engines ask a prefill engine for its KV cache."""
+    dist_init_addr: str
+    """Where the ranks of an engine over several nodes meet."""
 
 
 @ray.remote
@@ -34,10 +44,9 @@ class EngineActor:
             report=logger.info,
         )
 
-    def start(self) -> tuple[str, int | None]:
-        """Start the process; (url, bootstrap port)."""
+    def start(self) -> EngineAddress:
         self._process.start()
-        return self._process.url, self._process.ports.bootstrap
+        return EngineAddress(self._process.url, self._process.ports.bootstrap, self._process.dist_init_addr)
 
     def wait_ready(self) -> float:
         return self._process.wait_ready(timeout=READY_SECONDS)

@@ -47,15 +47,18 @@ class EngineFleet:
         self.router: RouterProcess | None = None
 
     def start(self) -> None:
-        """Start every engine process, and the router that knows them. RuntimeError tells which one failed and what its log says."""
+        """Start every engine process, node 0 of each first: the other nodes need the address where its ranks meet."""
         specs = plan_engines(self._config)
-        actors = {spec.label: self._actors_of(spec) for spec in specs}
-        addresses = gather({f"engine {label}": nodes[0].start.remote() for label, nodes in actors.items()}, doing="starting")
+        models = sorted({spec.model for spec in specs})
+        if len(models) > 1:
+            raise ValueError(f"--sglang-config serves {len(models)} models ({', '.join(models)}); this version runs one model and its router")
+        heads = {spec.label: self._actor(spec, 0) for spec in specs}
+        addresses = gather({f"engine {label}": head.start.remote() for label, head in heads.items()}, doing="starting")
         for spec in specs:
-            url, bootstrap_port = addresses[f"engine {spec.label}"]
-            self.engines.append(Engine(spec, url, bootstrap_port, tuple(actors[spec.label])))
-        for nodes in actors.values():
-            gather({f"node {rank}": node.start.remote() for rank, node in enumerate(nodes[1:], start=1)}, doing="starting")
+            address = addresses[f"engine {spec.label}"]
+            others = [self._actor(spec, node, address.dist_init_addr) for node in range(1, spec.num_nodes)]
+            self.engines.append(Engine(spec, address.url, address.bootstrap_port, (heads[spec.label], *others)))
+            gather({f"node {n} of engine {spec.label}": o.start.remote() for n, o in enumerate(others, start=1)}, doing="starting")
 
     def wait_ready(self) -> None:
         gather({f"engine {engine.label}": engine.actors[0].wait_ready.remote() for engine in self.engines}, doing="coming up")
@@ -77,19 +80,15 @@ class EngineFleet:
         nodes = {slot.node_ip for slot in self._placement.engine_slots}
         return "127.0.0.1" if len(nodes) == 1 else ray.util.get_node_ip_address()
 
-    def _actors_of(self, spec: EngineSpec) -> list:
-        slots = self._placement.engine_slots[spec.gpu_offset : spec.gpu_offset + spec.num_gpus]
-        nodes = [slots[node * spec.gpus_per_node] for node in range(spec.num_nodes)]
-        hosts = [self._host()] if self._host() == "127.0.0.1" else [slot.node_ip for slot in nodes]
-        return [
-            EngineActor.options(
-                num_gpus=ENGINE_SHARE,
-                num_cpus=ENGINE_SHARE,
-                scheduling_strategy=self._placement.strategy(slot),
-                runtime_env={"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}},
-            ).remote(spec, NodePlacement(rank, host, slot.device_index), self._token, self._log_folder)
-            for rank, (slot, host) in enumerate(zip(nodes, hosts, strict=True))
-        ]
+    def _actor(self, spec: EngineSpec, node: int, dist_init_addr: str | None = None):
+        slot = self._placement.engine_slots[spec.gpu_offset + node * spec.gpus_per_node]
+        host = self._host() if self._host() == "127.0.0.1" else slot.node_ip
+        return EngineActor.options(
+            num_gpus=ENGINE_SHARE,
+            num_cpus=ENGINE_SHARE,
+            scheduling_strategy=self._placement.strategy(slot),
+            runtime_env={"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}},
+        ).remote(spec, NodePlacement(node, host, slot.device_index, dist_init_addr), self._token, self._log_folder)
 
     # ------------------------------------------------------------------ weights
 
