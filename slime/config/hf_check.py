@@ -80,7 +80,7 @@ def differences(hf_config: Mapping[str, object], v: Mapping[str, object], megatr
         lines.append("the checkpoint has multi-latent attention, --multi-latent-attention is not given here")
     for key, name, flag in pairs:
         if hf.get(key) is not None and (key != "num_experts" or "n_routed_experts" not in hf):
-            compare(key, hf[key], flag, megatron.get(name, DEFAULTS.get(name)))
+            compare(key, hf[key], flag, megatron.get(name, _default(name, megatron)))
     if hf_config.get("tie_word_embeddings", hf.get("tie_word_embeddings")) is not None:
         tied = hf_config.get("tie_word_embeddings", hf.get("tie_word_embeddings"))
         if tied == v["untie_embeddings_and_output_weights"]:
@@ -107,6 +107,13 @@ def differences(hf_config: Mapping[str, object], v: Mapping[str, object], megatr
                 flag = "--" + name.replace("_", "-")
                 lines.append(f"model_type is {hf['model_type']} there, {flag} is {'given' if v[name] else 'not given'} here")
     return lines
+
+
+def _default(name: str, megatron: Mapping[str, object]) -> object:
+    """What megatron-core takes when a flag is not given."""
+    if name == "kv_channels":
+        return int(megatron["hidden_size"]) // int(megatron["num_attention_heads"])  # type: ignore[call-overload]
+    return DEFAULTS.get(name)
 
 
 def _rotary_share(hf: Mapping[str, object]) -> float:

@@ -1,0 +1,159 @@
+"""scripts/models/*.sh against the released Hugging Face configs (numbers by hand) and the tiny checkpoints' own sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slime.config import Config, ConfigError, parse
+from slime.config.facts import Facts
+from tools.make_tiny_checkpoint import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GLM = {
+    "architectures": ["GlmMoeDsaForCausalLM"], "model_type": "glm_moe_dsa", "vocab_size": 154880, "hidden_size": 6144,
+    "intermediate_size": 12288, "moe_intermediate_size": 2048, "num_hidden_layers": 78, "num_attention_heads": 64,
+    "num_key_value_heads": 64, "n_shared_experts": 1, "n_routed_experts": 256, "num_experts_per_tok": 8,
+    "routed_scaling_factor": 2.5, "kv_lora_rank": 512, "q_lora_rank": 2048, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
+    "v_head_dim": 256, "head_dim": 192, "first_k_dense_replace": 3, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "attention_bias": False, "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
+}  # fmt: skip
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "attention_bias": False,
+}
+
+
+def qwen3(layers: int, hidden: int, inner: int, heads: int, groups: int, *, tied: bool, **more: object) -> dict[str, object]:
+    return {
+        **QWEN3, "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads,
+        "num_key_value_heads": groups, "tie_word_embeddings": tied, **more,
+    }  # fmt: skip
+
+
+RELEASED = {
+    "glm5.2-744B-A40B": GLM,
+    "glm5-744B-A40B": {**GLM, "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}},
+    "deepseek-v3": {
+        "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "n_routed_experts": 256,
+        "num_experts_per_tok": 8, "routed_scaling_factor": 2.5, "kv_lora_rank": 512, "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "v_head_dim": 128, "first_k_dense_replace": 3, "rms_norm_eps": 1e-6, "rope_theta": 10000,
+        "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}, "tie_word_embeddings": False,
+    },
+    "qwen3-0.6B": qwen3(28, 1024, 3072, 16, 8, tied=True),
+    "qwen3-4B": qwen3(36, 2560, 9728, 32, 8, tied=True),
+    "qwen3-8B": qwen3(36, 4096, 12288, 32, 8, tied=False),
+    "qwen3-30B-A3B": qwen3(
+        48, 2048, 6144, 32, 4, tied=False,
+        model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+    ),
+    "glm4-9B": {
+        "model_type": "glm4", "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 40,
+        "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def model_args(name: str, **environment: str) -> list[str]:
+    script = f'source "{ROOT}/scripts/models/{name}.sh"; printf "%s\\n" "${{MODEL_ARGS[@]}}"'
+    done = subprocess.run(
+        ["bash", "-euc", script], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def config_of(words: list[str], hf: dict[str, object]) -> Config:
+    return parse([*words, "--hf-checkpoint", "/hf"], door="convert", facts=Facts(hf_config=hf))
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_model_arguments_agree_with_the_released_config(name: str):
+    config = config_of(model_args(name), RELEASED[name])
+    assert config.model.vocab_size == RELEASED[name]["vocab_size"]
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED))
+def test_model_arguments_disagree_with_every_other_model(name: str):
+    for other, hf in RELEASED.items():
+        if other != name:
+            with pytest.raises(ConfigError, match="the model flags disagree"):
+                config_of(model_args(name), hf)
+
+
+def test_every_model_file_is_tested():
+    files = {path.stem for path in (ROOT / "scripts/models").glob("*.sh")}
+    assert files == set(RELEASED) | {"glm5.2-tiny", "qwen3-tiny"}
+
+
+@pytest.mark.parametrize("preset", ["cpu", "h200"])
+def test_the_tiny_glm_is_the_one_that_the_tool_writes(preset: str):
+    hf = {**GLM, **dataclasses.asdict(PRESETS[preset].size), "vocab_size": 320}
+    config = config_of(model_args("glm5.2-tiny", GLM52_TINY=preset), hf)
+    assert config.model.megatron["moe_layer_freq"] == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_the_tiny_qwen3_is_the_one_that_the_tool_writes():
+    hf = {**QWEN3, **dataclasses.asdict(PRESETS["qwen3"].size), "vocab_size": 320, "tie_word_embeddings": False}
+    assert config_of(model_args("qwen3-tiny"), hf).model.megatron["num_query_groups"] == 2
+
+
+def test_deepseek_v3_is_stretched_by_yarn_and_glm_is_not():
+    deepseek = config_of(model_args("deepseek-v3"), RELEASED["deepseek-v3"]).model.megatron
+    assert (deepseek["rope_type"], deepseek["rotary_scaling_factor"], deepseek["original_max_position_embeddings"]) == (
+        "yarn",
+        40.0,
+        4096,
+    )
+    glm = config_of(model_args("glm5.2-744B-A40B"), GLM).model.megatron
+    assert (glm["rope_type"], glm["rotary_scaling_factor"]) == ("rope", 1.0)
+
+
+def test_qwen3s_rope_base_can_be_replaced():
+    words = model_args("qwen3-4B", MODEL_ARGS_ROTARY_BASE="5000000")
+    assert config_of(words, {**RELEASED["qwen3-4B"], "rope_theta": 5000000}).model.rotary_base == 5e6
+
+
+@pytest.mark.slow
+def test_a_real_ray_cluster_starts_runs_a_job_and_leaves_nothing_behind(tmp_path: Path):
+    """Two logical slots on this machine, a token on every endpoint, and no process of the session at the end."""
+    temp = Path("/tmp") / f"slime-ray-test-{os.getpid()}"
+    job = "import ray, os; ray.init(logging_level='ERROR'); print('slots', ray.cluster_resources()['GPU'], os.environ['WORD'])"
+    script = f"""
+set -euo pipefail
+source "{ROOT}/scripts/lib/launch.sh"
+NUM_GPUS=2 NUM_CPUS=2 RAY_TEMP_DIR={temp}
+start_ray_head
+echo "head $RAY_HEAD_PID"
+RAY_AUTH_TOKEN={"0" * 64} ray job list --address "$RAY_JOBS_URL" >/dev/null 2>&1 && echo "open to strangers"
+ray job submit --address "$RAY_JOBS_URL" --runtime-env-json "$(runtime_env_json WORD='a "b" $c')" -- "$PYTHON" -c "{job}"
+"""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert 'slots 2.0 a "b" $c' in done.stdout and "open to strangers" not in done.stdout
+    head = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("head "))
+    deadline = time.monotonic() + 10  # what was killed last may wait a moment for its parent to notice
+    while time.monotonic() < deadline and _alive(head):
+        time.sleep(0.2)
+    assert _alive(head) == []
+
+
+def _alive(session: str) -> list[str]:
+    rows = subprocess.run(
+        ["ps", "-e", "-o", "sid=,stat=,args="], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return [row for row in rows if row.split()[0] == session and not row.split()[1].startswith("Z")]
