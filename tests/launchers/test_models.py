@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -150,6 +151,7 @@ ray job submit --address "$RAY_JOBS_URL" --runtime-env-json "$(runtime_env_json 
     while time.monotonic() < deadline and _alive(head):
         time.sleep(0.2)
     assert _alive(head) == []
+    shutil.rmtree(temp)
 
 
 def _alive(session: str) -> list[str]:
