@@ -29,7 +29,9 @@ OWN = {
     "--assume": ("NAME=VALUE", "replace an assumption of the memory model; may be repeated"),
     "--runtime-env": ("JSON", "environment of the job as the launcher passes it to Ray"),
     "--expect-digest": ("HEX", "the weight map must have this digest (or begin with it)"),
+    "--quick": ("", "flags, files, layout and engines alone"),
     "--no-ranks": ("", "leave out building all ranks"),
+    "--rehearse": ("", "what launchers call all this by; it has no meaning of its own"),
     "--preflight": ("", "check the nodes of the running Ray cluster instead (RAY_ADDRESS)"),
 }
 REPEATED = ("--rate", "--assume")
@@ -78,6 +80,7 @@ def options_of(own: dict[str, list[str]]) -> Options:
         assume=tuple(own.get("--assume", ())),
         env=env,
         build_ranks="--no-ranks" not in own,
+        quick="--quick" in own,
         expect_digest=one("--expect-digest"),
     )
 

@@ -25,6 +25,8 @@ class Balance:
     first_last: tuple[Split, ...]
     best: Split | None
     computing: tuple[int, ...]
+    layer_costs: tuple[float, ...]
+    head_cost: float
 
     @property
     def value(self) -> float:
@@ -192,7 +194,7 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
     if reading.chunks is None:
         if pp > 1:
             findings.unchecked("layout", "stage starts: the layers do not divide over the stages", "", _advice(options, best))
-        return Balance(length, (), (), options, best, tuple(computing_layers(hf)))
+        return Balance(length, (), (), options, best, tuple(computing_layers(hf)), tuple(costs), head)
     for chunk in wrong_starts(hf, reading.chunks):
         findings.violation(
             "layout",
@@ -209,7 +211,7 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
         sizes[chunk.pp_rank] += len(chunk.layers)
         per_rank[chunk.pp_rank] += sum(costs[layer] for layer in chunk.layers)
     per_rank[reading.chunks[-1].pp_rank] += head
-    result = Balance(length, tuple(sizes), tuple(per_rank), options, best, tuple(computing_layers(hf)))
+    result = Balance(length, tuple(sizes), tuple(per_rank), options, best, tuple(computing_layers(hf)), tuple(costs), head)
     if not wrong_starts(hf, reading.chunks) and pp > 1:
         starts = ", ".join(str(chunk.layers.start + 1) for chunk in reading.chunks)
         findings.ok("layout", f"stages start on layers {starts}" + (", all of them computing layers" if hf.has_indexer else ""),

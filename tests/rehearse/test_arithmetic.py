@@ -1,0 +1,163 @@
+"""Numbers against the published accounting of GLM-5.2, worked out by hand from its config."""
+
+from __future__ import annotations
+
+import pytest
+
+from slime.model.names import NameTable
+from slime.rehearse.cost import Rates, sync_bytes
+from slime.rehearse.flops import active_parameters, core, mean_selected, model_work
+from slime.rehearse.known_models import known_config
+from slime.rehearse.memory import (
+    Measured, TrainShapes, checkpointed_input, compare, in_flight, index_holder, kv_bytes_per_token, optimizer_bytes, transients,
+)  # fmt: skip
+from slime.rehearse.shares import Grid, stage_shares
+from slime.rehearse.stages import Cut, balance, best_list, cut_layers, layout_text, legal_first_last, stage_costs, wrong_starts
+from slime.rehearse.weight_map import build_weight_map, checkpoint_bytes
+
+HF = known_config("/any/GLM-5.2-FP8")
+TABLE = NameTable.for_model(HF)
+GRID = Grid(world=256, tp=4, pp=8, cp=8, ep=32, etp=1)
+STOCK = Cut(78, 8, first=14, last=16)
+SHAPES = TrainShapes(tokens=8192, stream=65536, recompute=True, param_bytes=2, grad_bytes=4, optimizer_bytes=12, optimizer_on_host=True,
+                     micro_batches=64, padded_vocab=154880, log_probs_chunk=16384)  # fmt: skip
+
+
+def test_tensors_and_parameters_are_those_of_the_release() -> None:
+    assert TABLE.num_parameters(mtp=False) == 743_377_000_704
+    assert TABLE.num_parameters(mtp=True) == 9_952_920_320
+    assert len(TABLE.hf_names()) == 59_585 and len(TABLE.hf_names(fp8=True)) == 118_629
+    assert checkpoint_bytes(TABLE, fp8=True) == 755_617_140_416
+    attention, indexer, expert, router = 165_019_648, 9_371_648, 37_748_736, 256 * 6144
+    by_hand = 78 * attention + 21 * indexer + 3 * 3 * 12288 * 6144 + 75 * (9 * expert + router) + 154880 * 6144
+    assert active_parameters(TABLE, HF) == by_hand == 40_297_758_720
+
+
+@pytest.mark.parametrize(
+    ("length", "forward", "training", "recomputed"),
+    [(8192, 100.8, 311, 410), (32768, 105.0, 321, 424), (65536, 108.1, 325, 431), (131072, 113.9, 331, 443), (262144, 125.3, 343, 466), (1048576, 193.0, 410, 602)],
+)  # fmt: skip
+def test_flops_per_token(length: int, forward: float, training: float, recomputed: float) -> None:
+    work = model_work(TABLE, HF, length)
+    assert round(work.forward / 1e9, 1) == forward
+    assert round(work.training(recompute=False) / 1e9) == training
+    assert round(work.training(recompute=True) / 1e9) == recomputed
+
+
+def test_selected_keys_are_the_mean_of_a_loop() -> None:
+    for topk, length in ((4, 11), (16, 16), (7, 3)):
+        assert mean_selected(topk, length) == pytest.approx(sum(min(i, topk) for i in range(1, length + 1)) / length)
+    dense = known_config("/any/Qwen3-4B")
+    assert core(dense, 9)[0] == 2 * 32 * 5 * (128 + 128)
+
+
+def test_parameters_per_stage_of_the_stock_split() -> None:
+    shares = stage_shares(TABLE, cut_layers(STOCK), GRID)
+    assert [round(share.parameters / 1e9, 3) for share in shares] == [4.645, *[2.950] * 6, 6.137]
+    assert [share.computing for share in shares] == [5, *[2] * 6, 4]
+    rows = [(0, 9.29, 18.58, 27.9, 41.8, 335), (3, 5.90, 11.80, 17.7, 29.8, 238), (7, 12.27, 24.55, 36.8, 59.9, 480)]
+    for stage, bf16, gradients, both, optimizer, node in rows:
+        count = shares[stage].parameters
+        state = optimizer_bytes(shares[stage], GRID, SHAPES, trained_only=False)
+        found = (round(2 * count / 1e9, 2), round(4 * count / 1e9, 2), round(6 * count / 1e9, 1), round(state / 1e9, 1), round(8 * state / 1e9))
+        assert found == (bf16, gradients, both, optimizer, node)
+    # Every rank's parameters, each tensor once: replicated ones are counted by one rank of the stage.
+    assert sum(s.dense for s in shares) > 0 and 32 * sum(s.experts for s in shares) == 75 * 256 * 37_748_736
+
+
+def test_activations_of_the_first_stage() -> None:
+    assert in_flight(0, GRID, SHAPES) == 8 and in_flight(7, GRID, SHAPES) == 1
+    assert checkpointed_input(HF, GRID, SHAPES) == 8192 * 6144 * 2 // 4
+    assert checkpointed_input(HF, GRID, SHAPES) * 14 * 8 == 2.625 * 2**30
+    assert index_holder(HF, SHAPES) == 64 * 2**20 and index_holder(HF, SHAPES) * 5 * 8 == 2.5 * 2**30
+    last = transients(HF, GRID, SHAPES, stage_shares(TABLE, cut_layers(STOCK), GRID)[7])
+    assert last["gradient of keys, fp32"] == 65536 * 576 * 4 == 150_994_944
+    assert last["logits, fp32"] == 8192 * 38720 * 4
+    # Each tensor-parallel rank scores a quarter of the 8192 rows; scored by every rank they would be 2.1 GB.
+    assert last["indexer scores"] * 4 == 8192 * 65536 * 4 == 2_147_483_648
+
+
+def test_kv_cache_bytes() -> None:
+    assert kv_bytes_per_token(HF, fp8=True) == 51_168 + 2_772
+    assert kv_bytes_per_token(HF, fp8=False) == 89_856 + 2_772
+    assert kv_bytes_per_token(known_config("/any/Qwen3-4B"), fp8=False) == 36 * 2 * 8 * 128 * 2
+
+
+def test_weight_sync_bytes() -> None:
+    from slime.engine.spec import EngineSpec
+
+    engines = [EngineSpec("default", "decode", i, 64 * i, 64, 8, 64, 1, 64, 64, "m", True, True, 0) for i in range(4)]
+    sync = sync_bytes(TABLE, HF, engines, Rates(), gpus_per_node=8)
+    assert sync.experts == 75 * 256 * 37_757_952
+    assert (round(sync.experts / 1e9, 2), round(sync.rest / 1e9, 2), round(sync.per_gpu / 1e9, 2)) == (724.95, 20.63, 31.96)
+    assert round(sync.per_engine / 1e12, 2) == 2.05 and round(sync.all_engines / 1e12, 2) == 8.18
+    assert round(sync.lower_bound_s, 2) == 0.28
+
+
+def test_stock_split_is_61_percent_by_layers_and_less_by_flops() -> None:
+    stock, listed = (14, *[8] * 6, 16), (10, 12, 8, 12, 8, 12, 8, 8)
+    assert round(78 / (8 * 16), 2) == 0.61 and round(78 / (8 * 12), 2) == 0.81
+    work = model_work(TABLE, HF, 65536)
+    costs, head = [layer.training(recompute=True) for layer in work.layers], 3 * work.head
+    assert round(balance(stage_costs(stock, costs, head)), 3) == 0.577
+    assert round(balance(stage_costs(listed, costs, head)), 3) == 0.820
+    best = best_list(HF, 8, costs, head)
+    assert best.balance >= balance(stage_costs(listed, costs, head))
+    pairs = legal_first_last(HF, 8, costs, head)
+    assert (14, 16) in [pair.first_last for pair in pairs] and pairs[0].first_last == (2, 4)
+
+
+def test_best_list_is_what_trying_every_list_finds() -> None:
+    from itertools import combinations
+
+    from slime.model.hf_config import HfConfig
+
+    hf = HfConfig({**dict(HF), "num_hidden_layers": 18})
+    work = model_work(NameTable.for_model(hf, with_mtp=False), hf, 65536)
+    costs, head = [layer.training(recompute=True) for layer in work.layers], 3 * work.head
+    for stages in (2, 3, 4):
+        legal = [layer for layer in range(1, 18) if hf.runs_indexer(layer)]
+        tried = []
+        for cuts in combinations(legal, stages - 1):
+            edges = (0, *cuts, 18)
+            sizes = tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+            tried.append(balance(stage_costs(sizes, costs, head)))
+        assert best_list(hf, stages, costs, head).balance == pytest.approx(max(tried))
+
+
+def test_wrong_starts_and_layout_strings() -> None:
+    assert [chunk.layers.start + 1 for chunk in cut_layers(STOCK)] == [1, 15, 23, 31, 39, 47, 55, 63]
+    assert not wrong_starts(HF, cut_layers(STOCK))
+    assert [chunk.layers.start + 1 for chunk in wrong_starts(HF, cut_layers(Cut(78, 6)))] == [14, 40, 53, 66]
+    text = layout_text((10, 12, 8, 12, 8, 12, 8, 8))
+    assert [len(chunk.layers) for chunk in cut_layers(Cut(78, 8, layout=text))] == [10, 12, 8, 12, 8, 12, 8, 8]
+    with pytest.raises(ValueError, match="places 77 layers"):
+        cut_layers(Cut(78, 8, layout=layout_text((9, 12, 8, 12, 8, 12, 8, 8))))
+
+
+def test_each_tensor_is_sent_once_and_pairs_stay_together() -> None:
+    chunks = cut_layers(STOCK)
+    found = build_weight_map(TABLE, HF, GRID, chunks, [], limit_bytes=2 << 30)
+    names = [row.name for row in found.rows]
+    assert not found.problems and len(names) == len(set(names)) == 59_585 - 791
+    assert found.nbytes == 745_584_507_456 and max(found.bucket_bytes) <= 2 << 30
+    bucket = {row.name: row.bucket for row in found.rows}
+    for layer in range(78):
+        attention = f"model.layers.{layer}.self_attn."
+        assert bucket[f"{attention}q_a_proj.weight"] == bucket[f"{attention}kv_a_proj_with_mqa.weight"]
+    assert {row.block for row in found.rows if row.fp8} == {"shard"}
+    assert found.digest == build_weight_map(TABLE, HF, GRID, chunks, [], limit_bytes=2 << 30).digest
+    assert found.digest != build_weight_map(TABLE, HF, GRID, chunks, [], limit_bytes=1 << 30).digest
+    senders = {rank: count / 1e9 for rank, count in found.source_bytes.items()}
+    assert len(senders) == 8 + 8 * 32 - 8, "dense and expert sources of a stage share their first rank"
+
+
+def test_measured_peaks_stand_beside_predictions() -> None:
+    from slime.rehearse.memory import Phase, StageMemory
+
+    share = stage_shares(TABLE, cut_layers(STOCK), GRID)[0]
+    predicted = [StageMemory(share, (Phase("train", {"weights": 900, "rest": 150}),), 0)]
+    line = compare(Measured({(0, "train"): 1000}), predicted)[0]
+    assert line.error == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="not predicted"):
+        compare(Measured({(0, "rollout"): 1}), predicted)
