@@ -56,7 +56,7 @@ PERF_ARGS=(
    --expert-tensor-parallel-size 1
 
    --use-dynamic-batch-size
-   --max-tokens-per-gpu 2048
+   --max-tokens-per-gpu 512
    --data-pad-size-multiplier 16
    --log-probs-chunk-size 1024
 )
@@ -137,7 +137,7 @@ ROLLOUT_ARGS=(
    --rollout-max-response-len 8
    --rollout-temperature 1.0
 
-   --global-batch-size 256
+   --global-batch-size 128
    --balance-data
 )
 
@@ -161,7 +161,7 @@ GRPO_ARGS=(
 
 OPTIMIZER_ARGS=(
    --optimizer adam
-   --lr 1e-3
+   --lr 5e-4
    --lr-decay-style constant
    --weight-decay 0.01
    --adam-beta1 0.9

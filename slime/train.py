@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 
@@ -23,6 +24,8 @@ def main(argv: list[str]) -> int:
     from slime.ray.run import Run
 
     setup_logging("driver")
+    # `ray job stop` sends SIGTERM: leave through the `with` block, which stops engines and trainer.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for note in config.notes:
         logger.info("config: %s", note)
     try:

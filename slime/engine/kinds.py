@@ -32,6 +32,11 @@ HOST_MAX_TOTAL_TOKENS = 16384
 HOST_MAX_RUNNING_REQUESTS = 32
 
 
+# Servers close idle connections after 5 s unless told otherwise, and a step of training lasts about as long: a request that the router
+# sends at that moment is lost. In a prefill/decode pair the other half then waits for its partner for minutes.
+COMMON_ENVIRONMENT = {"SGLANG_TIMEOUT_KEEP_ALIVE": "86400"}
+
+
 @dataclass(frozen=True)
 class Command:
     """How to start one process of an engine."""
@@ -60,7 +65,7 @@ def command(
     if build is None:
         raise ValueError(f"device kind {kind!r} is neither cuda nor host")
     settings, env, notes = build(spec, place, column, translated.settings, common, env)
-    return Command(settings, env, (*translated.notes, *notes))
+    return Command(settings, COMMON_ENVIRONMENT | env, (*translated.notes, *notes))
 
 
 def _common_settings(spec: EngineSpec, place: NodePlacement, ports: EnginePorts) -> dict[str, object]:

@@ -3,7 +3,7 @@
     python -m slime.engine.serve <sglang options>        (started by slime.engine.process, not by hand)
 
 The token is the first line of stdin, so that it is in no argument list and no environment. The pipe stays open for as
-long as the parent lives; when it closes, the whole process group is stopped, so a killed actor leaves no server behind.
+long as the parent lives; when it closes, the whole process group is killed, so a killed actor leaves no server behind.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 
 
 def read_token() -> str:
@@ -23,15 +22,15 @@ def read_token() -> str:
 
 
 def stop_with_parent() -> None:
-    """Returns at once; a thread waits for the parent's end of stdin to close."""
+    """Returns at once; a small process of the same group waits for the parent's end of stdin to close, then kills the group.
 
-    def wait() -> None:
+    A process and not a thread, because the router runs in native code that never lets another Python thread in. Without a grace
+    period, because a child that outlives the group's leader in its own start-up would be nobody's to stop.
+    """
+    if os.fork() == 0:
         while os.read(0, 4096):
             pass
-        # Without a grace period: a child that outlives this process in its own start-up would be nobody's to stop.
         os.killpg(os.getpgid(0), signal.SIGKILL)
-
-    threading.Thread(target=wait, name="stop-with-parent", daemon=True).start()
 
 
 def main() -> None:
