@@ -17,6 +17,8 @@
 #   RAY_AUTH_TOKEN      every Ray endpoint asks for it                  (default: drawn anew)
 #   SSH                 command that reaches a worker                   (default: ssh -o BatchMode=yes -o ConnectTimeout=10)
 #   PYTHON              interpreter of the job                          (default python3)
+#   REHEARSE            1, or --rehearse as an argument of the launcher: nothing is started and nothing needs to be there; the flags
+#                       are proven on this machine instead (python3 -m slime.rehearse, whose own flags may follow, e.g. --html FILE)
 
 PROJECT_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
 PYTHON="${PYTHON:-python3}"
@@ -24,21 +26,29 @@ RAY_HEAD_PID=""
 RAY_WORKERS=()   # "address pid", one per worker that we started
 RAY_JOB_ID=""
 
+REHEARSE="${REHEARSE:-0}"
+for argument in "$@"; do # those of the launcher that sources this file
+    [[ $argument != --rehearse ]] || REHEARSE=1
+done
+# Launchers write generated files into RUN_DIR, and the cluster's folder may not exist here.
+[[ $REHEARSE != 1 || -n ${RUN_DIR:-} ]] || RUN_DIR="$(mktemp -d /tmp/slime-rehearsal-XXXXXX)"
+
 say() { printf '[launch] %s\n' "$*" >&2; }
 die() { printf '[launch] error: %s\n' "$*" >&2; exit 1; }
 
 # ------------------------------------------------------------------------------------------------- checks
 
 require_env() { # NAME MEANING
+    [[ -z ${!1:-} && $REHEARSE == 1 ]] && export "$1=/$1"
     [[ -n ${!1:-} ]] || die "$1 is not set: $2"
 }
 
 require_dir() { # PATH WHAT-TO-DO
-    [[ -d $1 ]] || die "no folder $1: $2"
+    [[ -d $1 || $REHEARSE == 1 ]] || die "no folder $1: $2"
 }
 
 require_file() { # PATH WHAT-TO-DO
-    [[ -f $1 && -r $1 ]] || die "no readable file $1: $2"
+    [[ -f $1 && -r $1 || $REHEARSE == 1 ]] || die "no readable file $1: $2"
 }
 
 require_command() { # NAME WHAT-TO-DO
@@ -52,6 +62,7 @@ worker_addresses() {
 }
 
 check_hostfile() { # NODES-WANTED
+    [[ $REHEARSE != 1 ]] || return 0
     if [[ -z ${HOSTFILE:-} ]]; then
         [[ $1 -le 1 ]] || say "HOSTFILE is not set: join the other $(($1 - 1)) nodes by hand with the command printed below"
         return 0
@@ -63,6 +74,7 @@ check_hostfile() { # NODES-WANTED
 }
 
 check_flags() { # FLAGS...
+    [[ $REHEARSE != 1 ]] || return 0 # the rehearsal lists them together with everything else
     PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m slime.config --check "$@" || die "the flags above are wrong; nothing was started"
 }
 
@@ -96,6 +108,7 @@ PY
 
 # Starts Ray's head in a session of its own and remembers its process id; from here on any exit stops it again.
 start_ray_head() {
+    [[ $REHEARSE != 1 ]] || return 0
     require_command ray "activate the environment that scripts/setup.sh made"
     export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" NUM_GPUS="${NUM_GPUS:-8}"
     local free
@@ -144,6 +157,7 @@ worker_command() { # ADDRESS -> what joins a node to this cluster
 
 # Every node of HOSTFILE joins, all at once; one that cannot ends the launch.
 join_workers() {
+    [[ $REHEARSE != 1 ]] || return 0
     local address pids=() answers
     if [[ -z ${HOSTFILE:-} ]]; then
         ((${NUM_NODES:-1} > 1)) && say "on each other node: RAY_AUTH_MODE=token RAY_AUTH_TOKEN=<the content of $RAY_TEMP_DIR/token> $(worker_command '<its address>')" &&
@@ -190,9 +204,14 @@ runtime_env_json() { # NAME=VALUE... -> {"env_vars": {...}}
 submit_job() { # RUNTIME-ENV-JSON FLAGS...
     local runtime_env=$1
     shift
+    if [[ $REHEARSE == 1 ]]; then
+        PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m slime.rehearse --runtime-env "$runtime_env" "$@"
+        exit
+    fi
     RAY_JOB_ID="slime-$(date +%Y%m%d-%H%M%S)-$$"
     ray job submit --address "$RAY_JOBS_URL" --submission-id "$RAY_JOB_ID" --runtime-env-json "$runtime_env" \
         -- "$PYTHON" -m slime.train "$@"
+    RAY_JOB_ID=""
 }
 
 print_resume() { # COMMAND
@@ -215,6 +234,8 @@ cleanup() {
         ${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10} "${entry%% *}" bash -s <<<"kill -TERM ${entry##* } 2>/dev/null" >/dev/null 2>&1 &
     done
     if [[ -n $RAY_HEAD_PID ]]; then
+        # A job that still runs gets its time to stop engines; it would outlive the cluster otherwise.
+        [[ -z $RAY_JOB_ID ]] || timeout 30 ray job stop --address "$RAY_JOBS_URL" "$RAY_JOB_ID" >/dev/null 2>&1
         kill -TERM "$RAY_HEAD_PID" 2>/dev/null
         local second
         for ((second = 0; second < 20; second++)); do
