@@ -14,7 +14,7 @@ import tempfile
 import torch
 from torch import Tensor
 
-FLAGS = ("-O3", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "--shared", "-Xcompiler", "-fPIC")
+FLAGS = ("-O3", "-std=c++20", "-gencode=arch=compute_90a,code=sm_90a", "--shared", "-Xcompiler", "-fPIC")
 
 
 def nvcc() -> str | None:

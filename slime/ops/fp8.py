@@ -62,7 +62,8 @@ def quantize_reference(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor
     padded[:rows, :cols] = weight
     tiles = padded.view(tile_rows, block, tile_cols, block)
     amax = tiles.abs().amax(dim=(1, 3)) if padded.numel() else padded.new_zeros(tile_rows, tile_cols)
-    scale_inv = torch.where(amax == 0, 1.0, (amax / FP8_MAX).clamp_min(SMALLEST_SCALE))
+    # A tensor, not a number: CUDA divides by a number through its reciprocal, which rounds differently.
+    scale_inv = torch.where(amax == 0, 1.0, (amax / torch.full_like(amax, FP8_MAX)).clamp_min(SMALLEST_SCALE))
     codes = (tiles / scale_inv[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
     return codes.view_as(padded)[:rows, :cols].contiguous(), scale_inv
 

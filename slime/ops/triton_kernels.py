@@ -13,7 +13,7 @@ def quantize_blocks(weight: Tensor, codes: Tensor, scale_inv: Tensor, block: int
     rows, cols = weight.shape
     if weight.numel():
         _quantize_block[(triton.cdiv(cols, block), triton.cdiv(rows, block))](
-            weight, codes, scale_inv, rows, cols, weight.stride(0), fp8_max, smallest_scale, BLOCK=block, num_warps=8
+            weight, codes, scale_inv, rows, cols, weight.stride(0), fp8_max, smallest_scale, BLOCK=block, num_warps=4
         )
 
 
@@ -25,11 +25,13 @@ def _quantize_block(weight, codes, scale_inv, rows, cols, row_stride, fp8_max, s
     inside = (r < rows)[:, None] & (c < cols)[None, :]
     x = tl.load(weight + r.to(tl.int64)[:, None] * row_stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
     amax = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
-    # Correctly rounded divisions: the same bytes as the plain-torch formula.
     scale = tl.where(amax == 0.0, 1.0, tl.maximum(tl.div_rn(amax, fp8_max), smallest_scale))
-    y = tl.div_rn(x, tl.broadcast_to(scale, [BLOCK, BLOCK]))
-    y = tl.minimum(tl.maximum(y, -fp8_max), fp8_max).to(codes.dtype.element_ty)
-    tl.store(codes + r.to(tl.int64)[:, None] * cols + c[None, :], y, mask=inside)
+    # x / scale, correctly rounded (the same bytes as the plain-torch formula) in 3 instructions instead of a division's 10:
+    # a quotient from the rounded reciprocal, corrected by its own remainder. The conversion to e4m3 saturates.
+    per_scale = tl.div_rn(1.0, scale)
+    y = x * per_scale
+    y = tl.fma(tl.fma(-y, scale, x), per_scale, y)
+    tl.store(codes + r.to(tl.int64)[:, None] * cols + c[None, :], y.to(codes.dtype.element_ty), mask=inside)
     tl.store(scale_inv + tile_row * tl.num_programs(0) + tile_col, scale)
 
 
@@ -49,27 +51,25 @@ def _row_stats(logits, local_targets, top, sum_exp, sum_x_exp, target, cols, row
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     lane = tl.arange(0, BLOCK)
-    highest = tl.full([BLOCK], float("-inf"), tl.float32)
+    # One maximum for the row so far, not one per lane: a single exponential per logit.
+    highest = tl.load(top + row)
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
+    before = highest
     for first in range(0, cols, BLOCK):
         c = first + lane
         x = tl.load(logits + c, mask=c < cols, other=float("-inf")).to(tl.float32) * per_temperature
-        new = tl.maximum(highest, x)
+        new = tl.maximum(highest, tl.max(x, axis=0))
         shift = tl.where(new == float("-inf"), 0.0, new)
         rescale = tl.exp(highest - shift)
         e = tl.exp(x - shift)
         total = total * rescale + e
         weighted = weighted * rescale + tl.where(e > 0.0, x * e, 0.0)
         highest = new
-    before = tl.load(top + row)
-    whole = tl.maximum(tl.max(highest, axis=0), before)
-    shift = tl.where(whole == float("-inf"), 0.0, whole)
-    rescale = tl.exp(highest - shift)
-    old = tl.exp(before - shift)
-    tl.store(top + row, whole)
-    tl.store(sum_exp + row, tl.load(sum_exp + row) * old + tl.sum(total * rescale, axis=0))
-    tl.store(sum_x_exp + row, tl.load(sum_x_exp + row) * old + tl.sum(weighted * rescale, axis=0))
+    old = tl.exp(before - tl.where(highest == float("-inf"), 0.0, highest))
+    tl.store(top + row, highest)
+    tl.store(sum_exp + row, tl.load(sum_exp + row) * old + tl.sum(total, axis=0))
+    tl.store(sum_x_exp + row, tl.load(sum_x_exp + row) * old + tl.sum(weighted, axis=0))
     at = tl.load(local_targets + row)
     held = (at >= 0) & (at < cols)
     x = tl.load(logits + at, mask=held, other=0.0).to(tl.float32) * per_temperature

@@ -156,9 +156,10 @@ class _LinearLogProb(torch.autograd.Function):
         grad_log_prob, grad_entropy = grad_log_prob.contiguous(), grad_entropy.contiguous()
         grad_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device)
         grad_weight = torch.empty_like(weight)
+        row_chunks = _chunks(hidden.shape[0], ctx.chunk_size, DEFAULT_ROWS)
         for cols in _vocab_tiles(weight.shape[0]):
-            grad_tile = torch.zeros(weight[cols].shape, dtype=lse.dtype, device=weight.device)
-            for rows in _chunks(hidden.shape[0], ctx.chunk_size, DEFAULT_ROWS):
+            grad_tile = grad_weight[cols] if len(row_chunks) == 1 else torch.zeros(weight[cols].shape, dtype=lse.dtype, device=weight.device)
+            for rows in row_chunks:
                 logits = _product(hidden[rows], weight[cols])
                 grad_logits = torch.empty(logits.shape, dtype=hidden.dtype, device=hidden.device)
                 targets = local_targets[rows] - cols.start
@@ -166,8 +167,12 @@ class _LinearLogProb(torch.autograd.Function):
                 _grad_logits(logits, grad_logits, targets, lse[rows], entropy[rows], *slopes, ctx.temperature)
                 del logits
                 _add_product(grad_hidden[rows], grad_logits, weight[cols])
-                _add_product(grad_tile, grad_logits.t(), hidden[rows])
-            grad_weight[cols] = grad_tile
+                if len(row_chunks) == 1:
+                    torch.mm(grad_logits.t(), hidden, out=grad_tile)
+                else:
+                    _add_product(grad_tile, grad_logits.t(), hidden[rows])
+            if len(row_chunks) != 1:
+                grad_weight[cols] = grad_tile
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None, None
 
 

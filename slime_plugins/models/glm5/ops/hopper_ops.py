@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator
@@ -25,8 +26,8 @@ WORKSPACE_BYTES = 1 << 28
 """Scores held at once by index_topk: 256 MB, whatever t and T are (at least 8 rows)."""
 KEYS_PER_BLOCK = 8192
 """Keys that one block of the score kernel walks through; its 8 queries are loaded once for them."""
-STAGING_BYTES = 1 << 30
-"""Per-(query, key) gradients held at once by the deterministic backward."""
+STAGING_BYTES = 5 << 29
+"""Per-(query, key) gradients held at once by the backward: 2.7 GB, 1056 queries of top-k 2048."""
 
 FlashMLA = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 _deterministic = False
@@ -34,10 +35,7 @@ _deterministic = False
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Within: the backward of sparse_mla adds each key's contributions in query order, so the same inputs give the same bits.
-
-    For tests: it stages every contribution in float32 and is several times slower.
-    """
+    """Within: the backward of sparse_mla adds each key's contributions in query order, so the same inputs give the same bits."""
     global _deterministic
     before, _deterministic = _deterministic, True
     try:
@@ -90,62 +88,99 @@ def sparse_mla_forward(q: Tensor, kv: Tensor, indices: Tensor, scale: float) -> 
     return out, lse
 
 
-REDUCE, DROP, STAGE_FP32, STAGE_BF16 = range(4)
-"""What the backward kernel does with a key's gradient: add it to memory, nothing (timing only), write it per (query, key)."""
+REDUCE, DROP, STAGE = range(3)
+"""What the backward kernel does with a key's gradient: add it to memory, nothing (for timing), write it per (query, key)."""
 
 
 def sparse_mla_backward(
-    q: Tensor, kv: Tensor, indices: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float
+    q: Tensor, kv: Tensor, indices: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float, *, store: int = STAGE
 ) -> tuple[Tensor, Tensor]:
-    """-> (grad_q [t, h, 576] bf16, grad_kv [T, 576] float32). lse in natural log; everything contiguous."""
+    """-> (grad_q [t, h, 576] bf16, grad_kv [T, 576] float32). lse in natural log; everything contiguous.
+
+    STAGE writes every (query, key) contribution in bf16 (STAGING_BYTES at a time) and then sums them by key; REDUCE adds them to
+    grad_kv in float32 as they come and needs no such memory.
+    """
     grad_q, grad_kv = torch.empty_like(q), torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
     with torch.cuda.device(q.device):
-        permuted, delta = _prepare(kv, out, grad_out)
-        if _deterministic:
-            _staged_backward(q, permuted, indices, lse, delta, grad_out, scale, grad_q, grad_kv)
+        inputs = _prepare(q, kv, indices, out, lse, grad_out, scale)
+        if store == STAGE or _deterministic:
+            _staged_backward(inputs, grad_q, grad_kv)
         else:
-            _launch_backward(q, permuted, indices, lse, delta, grad_out, scale, grad_q, grad_kv, REDUCE)
+            # Ascending: blocks that run side by side then reduce into keys that lie side by side, in the L2 cache.
+            inputs = dataclasses.replace(inputs, indices=indices.sort(dim=1).values)
+            _launch_backward(inputs, grad_q, grad_kv, REDUCE)
     return grad_q, grad_kv
 
 
-def _prepare(kv: Tensor, out: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    """-> (kv with the column order that the kernel wants, delta [t, h] = sum of out * grad_out)."""
+@dataclasses.dataclass(frozen=True)
+class _BackwardInputs:
+    q: Tensor
+    kv: Tensor
+    """[T, 576] with the column order that the kernel wants."""
+    grad_out: Tensor
+    indices: Tensor
+    lse: Tensor
+    delta: Tensor
+    """[t, h] sum over columns of out * grad_out."""
+    scale: float
+
+    def part(self, rows: slice, heads: slice) -> _BackwardInputs:
+        of_both = {name: getattr(self, name)[rows, heads].contiguous() for name in ("q", "grad_out", "lse", "delta")}
+        return dataclasses.replace(self, indices=self.indices[rows], **of_both)
+
+
+def _prepare(q: Tensor, kv: Tensor, indices: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float) -> _BackwardInputs:
     library = _library("sparse_mla_bwd")
     permuted = torch.empty_like(kv)
     delta = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
     cuda_build.call(library.sparse_mla_permute_keys, kv, permuted, len(kv))
     cuda_build.call(library.sparse_mla_row_dot, out, grad_out, delta, delta.numel())
-    return permuted, delta
+    return _BackwardInputs(q, permuted, grad_out, indices, lse, delta, scale)
 
 
-def _launch_backward(q, permuted, indices, lse, delta, grad_out, scale, grad_q, grad_kv, store) -> None:
-    t, heads, _ = q.shape
+def _launch_backward(x: _BackwardInputs, grad_q: Tensor, grad_kv: Tensor, store: int) -> None:
+    t, heads, _ = x.q.shape
     if t:
         cuda_build.call(
             _library("sparse_mla_bwd").sparse_mla_backward,
-            q, permuted, grad_out, indices, lse, delta, grad_q, grad_kv, t, heads, indices.shape[1], float(scale), store,
+            x.q, x.kv, x.grad_out, x.indices, x.lse, x.delta, grad_q, grad_kv, t, heads, x.indices.shape[1], float(x.scale), store,
         )  # fmt: skip
 
 
-def _staged_backward(q, permuted, indices, lse, delta, grad_out, scale, grad_q, grad_kv) -> None:
-    k = indices.shape[1]
-    rows_at_once = max(1, STAGING_BYTES // (k * DK * 4))
-    for group in range(0, q.shape[1], 64):  # one block of heads at a time: two would write the same slots
-        heads = slice(group, min(group + 64, q.shape[1]))
-        parts = [x[:, heads].contiguous() for x in (q, grad_out, lse, delta)]
-        grad_q_part = torch.empty_like(parts[0])
-        for first in range(0, len(q), rows_at_once):
-            rows = slice(first, first + rows_at_once)
-            queries, d_out, lse_rows, delta_rows = (x[rows] for x in parts)
-            listed = indices[rows].flatten().long()
-            staged = torch.empty(len(listed), DK, dtype=torch.float32, device=q.device)
-            _launch_backward(
-                queries, permuted, indices[rows], lse_rows, delta_rows, d_out, scale, grad_q_part[rows], staged, STAGE_FP32
-            )
-            by_key, order = listed.sort(stable=True)
-            begins = torch.searchsorted(by_key, torch.arange(len(grad_kv) + 1, device=q.device))
-            cuda_build.call(_library("sparse_mla_bwd").sparse_mla_sum_by_key, staged, 32, order, begins, grad_kv, len(grad_kv))
-        grad_q[:, heads] = grad_q_part
+def _staged_backward(x: _BackwardInputs, grad_q: Tensor, grad_kv: Tensor) -> None:
+    t, heads, _ = x.q.shape
+    rows_at_once = max(1, STAGING_BYTES // (x.indices.shape[1] * DK * 2))
+    wave = torch.cuda.get_device_properties(x.q.device).multi_processor_count  # one query per multiprocessor at a time
+    rows_at_once = rows_at_once // wave * wave or rows_at_once
+    rows_at_once = min(rows_at_once, t)
+    staged = torch.empty(rows_at_once * x.indices.shape[1], DK, dtype=torch.bfloat16, device=x.q.device)
+    for first in range(0, t, max(rows_at_once, 1)):
+        rows = slice(first, min(first + rows_at_once, t))
+        order, ends = _places_by_key(x.indices[rows], len(grad_kv))
+        for first_head in range(0, heads, 64):  # one block of heads at a time: two would write the same places
+            group = slice(first_head, min(first_head + 64, heads))
+            part = x.part(rows, group)
+            grad_q_part = grad_q[rows] if heads <= 64 else torch.empty_like(part.q)
+            _launch_backward(part, grad_q_part, staged, STAGE)
+            if heads > 64:
+                grad_q[rows, group] = grad_q_part
+            cuda_build.call(_library("sparse_mla_bwd").sparse_mla_sum_by_key, staged, order, ends, grad_kv, len(grad_kv))
+
+
+def _places_by_key(indices: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """-> (places of each key in the flat indices, one key after the other; where each key's places end)."""
+    flat = indices.reshape(-1)
+    library = _library("sparse_mla_bwd")
+    counts = torch.zeros(keys, dtype=torch.int32, device=indices.device)
+    cuda_build.call(library.sparse_mla_count_keys, flat, flat.numel(), counts)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    if _deterministic:
+        # Places of -1 last, where no key's range reaches.
+        order = torch.where(flat < 0, keys, flat).sort(stable=True).indices.to(torch.int32)
+    else:
+        order = torch.empty(flat.numel(), dtype=torch.int32, device=indices.device)
+        cuda_build.call(library.sparse_mla_place_keys, flat, flat.numel(), ends - counts, order)
+    return order, ends
 
 
 def index_topk(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor, *, topk: int) -> Tensor:
@@ -198,7 +233,7 @@ def _index_topk(q, k, gates, key_scale, starts, ends, topk) -> Tensor:
 def find_flash_mla() -> tuple[FlashMLA | None, str]:
     """-> (a forward with the signature of sparse_mla_forward, or None; the reason). Natural-log lse, any number of heads.
 
-    FlashMLA takes 64 or 128 heads and a multiple of 64 keys: other numbers are padded.
+    FlashMLA takes 64 or 128 heads and a multiple of 128 keys: other numbers are padded.
     """
     try:
         import sgl_kernel.flash_mla  # noqa: F401  (registers torch.ops.sgl_kernel.sparse_prefill_fwd)
@@ -210,16 +245,14 @@ def find_flash_mla() -> tuple[FlashMLA | None, str]:
     def forward(q: Tensor, kv: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         t, heads, _ = q.shape
         padded_heads = 64 if heads <= 64 else -(-heads // 128) * 128
-        padded_keys = -(-indices.shape[1] // 128) * 128
+        missing_keys = -indices.shape[1] % 128
         queries = q if padded_heads == heads else torch.nn.functional.pad(q, (0, 0, 0, padded_heads - heads))
-        keys = torch.nn.functional.pad(indices, (0, padded_keys - indices.shape[1]), value=-1)
-        out, _, lse = kernel(queries, kv[:, None], keys[:, None].contiguous(), scale, DV, None, None)
-        out, lse = out[:, :heads].contiguous(), lse[:, :heads] * 0.6931471805599453
-        # A row without a valid key: FlashMLA reports +inf or -1e30 by version; ours is -inf and zeros.
-        empty = (indices < 0).all(1)
-        lse.masked_fill_(empty[:, None], float("-inf"))
-        out.masked_fill_(empty[:, None, None], 0.0)
-        return out, lse
+        keys = torch.nn.functional.pad(indices, (0, missing_keys), value=-1) if missing_keys else indices
+        out, _, lse = kernel(queries, kv[:, None], keys[:, None], scale, DV, None, None)
+        if padded_heads != heads:
+            out, lse = out[:, :heads].contiguous(), lse[:, :heads]
+        # log2 units; a row without a valid key has out 0 and lse +inf there, -inf here.
+        return out, torch.where(torch.isposinf(lse), float("-inf"), lse * 0.6931471805599453)
 
     return forward, "FlashMLA is installed"
 

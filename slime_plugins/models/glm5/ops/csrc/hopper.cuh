@@ -34,6 +34,13 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
 
+// Pins accumulators in place: after a wait nothing that reads them may be moved above it (the wait itself names no registers).
+template <int kRegisters>
+__device__ __forceinline__ void settle(float (&d)[kRegisters]) {
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // Descriptor of an operand in tiles. Groups of 8 rows lie 1024 bytes apart; `next_tile` bytes to the following 64 columns matter only
 // across the rows (MN-major) for operands wider than 64.
 __device__ __forceinline__ uint64_t operand(uint32_t address, int next_tile = kTileBytes) {

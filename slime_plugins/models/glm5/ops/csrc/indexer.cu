@@ -1,18 +1,19 @@
 // The indexer for Hopper: score[i, j] = key_scale_j * sum over 32 heads of gate[i, h] * relu(q[i, h] . k[j]), then the top-k of each row.
 //
-// scores: one block holds 8 queries (8 x 32 heads = 256 columns of the product) and walks through keys; each of its three warpgroups
-// takes 64 keys at a time from its own ring of shared-memory stages, so that one warpgroup's sums over heads run beside another's
-// matrix product. Keys are the rows of the product, so heads lie along a thread's registers: a sum over heads is 8 multiply-adds and
-// 3 exchanges between 4 threads.
-// select: one block per row. Two rounds of 13-bit counting find the largest 26 bits of the threshold, a third the last 6; one more
-// round writes the positions in ascending order.
+// scores: one block holds 8 queries (8 x 32 heads = 256 columns of the product) and walks through keys; each of its two warpgroups takes
+// 64 keys at a time from its own ring of shared-memory stages. The product is computed in two halves of 4 queries: while the sums over
+// heads of one half run, the other half's product does. Keys are the rows of the product, so heads lie along a thread's registers: a
+// sum over heads is 8 multiply-adds and 3 exchanges between 4 threads.
+// select: one block per row. A first reading counts the scores by their upper 13 bits, which leaves few candidates for the threshold; a
+// second lists, in key order, what is above or a candidate; the rest happens on that list in shared memory. (Scores so alike that the
+// list overflows are read three more times instead.)
 #include "hopper.cuh"
 
 using namespace hopper;
 
 namespace {
 
-constexpr int kHeads = 32, kDim = 128, kQueries = 8, kGroupKeys = 64, kGroups = 3, kStages = 3;
+constexpr int kHeads = 32, kDim = 128, kQueries = 8, kGroupKeys = 64, kGroups = 2, kStages = 4;
 
 template <bool kFp8>
 struct Shape {
@@ -87,58 +88,78 @@ __global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x
             const int query = p * 4 + i / 8, head = (i / 2 % 4) * 8 + (lane & 3) * 2 + (i & 1);
             gate[p][i] = query < queries ? __ldg(x.gates + static_cast<int64_t>(first_query + query) * kHeads + head) : 0.f;
         }
-    copies_wait<kStages - 1>();
+    copies_wait<kStages - 2>();  // the queries and the first tile
     publish_to_wgmma();
     __syncthreads();
 
     const int row = in_group / 32 * 16 + lane / 4;
-    for (int tile = group; tile < tiles; tile += kGroups) {
-        copies_wait<kStages - 2>();
-        publish_to_wgmma();
-        barrier_sync(group + 1, 128);  // this stage is there for all; the stage fetched next is no longer read
-        fetch(tile + (kStages - 1) * kGroups);
+    auto product = [&](float(&d)[64], int tile, int p) {
         const uint32_t keys_at = ring + tile / kGroups % kStages * S::kStageBytes;
-        const int64_t key = low + static_cast<int64_t>(tile) * kGroupKeys + row;
+        wgmma_begin();
 #pragma unroll
-        for (int p = 0; p < 2; ++p) {
-            float d[64];
-            wgmma_begin();
-#pragma unroll
-            for (int step = 0; step < S::kRowTiles * 4; ++step) {
-                const int column = step / 4, within = step % 4 * 32;
-                const uint64_t a = operand(keys_at + column * kTileBytes + within);
-                const uint64_t b = operand(base + (column * 4 + p * 2) * kTileBytes + within);
-                if constexpr (kFp8) mma128_fp8(d, a, b, step > 0);
-                else mma128<0, 0>(d, a, b, step > 0);
-            }
-            wgmma_commit();
-            wgmma_wait<0>();
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float sum[4];
-#pragma unroll
-                for (int query = 0; query < 4; ++query) {
-                    sum[query] = 0.f;
-#pragma unroll
-                    for (int i = 0; i < 8; ++i)
-                        sum[query] = fmaf(gate[p][query * 8 + i], fmaxf(d[(query * 4 + i / 2) * 4 + half * 2 + (i & 1)], 0.f), sum[query]);
-                }
-                // Thread l of 4 ends with the whole sum of query l.
-                const bool odd = lane & 1, upper = lane & 2;
-                const float a = (odd ? sum[1] : sum[0]) + __shfl_xor_sync(0xffffffffu, odd ? sum[0] : sum[1], 1);
-                const float b = (odd ? sum[3] : sum[2]) + __shfl_xor_sync(0xffffffffu, odd ? sum[2] : sum[3], 1);
-                float total = (upper ? b : a) + __shfl_xor_sync(0xffffffffu, upper ? a : b, 2);
-                const int query = p * 4 + (lane & 3);
-                const int64_t column = key + half * 8;
-                if (x.key_scale != nullptr && column < x.keys) total *= __ldg(x.key_scale + column);
-                if (query < queries && column < x.keys) x.scores[(first_query + query) * x.stride + column] = total;
-            }
+        for (int step = 0; step < S::kRowTiles * 4; ++step) {
+            const int column = step / 4, within = step % 4 * 32;
+            const uint64_t a = operand(keys_at + column * kTileBytes + within);
+            const uint64_t b = operand(base + (column * 4 + p * 2) * kTileBytes + within);
+            if constexpr (kFp8) mma128_fp8(d, a, b, step > 0);
+            else mma128<0, 0>(d, a, b, step > 0);
         }
+        wgmma_commit();
+    };
+    float* const to = x.scores + (first_query + (lane & 3)) * x.stride + low + row;
+    const int64_t four_rows = 4 * x.stride;
+    const bool mine[2] = {(lane & 3) < queries, 4 + (lane & 3) < queries};
+    auto sum_heads = [&](const float(&d)[64], int tile, int p, const bool(&there)[2], const float(&factor)[2]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float sum[4];
+#pragma unroll
+            for (int query = 0; query < 4; ++query) {
+                sum[query] = 0.f;
+#pragma unroll
+                for (int i = 0; i < 8; ++i)
+                    sum[query] = fmaf(gate[p][query * 8 + i], fmaxf(d[(query * 4 + i / 2) * 4 + half * 2 + (i & 1)], 0.f), sum[query]);
+            }
+            // Thread l of 4 ends with the whole sum of query l.
+            const bool odd = lane & 1, upper = lane & 2;
+            const float a = (odd ? sum[1] : sum[0]) + __shfl_xor_sync(0xffffffffu, odd ? sum[0] : sum[1], 1);
+            const float b = (odd ? sum[3] : sum[2]) + __shfl_xor_sync(0xffffffffu, odd ? sum[2] : sum[3], 1);
+            const float total = (upper ? b : a) + __shfl_xor_sync(0xffffffffu, upper ? a : b, 2);
+            if (mine[p] && there[half]) to[p * four_rows + tile * kGroupKeys + half * 8] = kFp8 ? total * factor[half] : total;
+        }
+    };
+    // The warpgroups take turns at issuing products: left alone they would run in step, both in the matrix product, then both in the sums.
+    const int my_turn = kGroups + 1 + group, your_turn = kGroups + 2 - group;
+    if (group == 1) barrier_arrive(your_turn, 256);
+    for (int tile = group; tile - group < tiles; tile += kGroups) {  // as many turns for both; a tile too many is computed, not stored
+        float first[64], second[64], factor[2] = {1.f, 1.f};
+        bool there[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {  // before the product: its latency covers that of the scales
+            const int64_t key = low + static_cast<int64_t>(tile) * kGroupKeys + row + half * 8;
+            there[half] = key < high;
+            if constexpr (kFp8) factor[half] = there[half] ? __ldg(x.key_scale + key) : 0.f;
+        }
+        barrier_sync(my_turn, 256);
+        product(first, tile, 0);
+        product(second, tile, 1);
+        wgmma_wait<1>();
+        settle(first);
+        barrier_arrive(your_turn, 256);
+        sum_heads(first, tile, 0, there, factor);
+        wgmma_wait<0>();
+        settle(second);
+        copies_wait<kStages - 3>();
+        publish_to_wgmma();
+        barrier_sync(group + 1, 128);  // the next tile is there for all; this one is no longer read
+        fetch(tile + (kStages - 1) * kGroups);
+        sum_heads(second, tile, 1, there, factor);
     }
+    if (group == 0) barrier_sync(my_turn, 256);  // the other's last signal
     copies_wait<0>();
 }
 
-constexpr int kThreads = 1024, kBins = 8192;
+constexpr int kThreads = 1024, kBins = 8192, kListed = 6144;
 
 // Larger float -> larger unsigned; -0 and 0 are one value.
 __device__ __forceinline__ uint32_t ordered(float f) {
@@ -171,19 +192,24 @@ __device__ __forceinline__ uint32_t block_prefix(uint32_t value, uint32_t* space
 
 template <typename Visit>
 __device__ __forceinline__ void for_each_score(const float* scores, int start, int end, Visit visit) {
-    // 16-byte loads from the multiple of 4 at or below start; visit(value, position, inside).
-    for (int at = (start & ~3) + static_cast<int>(threadIdx.x) * 4, step = 0; step < end - (start & ~3); at += kThreads * 4, step += kThreads * 4) {
-        float4 v = {0.f, 0.f, 0.f, 0.f};
-        if (at < end) v = *reinterpret_cast<const float4*>(scores + at);
-        visit(v, at);
+    // 16-byte loads from the multiple of 4 at or below start, one ahead of its use; every thread makes the same number of visits.
+    const int first = (start & ~3) + static_cast<int>(threadIdx.x) * 4;
+    auto load = [&](int at) { return at < end ? __ldcs(reinterpret_cast<const float4*>(scores + at)) : float4{0.f, 0.f, 0.f, 0.f}; };
+    float4 next = load(first);
+    for (int begin = start & ~3, at = first; begin < end; begin += kThreads * 4, at += kThreads * 4) {
+        const float4 now = next;
+        next = load(at + kThreads * 4);
+        visit(now, at);
     }
 }
 
-__global__ void __launch_bounds__(kThreads, 2) select(const float* scores, int64_t stride, const int* starts, const int* ends, int topk,
+__global__ void __launch_bounds__(kThreads, 2) select_topk(const float* scores, int64_t stride, const int* starts, const int* ends, int topk,
                                                       int* picked) {
+    extern __shared__ uint32_t list[];  // kListed positions, then their ordered scores
     __shared__ uint32_t bins[kBins];
     __shared__ uint32_t space[32];
-    __shared__ uint32_t found[2];
+    __shared__ uint32_t found[3];
+    uint32_t* const list_score = list + kListed;
     const int row = blockIdx.x, start = starts[row], end = ends[row], count = max(end - start, 0);
     scores += row * stride;
     picked += static_cast<int64_t>(row) * topk;
@@ -192,20 +218,27 @@ __global__ void __launch_bounds__(kThreads, 2) select(const float* scores, int64
         return;
     }
     uint32_t prefix = 0, wanted = topk;  // the threshold's bits so far; how many of the values with these bits are taken
-#pragma unroll
+    uint32_t listed = 0;                 // > 0: the list holds all that can still be taken
     for (int round = 0; round < 3; ++round) {
         const int shift = round == 0 ? 19 : round == 1 ? 6 : 0, bits = round == 2 ? 6 : 13, above = round == 0 ? 32 : round == 1 ? 19 : 6;
         for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
         __syncthreads();
-        for_each_score(scores, start, end, [&](const float4 v, int at) {
-            const float values[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const uint32_t u = ordered(values[i]);
-                const bool same = round == 0 || (u >> (above & 31)) == (prefix >> (above & 31));
-                if (at + i >= start && at + i < end && same) atomicAdd(&bins[(u >> shift) & ((1u << bits) - 1)], 1u);
+        if (listed) {
+            for (uint32_t i = threadIdx.x; i < listed; i += kThreads) {
+                const uint32_t u = list_score[i];
+                if ((u >> above) == (prefix >> above)) atomicAdd(&bins[(u >> shift) & ((1u << bits) - 1)], 1u);
             }
-        });
+        } else {
+            for_each_score(scores, start, end, [&](const float4 v, int at) {
+                const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const uint32_t u = ordered(values[i]);
+                    const bool same = round == 0 || (u >> (above & 31)) == (prefix >> (above & 31));
+                    if (at + i >= start && at + i < end && same) atomicAdd(&bins[(u >> shift) & ((1u << bits) - 1)], 1u);
+                }
+            });
+        }
         __syncthreads();
         // Thread i owns the 8 bins from the top down; the bin where the running count reaches `wanted` is the threshold's.
         uint32_t own[8], sum = 0, total;
@@ -216,16 +249,49 @@ __global__ void __launch_bounds__(kThreads, 2) select(const float* scores, int64
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 if (before < wanted && before + own[i] >= wanted) {
-                    found[0] = kBins - 1 - (threadIdx.x * 8 + i), found[1] = wanted - before;
+                    found[0] = kBins - 1 - (threadIdx.x * 8 + i), found[1] = wanted - before, found[2] = own[i];
                 }
                 before += own[i];
             }
         }
         __syncthreads();
         prefix |= found[0] << shift, wanted = found[1];
+        const uint32_t candidates = topk - wanted + found[2];  // everything above, and all that share the threshold's upper bits
         __syncthreads();
+        if (round == 0 && candidates <= kListed) {
+            uint32_t done = 0;
+            for_each_score(scores, start, end, [&](const float4 v, int at) {
+                const float values[4] = {v.x, v.y, v.z, v.w};
+                uint32_t u[4], mine = 0, total;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    u[i] = at + i >= start && at + i < end ? ordered(values[i]) : 0u;
+                    mine += u[i] >= prefix;  // prefix has zeros below the upper bits, and is not 0
+                }
+                uint32_t to = done + block_prefix(mine, space, &total) - mine;
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (u[i] >= prefix) list[to] = at + i, list_score[to++] = u[i];
+                done += total;
+            });
+            listed = candidates;
+            __syncthreads();
+        }
     }
     uint32_t before_above = 0, before_equal = 0;
+    if (listed) {
+        for (uint32_t first = 0; first < listed; first += kThreads) {
+            const uint32_t i = first + threadIdx.x, u = i < listed ? list_score[i] : 0u;
+            const bool larger = u > prefix, equal = u == prefix && i < listed;
+            const uint32_t mine = larger + (equal << 16);
+            uint32_t total;
+            const uint32_t until = block_prefix(mine, space, &total) - mine;
+            const uint32_t above = before_above + (until & 0xffff), same = before_equal + (until >> 16);
+            if (larger || (equal && same < wanted)) picked[above + min(same, wanted)] = list[i];
+            before_above += total & 0xffff, before_equal += total >> 16;
+        }
+        return;
+    }
     for_each_score(scores, start, end, [&](const float4 v, int at) {
         const float values[4] = {v.x, v.y, v.z, v.w};
         uint32_t counts = 0, u[4];
@@ -273,7 +339,11 @@ int indexer_scores(const void* q, const void* k, const float* gates, const float
 
 int indexer_select(const float* scores, int64_t stride, const int* starts, const int* ends, int t, int topk, int* picked,
                    cudaStream_t stream) {
-    if (t) select<<<t, kThreads, 0, stream>>>(scores, stride, starts, ends, topk, picked);
+    if (t == 0) return cudaSuccess;
+    constexpr int kListBytes = kListed * 8;
+    const cudaError_t error = cudaFuncSetAttribute(select_topk, cudaFuncAttributeMaxDynamicSharedMemorySize, kListBytes);
+    if (error != cudaSuccess) return error;
+    select_topk<<<t, kThreads, kListBytes, stream>>>(scores, stride, starts, ends, topk, picked);
     return cudaGetLastError();
 }
 

@@ -13,6 +13,8 @@
 // accumulators of two neighbouring 8-column groups are then 4 consecutive columns of the result: one 16-byte reduction.
 #include "hopper.cuh"
 
+#include <utility>
+
 using namespace hopper;
 
 namespace {
@@ -21,7 +23,7 @@ constexpr int kDK = 576, kDV = 512, kHeads = 64, kKeys = 64;
 constexpr int kQ = 0, kDO = kQ + 9 * kTileBytes, kK = kDO + 8 * kTileBytes, kP = kK + 9 * kTileBytes, kDS = kP + kTileBytes;
 constexpr int kIndex = kDS + kTileBytes, kSharedBytes = kIndex + 2 * kKeys * 4;
 
-enum Store { kReduce = 0, kDrop = 1, kStage32 = 2, kStage16 = 3 };
+enum Store { kReduce = 0, kDrop = 1, kStage = 2 };  // kDrop is for timing
 
 // 16 columns (32 bytes), pairs 0..7 -> 0 2 4 6 | 1 3 5 7.
 __device__ __forceinline__ void permute16(uint4& low, uint4& high) {
@@ -31,6 +33,7 @@ __device__ __forceinline__ void permute16(uint4& low, uint4& high) {
 
 __device__ __forceinline__ void load_rows(char* to, const __nv_bfloat16* from, int rows, int columns) {
     const int pieces = columns / 16;
+#pragma unroll 4
     for (int i = threadIdx.x; i < kHeads * pieces; i += blockDim.x) {
         const int row = i / pieces, piece = i % pieces;
         uint4 low = {0, 0, 0, 0}, high = low;
@@ -45,36 +48,58 @@ __device__ __forceinline__ void load_rows(char* to, const __nv_bfloat16* from, i
     }
 }
 
-__device__ __forceinline__ void reduce4(float* to, float a, float b, float c, float d) {
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+// Predicated, not branched around: a branch while a wgmma is under way would make the compiler wait for it first. The offset is part of
+// the instruction, so that one address serves all columns.
+template <int kOffset>
+__device__ __forceinline__ void reduce4(float* to, int key, float a, float b, float c, float d) {
+    asm volatile("{\n.reg .pred p;\nsetp.ge.s32 p, %5, 0;\n@p red.global.add.v4.f32 [%0 + %6], {%1, %2, %3, %4};\n}\n" ::"l"(to), "f"(a),
+                 "f"(b), "f"(c), "f"(d), "r"(key), "n"(kOffset * 4)
+                 : "memory");
+}
+__device__ __forceinline__ void asm_keep(float v) { asm volatile("" ::"f"(v)); }
+__device__ __forceinline__ uint32_t pair(float a, float b) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(both);
+}
+template <int kOffset>
+__device__ __forceinline__ void store8(__nv_bfloat16* to, int key, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("{\n.reg .pred p;\nsetp.ge.s32 p, %5, 0;\n@p st.global.cs.v4.b32 [%0 + %6], {%1, %2, %3, %4};\n}\n" ::"l"(to), "r"(a), "r"(b),
+                 "r"(c), "r"(d), "r"(key), "n"(kOffset * 2)
+                 : "memory");
 }
 
-// d: kColumns/2 accumulators of a warpgroup for 64 keys x kColumns columns, from `column` on.
-template <int kStore, int kRegisters>
-__device__ __forceinline__ void put_keys(const float (&d)[kRegisters], float* grad_kv, int key_low, int key_high, int64_t slot,
-                                         int column, int row, int lane) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int key = half ? key_high : key_low;
-        if (key < 0) continue;
-        const int64_t at = kStore == kReduce ? key : slot + row + half * 8;
-#pragma unroll
-        for (int m = 0; m < kRegisters / 8; ++m) {
-            const int i = m * 8 + half * 2;
-            const int64_t offset = at * kDK + column + m * 16 + (lane & 3) * 4;
-            if constexpr (kStore == kReduce) {
-                reduce4(grad_kv + offset, d[i], d[i + 1], d[i + 4], d[i + 5]);
-            } else if constexpr (kStore == kStage32) {
-                *reinterpret_cast<float4*>(grad_kv + offset) = {d[i], d[i + 1], d[i + 4], d[i + 5]};
-            } else if constexpr (kStore == kStage16) {
-                __nv_bfloat162 low = __floats2bfloat162_rn(d[i], d[i + 1]), high = __floats2bfloat162_rn(d[i + 4], d[i + 5]);
-                uint2 both = {reinterpret_cast<uint32_t&>(low), reinterpret_cast<uint32_t&>(high)};
-                *reinterpret_cast<uint2*>(reinterpret_cast<__nv_bfloat16*>(grad_kv) + offset) = both;
-            } else {
-                if (d[i] == 12345.678f) grad_kv[0] = d[i + 1] + d[i + 4] + d[i + 5];  // keeps the product alive in timing runs
-            }
+// d: accumulators of a warpgroup for 64 keys x kRegisters * 2 columns, from kColumn on; a key of -1 is left out.
+// Staged rows hold each thread's 8 columns of every 32 side by side (16-byte stores of whole 64-byte lines); sum_by_key undoes it.
+template <int kStore, int kColumn, int kRegisters>
+__device__ __forceinline__ void put_keys(const float (&d)[kRegisters], float* grad_kv, int key_low, int key_high, int64_t slot, int row,
+                                         int lane) {
+    [&]<int... kPart>(std::integer_sequence<int, kPart...>) {
+        if constexpr (kStore == kReduce) {
+            float* low = grad_kv + static_cast<int64_t>(max(key_low, 0)) * kDK + (lane & 3) * 4;
+            float* high = grad_kv + static_cast<int64_t>(max(key_high, 0)) * kDK + (lane & 3) * 4;
+            (reduce4<kColumn + kPart * 16>(low, key_low, d[kPart * 8], d[kPart * 8 + 1], d[kPart * 8 + 4], d[kPart * 8 + 5]), ...);
+            (reduce4<kColumn + kPart * 16>(high, key_high, d[kPart * 8 + 2], d[kPart * 8 + 3], d[kPart * 8 + 6], d[kPart * 8 + 7]), ...);
+        } else if constexpr (kStore == kStage) {
+            __nv_bfloat16* to = reinterpret_cast<__nv_bfloat16*>(grad_kv) + (slot + row) * kDK + (lane & 3) * 8;
+            auto put = [&]<int kTwo>() {
+                constexpr int i = kTwo * 16;
+                store8<kColumn + kTwo * 32>(to, key_low, pair(d[i], d[i + 1]), pair(d[i + 4], d[i + 5]), pair(d[i + 8], d[i + 9]),
+                                            pair(d[i + 12], d[i + 13]));
+                store8<kColumn + kTwo * 32 + 8 * kDK>(to, key_high, pair(d[i + 2], d[i + 3]), pair(d[i + 6], d[i + 7]),
+                                                      pair(d[i + 10], d[i + 11]), pair(d[i + 14], d[i + 15]));
+            };
+            ((kPart % 2 == 0 ? put.template operator()<kPart / 2>() : void()), ...);
+        } else {
+            (asm_keep(d[kPart * 8]), ...);  // keeps the product alive
         }
-    }
+    }(std::make_integer_sequence<int, kRegisters / 8>{});
+}
+
+// A copy in registers of its own: accumulators that were read while another product is under way would serialise all of them.
+template <int kRegisters>
+__device__ __forceinline__ void keep(float (&to)[kRegisters], const float (&from)[kRegisters]) {
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) asm volatile("mov.b32 %0, %1;" : "=f"(to[i]) : "f"(from[i]));
 }
 
 template <int kRegisters>
@@ -93,29 +118,15 @@ __device__ __forceinline__ void put_query(const float (&d)[kRegisters], __nv_bfl
     }
 }
 
-// dKV of kTiles x 64 columns from tile `tile` on. The last tile (rope) has no value part.
-template <int kStore, int kTiles, bool kValue>
-__device__ __forceinline__ void keys_gradient(uint32_t base, int tile, float* grad_kv, int key_low, int key_high, int64_t slot, int row,
-                                              int lane) {
-    float d[kTiles * 32];
-    wgmma_begin();
+// d (+)= rows' of `left` (P or dS) times kTiles x 64 columns of `right` (dO or Q) from tile `tile` on.
+template <int kRegisters>
+__device__ __forceinline__ void add_across(float (&d)[kRegisters], uint32_t left, uint32_t right, int tile, bool accumulate) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-        const uint64_t a = operand(base + kDS + step * 2048), b = operand(base + kQ + tile * kTileBytes + step * 2048);
-        if constexpr (kTiles == 2) mma128<1, 1>(d, a, b, step > 0);
-        else mma64<1, 1>(d, a, b, step > 0);
+        const uint64_t a = operand(left + step * 2048), b = operand(right + tile * kTileBytes + step * 2048);
+        if constexpr (kRegisters == 64) mma128<1, 1>(d, a, b, accumulate || step > 0);
+        else mma64<1, 1>(d, a, b, accumulate || step > 0);
     }
-    if constexpr (kValue) {
-#pragma unroll
-        for (int step = 0; step < 4; ++step) {
-            const uint64_t a = operand(base + kP + step * 2048), b = operand(base + kDO + tile * kTileBytes + step * 2048);
-            if constexpr (kTiles == 2) mma128<1, 1>(d, a, b, true);
-            else mma64<1, 1>(d, a, b, true);
-        }
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    put_keys<kStore>(d, grad_kv, key_low, key_high, slot, tile * 64, row, lane);
 }
 
 struct Arguments {
@@ -123,83 +134,96 @@ struct Arguments {
     const int* indices;
     const float *lse, *delta;  // [t, h]; lse natural
     __nv_bfloat16* grad_q;
-    float* grad_kv;  // [T, 576], or [t * k, 576] contributions when staging
+    float* grad_kv;  // [T, 576]; when staging [t * k, 576] contributions in bf16
     int t, h, k;
     float scale;
 };
 
-template <int kStore>
-__global__ void __launch_bounds__(256, 1) backward(const Arguments x) {
-    extern __shared__ __align__(1024) char shared[];
-    const uint32_t base = smem_address(shared);
-    const int query = blockIdx.x, first_head = blockIdx.y * kHeads, rows = min(kHeads, x.h - first_head);
-    const int warpgroup = threadIdx.x / 128, lane = threadIdx.x & 31, row = (threadIdx.x & 127) / 32 * 16 + lane / 4;
-    const int64_t head_row = static_cast<int64_t>(query) * x.h + first_head;
-    const int* indices = x.indices + static_cast<int64_t>(query) * x.k;
-    const int blocks = (x.k + kKeys - 1) / kKeys;
+struct Place {
+    char* shared;
+    uint32_t base;
+    int query, first_head, rows, blocks, lane, row;
+};
+
+// One warpgroup's part. The two run the same steps on their own columns but differ in what they compute first; as separate code, so that
+// the compiler sees every wgmma in straight-line order (a branch between two of them makes it serialise all).
+template <int kStore, int kWarpgroup>
+__device__ __forceinline__ void work(const Arguments& x, const Place& at) {
+    constexpr int kFirstTile = kWarpgroup * 4;
     constexpr float kLog2e = 1.4426950408889634f;
+    char* const shared = at.shared;
+    const uint32_t base = at.base;
+    const int lane = at.lane, row = at.row, blocks = at.blocks;
+    const int64_t head_row = static_cast<int64_t>(at.query) * x.h + at.first_head;
+    const int* indices = x.indices + static_cast<int64_t>(at.query) * x.k;
 
     // Gather: 8 threads fetch one 128-byte row of a tile; a thread serves rows copy_row and copy_row + 32 of all 9 tiles.
     const int copy_row = threadIdx.x / 8, unit = threadIdx.x & 7;
     auto index_at = [&](int block, int r) {
-        const int at = block * kKeys + r;
-        return block < blocks && at < x.k ? __ldg(indices + at) : -1;
+        const int i = block * kKeys + r;
+        return block < blocks && i < x.k ? __ldg(indices + i) : -1;
     };
     int low = index_at(0, copy_row), high = index_at(0, copy_row + 32);
     auto fetch = [&](int block) {
+        if (block < blocks) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int key = half ? high : low, r = copy_row + half * 32;
-            const char* source = reinterpret_cast<const char*>(x.kv_permuted + static_cast<int64_t>(max(key, 0)) * kDK) + unit * 16;
-            const uint32_t to = base + kK + swizzled(r, unit);
+            for (int half = 0; half < 2; ++half) {
+                const int key = half ? high : low, r = copy_row + half * 32;
+                const char* source = reinterpret_cast<const char*>(x.kv_permuted + static_cast<int64_t>(max(key, 0)) * kDK) + unit * 16;
+                const uint32_t to = base + kK + swizzled(r, unit);
 #pragma unroll
-            for (int tile = 0; tile < 9; ++tile) copy16_async(to + tile * kTileBytes, source + tile * 128, key >= 0);
-            if (unit == 0) reinterpret_cast<int*>(shared + kIndex)[(block & 1) * kKeys + r] = key;
+                for (int tile = 0; tile < 9; ++tile) copy16_async(to + tile * kTileBytes, source + tile * 128, key >= 0);
+                if (unit == 0) reinterpret_cast<int*>(shared + kIndex)[(block & 1) * kKeys + r] = key;
+            }
+            low = index_at(block + 1, copy_row), high = index_at(block + 1, copy_row + 32);
         }
         copies_commit();
     };
-
     fetch(0);
-    load_rows(shared + kQ, x.q + head_row * kDK, rows, kDK);
-    load_rows(shared + kDO, x.grad_out + head_row * kDV, rows, kDV);
+
     float of_row[2];  // warpgroup 0: lse in log2 units; warpgroup 1: delta
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int head = row + half * 8;
-        const float* from = warpgroup == 0 ? x.lse : x.delta;
         // A head that does not exist: lse = inf makes every probability 0.
-        of_row[half] = head < rows ? from[head_row + head] : (warpgroup == 0 ? __int_as_float(0x7f800000) : 0.f);
-        if (warpgroup == 0) of_row[half] *= kLog2e;
+        if constexpr (kWarpgroup == 0) of_row[half] = head < at.rows ? x.lse[head_row + head] * kLog2e : __int_as_float(0x7f800000);
+        else of_row[half] = head < at.rows ? x.delta[head_row + head] : 0.f;
     }
 
-    float dq[128], dq_rope[32];
+    float dq[128], dq_rope[kWarpgroup ? 32 : 1];
 #pragma unroll
     for (int i = 0; i < 128; ++i) dq[i] = 0.f;
+    if constexpr (kWarpgroup == 1) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) dq_rope[i] = 0.f;
+        for (int i = 0; i < 32; ++i) dq_rope[i] = 0.f;
+    }
+
+    // The last columns' gradients of one block go to memory while the first product of the next runs: the memory system is busy longer.
+    float late[kWarpgroup ? 32 : 64];
+    int late_low = -1, late_high = -1;
+    constexpr int kLateColumn = kWarpgroup ? kDV : 128;
+    constexpr bool kLate = kStore != kStage;  // plain stores do not wait, and their addresses would cost registers
+#pragma unroll
+    for (int i = 0; i < (kWarpgroup ? 32 : 64); ++i) late[i] = 0.f;
 
     for (int block = 0; block < blocks; ++block) {
         copies_wait<0>();
         publish_to_wgmma();
-        const bool any = __syncthreads_or(low >= 0 || high >= 0);
-        low = index_at(block + 1, copy_row), high = index_at(block + 1, copy_row + 32);
-        if (!any) {
-            if (block + 1 < blocks) fetch(block + 1);
-            continue;
-        }
+        barrier_sync(0, 256);  // keys are there; P and dS of the last block are no longer read
         const int* keys = reinterpret_cast<const int*>(shared + kIndex) + (block & 1) * kKeys;
-        const int key_low = keys[row], key_high = keys[row + 8];
-
-        float s[32];
-        if (warpgroup == 0) {
+        const int64_t slot = static_cast<int64_t>(at.query) * x.k + block * kKeys;
+        float s[32], dkv[64];
+        if constexpr (kWarpgroup == 0) {
             wgmma_begin();
 #pragma unroll
             for (int step = 0; step < 36; ++step) {
-                const int at = step / 4 * kTileBytes + step % 4 * 32;
-                mma64<0, 0>(s, operand(base + kQ + at), operand(base + kK + at), step > 0);
+                const int i = step / 4 * kTileBytes + step % 4 * 32;
+                mma64<0, 0>(s, operand(base + kQ + i), operand(base + kK + i), step > 0);
             }
             wgmma_commit();
+            if constexpr (kLate) put_keys<kStore, kLateColumn>(late, x.grad_kv, late_low, late_high, slot, row, lane);
             wgmma_wait<0>();
+            settle(s);
             const float factor = x.scale * kLog2e;
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
@@ -214,23 +238,30 @@ __global__ void __launch_bounds__(256, 1) backward(const Arguments x) {
             }
             publish_to_wgmma();
             barrier_arrive(1, 256);
+            barrier_sync(3, 128);
+            // The value part needs no dS: it runs while warpgroup 1 computes that.
+            wgmma_begin();
+            add_across(dkv, base + kP, base + kDO, kFirstTile, false);
+            wgmma_commit();
         } else {
             wgmma_begin();
 #pragma unroll
             for (int step = 0; step < 32; ++step) {
-                const int at = step / 4 * kTileBytes + step % 4 * 32;
-                mma64<0, 0>(s, operand(base + kDO + at), operand(base + kK + at), step > 0);
+                const int i = step / 4 * kTileBytes + step % 4 * 32;
+                mma64<0, 0>(s, operand(base + kDO + i), operand(base + kK + i), step > 0);
             }
             wgmma_commit();
+            if constexpr (kLate) put_keys<kStore, kLateColumn>(late, x.grad_kv, late_low, late_high, slot, row, lane);
             wgmma_wait<0>();
+            settle(s);
             barrier_sync(1, 256);
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const int at = swizzled(row + half * 8, j) + (lane & 3) * 4;
-                    const float2 p = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(shared + kP + at));
-                    *reinterpret_cast<__nv_bfloat162*>(shared + kDS + at) =
+                    const int i = swizzled(row + half * 8, j) + (lane & 3) * 4;
+                    const float2 p = __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(shared + kP + i));
+                    *reinterpret_cast<__nv_bfloat162*>(shared + kDS + i) =
                         __floats2bfloat162_rn(p.x * (s[j * 4 + half * 2] - of_row[half]) * x.scale,
                                               p.y * (s[j * 4 + half * 2 + 1] - of_row[half]) * x.scale);
                 }
@@ -239,30 +270,93 @@ __global__ void __launch_bounds__(256, 1) backward(const Arguments x) {
         }
         barrier_sync(2, 256);
 
-        const int first_tile = warpgroup * 4;
         wgmma_begin();
 #pragma unroll
         for (int step = 0; step < 4; ++step)
-            mma256<0, 1>(dq, operand(base + kDS + step * 32), operand(base + kK + first_tile * kTileBytes + step * 2048), true);
-        if (warpgroup == 1) {
+            mma256<0, 1>(dq, operand(base + kDS + step * 32), operand(base + kK + kFirstTile * kTileBytes + step * 2048), true);
+        if constexpr (kWarpgroup == 1) {
 #pragma unroll
             for (int step = 0; step < 4; ++step)
                 mma64<0, 1>(dq_rope, operand(base + kDS + step * 32), operand(base + kK + 8 * kTileBytes + step * 2048), true);
         }
         wgmma_commit();
-        wgmma_wait<0>();
-        __syncthreads();
-        if (block + 1 < blocks) fetch(block + 1);
+        auto finish_keys = [&] {
+            wgmma_wait<1>();
+            barrier_sync(0, 256);  // nobody reads these keys any more
+            fetch(block + 1);
+            late_low = keys[row], late_high = keys[row + 8];
+            wgmma_wait<0>();
+        };
+        if constexpr (kWarpgroup == 0) {
+            add_across(dkv, base + kDS, base + kQ, 0, true);
+            wgmma_commit();
+            finish_keys();
+            settle(dkv);
+            put_keys<kStore, 0>(dkv, x.grad_kv, late_low, late_high, slot, row, lane);
 
-        const int64_t slot = static_cast<int64_t>(query) * x.k + block * kKeys;
-        keys_gradient<kStore, 2, true>(base, first_tile, x.grad_kv, key_low, key_high, slot, row, lane);
-        keys_gradient<kStore, 2, true>(base, first_tile + 2, x.grad_kv, key_low, key_high, slot, row, lane);
-        if (warpgroup == 1) keys_gradient<kStore, 1, false>(base, 8, x.grad_kv, key_low, key_high, slot, row, lane);
+            wgmma_begin();
+            add_across(dkv, base + kP, base + kDO, 2, false);
+            add_across(dkv, base + kDS, base + kQ, 2, true);
+            wgmma_commit();
+            wgmma_wait<0>();
+            settle(dkv);
+            if constexpr (kLate) keep(late, dkv);
+            else put_keys<kStore, kLateColumn>(dkv, x.grad_kv, late_low, late_high, slot, row, lane);
+        } else {
+            add_across(dkv, base + kP, base + kDO, 4, false);
+            add_across(dkv, base + kDS, base + kQ, 4, true);
+            wgmma_commit();
+            finish_keys();
+            settle(dkv);
+            put_keys<kStore, 256>(dkv, x.grad_kv, late_low, late_high, slot, row, lane);
+
+            wgmma_begin();
+            add_across(dkv, base + kP, base + kDO, 6, false);
+            add_across(dkv, base + kDS, base + kQ, 6, true);
+            wgmma_commit();
+            wgmma_wait<0>();
+            settle(dkv);
+            put_keys<kStore, 384>(dkv, x.grad_kv, late_low, late_high, slot, row, lane);
+
+            wgmma_begin();
+            add_across(s, base + kDS, base + kQ, 8, false);
+            wgmma_commit();
+            wgmma_wait<0>();
+            settle(s);
+            if constexpr (kLate) keep(late, s);
+            else put_keys<kStore, kLateColumn>(s, x.grad_kv, late_low, late_high, slot, row, lane);
+        }
     }
-    copies_wait<0>();
+    if constexpr (kLate) put_keys<kStore, kLateColumn>(late, x.grad_kv, late_low, late_high, 0, row, lane);
+    settle(dq);
+    if constexpr (kWarpgroup == 1) settle(dq_rope);
     __nv_bfloat16* grad_q = x.grad_q + head_row * kDK;
-    put_query(dq, grad_q, rows, warpgroup * 256, row, lane);
-    if (warpgroup == 1) put_query(dq_rope, grad_q, rows, kDV, row, lane);
+    put_query(dq, grad_q, at.rows, kWarpgroup * 256, row, lane);
+    if constexpr (kWarpgroup == 1) put_query(dq_rope, grad_q, at.rows, kDV, row, lane);
+}
+
+template <int kStore>
+__global__ void __launch_bounds__(256, 1) backward(const Arguments x) {
+    extern __shared__ __align__(1024) char shared[];
+    const int first_head = blockIdx.y * kHeads, lane = threadIdx.x & 31;
+    const int64_t head_row = static_cast<int64_t>(blockIdx.x) * x.h + first_head;
+    Place at{shared, smem_address(shared), static_cast<int>(blockIdx.x), first_head, min(kHeads, x.h - first_head), 0, lane,
+             static_cast<int>(threadIdx.x & 127) / 32 * 16 + lane / 4};
+    int* last = reinterpret_cast<int*>(shared + kIndex);
+    if (threadIdx.x == 0) *last = -1;
+    int mine = -1;
+    for (int i = threadIdx.x; i < x.k; i += 256)
+        if (__ldg(x.indices + static_cast<int64_t>(at.query) * x.k + i) >= 0) mine = i;
+    mine = __reduce_max_sync(0xffffffffu, mine);
+    load_rows(shared + kQ, x.q + head_row * kDK, at.rows, kDK);
+    load_rows(shared + kDO, x.grad_out + head_row * kDV, at.rows, kDV);
+    __syncthreads();
+    if (lane == 0 && mine >= 0) atomicMax(last, mine);
+    __syncthreads();
+    at.blocks = *last < 0 ? 0 : *last / kKeys + 1;
+    __syncthreads();  // the gather writes indices where `last` lies
+    if (threadIdx.x < 128) work<kStore, 0>(x, at);
+    else work<kStore, 1>(x, at);
 }
 
 __global__ void permute_keys(const uint4* from, uint4* to, int64_t pieces) {
@@ -295,16 +389,52 @@ __global__ void row_dot(const __nv_bfloat16* out, const __nv_bfloat16* grad_out,
     if (lane == 0) delta[row] = sum;
 }
 
-// grad_kv[key] += contributions of that key in the order of `order` (positions sorted by key, stable): one block per key, no atomics.
-template <typename Element>
-__global__ void sum_by_key(const Element* staged, const int64_t* order, const int64_t* begins, float* grad_kv, int64_t keys) {
+// counts[key] += 1 for every listed key.
+__global__ void count_keys(const int* indices, int64_t n, int* counts) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < n && indices[i] >= 0) atomicAdd(counts + indices[i], 1);
+}
+
+// order[next[key]++] = place of each listed key, in no particular order within a key; `next` starts as the first place of each key.
+__global__ void place_keys(const int* indices, int64_t n, int* next, int* order) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < n && indices[i] >= 0) order[atomicAdd(next + indices[i], 1)] = static_cast<int>(i);
+}
+
+// grad_kv[key] += the staged rows order[ends[key - 1] .. ends[key]], without atomics. One block per key; 4 rows of threads take every
+// fourth contribution and are added in a fixed order: with the same `order`, the same bits.
+__global__ void sum_by_key(const __nv_bfloat16* staged, const int* order, const int* ends, float* grad_kv) {
+    constexpr int kPieces = kDK / 8;
+    __shared__ float parts[3][kDK];
     const int64_t key = blockIdx.x;
-    const int64_t begin = begins[key], end = begins[key + 1];
+    const int begin = key ? ends[key - 1] : 0, end = ends[key];
     if (begin == end) return;
-    for (int column = threadIdx.x; column < kDK; column += blockDim.x) {
-        float sum = grad_kv[key * kDK + column];
-        for (int64_t i = begin; i < end; ++i) sum += static_cast<float>(staged[order[i] * kDK + column]);
-        grad_kv[key * kDK + column] = sum;
+    const int piece = threadIdx.x % kPieces, part = threadIdx.x / kPieces;
+    float sum[8] = {};
+#pragma unroll 4
+    for (int i = begin + part; i < end; i += 4) {
+        const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(staged + static_cast<int64_t>(order[i]) * kDK) + piece);
+        const __nv_bfloat162* v = reinterpret_cast<const __nv_bfloat162*>(&raw);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+            const float2 two = __bfloat1622float2(v[c]);
+            sum[2 * c] += two.x, sum[2 * c + 1] += two.y;
+        }
+    }
+    if (part > 0) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) parts[part - 1][piece * 8 + c] = sum[c];
+    }
+    __syncthreads();
+    if (part == 0) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) sum[c] = ((sum[c] + parts[0][piece * 8 + c]) + parts[1][piece * 8 + c]) + parts[2][piece * 8 + c];
+        // Two runs of 4 columns, 16 apart (put_keys).
+        float4* to = reinterpret_cast<float4*>(grad_kv + key * kDK + piece / 4 * 32 + piece % 4 * 4);
+        float4 a = to[0], b = to[4];
+        a.x += sum[0], a.y += sum[1], a.z += sum[2], a.w += sum[3];
+        b.x += sum[4], b.y += sum[5], b.z += sum[6], b.w += sum[7];
+        to[0] = a, to[4] = b;
     }
 }
 
@@ -342,17 +472,23 @@ int sparse_mla_backward(const void* q, const void* kv_permuted, const void* grad
     switch (store) {
         case kReduce: return launch<kReduce>(x, stream);
         case kDrop: return launch<kDrop>(x, stream);
-        case kStage32: return launch<kStage32>(x, stream);
-        case kStage16: return launch<kStage16>(x, stream);
+        case kStage: return launch<kStage>(x, stream);
     }
     return cudaErrorInvalidValue;
 }
 
-int sparse_mla_sum_by_key(const void* staged, int bits, const int64_t* order, const int64_t* begins, float* grad_kv, int64_t keys,
-                          cudaStream_t stream) {
-    if (keys == 0) return cudaSuccess;
-    if (bits == 32) sum_by_key<<<keys, 192, 0, stream>>>(static_cast<const float*>(staged), order, begins, grad_kv, keys);
-    else sum_by_key<<<keys, 192, 0, stream>>>(static_cast<const __nv_bfloat16*>(staged), order, begins, grad_kv, keys);
+int sparse_mla_count_keys(const int* indices, int64_t n, int* counts, cudaStream_t stream) {
+    if (n) count_keys<<<(n + 255) / 256, 256, 0, stream>>>(indices, n, counts);
+    return cudaGetLastError();
+}
+
+int sparse_mla_place_keys(const int* indices, int64_t n, int* next, int* order, cudaStream_t stream) {
+    if (n) place_keys<<<(n + 255) / 256, 256, 0, stream>>>(indices, n, next, order);
+    return cudaGetLastError();
+}
+
+int sparse_mla_sum_by_key(const void* staged, const int* order, const int* ends, float* grad_kv, int64_t keys, cudaStream_t stream) {
+    if (keys) sum_by_key<<<keys, 4 * kDK / 8, 0, stream>>>(static_cast<const __nv_bfloat16*>(staged), order, ends, grad_kv);
     return cudaGetLastError();
 }
 

@@ -4,6 +4,7 @@
 //   warpgroup 0:     S = Q K', running softmax, P to shared memory
 //   warpgroups 1, 2: O += P V for columns 0..255 | 256..511 while warpgroup 0 works on the next keys; each also fetches the keys of its
 //                    own columns as soon as its own product has read them, so neither waits for the other.
+// The running maximum is raised only when it grows by more than 8 (in log2), so that O is rarely rescaled; P stays below 2^8.
 // Named barriers: 1 keys are there, 2 P is there, 3 P may be overwritten.
 #include "hopper.cuh"
 
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int kDK = 576, kDV = 512, kHeads = 64, kKeys = 64, kThreads = 384;
 constexpr int kQ = 0, kK = 9 * kTileBytes, kStageBytes = 9 * kTileBytes, kP = kK + 2 * kStageBytes;
+constexpr float kSlack = 8.f;
 constexpr int kRescale = kP + kTileBytes, kLast = kRescale + kHeads * 4, kSharedBytes = kLast + 16;
 
 struct Arguments {
@@ -87,10 +89,11 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
 #pragma unroll
             for (int i = 0; i < 16; ++i) absent[i] = index_at(block, i / 2 * 8 + (lane & 3) * 2 + (i & 1)) < 0;
             wgmma_wait<0>();
+            settle(s);
             float alpha[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float highest = top[half];
+                float highest = -INFINITY;
 #pragma unroll
                 for (int i = 0; i < 16; ++i) {
                     float& v = s[i / 2 * 4 + half * 2 + (i & 1)];
@@ -98,9 +101,10 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
                     highest = fmaxf(highest, v);
                 }
                 highest = quad_max(highest);
-                const float shift = highest == -INFINITY ? 0.f : highest;
-                alpha[half] = exp2f(top[half] - shift);
-                top[half] = highest;
+                const float before = top[half];
+                if (highest > before + kSlack) top[half] = highest;  // also the first time: before is -inf
+                const float shift = top[half] == -INFINITY ? 0.f : top[half];
+                alpha[half] = before == top[half] ? 1.f : exp2f(before - shift);
                 float part = 0.f;
 #pragma unroll
                 for (int i = 0; i < 16; ++i) {
@@ -184,6 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
             for (int step = 0; step < 4; ++step) mma256<0, 1>(o, operand(base + kP + step * 32), operand(values_at + step * 2048), true);
             wgmma_commit();
             wgmma_wait<0>();
+            settle(o);
             barrier_arrive(3, kThreads);
             barrier_sync(6 + side, 128);  // all four warps of this side have read their columns of this stage
             fetch(block + 2);
