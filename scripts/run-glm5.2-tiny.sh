@@ -101,7 +101,7 @@ SFT_ARGS=(
    --prompt-data "${BASE_DIR}/arithmetic/sft.jsonl"
    --input-key messages
    --loss-mask-type qwen
-   --num-rollout "${SFT_STEPS:-240}"
+   --num-rollout "${SFT_STEPS:-200}"
    --rollout-batch-size 64
    --global-batch-size 64
 
