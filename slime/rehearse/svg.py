@@ -43,8 +43,8 @@ def rank_grid(done: Rehearsal) -> str:
     body = []
     for memory in done.memory:
         stage, y = memory.share.stage, 22 + memory.share.stage * 30
-        # What tells stages apart: the rollout phase is the engine's and equal everywhere.
-        peak = max((phase for phase in memory.phases if phase.name != "rollout"), key=lambda phase: phase.total)
+        # Training tells stages apart; rollout and weight sync are mostly the engine's and alike everywhere.
+        peak = memory.phase("train")
         colour = stage_colour(stage, grid.pp, peak.total / 1e9 / limit)
         first, last = memory.share.layers[0] + 1, memory.share.layers[-1] + 1
         body.append(_text(0, y + 17, f"stage {stage}: layers {first}-{last}"))
@@ -52,8 +52,8 @@ def rank_grid(done: Rehearsal) -> str:
             rank = stage * per_stage + inside
             place = grid.place(rank)
             where = " ".join(f"{axis} {value}" for axis, value in place.items())
-            body.append(_box(150 + inside * cell, y, cell - 1, 25, colour, f"rank {rank}: {where}; {memory.share.parameters / 1e9:.3f} B parameters, {peak.name} {peak.total / 1e9:.1f} GB"))
-        body.append(_text(158 + per_stage * cell, y + 17, f"{peak.total / 1e9:.1f} GB ({peak.name})"))
+            body.append(_box(150 + inside * cell, y, cell - 1, 25, colour, f"rank {rank}: {where}; {memory.share.parameters / 1e9:.3f} B parameters, {peak.total / 1e9:.1f} GB while training"))
+        body.append(_text(158 + per_stage * cell, y + 17, f"{peak.total / 1e9:.1f} GB while training"))
     body.append(_text(150, 14, f"{per_stage} ranks per stage: tp fastest, then cp, then dp; darker = closer to {limit:g} GB", size=11, colour="#666"))
     return _svg(int(158 + per_stage * cell + 170), 30 + grid.pp * 30, body, "rank grid by stage and memory")
 
@@ -92,7 +92,7 @@ def _costs_of(result: Balance, split: Split) -> list[float]:
 def memory_bars(memory: Sequence[StageMemory], limit_gb: float) -> str:
     """The training peak and the other phases of every stage, by part."""
     names = sorted({name for stage in memory for phase in stage.phases for name in phase.parts})
-    colours = {name: PARTS[number % len(PARTS)] for number, name in enumerate(names)}
+    colours = {name: f"hsl({int(360 * number * 0.618) % 360},50%,{42 + 18 * (number % 2)}%)" for number, name in enumerate(names)}
     top = max(limit_gb * 1e9, max(phase.total for stage in memory for phase in stage.phases))
     body, y, scale = [], 18.0, 640 / top
     for stage in memory:

@@ -1,0 +1,151 @@
+"""The arithmetic of the rehearsal against the code that it speaks for: megatron-core's cuts, the weight stream, ranks that are built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from slime.model.hf_config import read_hf_config
+from slime.model.layout import shard_shape
+from slime.model.names import NameTable
+from slime.rehearse.known_models import known_config
+from slime.rehearse.shares import Grid, local_numel
+from slime.rehearse.stages import Cut, cut_layers
+from slime.rehearse.weight_map import build_weight_map, fp8_format
+from slime.weights.quantize import WireFormat
+from tests.rehearse.recipes import Recipe
+
+CUTS = [
+    Cut(78, 8, first=14, last=16), Cut(78, 8, first=2, last=4), Cut(78, 2), Cut(78, 6), Cut(78, 2, last=40), Cut(78, 4, first=15), Cut(48, 4, vpp_size=3),
+    Cut(48, 4, vpp_size=2, first=8, last=8), Cut(36, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_stages_are_those_of_megatron_core(cut: Cut) -> None:
+    from slime.model.spec import stage_layers  # prepares megatron-core
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=cut.num_layers, hidden_size=64, num_attention_heads=4, pipeline_model_parallel_size=cut.pp_size, pipeline_dtype=torch.float32,
+        virtual_pipeline_model_parallel_size=cut.vpp_size if cut.vpp_size > 1 else None,
+        num_layers_in_first_pipeline_stage=cut.first, num_layers_in_last_pipeline_stage=cut.last,
+    )  # fmt: skip
+    for chunk in cut_layers(cut):
+        vp_stage = chunk.vp_stage if cut.vpp_size > 1 else None
+        assert stage_layers(config, vp_stage, chunk.pp_rank) == chunk.layers
+
+
+@pytest.mark.parametrize("text", ["Et*10|t*12|t*8|t*12|t*8|t*12|t*8|t*8L", "Ettt|(tt|)*2,t|tL", "E|t*4|t*4|L"])
+def test_layout_strings_are_read_as_megatron_core_reads_them(text: str) -> None:
+    from slime.compat.megatron import prepare
+
+    prepare()
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    theirs = [part.count(LayerType.decoder) for part in PipelineParallelLayerLayout.parse_str_to_list(text)]
+    ours = cut_layers(Cut(sum(theirs), len(theirs), layout=text))
+    assert [len(chunk.layers) for chunk in ours] == theirs
+
+
+def test_shards_have_the_sizes_of_the_models_own_rule() -> None:
+    grid = Grid(world=8, tp=4, pp=1, cp=1, ep=2, etp=1)
+    for name in ("GLM-5.2", "Qwen3-4B", "Qwen3-30B-A3B"):
+        table = NameTable.for_model(known_config(f"/x/{name}"), with_mtp=False)
+        for entry in table.entries[:60]:
+            size = grid.etp if entry.expert is not None else grid.tp
+            assert local_numel(entry, grid) == torch.Size(shard_shape(entry, size)).numel(), entry.name
+
+
+def test_fp8_tensors_are_those_of_the_wire_format() -> None:
+    hf = known_config("/x/GLM-5.2-FP8")
+    block, kept = fp8_format(hf)
+    wire = WireFormat.of_checkpoint(hf)
+    table = NameTable.for_model(hf)
+    assert block == wire.fp8_block
+    assert {t.name for t in table.hf_tensors() if t.fp8 and t.name.removesuffix(".weight") not in kept} == set(wire.fp8_names)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tools.make_tiny_checkpoint import main
+
+    folder = tmp_path_factory.mktemp("tiny")
+    main(["--preset", "cpu", "--seed", "5", "--output", str(folder)])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "grid"),
+    [({"tp": 2, "pp": 2, "first": 6, "ep": 2}, Grid(4, 2, 2, 1, 2, 1)), ({"pp": 2, "first": 2, "ep": 2}, Grid(4, 1, 2, 1, 2, 1)), ({"tp": 2, "cp": 2}, Grid(4, 2, 1, 2, 1, 1))],
+    ids=["tp2 pp2 ep2", "pp2 ep2 dp2", "tp2 cp2"],
+)  # fmt: skip
+def test_the_weight_map_is_the_stream_tensor_by_tensor(tiny: Path, layout: dict, grid: Grid) -> None:
+    """Names, order, buckets, bytes and sources of the real stream of four trainer ranks."""
+    from model.parity import build
+    from ranks import run_ranks
+
+    from slime.device.host import HostDevice
+    from slime.ray.weight_stream import WeightStream
+
+    hf, limit = read_hf_config(tiny / "fp8"), 200_000
+
+    def send(rank: int) -> tuple:
+        chunks, ranks, _, _ = build(rank, 4, str(tiny / "bf16"), **layout)
+        stream = WeightStream(chunks, hf, ranks, HostDevice(), limit_bytes=limit)
+        buckets = [[(meta.name, meta.nbytes) for meta in bucket.metas] for bucket in stream._buckets_of_all(stream._wire)]
+        dense = [place.rank for place in stream._places if place.is_dense_source]
+        return buckets, dense, [place.rank for place in stream._places if place.is_expert_source]
+
+    real, dense, experts = run_ranks(4, send)[0]
+    chunks = cut_layers(Cut(8, grid.pp, first=layout.get("first")))
+    found = build_weight_map(NameTable.for_model(hf), hf, grid, chunks, [], limit_bytes=limit)
+    with_experts = {chunk.pp_rank for chunk in chunks if any(hf.is_moe_layer(layer) for layer in chunk.layers)}
+    sources = dense + [rank for rank in experts if rank // grid.ranks_per_stage in with_experts]
+    assert not found.problems and len(real) == len(found.bucket_bytes) > 3
+    order = [row.source for before, row in zip([None, *found.rows], found.rows, strict=False) if before is None or before.bucket != row.bucket]
+    assert [source for at, source in enumerate(order) if at == 0 or order[at - 1] != source] == _without_repetition(sources)
+    for number, metas in enumerate(real):
+        rows = [row for row in found.rows if row.bucket == number]
+        assert [row.name for row in rows] == [name for name, _ in metas if not name.endswith("_scale_inv")]
+        assert found.bucket_bytes[number] == sum(nbytes for _, nbytes in metas)
+
+
+def _without_repetition(sources: list[int]) -> list[int]:
+    """A rank that ends the dense sources and begins the expert ones counts once."""
+    return [source for at, source in enumerate(sources) if at == 0 or sources[at - 1] != source]
+
+
+@pytest.mark.slow
+def test_ranks_that_are_built_add_up_to_the_checkpoint(flagship: Recipe, tmp_path: Path) -> None:
+    """One data-parallel copy of two stages would take 64 ranks; a grid of 16 shows the same sum."""
+    from slime.rehearse.findings import Findings
+    from slime.rehearse.ranks import check_ranks
+    from slime.rehearse.reading import read
+    from slime.rehearse.shares import stage_shares
+
+    recipe = flagship.with_flag("--actor-num-nodes", "2").with_flag("--context-parallel-size", "1").with_flag("--tensor-model-parallel-size", "2")
+    recipe = recipe.with_flag("--expert-model-parallel-size", "2")
+    findings = Findings()
+    reading = read(recipe.written(tmp_path), findings)
+    shares = stage_shares(reading.table, reading.chunks, reading.grid, padded_vocab=reading.config.model.padded_vocab_size)
+    built = check_ranks(reading, shares, findings)
+    assert built.unique == 743_377_000_704 and built.num_ranks == 16 and not built.errors
+    assert built.peak_bytes < 4 << 30
+    assert [finding for finding in findings.of("ok") if finding.area == "ranks"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_be_built_is_named(flagship: Recipe, tmp_path: Path) -> None:
+    from slime.rehearse.findings import Findings
+    from slime.rehearse.ranks import build_ranks
+    from slime.rehearse.reading import read
+
+    recipe = flagship.with_flag("--decoder-first-pipeline-num-layers", "15").with_flag("--decoder-last-pipeline-num-layers", "15")
+    reading = read(recipe.written(tmp_path), Findings())
+    built = build_ranks(reading, ranks=[40], processes=1)
+    assert "pipeline stage 1 starts at layer 16" in built.errors[0]
