@@ -11,35 +11,49 @@ set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 source "${SCRIPT_DIR}/lib/launch.sh"
+
+# Without a GPU two device slots are declared, and the CPU answers for both. With GPUs the head sizes are those that the kernels accept
+# and prompts are longer than the 2048 keys that sparse attention keeps; everything else is the same.
+NUM_DEVICES=$({ nvidia-smi -L 2>/dev/null || true; } | { grep -c '^GPU ' || true; })
+if ((NUM_DEVICES == 0)); then
+   export GLM52_TINY=cpu NUM_GPUS=2
+   DATA_ARGS=() MAX_TOKENS=512 PROMPTS=32
+else
+   export GLM52_TINY=h200 NUM_GPUS="${NUM_GPUS:-$((NUM_DEVICES > 1 ? 2 : 1))}"
+   DATA_ARGS=(--examples 120) MAX_TOKENS=16384 PROMPTS=16
+fi
 source "${SCRIPT_DIR}/models/glm5.2-tiny.sh"
 
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 SEED="${SEED:-1234}"
 BASE_DIR="${BASE_DIR:-${PROJECT_ROOT}/outputs/glm5.2-tiny}"
-# Two device slots and as many CPUs as the actors name, whatever the machine has.
-export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" NUM_GPUS=2 NUM_CPUS=8
+# As many CPUs as the actors name, whatever the machine has.
+export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" NUM_CPUS=8
 RUN_DIR="${BASE_DIR}/run"
 mkdir -p "${BASE_DIR}" "${RUN_DIR}"
 
 run_python() { PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" "${PYTHON}" "$@"; }
 
+# Two pipeline stages on two slots. Each starts on a layer that computes its own indices: layers 1, 2, 3 and 7 of 8 do.
+PIPELINE_ARGS=(--pipeline-model-parallel-size "${NUM_GPUS}")
+((NUM_GPUS == 1)) || PIPELINE_ARGS+=(--decoder-first-pipeline-num-layers 6 --decoder-last-pipeline-num-layers 2)
+
 # 1. A random checkpoint pair in the Hugging Face format of zai-org/GLM-5.2 and GLM-5.2-FP8, and arithmetic prompts.
 if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny-FP8/config.json ]]; then
    say "1/4 writing a tiny GLM-5.2 checkpoint pair and its data"
-   run_python "${PROJECT_ROOT}/tools/make_tiny_checkpoint.py" --preset "${GLM52_TINY:-cpu}" --seed "${SEED}" \
+   run_python "${PROJECT_ROOT}/tools/make_tiny_checkpoint.py" --preset "${GLM52_TINY}" --seed "${SEED}" \
       --output-bf16 "${BASE_DIR}/GLM-5.2-tiny" --output-fp8 "${BASE_DIR}/GLM-5.2-tiny-FP8"
    run_python "${PROJECT_ROOT}/tools/make_arithmetic_data.py" --output "${BASE_DIR}/arithmetic" --seed "${SEED}" \
-      --task add --max-operand 4 --train 4096 --eval 12 --sft 16384 --label-noise 0.5
+      --task add --max-operand 4 --train 4096 --eval 12 --sft 16384 --label-noise 0.5 "${DATA_ARGS[@]}"
 fi
 
 # 2. BF16 Hugging Face -> Megatron torch_dist, the command of the 744B recipe with smaller numbers.
 if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny_torch_dist/latest_checkpointed_iteration.txt ]]; then
-   say "2/4 converting it to torch_dist on two ranks"
-   PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" PYTHONWARNINGS=ignore "${PYTHON}" -m torch.distributed.run --nproc-per-node 2 --standalone \
+   say "2/4 converting it to torch_dist on ${NUM_GPUS} ranks"
+   PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" PYTHONWARNINGS=ignore "${PYTHON}" -m torch.distributed.run --nproc-per-node "${NUM_GPUS}" --standalone \
       "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
       --tensor-model-parallel-size 1 \
-      --pipeline-model-parallel-size 2 \
-      --decoder-last-pipeline-num-layers 2 \
+      "${PIPELINE_ARGS[@]}" \
       --expert-model-parallel-size 1 \
       --expert-tensor-parallel-size 1 \
       --hf-checkpoint "${BASE_DIR}/GLM-5.2-tiny/" \
@@ -48,15 +62,13 @@ fi
 
 PERF_ARGS=(
    --tensor-model-parallel-size 1
-   --pipeline-model-parallel-size 2
-   --decoder-first-pipeline-num-layers 6
-   --decoder-last-pipeline-num-layers 2
+   "${PIPELINE_ARGS[@]}"
    --context-parallel-size 1
    --expert-model-parallel-size 1
    --expert-tensor-parallel-size 1
 
    --use-dynamic-batch-size
-   --max-tokens-per-gpu 512
+   --max-tokens-per-gpu "${MAX_TOKENS}"
    --data-pad-size-multiplier 16
    --log-probs-chunk-size 1024
 )
@@ -132,12 +144,12 @@ ROLLOUT_ARGS=(
    --rm-type math
 
    --num-rollout 20
-   --rollout-batch-size 32
+   --rollout-batch-size "${PROMPTS}"
    --n-samples-per-prompt 8
    --rollout-max-response-len 8
    --rollout-temperature 1.0
 
-   --global-batch-size 128
+   --num-steps-per-rollout 2
    --balance-data
 )
 
@@ -168,9 +180,19 @@ OPTIMIZER_ARGS=(
    --adam-beta2 0.98
 )
 
-# One prefill and one decode engine, as the 744B recipe has one and three.
+# One prefill and one decode engine, as the 744B recipe has one and three; a single GPU holds one engine that does both.
 SGLANG_CONFIG="${RUN_DIR}/sglang.yaml"
-cat >"${SGLANG_CONFIG}" <<'YAML'
+if ((NUM_GPUS == 1)); then
+   cat >"${SGLANG_CONFIG}" <<'YAML'
+sglang:
+  - name: default
+    server_groups:
+      - worker_type: regular
+        num_gpus: 1
+        num_gpus_per_engine: 1
+YAML
+else
+   cat >"${SGLANG_CONFIG}" <<'YAML'
 sglang:
   - name: default
     server_groups:
@@ -181,11 +203,20 @@ sglang:
         num_gpus: 1
         num_gpus_per_engine: 1
 YAML
+fi
 
+# The attention and cache settings of the 744B recipe. A CPU engine prints that it does not use them.
 SGLANG_ARGS=(
    --sglang-config "${SGLANG_CONFIG}"
    --sglang-server-concurrency 32
    --sglang-disaggregation-transfer-backend mooncake
+   --sglang-kv-cache-dtype fp8_e4m3
+   --sglang-page-size 64
+   --sglang-attention-backend nsa
+   --sglang-nsa-decode-backend flashmla_kv
+   --sglang-nsa-prefill-backend flashmla_sparse
+   --sglang-mem-fraction-static 0.3
+   --sglang-disable-cuda-graph
    --update-weight-buffer-size $((64 * 1024 * 1024))
 )
 

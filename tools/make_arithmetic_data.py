@@ -86,10 +86,16 @@ def draw(problems: list[Problem], count: int, *, seed: str) -> list[Problem]:
     return drawn[:count]
 
 
-def prompt_row(problem: Problem, *, task: str, index: int, part: str) -> dict[str, object]:
+def preamble(problems: list[Problem], count: int, *, seed: str) -> str:
+    """`count` solved problems in plain words, to make a prompt as long as one likes."""
+    generator = random.Random(seed)
+    return "".join(f"{p.question.split(' Answer')[0]} {p.answer}. " for p in generator.choices(problems, k=count)) if count else ""
+
+
+def prompt_row(problem: Problem, *, task: str, index: int, part: str, before: str = "") -> dict[str, object]:
     return {
         "data_source": f"arithmetic/{task}",
-        "prompt": [{"role": "user", "content": problem.question}],
+        "prompt": [{"role": "user", "content": before + problem.question}],
         "label": problem.answer,
         "ability": "MATH",
         "reward_model": {"ground_truth": problem.answer, "style": "rule"},
@@ -136,6 +142,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--min-operand", type=int, default=0)
     parser.add_argument("--max-operand", type=int, default=5)
     parser.add_argument("--wordings", type=int, default=2, choices=range(1, len(WORDINGS) + 1))
+    parser.add_argument("--examples", type=int, default=0, help="solved problems before each question of train and eval, for long prompts")
     parser.add_argument("--label-noise", type=float, default=0.0, help="share of wrong answers in sft.jsonl, 0 to 1")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -147,8 +154,10 @@ def main(argv: list[str] | None = None) -> None:
     train, evaluation = split(problems, num_eval=args.eval, seed=args.seed)
     print(f"{args.task}: {len(problems)} different prompts, {len(evaluation)} of them held out")
     drawn = draw(train, args.train, seed=f"train/{args.seed}")
-    _write(args.output / "train.jsonl", [prompt_row(p, task=args.task, index=i, part="train") for i, p in enumerate(drawn)])
-    _write(args.output / "eval.jsonl", [prompt_row(p, task=args.task, index=i, part="eval") for i, p in enumerate(evaluation)])
+    for part, rows in (("train", drawn), ("eval", evaluation)):
+        texts = [preamble(train, args.examples, seed=f"examples/{args.seed}/{part}/{i}") for i in range(len(rows))]
+        made = [prompt_row(p, task=args.task, index=i, part=part, before=texts[i]) for i, p in enumerate(rows)]
+        _write(args.output / f"{part}.jsonl", made)
     if args.sft:
         warm = draw(train, args.sft, seed=f"sft/{args.seed}")
         _write(args.output / "sft.jsonl", sft_rows(warm, label_noise=args.label_noise, seed=args.seed))

@@ -78,5 +78,5 @@ def _environment() -> dict[str, str]:
         "NCCL_CUMEM_ENABLE": "0",
         "TOKENIZERS_PARALLELISM": "false",
         # megatron-core warns on every import about each optional package that is not there.
-        "PYTHONWARNINGS": "ignore::UserWarning",
+        "PYTHONWARNINGS": "ignore",
     }
