@@ -1,0 +1,221 @@
+"""What one node says about itself, and the verdict over all of them. The judging part is pure."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from slime.rehearse.findings import Findings
+
+PACKAGES = ("torch", "megatron-core", "sglang", "ray", "transformers", "numpy", "sglang-router")
+PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+MAX_SKEW_SECONDS = 1.0
+MIN_SHM_GB = 16.0
+MIN_DISK_GB = 20.0
+MIN_FREE_SHARE = 0.95
+"""Of a GPU's memory, before anything of ours runs."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    driver: str
+    total_mb: int
+    free_mb: int
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    address: str
+    """As Ray knows the node."""
+    host: str
+    gpus: tuple[Gpu, ...]
+    interfaces: tuple[str, ...]
+    ib_devices: tuple[str, ...]
+    clock_offset: float
+    """Seconds ahead of the driver, half the round trip taken off."""
+    shared: Mapping[str, str]
+    """Path -> "" when it can be read, written and renamed here, else why not."""
+    shm_free_gb: float
+    disk_free_gb: float
+    busy_ports: tuple[int, ...]
+    proxies: Mapping[str, str]
+    packages: Mapping[str, str]
+    python: str
+    unreachable: Mapping[str, str] = field(default_factory=dict)
+    """Other node's address -> the error of connecting to it."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the run needs of every node."""
+
+    num_nodes: int
+    gpus_per_node: int
+    interface: str | None
+    ib_devices: tuple[str, ...]
+    paths: tuple[str, ...]
+    ports: tuple[int, ...]
+
+
+def gather(address: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts:
+    """Everything of this node but its clock and its reach, which take two. seed_path: path -> file that the driver wrote there."""
+    return NodeFacts(
+        address=address, host=socket.gethostname(), gpus=_gpus(), interfaces=tuple(name for _, name in socket.if_nameindex()),
+        ib_devices=_listed("/sys/class/infiniband"), clock_offset=0.0,
+        shared={path: try_shared(path, seed_path.get(path)) for path in wanted.paths},
+        shm_free_gb=_free_gb("/dev/shm"), disk_free_gb=_free_gb("/tmp"), busy_ports=tuple(port for port in wanted.ports if _is_busy(port)),
+        proxies={name: os.environ[name] for name in PROXIES if os.environ.get(name)}, packages={name: _version(name) for name in PACKAGES},
+        python=platform.python_version(),
+    )  # fmt: skip
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.free", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=60
+        )  # fmt: skip
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ()
+    rows = [line.split(", ") for line in out.stdout.splitlines() if line.count(", ") == 3]
+    return tuple(Gpu(name, driver, int(total), int(free)) for name, driver, total, free in rows)
+
+
+def _listed(folder: str) -> tuple[str, ...]:
+    return tuple(sorted(os.listdir(folder))) if os.path.isdir(folder) else ()
+
+
+def _free_gb(path: str) -> float:
+    return shutil.disk_usage(path).free / 1e9 if os.path.isdir(path) else 0.0
+
+
+def _is_busy(port: int) -> bool:
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "-"
+
+
+def try_shared(path: str, seed: str | None) -> str:
+    """Read the driver's file, write one, rename it (checkpoints are completed by a rename), and delete it. Returns the error, or ""."""
+    try:
+        if seed is not None and not Path(seed).exists():
+            return f"the file that the driver wrote there ({seed}) is not visible"
+        mine = Path(path) / f".rehearse-{uuid.uuid4().hex}"
+        mine.write_text("x")
+        renamed = mine.with_suffix(".renamed")
+        mine.rename(renamed)
+        renamed.unlink()
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def listen() -> socket.socket:
+    """A port of the node's own choosing for the others to connect to."""
+    one = socket.socket()
+    one.bind(("", 0))
+    one.listen(64)
+    return one
+
+
+def reach(targets: Mapping[str, int], timeout: float = 5.0) -> dict[str, str]:
+    """Address -> error, for those that cannot be connected to."""
+    failed = {}
+    for address, port in targets.items():
+        try:
+            socket.create_connection((address, port), timeout=timeout).close()
+        except OSError as error:
+            failed[address] = str(error)
+    return failed
+
+
+def clock_offset(ask: Callable[[], float]) -> float:
+    """How far the other clock is ahead, from the quickest of five questions."""
+    best = None
+    for _ in range(5):
+        before = time.time()
+        theirs = ask()
+        after = time.time()
+        if best is None or after - before < best[0]:
+            best = (after - before, theirs - (before + after) / 2)
+    return best[1]
+
+
+def judge(nodes: Sequence[NodeFacts], wanted: Wanted, findings: Findings) -> None:
+    """One finding per question over all nodes; a violation names the bad ones."""
+    findings.check(len(nodes) == wanted.num_nodes, "nodes", f"{len(nodes)} nodes are in the Ray cluster", wrong=f"{len(nodes)} nodes are in the Ray cluster, the run wants {wanted.num_nodes}",
+                   values=", ".join(node.address for node in nodes[:40]), fix="join the missing nodes, or remove the extra ones")  # fmt: skip
+    questions: list[tuple[str, Callable[[NodeFacts], str], str]] = [
+        ("GPUs of one kind, as many as wanted", lambda node: _gpu_problem(node, nodes, wanted), "drain the node, or change --actor-num-gpus-per-node"),
+        ("GPU memory free", _memory_problem, "end what else uses the GPUs (nvidia-smi names it)"),
+        ("the network interface is there", lambda node: "" if not wanted.interface or wanted.interface in node.interfaces else f"no {wanted.interface}; has {', '.join(node.interfaces)}", "set SOCKET_IFNAME"),
+        ("the RDMA devices are there", lambda node: ", ".join(sorted(set(wanted.ib_devices) - set(node.ib_devices))), "set IB_DEVICES to devices that every node has"),
+        ("clocks agree", lambda node: f"{node.clock_offset:+.2f} s" if abs(node.clock_offset) > MAX_SKEW_SECONDS else "", "synchronise the clock (chrony, ntp)"),
+        ("shared folders are seen, written and renamed in", lambda node: "; ".join(f"{path}: {why}" for path, why in node.shared.items() if why), "mount the shared file system"),
+        ("/dev/shm and /tmp have room", _room_problem, "free space, or enlarge /dev/shm"),
+        ("ports are free", lambda node: ", ".join(map(str, node.busy_ports)), "end what listens there, or choose other ports"),
+        ("no proxy stands between the nodes", lambda node: _proxy_problem(node, nodes), "unset the proxy variables, or list the cluster's addresses in no_proxy"),
+        ("every node reaches every other", lambda node: "; ".join(f"{to}: {why}" for to, why in node.unreachable.items()), "open the firewall between the nodes"),
+    ]  # fmt: skip
+    for name, problem, fix in questions:
+        bad = {node.address: text for node in nodes if (text := problem(node))}
+        findings.check(not bad, "nodes", name, wrong=f"{name}: not on {len(bad)} of {len(nodes)} nodes",
+                       values="; ".join(f"{address}: {text}" for address, text in list(bad.items())[:8]), fix=fix)  # fmt: skip
+    _judge_packages(nodes, findings)
+
+
+def _gpu_problem(node: NodeFacts, nodes: Sequence[NodeFacts], wanted: Wanted) -> str:
+    if len(node.gpus) != wanted.gpus_per_node:
+        return f"{len(node.gpus)} GPUs, wanted {wanted.gpus_per_node}"
+    usual = Counter((gpu.name, gpu.driver) for each in nodes for gpu in each.gpus).most_common(1)
+    odd = [f"{gpu.name} driver {gpu.driver}" for gpu in node.gpus if usual and (gpu.name, gpu.driver) != usual[0][0]]
+    return f"{odd[0]}, the others have {usual[0][0][0]} driver {usual[0][0][1]}" if odd else ""
+
+
+def _memory_problem(node: NodeFacts) -> str:
+    full = [f"GPU {number} {gpu.free_mb} of {gpu.total_mb} MB free" for number, gpu in enumerate(node.gpus) if gpu.free_mb < MIN_FREE_SHARE * gpu.total_mb]
+    return ", ".join(full)
+
+
+def _room_problem(node: NodeFacts) -> str:
+    said = []
+    if node.shm_free_gb < MIN_SHM_GB:
+        said.append(f"/dev/shm {node.shm_free_gb:.1f} GB free, wanted {MIN_SHM_GB:g}")
+    if node.disk_free_gb < MIN_DISK_GB:
+        said.append(f"/tmp {node.disk_free_gb:.1f} GB free, wanted {MIN_DISK_GB:g}")
+    return ", ".join(said)
+
+
+def _proxy_problem(node: NodeFacts, nodes: Sequence[NodeFacts]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in node.proxies.items())
+
+
+def _judge_packages(nodes: Sequence[NodeFacts], findings: Findings) -> None:
+    wrong = []
+    for package in (*PACKAGES, "python"):
+        found = {node.address: node.python if package == "python" else node.packages.get(package, "-") for node in nodes}
+        usual = Counter(found.values()).most_common(1)
+        wrong += [f"{address}: {package} {has}, the others {usual[0][0]}" for address, has in found.items() if has != usual[0][0]]
+    findings.check(not wrong, "nodes", "package versions are equal on all nodes", wrong=f"package versions differ on {len({text.split(':')[0] for text in wrong})} nodes",
+                   values="; ".join(wrong[:8]), fix="run scripts/setup.sh on the named nodes")  # fmt: skip
