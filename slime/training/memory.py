@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def step_tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """What only optimizer steps need: gradient buffers, fp32 main parameters, moments."""
+    """What only optimizer steps need: gradient buffers, fp32 main parameters, moments. Nothing that weights share memory with.
+
+    A float32 model and the precision-aware optimizer have no main parameters of their own: theirs are views of the weights,
+    which must stay while weights are sent.
+    """
+    weights = {tensor.untyped_storage()._cdata for tensor in weight_tensors(trainer).values()}
     found: dict[str, Tensor] = {}
     for number, chunk in enumerate(trainer.pipeline.chunks):
         for kind in ("buffers", "expert_parallel_buffers"):
@@ -28,7 +33,7 @@ def step_tensors(trainer: Trainer) -> dict[str, Tensor]:
                 for name, value in state.items()
                 if isinstance(value, Tensor)
             )
-    return found
+    return {name: tensor for name, tensor in found.items() if tensor.untyped_storage()._cdata not in weights}
 
 
 def weight_tensors(trainer: Trainer) -> dict[str, Tensor]:

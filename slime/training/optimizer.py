@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from slime.compat.megatron import prepare
 
@@ -19,6 +22,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ def wrap_gradients(chunks: Sequence[torch.nn.Module], config: Config) -> list[Di
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=rules.overlap_grad_reduce,
-        overlap_param_gather=rules.overlap_param_gather,
+        # Gathering would wait for the next forward pass, but weights leave for the engines right after the step.
+        overlap_param_gather=False,
         bucket_size=rules.ddp_bucket_size,
         # training.guard looks at every gradient itself, and can name parameter and samples.
         check_for_nan_in_grad=False,
@@ -80,9 +86,51 @@ def wrap_gradients(chunks: Sequence[torch.nn.Module], config: Config) -> list[Di
     ]
 
 
+@dataclass(frozen=True)
+class Modes:
+    """Which of megatron-core's optimizers runs; a note for every flag that is not taken as given."""
+
+    offload: bool
+    precision_aware: bool
+    notes: tuple[str, ...]
+
+
+def optimizer_modes(config: Config, params_dtype: torch.dtype, *, on_host: bool) -> Modes:
+    """From --optimizer-cpu-offload, --use-precision-aware-optimizer and what this machine has.
+
+    Raises ValueError for a combination that megatron-core would run with weights from before the checkpoint was loaded, or
+    cannot run.
+    """
+    rules = config.optimizer
+    offload, precise, notes = rules.optimizer_cpu_offload, rules.use_precision_aware_optimizer, []
+    if rules.overlap_param_gather:
+        notes.append("overlap_param_gather off: weights leave for the engines right after a step, whole")
+    if offload and on_host:
+        offload = False
+        notes.append("optimizer_cpu_offload off: the model is on the host already")
+    if offload and params_dtype != torch.bfloat16:
+        raise ValueError(f"--optimizer-cpu-offload keeps float32 copies of bf16 parameters; this model is {params_dtype}. Leave it out")
+    if offload and not precise:
+        # The other way round the copies are of main parameters, which nothing refreshes when a checkpoint is loaded.
+        precise = True
+        notes.append("use_precision_aware_optimizer on: --optimizer-cpu-offload updates parameters through it")
+    if precise and not offload and importlib.util.find_spec("transformer_engine") is None:
+        narrow = [name for name in ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype") if getattr(rules, name) != "fp32"]
+        if narrow:
+            told = ", ".join(f"--{name.replace('_', '-')} {getattr(rules, name)}" for name in narrow)
+            raise ValueError(f"{told}: only TransformerEngine's Adam keeps other dtypes than fp32; install it or leave them out")
+        precise = False
+        notes.append("use_precision_aware_optimizer off: its Adam is TransformerEngine's; torch's keeps everything in fp32 too")
+    return Modes(offload, precise, tuple(notes))
+
+
 def make_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) -> MegatronOptimizer:
     """Adam (or SGD) with fp32 main parameters, its state sharded over data and context parallel ranks."""
     rules, params_dtype = config.optimizer, wrapped[0].config.params_dtype
+    modes = optimizer_modes(config, params_dtype, on_host=next(wrapped[0].parameters()).device.type == "cpu")
+    if dist.get_rank() == 0:
+        for note in modes.notes:
+            log.info("optimizer: %s", note)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     values: dict[str, Any] = {
         "optimizer": rules.optimizer,
@@ -97,14 +145,14 @@ def make_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) -
         "bf16": params_dtype == torch.bfloat16,
         "params_dtype": params_dtype,
         "use_distributed_optimizer": True,
-        "overlap_param_gather": rules.overlap_param_gather,
-        "optimizer_cpu_offload": rules.optimizer_cpu_offload,
+        "overlap_param_gather": False,
+        "optimizer_cpu_offload": modes.offload,
         "optimizer_offload_fraction": rules.optimizer_offload_fraction,
-        "overlap_cpu_optimizer_d2h_h2d": rules.overlap_cpu_optimizer_d2h_h2d,
+        "overlap_cpu_optimizer_d2h_h2d": modes.offload and rules.overlap_cpu_optimizer_d2h_h2d,
         "use_torch_optimizer_for_cpu_offload": rules.use_torch_optimizer_for_cpu_offload,
-        "use_precision_aware_optimizer": rules.use_precision_aware_optimizer,
+        "use_precision_aware_optimizer": modes.precision_aware,
     }
-    if rules.use_precision_aware_optimizer:
+    if modes.precision_aware:
         values |= {
             "main_grads_dtype": dtypes[rules.main_grads_dtype],
             "main_params_dtype": dtypes[rules.main_params_dtype],

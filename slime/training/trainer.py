@@ -86,6 +86,10 @@ class Trainer:
             self.scheduler = make_scheduler(self.optimizer, config)
         self.pipeline = Pipeline(chunks, ranks, device)
         self.pipeline.config.finalize_model_grads_func = self._finalize_gradients
+        if self.optimizer is not None and rules.overlap_grad_reduce:
+            # Otherwise megatron-core expects as many micro-batches in every step as in the first, and sums early where they differ.
+            no_sync = [chunk.no_sync for chunk in chunks]
+            self.pipeline.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.pipeline.config.grad_scale_func = None
 
     def _finalize_gradients(self, chunks, num_tokens=None, **rest) -> None:

@@ -101,6 +101,15 @@ def adam_steps(guarded: bool) -> str:
     return f"fresh {fresh}, step {counted}"
 
 
+def te_version() -> str:
+    from megatron.core.utils import is_te_min_version
+
+    try:
+        return "missing" if not is_te_min_version("2.1.0") else "there"
+    except TypeError:
+        return "TypeError"
+
+
 def main() -> None:
     guarded = "--guarded" in sys.argv
     if guarded:
@@ -118,6 +127,7 @@ def main() -> None:
             "rng_restore": rng_restore(),
             "rng_noise": rng_noise(),
         }
+    found["te_version"] = te_version()
     found["adam_steps"] = adam_steps(guarded)
     print("RESULT " + json.dumps(found))
 

@@ -68,6 +68,10 @@ def test_adam_steps_still_shared_after_a_load(published: dict, guarded: dict) ->
     assert guarded["adam_steps"] == "fresh saves, step [3]"
 
 
+def test_transformer_engines_missing_version_still_cannot_be_compared(published: dict, guarded: dict) -> None:
+    assert (published["te_version"], guarded["te_version"]) == ("TypeError", "missing")
+
+
 def test_every_guard_names_a_test_of_this_file() -> None:
     prepare()
     for guard in guards.GUARDS:

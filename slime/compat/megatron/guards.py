@@ -110,7 +110,26 @@ def _steps_of_torch_adam() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
+def _no_version_of_transformer_engine() -> None:
+    if _has_transformer_engine():
+        return
+    import megatron.core.utils as utils
+    from packaging.version import Version as PackageVersion
+
+    utils.get_te_version = lambda: PackageVersion("0")
+
+
 GUARDS: tuple[Guard, ...] = (
+    Guard(
+        name="te_version",
+        reason="without TransformerEngine its version is None, which --use-precision-aware-optimizer compares (TypeError)",
+        place="utils.py:348, optimizer/optimizer_config.py:383",
+        first=(0, 16, 0),
+        last=(0, 19, 99),
+        host_only=False,
+        test="test_transformer_engines_missing_version_still_cannot_be_compared",
+        apply=_no_version_of_transformer_engine,
+    ),
     Guard(
         name="te_general_gemm",
         reason="the router's linear names te_general_gemm, which is never bound without TransformerEngine (NameError)",

@@ -1,0 +1,106 @@
+"""What the optimizer's flags may not change: the gradients, the weights that leave after a step, and what sleeps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import config_for, plans, rollout, start
+
+from slime.training import memory
+from slime.training.optimizer import optimizer_modes
+
+pytestmark = pytest.mark.slow
+
+
+def sleeping(rank: int, folder, dtype: str) -> tuple[int, int]:
+    config = config_for(folder, params_dtype=dtype)
+    trainer = start(config)
+    batch = rollout()
+    trainer.train(batch, plans(batch, config, 1))
+    for name, tensor in memory.step_tensors(trainer).items():
+        tensor.untyped_storage().fill_(0xFF)
+        assert "gradients" in name or dtype == "bf16" or "exp_avg" in name or "step" in name, name
+    weights = [weight for _, weight in trainer.named_weights()]
+    return sum(int(weight.isnan().sum()) for weight in weights), len(memory.step_tensors(trainer))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_weights_survive_while_everything_that_only_steps_need_is_gone(qwen3, dtype):
+    destroyed, count = run_ranks(1, sleeping, qwen3, dtype)[0]
+    assert destroyed == 0 and count > 30
+
+
+def two_rollouts(rank: int, folder, changes: dict) -> tuple:
+    config = config_for(folder, lr=1e-3, **changes)
+    trainer = start(config)
+    reports, counts = [], []
+    for rollout_id, tokens in enumerate((4096, 24)):
+        config.batch = dataclasses.replace(config.batch, max_tokens_per_gpu=tokens)
+        batch = rollout(rollout_id)
+        steps = plans(batch, config, 2)
+        counts.append(len(steps[0].micro_batches[0]))
+        reports.append(trainer.train(batch, steps).per_step)
+    return counts, reports, {name: weight.clone() for name, weight in trainer.named_weights()}
+
+
+OVERLAPS = {
+    "gradients": dict(overlap_grad_reduce=True),
+    "gradients and parameters": dict(overlap_grad_reduce=True, overlap_param_gather=True),
+}
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_overlapping_communication_changes_neither_steps_nor_the_weights_that_leave(qwen3, overlap):
+    plain = run_ranks(2, two_rollouts, qwen3, {})
+    other = run_ranks(2, two_rollouts, qwen3, OVERLAPS[overlap])
+    assert plain[0][0] == other[0][0] and len(set(plain[0][0])) == 2, "the rollouts differ in their number of micro-batches"
+    for (_, steps, weights), (_, overlapped, moved) in zip(plain, other, strict=True):
+        for ours, theirs in zip(steps, overlapped, strict=True):
+            assert theirs[0]["train/grad_norm"] == pytest.approx(ours[0]["train/grad_norm"], rel=1e-5)
+        stale = [name for name, weight in weights.items() if not torch.allclose(weight, moved[name], rtol=1e-4, atol=1e-6)]
+        assert not stale, stale
+
+
+def offloaded(rank: int, folder, changes: dict) -> tuple:
+    config = config_for(folder, lr=1e-3, params_dtype="bf16", **changes)
+    trainer = start(config)
+    batch = rollout()
+    report = trainer.train(batch, plans(batch, config, 1))
+    return report.per_step, {name: weight.clone() for name, weight in trainer.named_weights()}
+
+
+FLAGSHIP = dict(optimizer_cpu_offload=True, overlap_cpu_optimizer_d2h_h2d=True, use_precision_aware_optimizer=True)
+
+
+def test_the_flagships_optimizer_flags_take_the_plain_step_where_nothing_can_be_offloaded(qwen3):
+    steps, weights = run_ranks(1, offloaded, qwen3, {})[0]
+    same, equal = run_ranks(1, offloaded, qwen3, FLAGSHIP)[0]
+    assert same == steps
+    assert all(torch.equal(weights[name], equal[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "expected"),
+    [
+        (FLAGSHIP, torch.bfloat16, (True, True)),
+        # Without the precision-aware optimizer the host would keep copies of weights from before the checkpoint was loaded.
+        (dict(optimizer_cpu_offload=True), torch.bfloat16, (True, True)),
+        (dict(use_precision_aware_optimizer=True), torch.bfloat16, (False, False)),
+        ({}, torch.float32, (False, False)),
+    ],
+)
+def test_optimizer_flags_on_gpus_without_transformer_engine(qwen3, flags, dtype, expected):
+    modes = optimizer_modes(config_for(qwen3, **flags), dtype, on_host=False)
+    assert (modes.offload, modes.precision_aware) == expected
+    assert bool(modes.notes) == (expected[1] != flags.get("use_precision_aware_optimizer", False))
+
+
+def test_what_cannot_be_kept_is_refused_before_weights_are_touched(qwen3):
+    with pytest.raises(ValueError, match="float32 copies of bf16"):
+        optimizer_modes(config_for(qwen3, **FLAGSHIP), torch.float32, on_host=False)
+    narrow = dict(use_precision_aware_optimizer=True, exp_avg_dtype="bf16")
+    with pytest.raises(ValueError, match="--exp-avg-dtype bf16: only TransformerEngine"):
+        optimizer_modes(config_for(qwen3, **narrow), torch.bfloat16, on_host=False)
