@@ -120,7 +120,7 @@ SFT_ARGS=(
    --optimizer adam
    --lr 3e-3
    --lr-decay-style cosine
-   --lr-warmup-iters 5
+   --lr-warmup-fraction 0.05
    --weight-decay 0.01
    --adam-beta1 0.9
    --adam-beta2 0.98
