@@ -90,7 +90,13 @@ class Objective:
     def _policy(self, micro: MicroBatch, log_probs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         rules = self.config.algorithm
         assert micro.advantages is not None, "advantages are made before a policy step"
-        old = log_probs.detach() if micro.old_log_probs is None else micro.old_log_probs
+        trainers = log_probs.detach() if micro.old_log_probs is None else micro.old_log_probs
+        old = trainers
+        if rules.use_rollout_logprobs:
+            if micro.rollout_log_probs is None:
+                raise ValueError("--use-rollout-logprobs needs the engine's log-probs, but this rollout has none")
+            # An engine may say -inf of a token that is not trained; its ratio, inf, would make every gradient nan.
+            old = torch.where(micro.loss_mask > 0, micro.rollout_log_probs, trainers)
         token_loss, clipped, divergence = self._policy_gradient(micro, log_probs, old)
         values: dict[str, Tensor] = {"ppo_kl": total(micro, divergence), "pg_clipfrac": total(micro, clipped)}
         if rules.use_opsm:
@@ -104,7 +110,7 @@ class Objective:
             mine = log_probs.detach() if rules.use_rollout_logprobs else old
             values["train_rollout_logprob_abs_diff"] = total(micro, (mine - micro.rollout_log_probs).abs())
         if rules.use_tis or rules.get_mismatch_metrics:
-            weighted, weights = self._importance(micro, token_loss, old, log_probs)
+            weighted, weights = self._importance(micro, token_loss, trainers)
             values |= weights | {"ois": total(micro, (log_probs.detach() - old).exp())}
             if rules.use_tis:
                 token_loss = weighted
@@ -139,10 +145,8 @@ class Objective:
             )
         return loss, clipped, -log_ratio.detach()
 
-    def _importance(
-        self, micro: MicroBatch, token_loss: Tensor, old: Tensor, log_probs: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The token loss weighted by trainer / engine, and the weights' own values."""
+    def _importance(self, micro: MicroBatch, token_loss: Tensor, old: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The token loss weighted by trainer / engine, and the weights' own values. old: the trainer's at rollout time."""
         rules = self.config.algorithm
         if micro.rollout_log_probs is None:
             raise ValueError("--use-tis needs the engine's log-probs, but this rollout has none; keep return_logprob on")

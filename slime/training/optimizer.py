@@ -109,7 +109,9 @@ def optimizer_modes(config: Config, params_dtype: torch.dtype, *, on_host: bool)
         offload = False
         notes.append("optimizer_cpu_offload off: the model is on the host already")
     if offload and params_dtype != torch.bfloat16:
-        raise ValueError(f"--optimizer-cpu-offload keeps float32 copies of bf16 parameters; this model is {params_dtype}. Leave it out")
+        raise ValueError(
+            f"--optimizer-cpu-offload keeps float32 copies of bf16 parameters; this model is {params_dtype}. Leave it out"
+        )
     if offload and not precise:
         # The other way round the copies are of main parameters, which nothing refreshes when a checkpoint is loaded.
         precise = True
@@ -118,7 +120,9 @@ def optimizer_modes(config: Config, params_dtype: torch.dtype, *, on_host: bool)
         narrow = [name for name in ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype") if getattr(rules, name) != "fp32"]
         if narrow:
             told = ", ".join(f"--{name.replace('_', '-')} {getattr(rules, name)}" for name in narrow)
-            raise ValueError(f"{told}: only TransformerEngine's Adam keeps other dtypes than fp32; install it or leave them out")
+            raise ValueError(
+                f"{told}: only TransformerEngine's Adam keeps other dtypes than fp32; install it or leave them out"
+            )
         precise = False
         notes.append("use_precision_aware_optimizer off: its Adam is TransformerEngine's; torch's keeps everything in fp32 too")
     return Modes(offload, precise, tuple(notes))

@@ -87,7 +87,8 @@ class Trainer:
         self.pipeline = Pipeline(chunks, ranks, device)
         self.pipeline.config.finalize_model_grads_func = self._finalize_gradients
         if self.optimizer is not None and rules.overlap_grad_reduce:
-            # Otherwise megatron-core expects as many micro-batches in every step as in the first, and sums early where they differ.
+            # Otherwise megatron-core expects as many micro-batches in every step as in the first, and sums early where there
+            # are more.
             no_sync = [chunk.no_sync for chunk in chunks]
             self.pipeline.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.pipeline.config.grad_scale_func = None
@@ -177,9 +178,6 @@ class Trainer:
     def _step(self, batch: RolloutBatch, plan: StepPlan, columns: Columns, *, num_steps: int) -> dict[str, float]:
         where = f"rollout {batch.rollout_id} step {plan.step_id}"
         carried = columns.for_packing() if self.ranks.is_last_stage else {}
-        rules = self.config.algorithm
-        if rules.use_rollout_logprobs and self.ranks.is_last_stage:
-            carried["old_log_probs"] = dict(enumerate(batch.rollout_log_probs))
         micro_batches = self._pack(batch, plan, carried)
         for chunk in self.pipeline.chunks:
             chunk.zero_grad_buffer()

@@ -284,3 +284,34 @@ def test_a_rollout_without_a_trained_token_changes_nothing_but_keeps_every_rank_
     batch = replace(batch, loss_masks=tuple(np.zeros_like(mask) for mask in batch.loss_masks))
     for report, _ in run_ranks(2, step_of, qwen3, dict(weight_decay=0.0, pipeline_model_parallel_size=2), batch, 2):
         assert report.per_step[0]["train/loss"] == 0.0 and report.per_step[0]["train/grad_norm"] == 0.0
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "gspo"])
+def test_what_the_engine_says_of_untrained_tokens_reaches_no_gradient(qwen3, estimator):
+    batch = rollout(seed=31)
+    for values, mask in zip(batch.rollout_log_probs, batch.loss_masks, strict=True):
+        values[mask == 0] = -4.0
+    changes = dict(use_rollout_logprobs=True, advantage_estimator=estimator)
+    clean, grads = run_ranks(1, step_of, qwen3, changes, batch)[0]
+    for values, mask in zip(batch.rollout_log_probs, batch.loss_masks, strict=True):
+        values[mask == 0] = -np.inf
+    report, same = run_ranks(1, step_of, qwen3, changes, batch)[0]
+    assert report.per_step == clean.per_step
+    assert all(torch.equal(grads[name], same[name]) for name in grads)
+
+
+def test_mismatch_metrics_compare_trainer_with_engine_also_where_the_engines_are_the_old_ones(qwen3, monkeypatch):
+    module = SimpleNamespace(__name__="mismatch_hooks")
+
+    def gap(*, pg_loss, train_log_probs, rollout_log_probs, loss_masks, **rest):
+        difference = torch.cat(list(train_log_probs)) - torch.cat(list(rollout_log_probs))
+        return pg_loss, list(loss_masks), {"gap": difference}
+
+    module.gap = gap
+    monkeypatch.setitem(sys.modules, "mismatch_hooks", module)
+    batch = rollout(seed=32)
+    changes = dict(use_rollout_logprobs=True, get_mismatch_metrics=True, custom_tis_function_path="mismatch_hooks.gap")
+    report, _ = run_ranks(1, step_of, qwen3, changes, batch)[0]
+    _, log_probs, _ = hf_log_probs(qwen3, batch)
+    gaps = [lp.detach() - torch.from_numpy(old) for lp, old in zip(log_probs, batch.rollout_log_probs, strict=True)]
+    assert report.per_step[0]["train/gap"] == pytest.approx(mean(batch, gaps).item(), rel=1e-4)
