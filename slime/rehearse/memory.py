@@ -26,6 +26,8 @@ class Assumed:
     """What stays of a trainer that handed its memory back."""
     engine_overhead_gb: float = 8.0
     """Context, DeepEP buffers, CUDA graphs, activations of an engine rank."""
+    host_process_gb: float = 0.43
+    """A training rank on a CPU before it holds a model (imports, 0.33), and what the allocator keeps beside the tensors (0.10)."""
     mem_fraction_static: float = 0.8
     """Share of the GPU for weights and KV cache where --sglang-mem-fraction-static does not say."""
 
@@ -182,6 +184,33 @@ def stage_memory(
         )  # fmt: skip
     phases.append(Phase("checkpoint", {**base, "staging of one shard": weights // max(len(share.layers), 1)}))
     return StageMemory(share, tuple(phases), state if shapes.optimizer_on_host else 0)
+
+
+# slime_plugins/models/glm5/ops/torch_ops.py bounds its temporaries to this many bytes each.
+HOST_CORE_CHUNK = 4 * (1 << 24)
+
+
+def host_training(share: StageShare, hf: HfConfig, grid: Grid, shapes: TrainShapes, assumed: Assumed) -> Phase:
+    """Peak of a training rank on a CPU, as the resident memory of its process. Full recomputation.
+
+    Other than on a GPU: gloo gathers updated parameters through a copy of one buffer, and the reference of the sparse core gathers keys.
+    """
+    parts = {
+        "process": int(assumed.host_process_gb * GB),
+        "weights": share.parameters * shapes.param_bytes,
+        "gradients": share.trained * shapes.grad_bytes,
+        "optimizer": optimizer_bytes(share, grid, shapes),
+        "gathered parameters": max(share.experts, share.trained - share.experts) * shapes.param_bytes,
+        "stored layer inputs": checkpointed_input(hf, grid, shapes) * len(share.layers) * in_flight(share.stage, grid, shapes),
+        "index selection": index_holder(hf, shapes) * share.computing * in_flight(share.stage, grid, shapes),
+    }
+    if hf.has_indexer:
+        latent = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
+        # Gathered keys, their gradient and its sum in the core; scores before and after the gates in the indexer: never both at once.
+        keys = 3 * min(shapes.tokens * hf["index_topk"] * latent * 4, HOST_CORE_CHUNK)
+        scores = 2 * min(shapes.tokens // grid.tp * hf["index_n_heads"] * shapes.stream * 4, HOST_CORE_CHUNK)
+        parts["sparse core or indexer"] = max(keys, scores)
+    return Phase("train", parts)
 
 
 def kv_bytes_per_token(hf: HfConfig, *, fp8: bool, tp: int = 1) -> int:
