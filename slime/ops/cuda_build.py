@@ -38,9 +38,9 @@ def why_not() -> str | None:
 
 @functools.cache
 def load(source: pathlib.Path) -> ctypes.CDLL:
-    """Compiles `source` for Hopper, or takes the library that an earlier process compiled from the same text with the same compiler.
+    """Compiles `source` for Hopper, or takes the library that an earlier process made of the same text with the same compiler.
 
-    Several processes may do so at once: each writes a file of its own and renames it. Raises RuntimeError with the compiler's words.
+    Several processes may do so at once: each writes its own file and renames it. RuntimeError carries the compiler's words.
     """
     compiler = nvcc()
     if compiler is None:
@@ -64,8 +64,8 @@ def load(source: pathlib.Path) -> ctypes.CDLL:
 def call(function: ctypes._CFuncPtr, *arguments: Tensor | int | float | None) -> None:
     """Launches on the current stream of the current device. Tensors go as pointers, int as int64, float as float; None as null.
 
-    The C function takes the stream last and returns a cudaError_t; anything but 0 is raised. Integer parameters narrower than 64 bits
-    are fine on x86-64 and Arm: the callee reads the low half of the register or stack slot.
+    The C function takes the stream last and returns a cudaError_t; anything but 0 is raised. Integer parameters narrower than
+    64 bits are fine on x86-64 and Arm: the callee reads the low half of the register or stack slot.
     """
     converted = [_converted(argument) for argument in arguments]
     error = function(*converted, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))

@@ -39,13 +39,14 @@ def quantize_blockwise(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor
 def quantize_blockwise_into(weight: Tensor, codes: Tensor, scale_inv: Tensor, block: int = 128) -> None:
     """quantize_blockwise on CUDA with its results written where they travel from: one read of weight, one write.
 
-    codes [out, in] e4m3 and scale_inv [ceil(out/block), ceil(in/block)] float32 are contiguous views of a flat bucket. Raises ValueError
-    when a shape, dtype or layout does not fit.
+    codes [out, in] e4m3 and scale_inv [ceil(out/block), ceil(in/block)] float32 are contiguous views of a flat bucket.
+    Raises ValueError when a shape, dtype or layout does not fit.
     """
     if codes.shape != weight.shape or codes.dtype != FP8 or not codes.is_contiguous():
-        raise ValueError(f"codes must be contiguous e4m3 of shape {tuple(weight.shape)}; got {codes.dtype} {tuple(codes.shape)}")
-    if tuple(scale_inv.shape) != scale_shape(weight.shape, block) or scale_inv.dtype != torch.float32 or not scale_inv.is_contiguous():
-        raise ValueError(f"scales must be contiguous float32 of shape {scale_shape(weight.shape, block)}; got {tuple(scale_inv.shape)}")
+        raise ValueError(f"want contiguous e4m3 codes of shape {tuple(weight.shape)}; got {codes.dtype} {tuple(codes.shape)}")
+    want = scale_shape(weight.shape, block)
+    if tuple(scale_inv.shape) != want or scale_inv.dtype != torch.float32 or not scale_inv.is_contiguous():
+        raise ValueError(f"want contiguous float32 scales of shape {want}; got {scale_inv.dtype} {tuple(scale_inv.shape)}")
     from slime.ops import triton_kernels
 
     if weight.stride(1) != 1:

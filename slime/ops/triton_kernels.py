@@ -1,4 +1,4 @@
-"""Triton kernels behind slime.ops on CUDA: each fuses what plain torch does in several passes over memory. Imported only there."""
+"""Triton kernels behind slime.ops on CUDA: each fuses what plain torch does in several passes over memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 
-def quantize_blocks(weight: Tensor, codes: Tensor, scale_inv: Tensor, block: int, fp8_max: float, smallest_scale: float) -> None:
-    """weight [out, in] -> codes [out, in] e4m3 and scale_inv, both written in place; rows of weight and codes are contiguous."""
+def quantize_blocks(weight: Tensor, codes: Tensor, scale_inv: Tensor, block: int, fp8_max: float, smallest: float) -> None:
+    """weight [out, in] -> codes [out, in] e4m3 and scale_inv, written in place; rows of weight and codes are contiguous."""
     rows, cols = weight.shape
     if weight.numel():
         _quantize_block[(triton.cdiv(cols, block), triton.cdiv(rows, block))](
-            weight, codes, scale_inv, rows, cols, weight.stride(0), fp8_max, smallest_scale, BLOCK=block, num_warps=4
+            weight, codes, scale_inv, rows, cols, weight.stride(0), fp8_max, smallest, BLOCK=block, num_warps=4
         )
 
 
@@ -38,12 +38,16 @@ def _quantize_block(weight, codes, scale_inv, rows, cols, row_stride, fp8_max, s
 def add_row_stats(
     logits: Tensor, temperature: float, local_targets: Tensor, top: Tensor, sum_exp: Tensor, sum_x_exp: Tensor, target: Tensor
 ) -> None:
-    """One pass over logits [r, v]: running max, sum of e^(x-max), sum of x e^(x-max), x at the target, x = logits / temperature."""
+    """One pass over logits [r, v]: running max, sum of e^(x-max), sum of x e^(x-max), x at the target.
+
+    x = logits / temperature. The four [r] float32 states are updated in place.
+    """
     rows, cols = logits.shape
     if rows and cols:
         _row_stats[(rows,)](
-            logits, local_targets, top, sum_exp, sum_x_exp, target, cols, logits.stride(0), 1.0 / temperature, BLOCK=4096, num_warps=8
-        )
+            logits, local_targets, top, sum_exp, sum_x_exp, target, cols, logits.stride(0), 1.0 / temperature,
+            BLOCK=4096, num_warps=8,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -77,16 +81,16 @@ def _row_stats(logits, local_targets, top, sum_exp, sum_x_exp, target, cols, row
 
 
 def grad_logits(
-    logits: Tensor, grad: Tensor, temperature: float, local_targets: Tensor, lse: Tensor, entropy: Tensor, grad_log_prob: Tensor,
-    grad_entropy: Tensor | None,
+    logits: Tensor, grad: Tensor, temperature: float, local_targets: Tensor, lse: Tensor, entropy: Tensor,
+    grad_log_prob: Tensor, grad_entropy: Tensor | None,
 ) -> None:  # fmt: skip
     """grad [r, v] (any float dtype; may be logits itself) = d loss / d logits, one read and one write."""
     rows, cols = logits.shape
     if rows and cols:
         has_entropy = grad_entropy is not None
         _grad_logits[(rows, triton.cdiv(cols, 4096))](
-            logits, grad, local_targets, lse, entropy, grad_log_prob, grad_entropy if has_entropy else lse, cols, logits.stride(0),
-            grad.stride(0), 1.0 / temperature, HAS_ENTROPY=has_entropy, BLOCK=4096, num_warps=8,
+            logits, grad, local_targets, lse, entropy, grad_log_prob, grad_entropy if has_entropy else lse, cols,
+            logits.stride(0), grad.stride(0), 1.0 / temperature, HAS_ENTROPY=has_entropy, BLOCK=4096, num_warps=8,
         )  # fmt: skip
 
 

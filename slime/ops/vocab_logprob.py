@@ -158,7 +158,8 @@ class _LinearLogProb(torch.autograd.Function):
         grad_weight = torch.empty_like(weight)
         row_chunks = _chunks(hidden.shape[0], ctx.chunk_size, DEFAULT_ROWS)
         for cols in _vocab_tiles(weight.shape[0]):
-            grad_tile = grad_weight[cols] if len(row_chunks) == 1 else torch.zeros(weight[cols].shape, dtype=lse.dtype, device=weight.device)
+            one_chunk = len(row_chunks) == 1  # its product is the whole sum: no fp32 buffer
+            grad_tile = grad_weight[cols] if one_chunk else torch.zeros_like(weight[cols], dtype=lse.dtype)
             for rows in row_chunks:
                 logits = _product(hidden[rows], weight[cols])
                 grad_logits = torch.empty(logits.shape, dtype=hidden.dtype, device=hidden.device)
@@ -167,11 +168,11 @@ class _LinearLogProb(torch.autograd.Function):
                 _grad_logits(logits, grad_logits, targets, lse[rows], entropy[rows], *slopes, ctx.temperature)
                 del logits
                 _add_product(grad_hidden[rows], grad_logits, weight[cols])
-                if len(row_chunks) == 1:
+                if one_chunk:
                     torch.mm(grad_logits.t(), hidden, out=grad_tile)
                 else:
                     _add_product(grad_tile, grad_logits.t(), hidden[rows])
-            if len(row_chunks) != 1:
+            if not one_chunk:
                 grad_weight[cols] = grad_tile
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None, None
 
@@ -229,7 +230,7 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _vocab_tiles(v_local: int) -> list[slice]:
-    """Equal tiles of at most VOCAB_TILE columns, but for rounding up to 128: a narrow last tile would waste its matrix products."""
+    """Equal tiles of at most VOCAB_TILE columns, but for rounding up to 128: a narrow last tile would waste its products."""
     tiles = -(-v_local // VOCAB_TILE)
     return _chunks(v_local, min(VOCAB_TILE, -(-v_local // max(tiles, 1) // 128) * 128))
 

@@ -34,12 +34,40 @@ class Ops:
 @functools.cache
 def get_ops(device_type: str) -> Ops:
     """The operators for tensors on `device_type` ("cpu", "cuda"); chosen at the first call, logged, the same afterwards."""
-    ops = Ops(
-        sparse_mla=torch_ops.sparse_mla,
-        index_topk=torch_ops.index_topk,
-        rope_interleaved=torch_ops.rope_interleaved,
-        rms_norm=torch_ops.rms_norm,
-        reason=f"plain torch (device {device_type})",
-    )
+    ops = _choose(device_type)
     logger.info("DSA operators: %s", ops.reason)
     return ops
+
+
+def _choose(device_type: str) -> Ops:
+    if device_type != "cuda":
+        return Ops(
+            sparse_mla=torch_ops.sparse_mla,
+            index_topk=torch_ops.index_topk,
+            rope_interleaved=torch_ops.rope_interleaved,
+            rms_norm=torch_ops.rms_norm,
+            reason=f"plain torch (device {device_type})",
+        )
+    from slime.ops import cuda_build
+    from slime_plugins.models.glm5.ops import triton_ops
+
+    obstacle = cuda_build.why_not()
+    if obstacle is not None:
+        return Ops(
+            sparse_mla=torch_ops.sparse_mla,
+            index_topk=torch_ops.index_topk,
+            rope_interleaved=triton_ops.rope_interleaved,
+            rms_norm=triton_ops.rms_norm,
+            reason=f"plain torch for attention and indexer ({obstacle}), Triton for RoPE and norm",
+        )
+    from slime_plugins.models.glm5.ops import hopper_ops
+
+    flash_mla, finding = hopper_ops.find_flash_mla()
+    return Ops(
+        sparse_mla=functools.partial(hopper_ops.sparse_mla, flash_mla=flash_mla),
+        index_topk=hopper_ops.index_topk,
+        rope_interleaved=triton_ops.rope_interleaved,
+        rms_norm=triton_ops.rms_norm,
+        reason=f"Hopper CUDA kernels, attention forward by {'FlashMLA' if flash_mla else 'our kernel'} ({finding}), "
+        "Triton for RoPE and norm",
+    )

@@ -1,7 +1,7 @@
 """DSA operators on Hopper: CUDA C++ kernels of this folder (csrc/), FlashMLA's forward where it is installed.
 
-Same signatures and results as torch_ops, up to 16-bit rounding. A shape or dtype that the kernels do not take (a tiny model's) goes to
-torch_ops: `takes_sparse_mla` and `takes_index_topk` say which.
+Same signatures and results as torch_ops, up to 16-bit rounding. A shape or dtype that the kernels do not take (a tiny model's)
+goes to torch_ops: `takes_sparse_mla` and `takes_index_topk` say which.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ WORKSPACE_BYTES = 1 << 28
 """Scores held at once by index_topk: 256 MB, whatever t and T are (at least 8 rows)."""
 KEYS_PER_BLOCK = 8192
 """Keys that one block of the score kernel walks through; its 8 queries are loaded once for them."""
-STAGING_BYTES = 5 << 29
-"""Per-(query, key) gradients held at once by the backward: 2.7 GB, 1056 queries of top-k 2048."""
+STAGING_BYTES = 5_000_000_000
+"""Per-(query, key) gradients held at once by the backward: 2112 queries of top-k 2048; half as many, and so on, where memory is
+short."""
 
 FlashMLA = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 _deterministic = False
@@ -35,7 +36,7 @@ _deterministic = False
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Within: the backward of sparse_mla adds each key's contributions in query order, so the same inputs give the same bits."""
+    """Within: the backward of sparse_mla adds each key's contributions in query order; the same inputs give the same bits."""
     global _deterministic
     before, _deterministic = _deterministic, True
     try:
@@ -79,12 +80,13 @@ class _SparseMLA(torch.autograd.Function):
 
 
 def sparse_mla_forward(q: Tensor, kv: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Our forward: q [t, h, 576], kv [T, 576], indices [t, k] int32, all contiguous -> (out [t, h, 512] bf16, lse [t, h] float32)."""
+    """Our forward, everything contiguous, indices int32 -> (out [t, h, 512] bf16, lse [t, h] float32)."""
     t, heads, _ = q.shape
     out = q.new_empty(t, heads, DV)
     lse = torch.empty(t, heads, dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device):
-        cuda_build.call(_library("sparse_mla_fwd").sparse_mla_forward, q, kv, indices, out, lse, t, heads, indices.shape[1], float(scale))
+        library = _library("sparse_mla_fwd")
+        cuda_build.call(library.sparse_mla_forward, q, kv, indices, out, lse, t, heads, indices.shape[1], float(scale))
     return out, lse
 
 
@@ -97,8 +99,8 @@ def sparse_mla_backward(
 ) -> tuple[Tensor, Tensor]:
     """-> (grad_q [t, h, 576] bf16, grad_kv [T, 576] float32). lse in natural log; everything contiguous.
 
-    STAGE writes every (query, key) contribution in bf16 (STAGING_BYTES at a time) and then sums them by key; REDUCE adds them to
-    grad_kv in float32 as they come and needs no such memory.
+    STAGE writes every (query, key) contribution in bf16 (STAGING_BYTES at a time) and then sums them by key; REDUCE adds them
+    to grad_kv in float32 as they come and needs no such memory.
     """
     grad_q, grad_kv = torch.empty_like(q), torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
     with torch.cuda.device(q.device):
@@ -129,7 +131,9 @@ class _BackwardInputs:
         return dataclasses.replace(self, indices=self.indices[rows], **of_both)
 
 
-def _prepare(q: Tensor, kv: Tensor, indices: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float) -> _BackwardInputs:
+def _prepare(
+    q: Tensor, kv: Tensor, indices: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, scale: float
+) -> _BackwardInputs:
     library = _library("sparse_mla_bwd")
     permuted = torch.empty_like(kv)
     delta = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
@@ -143,18 +147,15 @@ def _launch_backward(x: _BackwardInputs, grad_q: Tensor, grad_kv: Tensor, store:
     if t:
         cuda_build.call(
             _library("sparse_mla_bwd").sparse_mla_backward,
-            x.q, x.kv, x.grad_out, x.indices, x.lse, x.delta, grad_q, grad_kv, t, heads, x.indices.shape[1], float(x.scale), store,
+            x.q, x.kv, x.grad_out, x.indices, x.lse, x.delta, grad_q, grad_kv,
+            t, heads, x.indices.shape[1], float(x.scale), store,
         )  # fmt: skip
 
 
 def _staged_backward(x: _BackwardInputs, grad_q: Tensor, grad_kv: Tensor) -> None:
     t, heads, _ = x.q.shape
-    rows_at_once = max(1, STAGING_BYTES // (x.indices.shape[1] * DK * 2))
-    wave = torch.cuda.get_device_properties(x.q.device).multi_processor_count  # one query per multiprocessor at a time
-    rows_at_once = rows_at_once // wave * wave or rows_at_once
-    rows_at_once = min(rows_at_once, t)
-    staged = torch.empty(rows_at_once * x.indices.shape[1], DK, dtype=torch.bfloat16, device=x.q.device)
-    for first in range(0, t, max(rows_at_once, 1)):
+    staged, rows_at_once = _staging(x)
+    for first in range(0, t, rows_at_once):
         rows = slice(first, min(first + rows_at_once, t))
         order, ends = _places_by_key(x.indices[rows], len(grad_kv))
         for first_head in range(0, heads, 64):  # one block of heads at a time: two would write the same places
@@ -167,8 +168,25 @@ def _staged_backward(x: _BackwardInputs, grad_q: Tensor, grad_kv: Tensor) -> Non
             cuda_build.call(_library("sparse_mla_bwd").sparse_mla_sum_by_key, staged, order, ends, grad_kv, len(grad_kv))
 
 
+def _staging(x: _BackwardInputs) -> tuple[Tensor, int]:
+    """-> (room for the contributions of some queries, their number: a multiple of the multiprocessors, each works on one)."""
+    row_bytes = x.indices.shape[1] * DK * 2
+    wave = torch.cuda.get_device_properties(x.q.device).multi_processor_count
+    # Where the sums are cut decides their last bits: a deterministic run must not cut by how much memory happens to be free.
+    rows = max(1, (STAGING_BYTES // 4 if _deterministic else STAGING_BYTES) // row_bytes)
+    while True:
+        rows = rows // wave * wave or rows
+        here = max(1, min(rows, len(x.q)))
+        try:
+            return torch.empty(here * x.indices.shape[1], DK, dtype=torch.bfloat16, device=x.q.device), here
+        except torch.OutOfMemoryError:
+            if _deterministic or rows == 1:
+                raise
+            rows = max(1, rows // 2)
+
+
 def _places_by_key(indices: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """-> (places of each key in the flat indices, one key after the other; where each key's places end)."""
+    """-> (places of each key in the flat indices, key by key; where each key's places end)."""
     flat = indices.reshape(-1)
     library = _library("sparse_mla_bwd")
     counts = torch.zeros(keys, dtype=torch.int32, device=indices.device)

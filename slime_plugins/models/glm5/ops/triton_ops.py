@@ -35,14 +35,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
         pairs = d // 2
         heads_at_once = max(1, min(triton.next_power_of_2(heads), 2048 // triton.next_power_of_2(d)))
         _rope[(t, triton.cdiv(heads, heads_at_once))](
-            wide, cos.contiguous(), sin.contiguous(), out, heads, pairs, wide.stride(0), wide.stride(1), BACK=back,
-            HEADS=heads_at_once, PAIRS=triton.next_power_of_2(pairs), num_warps=4,
+            wide, cos.contiguous(), sin.contiguous(), out, heads, pairs, wide.stride(0), wide.stride(1),
+            BACK=back, HEADS=heads_at_once, PAIRS=triton.next_power_of_2(pairs), num_warps=4,
         )  # fmt: skip
     return out
 
 
 @triton.jit
-def _rope(x, cos, sin, out, heads, pairs, row_stride, head_stride, BACK: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr):
+def _rope(
+    x, cos, sin, out, heads, pairs, row_stride, head_stride, BACK: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     pair = tl.arange(0, PAIRS)

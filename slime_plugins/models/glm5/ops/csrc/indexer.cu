@@ -54,16 +54,19 @@ __global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x
 
     const int copy_row = in_group / 8, unit = in_group & 7;
     const uint32_t ring = base + S::kQueryBytes + group * kStages * S::kStageBytes;
+    const uint32_t copy_to = ring + swizzled(copy_row, unit);  // rows 16 apart have the same swizzle
+    const char* const copy_from = static_cast<const char*>(x.k) + (low + copy_row) * S::kRowBytes + unit * 16;
+    const int rows_there = static_cast<int>(min(x.keys - low, static_cast<int64_t>(tiles + 1) * kGroupKeys));
     auto fetch = [&](int tile) {
         if (tile < tiles) {
-            const uint32_t to = ring + tile / kGroups % kStages * S::kStageBytes;
+            const uint32_t to = copy_to + tile / kGroups % kStages * S::kStageBytes;
+            const char* from = copy_from + tile * (kGroupKeys * S::kRowBytes);
 #pragma unroll
-            for (int r = copy_row; r < kGroupKeys; r += 16) {
-                const int64_t key = low + static_cast<int64_t>(tile) * kGroupKeys + r;
-                const char* source = static_cast<const char*>(x.k) + min(key, x.keys - 1) * S::kRowBytes + unit * 16;
+            for (int r = 0; r < kGroupKeys; r += 16) {
+                const bool real = tile * kGroupKeys + copy_row + r < rows_there;
 #pragma unroll
                 for (int column = 0; column < S::kRowTiles; ++column)
-                    copy16_async(to + column * kTileBytes + swizzled(r, unit), source + column * 128, key < x.keys);
+                    copy16_async(to + column * kTileBytes + r * 128, real ? from + r * S::kRowBytes + column * 128 : x.k, real);
             }
         }
         copies_commit();
@@ -80,13 +83,13 @@ __global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x
     for (int stage = 0; stage < kStages - 1; ++stage) fetch(group + stage * kGroups);
 
     // Column 8 j + 2 (lane % 4) + e of half p is head (8 j + ...) % 32 of query 4 p + j / 4.
-    float gate[2][32];
+    float half_gate[2][32];
 #pragma unroll
     for (int p = 0; p < 2; ++p)
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
             const int query = p * 4 + i / 8, head = (i / 2 % 4) * 8 + (lane & 3) * 2 + (i & 1);
-            gate[p][i] = query < queries ? __ldg(x.gates + static_cast<int64_t>(first_query + query) * kHeads + head) : 0.f;
+            half_gate[p][i] = query < queries ? 0.5f * __ldg(x.gates + static_cast<int64_t>(first_query + query) * kHeads + head) : 0.f;
         }
     copies_wait<kStages - 2>();  // the queries and the first tile
     publish_to_wgmma();
@@ -112,13 +115,19 @@ __global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x
     auto sum_heads = [&](const float(&d)[64], int tile, int p, const bool(&there)[2], const float(&factor)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            // gate * relu(x) = gate / 2 * x + gate / 2 * |x|: two multiply-adds, which run at twice the rate of a maximum. In two sums, so
+            // that they cancel exactly where no x is positive.
             float sum[4];
 #pragma unroll
             for (int query = 0; query < 4; ++query) {
-                sum[query] = 0.f;
+                float plain = 0.f, absolute = 0.f;
 #pragma unroll
-                for (int i = 0; i < 8; ++i)
-                    sum[query] = fmaf(gate[p][query * 8 + i], fmaxf(d[(query * 4 + i / 2) * 4 + half * 2 + (i & 1)], 0.f), sum[query]);
+                for (int i = 0; i < 8; ++i) {
+                    const float v = d[(query * 4 + i / 2) * 4 + half * 2 + (i & 1)];
+                    plain = fmaf(half_gate[p][query * 8 + i], v, plain);
+                    absolute = fmaf(half_gate[p][query * 8 + i], fabsf(v), absolute);
+                }
+                sum[query] = plain + absolute;
             }
             // Thread l of 4 ends with the whole sum of query l.
             const bool odd = lane & 1, upper = lane & 2;
@@ -129,6 +138,8 @@ __global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x
         }
     };
     // The warpgroups take turns at issuing products: left alone they would run in step, both in the matrix product, then both in the sums.
+    const int keys_here = static_cast<int>(high - low);
+    const float* const scale_from = x.key_scale + low;
     const int my_turn = kGroups + 1 + group, your_turn = kGroups + 2 - group;
     if (group == 1) barrier_arrive(your_turn, 256);
     for (int tile = group; tile - group < tiles; tile += kGroups) {  // as many turns for both; a tile too many is computed, not stored
@@ -136,21 +147,21 @@ __global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x
         bool there[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // before the product: its latency covers that of the scales
-            const int64_t key = low + static_cast<int64_t>(tile) * kGroupKeys + row + half * 8;
-            there[half] = key < high;
-            if constexpr (kFp8) factor[half] = there[half] ? __ldg(x.key_scale + key) : 0.f;
+            const int key = tile * kGroupKeys + row + half * 8;
+            there[half] = key < keys_here;
+            if constexpr (kFp8) factor[half] = there[half] ? __ldg(scale_from + key) : 0.f;
         }
         barrier_sync(my_turn, 256);
         product(first, tile, 0);
         product(second, tile, 1);
+        copies_wait<kStages - 3>();  // the next tile. The fence waits for this thread's stores too: here that costs nothing
+        publish_to_wgmma();
         wgmma_wait<1>();
         settle(first);
         barrier_arrive(your_turn, 256);
         sum_heads(first, tile, 0, there, factor);
         wgmma_wait<0>();
         settle(second);
-        copies_wait<kStages - 3>();
-        publish_to_wgmma();
         barrier_sync(group + 1, 128);  // the next tile is there for all; this one is no longer read
         fetch(tile + (kStages - 1) * kGroups);
         sum_heads(second, tile, 1, there, factor);
@@ -166,6 +177,9 @@ __device__ __forceinline__ uint32_t ordered(float f) {
     const uint32_t bits = __float_as_uint(f + 0.f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+
+// The float that `u` came from.
+__device__ __forceinline__ float from_ordered(uint32_t u) { return __uint_as_float(u & 0x80000000u ? u & 0x7fffffffu : ~u); }
 
 // Inclusive prefix sum over the block; *total gets the sum. `space` has 32 entries.
 __device__ __forceinline__ uint32_t block_prefix(uint32_t value, uint32_t* space, uint32_t* total) {
@@ -231,6 +245,11 @@ __global__ void __launch_bounds__(kThreads, 2) select_topk(const float* scores, 
         } else {
             for_each_score(scores, start, end, [&](const float4 v, int at) {
                 const float values[4] = {v.x, v.y, v.z, v.w};
+                if (round == 0 && at >= start && at + 3 < end) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) atomicAdd(&bins[ordered(values[i]) >> 19], 1u);
+                    return;
+                }
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const uint32_t u = ordered(values[i]);
@@ -258,23 +277,33 @@ __global__ void __launch_bounds__(kThreads, 2) select_topk(const float* scores, 
         prefix |= found[0] << shift, wanted = found[1];
         const uint32_t candidates = topk - wanted + found[2];  // everything above, and all that share the threshold's upper bits
         __syncthreads();
-        if (round == 0 && candidates <= kListed) {
+        if (round == 0 && candidates <= kListed && prefix >= 0x00800000u && prefix < 0xff800000u) {  // not among NaN: those do not compare
             uint32_t done = 0;
+            const float lowest = from_ordered(prefix);  // all bits below the upper ones are 0
             for_each_score(scores, start, end, [&](const float4 v, int at) {
                 const float values[4] = {v.x, v.y, v.z, v.w};
-                uint32_t u[4], mine = 0, total;
+                bool listed_here[4];
+                uint32_t mine = 0, total;
+                if (at >= start && at + 3 < end) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    u[i] = at + i >= start && at + i < end ? ordered(values[i]) : 0u;
-                    mine += u[i] >= prefix;  // prefix has zeros below the upper bits, and is not 0
+                    for (int i = 0; i < 4; ++i) listed_here[i] = values[i] >= lowest;
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) listed_here[i] = at + i >= start && at + i < end && values[i] >= lowest;
                 }
-                uint32_t to = done + block_prefix(mine, space, &total) - mine;
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (u[i] >= prefix) list[to] = at + i, list_score[to++] = u[i];
+                for (int i = 0; i < 4; ++i) mine += listed_here[i];
+                uint32_t to = done + block_prefix(mine, space, &total) - mine;
+                if (mine) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        if (listed_here[i]) list[to] = at + i, list_score[to++] = ordered(values[i]);
+                }
                 done += total;
             });
-            listed = candidates;
+            listed = done;
+            if (done != candidates)  // NaN among the row's own scores: the rest of the row must still be defined
+                for (int i = threadIdx.x; i < topk; i += kThreads) picked[i] = -1;
             __syncthreads();
         }
     }

@@ -95,13 +95,6 @@ __device__ __forceinline__ void put_keys(const float (&d)[kRegisters], float* gr
     }(std::make_integer_sequence<int, kRegisters / 8>{});
 }
 
-// A copy in registers of its own: accumulators that were read while another product is under way would serialise all of them.
-template <int kRegisters>
-__device__ __forceinline__ void keep(float (&to)[kRegisters], const float (&from)[kRegisters]) {
-#pragma unroll
-    for (int i = 0; i < kRegisters; ++i) asm volatile("mov.b32 %0, %1;" : "=f"(to[i]) : "f"(from[i]));
-}
-
 template <int kRegisters>
 __device__ __forceinline__ void put_query(const float (&d)[kRegisters], __nv_bfloat16* grad_q, int rows, int column, int row, int lane) {
 #pragma unroll
@@ -198,14 +191,6 @@ __device__ __forceinline__ void work(const Arguments& x, const Place& at) {
         for (int i = 0; i < 32; ++i) dq_rope[i] = 0.f;
     }
 
-    // The last columns' gradients of one block go to memory while the first product of the next runs: the memory system is busy longer.
-    float late[kWarpgroup ? 32 : 64];
-    int late_low = -1, late_high = -1;
-    constexpr int kLateColumn = kWarpgroup ? kDV : 128;
-    constexpr bool kLate = kStore != kStage;  // plain stores do not wait, and their addresses would cost registers
-#pragma unroll
-    for (int i = 0; i < (kWarpgroup ? 32 : 64); ++i) late[i] = 0.f;
-
     for (int block = 0; block < blocks; ++block) {
         copies_wait<0>();
         publish_to_wgmma();
@@ -221,7 +206,6 @@ __device__ __forceinline__ void work(const Arguments& x, const Place& at) {
                 mma64<0, 0>(s, operand(base + kQ + i), operand(base + kK + i), step > 0);
             }
             wgmma_commit();
-            if constexpr (kLate) put_keys<kStore, kLateColumn>(late, x.grad_kv, late_low, late_high, slot, row, lane);
             wgmma_wait<0>();
             settle(s);
             const float factor = x.scale * kLog2e;
@@ -251,7 +235,6 @@ __device__ __forceinline__ void work(const Arguments& x, const Place& at) {
                 mma64<0, 0>(s, operand(base + kDO + i), operand(base + kK + i), step > 0);
             }
             wgmma_commit();
-            if constexpr (kLate) put_keys<kStore, kLateColumn>(late, x.grad_kv, late_low, late_high, slot, row, lane);
             wgmma_wait<0>();
             settle(s);
             barrier_sync(1, 256);
@@ -280,54 +263,33 @@ __device__ __forceinline__ void work(const Arguments& x, const Place& at) {
                 mma64<0, 1>(dq_rope, operand(base + kDS + step * 32), operand(base + kK + 8 * kTileBytes + step * 2048), true);
         }
         wgmma_commit();
-        auto finish_keys = [&] {
-            wgmma_wait<1>();
-            barrier_sync(0, 256);  // nobody reads these keys any more
-            fetch(block + 1);
-            late_low = keys[row], late_high = keys[row + 8];
-            wgmma_wait<0>();
-        };
-        if constexpr (kWarpgroup == 0) {
-            add_across(dkv, base + kDS, base + kQ, 0, true);
-            wgmma_commit();
-            finish_keys();
-            settle(dkv);
-            put_keys<kStore, 0>(dkv, x.grad_kv, late_low, late_high, slot, row, lane);
+        if constexpr (kWarpgroup == 1) add_across(dkv, base + kP, base + kDO, kFirstTile, false);
+        add_across(dkv, base + kDS, base + kQ, kFirstTile, true);
+        wgmma_commit();
+        wgmma_wait<1>();
+        barrier_sync(0, 256);  // nobody reads these keys any more
+        fetch(block + 1);
+        const int key_low = keys[row], key_high = keys[row + 8];
+        wgmma_wait<0>();
+        settle(dkv);
+        put_keys<kStore, kFirstTile * 64>(dkv, x.grad_kv, key_low, key_high, slot, row, lane);
 
-            wgmma_begin();
-            add_across(dkv, base + kP, base + kDO, 2, false);
-            add_across(dkv, base + kDS, base + kQ, 2, true);
-            wgmma_commit();
-            wgmma_wait<0>();
-            settle(dkv);
-            if constexpr (kLate) keep(late, dkv);
-            else put_keys<kStore, kLateColumn>(dkv, x.grad_kv, late_low, late_high, slot, row, lane);
-        } else {
-            add_across(dkv, base + kP, base + kDO, 4, false);
-            add_across(dkv, base + kDS, base + kQ, 4, true);
-            wgmma_commit();
-            finish_keys();
-            settle(dkv);
-            put_keys<kStore, 256>(dkv, x.grad_kv, late_low, late_high, slot, row, lane);
-
-            wgmma_begin();
-            add_across(dkv, base + kP, base + kDO, 6, false);
-            add_across(dkv, base + kDS, base + kQ, 6, true);
-            wgmma_commit();
-            wgmma_wait<0>();
-            settle(dkv);
-            put_keys<kStore, 384>(dkv, x.grad_kv, late_low, late_high, slot, row, lane);
-
+        wgmma_begin();
+        add_across(dkv, base + kP, base + kDO, kFirstTile + 2, false);
+        add_across(dkv, base + kDS, base + kQ, kFirstTile + 2, true);
+        wgmma_commit();
+        wgmma_wait<0>();
+        settle(dkv);
+        put_keys<kStore, kFirstTile * 64 + 128>(dkv, x.grad_kv, key_low, key_high, slot, row, lane);
+        if constexpr (kWarpgroup == 1) {
             wgmma_begin();
             add_across(s, base + kDS, base + kQ, 8, false);
             wgmma_commit();
             wgmma_wait<0>();
             settle(s);
-            if constexpr (kLate) keep(late, s);
-            else put_keys<kStore, kLateColumn>(s, x.grad_kv, late_low, late_high, slot, row, lane);
+            put_keys<kStore, kDV>(s, x.grad_kv, key_low, key_high, slot, row, lane);
         }
     }
-    if constexpr (kLate) put_keys<kStore, kLateColumn>(late, x.grad_kv, late_low, late_high, 0, row, lane);
     settle(dq);
     if constexpr (kWarpgroup == 1) settle(dq_rope);
     __nv_bfloat16* grad_q = x.grad_q + head_row * kDK;

@@ -1,0 +1,82 @@
+"""The CUDA paths of slime.ops against plain torch in float64; fresh random inputs at every run."""
+
+import pytest
+import torch
+
+from slime.ops import experts, fp8
+from slime.ops.vocab_logprob import linear_log_prob, vocab_parallel_log_prob
+
+pytestmark = pytest.mark.gpu
+
+
+def error(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (576, 200), (130, 257), (4096, 6144)])
+def test_quantiser_writes_the_bytes_of_the_cpu_into_a_flat_bucket(shape):
+    weight = (torch.randn(shape) * torch.logspace(-4, 3, shape[1])).bfloat16()
+    if shape[0] > 300:
+        weight[128:256] = 0
+    want_codes, want_scales = fp8.quantize_reference(weight)
+    bucket = torch.full((weight.numel() + 4 * want_scales.numel() + 16,), 0x7F, dtype=torch.uint8, device="cuda")
+    scale_at = -(-weight.numel() // 16) * 16
+    codes = bucket[: weight.numel()].view(torch.float8_e4m3fn).view(shape)
+    scales = bucket[scale_at : scale_at + 4 * want_scales.numel()].view(torch.float32).view(want_scales.shape)
+    fp8.quantize_blockwise_into(weight.cuda(), codes, scales)
+    assert torch.equal(codes.view(torch.uint8).cpu(), want_codes.view(torch.uint8))
+    assert torch.equal(scales.cpu(), want_scales)
+    assert (bucket[scale_at + 4 * want_scales.numel() :] == 0x7F).all()
+
+
+def test_log_prob_with_targets_of_another_rank_and_a_broadcast_gradient():
+    logits = torch.randn(300, 1000, device="cuda").bfloat16().requires_grad_()
+    targets = torch.randint(0, 2000, (300,), device="cuda")  # this rank holds 500 .. 1500
+    options = dict(vocab_start=500, temperature=0.7, chunk_size=128, with_entropy=True)
+    log_prob, entropy = vocab_parallel_log_prob(logits, targets, **options)
+    grad, = torch.autograd.grad(log_prob.sum() + entropy.sum(), logits)
+    wide = logits.detach().double().requires_grad_()
+    x, local = wide / 0.7, targets - 500
+    held = (local >= 0) & (local < 1000)
+    want = torch.where(held, x.gather(1, local.clamp(0, 999)[:, None])[:, 0], 0.0) - torch.logsumexp(x, -1)
+    log_p = torch.log_softmax(x, -1)
+    want_entropy = -(log_p.exp() * log_p).sum(-1)
+    want_grad, = torch.autograd.grad(want.sum() + want_entropy.sum(), wide)
+    assert error(log_prob, want) < 1e-6 and error(entropy, want_entropy) < 1e-6 and error(grad, want_grad) < 4e-3
+
+
+@pytest.mark.parametrize("chunk_size", [-1, 128])
+def test_fused_head(chunk_size):
+    hidden = torch.randn(300, 256, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(9000, 256, device="cuda") / 16).bfloat16().requires_grad_()
+    targets, slopes = torch.randint(0, 9000, (300,), device="cuda"), torch.randn(2, 300, device="cuda")
+    log_prob, entropy = linear_log_prob(hidden, weight, targets, temperature=0.7, chunk_size=chunk_size, with_entropy=True)
+    grads = torch.autograd.grad((slopes[0] * log_prob + slopes[1] * entropy).sum(), (hidden, weight))
+    wide = [v.detach().double().requires_grad_() for v in (hidden, weight)]
+    log_p = torch.log_softmax(wide[0] @ wide[1].T / 0.7, -1)
+    want, want_entropy = log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    want_grads = torch.autograd.grad((slopes[0] * want + slopes[1] * want_entropy).sum(), wide)
+    assert error(log_prob, want) < 1e-6 and error(entropy, want_entropy) < 1e-6
+    for got, right in zip(grads, want_grads, strict=True):
+        assert error(got, right) < 4e-3
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 200, 17], [0, 0, 0, 64], [1, 1, 1, 1], [0, 0, 0, 0]])
+def test_experts(counts):
+    n = sum(counts)
+    x, grad = torch.randn(n, 128, device="cuda").bfloat16(), torch.randn(n, 128, device="cuda").bfloat16()
+    w1 = (torch.randn(4, 256, 128, device="cuda") / 11).bfloat16()
+    w2 = (torch.randn(4, 128, 128, device="cuda") / 11).bfloat16()
+    probs = torch.rand(n, device="cuda")
+    leaves = [v.requires_grad_() for v in (x, w1, w2, probs)]
+    counts = torch.tensor(counts)
+    out = experts.grouped_swiglu(x, counts, w1, w2, probs)
+    grads = torch.autograd.grad(out, leaves, grad)
+    wide = [v.detach().double().requires_grad_() for v in leaves]
+    want = experts.grouped_swiglu(wide[0].cpu(), counts, *[v.cpu() for v in wide[1:]])
+    want_grads = torch.autograd.grad(want, wide, grad.double().cpu())
+    if n == 0:
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+        return
+    for got, right in zip((out, *grads), (want, *want_grads), strict=True):
+        assert error(got, right.cuda()) < 6e-3
