@@ -57,6 +57,7 @@ class Run:
         self._version = 0
         self._saved: int | None = None
         self._steps_done = 0
+        self._released = False
         self.lease: Lease = FreeLease()
         self.start_rollout_id = 0
         self.num_rollout = config.data.num_rollout or 0
@@ -94,7 +95,7 @@ class Run:
         return (self._config.cluster.rollout_num_gpus or 0) if self._has_engines else 0
 
     def start(self) -> None:
-        """Engines and trainer start side by side; then the checkpoint, the data position, and the first weights."""
+        """Engines and trainer, one after another where they share GPUs; then the data position, and the first weights."""
         config, started = self._config, time.monotonic()
         self._tracker = _open_tracker(config)
         self._placement = place(
@@ -108,6 +109,10 @@ class Run:
         engines_ready = self._rollout.begin_start()
         if self._has_trainer:
             self._trainers = TrainGroup(config, self._placement)
+            if config.cluster.colocate and self._has_engines and self._trainers.device_kind() == "cuda":
+                # An engine makes its cache as large as what is free when it starts: beside a loading trainer, any size or none.
+                self._rollout.finish_start(engines_ready)
+                self._release_engines()
             for share in self._trainers.start():
                 logger.info("%s: %s parameters", share["ranks"], f"{share['parameters']:,}")
             loaded = self._trainers.load()
@@ -124,12 +129,16 @@ class Run:
     def _take_first_lease(self) -> None:
         """The first weights: engines were started with a checkpoint's, the trainer's may differ, so they are always sent."""
         if self._config.cluster.colocate:
-            if self._config.cluster.offload_rollout:
-                self._rollout.release_memory()
+            self._release_engines()
             self.lease = Lease(self._rollout, self._trainers, holder=Holder.TRAINER)
         with self.lease.syncing():
             report = self.sync_weights()
         logger.info("%s", report.line())
+
+    def _release_engines(self) -> None:
+        if self._config.cluster.offload_rollout and not self._released:
+            self._rollout.release_memory()
+            self._released = True
 
     # ------------------------------------------------------------------ one iteration
 

@@ -45,6 +45,11 @@ class TrainActor:
         for name, value in config.cluster.train_env_vars.items():
             os.environ[name] = str(value)
 
+    def device_kind(self) -> str:
+        from slime.device import get_device
+
+        return get_device().kind
+
     def open_store(self) -> tuple[str, int]:
         """Rank 0 only: start the rendezvous store on a port that the system picks, so that no two runs race for one."""
         import torch.distributed as dist
@@ -68,7 +73,9 @@ class TrainActor:
         dist.init_process_group(
             device.backend, store=dist.PrefixStore("slime", self._store), rank=self._rank, world_size=self._world_size, timeout=timeout
         )
-        self._ranks = init_ranks(self._config.parallel, rank=self._rank, world_size=self._world_size, device=device)
+        self._ranks = init_ranks(
+            self._config.parallel, rank=self._rank, world_size=self._world_size, device=device, seed=self._config.model.seed
+        )
         return self._build()
 
     def _build(self) -> dict[str, object]:
