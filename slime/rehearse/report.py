@@ -54,6 +54,10 @@ def _memory(done: Rehearsal) -> list[str]:
         lines.append(f"{share.stage:5d}  {len(share.layers):6d}  {share.parameters / 1e9:8.3f}  {cells}  {stage.host_optimizer * per_node / 1e9:12.0f}")
     for role, tokens in (done.kv_tokens or {}).items():
         lines.append(f"KV cache of a {role} GPU: {tokens:,} tokens")
+    for fit in done.fits:
+        word = "fits" if fit.fits else "does not fit"
+        lines.append(f"training on {fit.nodes} nodes (CP {fit.cp}, DP {fit.dp}, EP {fit.ep}): {fit.peak_gb:.1f} GB per GPU, {word} {done.options.gpu_memory_gb:g} GB; "
+                     f"{fit.host_gb_per_node:.0f} GB of optimizer per node")  # fmt: skip
     return lines
 
 
@@ -91,6 +95,7 @@ def as_json(done: Rehearsal) -> dict[str, object]:
              "host_optimizer_per_rank": m.host_optimizer, "phases": {phase.name: dict(phase.parts) for phase in m.phases}}
             for m in done.memory
         ],
+        "node_counts": [vars(fit) for fit in done.fits],
         "kv_tokens_per_gpu": dict(done.kv_tokens or {}),
         "cost": None if cost is None else {
             "tokens": cost.tokens, "flops_per_token_forward": cost.flops_per_token_forward, "flops_per_token_training": cost.flops_per_token_training,

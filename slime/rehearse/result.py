@@ -41,6 +41,19 @@ class Options:
     expect_digest: str | None = None
 
 
+@dataclass(frozen=True)
+class Fit:
+    """Training memory of the same model on another number of nodes: CP and EP scaled, TP and PP as given."""
+
+    nodes: int
+    cp: int
+    dp: int
+    ep: int
+    peak_gb: float
+    host_gb_per_node: float
+    fits: bool
+
+
 @dataclass
 class Rehearsal:
     findings: Findings
@@ -55,6 +68,7 @@ class Rehearsal:
     weights: WeightMap | None = None
     built: BuiltRanks | None = None
     seconds: Mapping[str, float] | None = None
+    fits: tuple[Fit, ...] = ()
     kv_tokens: Mapping[str, int] | None = None
     """Tokens of KV cache per engine rank, by role."""
 
@@ -114,6 +128,7 @@ def _arithmetic(done: Rehearsal, length: int) -> None:
     done.kv_tokens = {role: max(0, int(options.gpu_memory_gb * 1e9 * rank.mem_fraction) - rank.weights - rank.draft_weights) // rank.kv_bytes_per_token
                       for role, rank in ranks.items()}  # fmt: skip
     _check_memory(done, ranks)
+    done.fits = node_counts(done, shapes, assumed)
     _predict(done, length, sync, shapes)
     done.weights = build_weight_map(reading.table, hf, grid, reading.chunks, done.engines.specs, limit_bytes=config.engine.update_weight_buffer_size)
     _check_weights(done)
@@ -230,6 +245,33 @@ def _predict(done: Rehearsal, length: int, sync, shapes: TrainShapes) -> None:
         recompute=shapes.recompute, trainer_bytes_per_gpu=weights, optimizer_bytes_per_node=host, checkpoint_bytes=saved,
         save_interval=config.checkpoint.save_interval if config.checkpoint.save else None,
     )  # fmt: skip
+
+
+def node_counts(done: Rehearsal, shapes: TrainShapes, assumed: Assumed) -> tuple[Fit, ...]:
+    """Powers of two of nodes on which the stages could be placed, and whether the largest training phase fits the GPU.
+
+    The micro-batch keeps its tokens per GPU, so a smaller CP shortens the stream; the engines are not part of the question.
+    """
+    reading, given = done.reading, done.reading.grid
+    per_node, found = reading.config.cluster.actor_num_gpus_per_node, []
+    experts = reading.hf.num_experts
+    for nodes in (1, 2, 4, 8, 16, 32, 64, 128):
+        ranks = nodes * per_node // given.pp
+        if nodes * per_node % given.pp or ranks % given.tp:
+            continue
+        cp = min(given.cp, ranks // given.tp)
+        ep = min(ranks // given.etp, experts, 64) if experts else 1
+        if ranks % (given.tp * cp) or ranks % (given.etp * ep) or (experts and experts % ep):
+            continue
+        grid = replace(given, world=nodes * per_node, cp=cp, ep=ep)
+        here = replace(shapes, stream=shapes.tokens * cp, micro_batches=max(1, shapes.micro_batches * given.cp * given.dp // (cp * grid.dp)))
+        shares = stage_shares(reading.table, reading.chunks, grid, padded_vocab=reading.config.model.padded_vocab_size)
+        stages = [stage_memory(share, reading.hf, grid, here, bucket_bytes=0, engine=None, gpu_bytes=0, assumed=assumed) for share in shares]
+        peak = max(phase.total for stage in stages for phase in stage.phases if phase.name in ("load", "log-probs", "train")) / 1e9
+        host = [stages[rank // grid.ranks_per_stage].host_optimizer for rank in range(grid.world)]
+        per_host = max(sum(host[first : first + per_node]) for first in range(0, grid.world, per_node)) / 1e9
+        found.append(Fit(nodes, cp, grid.dp, ep, peak, per_host, peak <= done.options.gpu_memory_gb))
+    return tuple(found)
 
 
 def _node(done: Rehearsal, node: int) -> list[StageMemory]:
