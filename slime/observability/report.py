@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -45,5 +46,6 @@ def bar(share: float, *, cells: int = 10) -> str:
 
 
 def evaluation_line(rollout_id: int, scores: Mapping[str, float], *, when: str) -> str:
-    listed = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+    """Mean rewards by data set; a NaN is a data set of which no sample was graded."""
+    listed = ", ".join(f"{name} {'has no result' if math.isnan(score) else f'{score:.3f}'}" for name, score in scores.items())
     return f"evaluation {when} (rollout {rollout_id}): {listed}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import ray
 from slime.config import Config
 from slime.ray.placement import Placement
 from slime.ray.train_actor import EngineTarget
+from slime.rollout.reports import Report
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +24,14 @@ class RolloutActor:
     def __init__(self, config: Config, placement: Placement, run_folder: Path, token: str):
         from slime.observability.log import setup_logging
         from slime.ray.engine_fleet import EngineFleet
+        from slime.rollout.dumps import Replay
 
         setup_logging("rollout")
         self._config, self._token = config, token
         self._fleet = EngineFleet(config, placement, run_folder, token)
         self._data_source = None
+        template = config.debug.load_debug_rollout_data
+        self._replay = Replay(template) if template else None
 
     def start(self) -> None:
         """Engines start first and load while prompts are read and plugins checked; then all is waited for."""
@@ -37,7 +42,9 @@ class RolloutActor:
         if has_engines:
             self._fleet.start()
         try:
-            self._data_source = plugins.data_source(self._config.args)
+            if self._replay is None:
+                self._data_source = plugins.data_source(self._config.args)
+            self._save_tokenizer()
             if has_engines:
                 self._fleet.wait_ready()
         except BaseException:
@@ -51,30 +58,51 @@ class RolloutActor:
             runtime |= {"sglang_router_ip": self._fleet.router.host, "sglang_router_port": self._fleet.router.port}
         return self._config.args.with_runtime(**runtime)
 
+    def _save_tokenizer(self) -> None:
+        """--dump-details keeps what turns token ids into text beside the rollouts."""
+        if self._config.debug.dump_details:
+            from slime.rollout.tokenizer import load_tokenizer
+
+            load_tokenizer(self._config.checkpoint.hf_checkpoint).save_pretrained(self._config.debug.dump_details)
+
     def num_rollout(self) -> int:
         data = self._config.data
         if data.num_rollout is not None:
             return data.num_rollout
+        if self._replay is not None:
+            raise ValueError("a replay reads no prompts to count epochs by: give --num-rollout with --load-debug-rollout-data")
         return data.num_epoch * (len(self._data_source) // data.rollout_batch_size)
 
     @ray.method(num_returns=2)
     def generate(self, rollout_id: int):
-        """(RolloutBatch, metrics) of one rollout."""
-        from slime.rollout.metrics import rollout_metrics
+        """(RolloutBatch, Report) of one rollout."""
+        from slime.rollout import dumps
+        from slime.rollout.reports import report_rollout
         from slime.rollout.to_batch import make_rollout_batch
 
-        output = self._watched(lambda: self._plugins.rollout(self._args, rollout_id, self._data_source))
+        started = time.monotonic()
+        if self._replay is not None:
+            output = self._replay.rollout(rollout_id)
+        else:
+            output = self._watched(lambda: self._plugins.rollout(self._args, rollout_id, self._data_source))
+        seconds = time.monotonic() - started
+        if self._config.debug.save_debug_rollout_data:
+            # Before anything is made of the samples: a rollout that cannot be trained is the one to look at.
+            dumps.save_rollout(self._config.debug.save_debug_rollout_data, rollout_id, output, data_state=self.state())
         batch = make_rollout_batch(output.samples, rollout_id=rollout_id, config=self._config)
-        return batch, rollout_metrics(output.samples, output.metrics)
+        return batch, report_rollout(self._args, rollout_id, output, seconds=seconds)
 
-    def evaluate(self, rollout_id: int) -> tuple[dict[str, float], dict[str, float]]:
-        """({dataset: mean reward}, metrics)."""
-        from slime.rollout.metrics import evaluation_metrics
+    def evaluate(self, rollout_id: int) -> tuple[dict[str, float], Report]:
+        """({dataset: mean reward}, Report). rollout_id: the last one trained; -1 before the first."""
+        from slime.rollout import dumps
+        from slime.rollout.reports import report_evaluation
 
-        output = self._watched(lambda: self._plugins.evaluate(self._args, rollout_id, self._data_source, evaluation=True))
-        metrics = evaluation_metrics(output.data)
-        scores = {name: metrics[f"eval/{name}"] for name in output.data}
-        return scores, metrics | dict(output.metrics or {})
+        shown = max(rollout_id, 0)
+        output = self._watched(lambda: self._plugins.evaluate(self._args, shown, self._data_source, evaluation=True))
+        if self._config.debug.save_debug_rollout_data:
+            dumps.save_evaluation(self._config.debug.save_debug_rollout_data, rollout_id, output)
+        report = report_evaluation(self._args, shown, output)
+        return {name: report.metrics[f"eval/{name}"] for name in output.data}, report
 
     def _watched(self, work):
         """Run `work`; if it fails because an engine is gone, say that instead of what the sockets said."""
@@ -89,11 +117,15 @@ class RolloutActor:
                 ) from error
             raise
 
-    def state(self) -> dict:
-        return self._data_source.state_dict()
+    def state(self) -> dict | None:
+        """Which prompts come next; while replaying, as of when the last replayed rollout was made."""
+        return self._data_source.state_dict() if self._replay is None else self._replay.data_state
 
     def restore(self, state: dict) -> None:
-        self._data_source.load_state_dict(state)
+        if self._replay is None:
+            self._data_source.load_state_dict(state)
+        else:
+            self._replay.data_state = state
 
     def targets(self) -> list[EngineTarget]:
         return self._fleet.targets()
@@ -121,14 +153,14 @@ class RolloutSide:
     def num_rollout(self) -> int:
         return self._call("num_rollout")
 
-    def generate(self, rollout_id: int) -> tuple[ray.ObjectRef, dict[str, float]]:
-        batch, metrics = self._actor.generate.remote(rollout_id)
-        return batch, self._wait(metrics, f"generating rollout {rollout_id}")
+    def generate(self, rollout_id: int) -> tuple[ray.ObjectRef, Report]:
+        batch, report = self._actor.generate.remote(rollout_id)
+        return batch, self._wait(report, f"generating rollout {rollout_id}")
 
-    def evaluate(self, rollout_id: int) -> tuple[dict[str, float], dict[str, float]]:
+    def evaluate(self, rollout_id: int) -> tuple[dict[str, float], Report]:
         return self._call("evaluate", rollout_id)
 
-    def state(self) -> dict:
+    def state(self) -> dict | None:
         return self._call("state")
 
     def restore(self, state: dict) -> None:

@@ -9,16 +9,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import ray
 
+from slime.batch.flops import forward_flops
 from slime.batch.plan import plan_steps
 from slime.config import Config
+from slime.model.hf_config import read_hf_config
 from slime.observability.report import RolloutLine, evaluation_line
 from slime.observability.tracking import TensorBoardSink, Tracker, tensorboard_directory
 from slime.ray.lease import FreeLease, Holder, Lease
 from slime.ray.placement import Placement, place
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
 from slime.ray.train_group import TrainGroup
+from slime.rollout.reports import Report
 from slime.types import RolloutBatch
 from slime.weights.protocol import SyncReport, sync_weights
 
@@ -30,9 +34,9 @@ class Rollout:
     """What one generation handed over."""
 
     rollout_id: int
-    batch: RolloutBatch | None
-    batch_ref: ray.ObjectRef | None
-    metrics: dict[str, float]
+    batch: RolloutBatch
+    batch_ref: ray.ObjectRef
+    report: Report
     seconds: float
 
 
@@ -144,9 +148,8 @@ class Run:
 
     def generate(self, rollout_id: int) -> Rollout:
         started = time.monotonic()
-        batch_ref, metrics = self._rollout.generate(rollout_id)
-        batch = ray.get(batch_ref) if batch_ref is not None else None
-        return Rollout(rollout_id, batch, batch_ref, metrics, time.monotonic() - started)
+        batch_ref, report = self._rollout.generate(rollout_id)
+        return Rollout(rollout_id, ray.get(batch_ref), batch_ref, report, time.monotonic() - started)
 
     def train(self, rollout: Rollout) -> Training:
         started, config, batch = time.monotonic(), self._config, rollout.batch
@@ -160,6 +163,7 @@ class Run:
             vpp_group=sizes.pipeline_model_parallel_size if (sizes.virtual_pipeline_model_parallel_size or 1) > 1 else 1,
             batch=config.batch,
             per_token=config.algorithm.calculate_per_token_loss,
+            costs=sample_costs(config, batch.total_lengths),
         )
         report = self._trainers.train(rollout.batch_ref, steps)
         return Training(dict(report.metrics), list(report.per_step), time.monotonic() - started)
@@ -191,14 +195,16 @@ class Run:
             return
         if not before and not _is_due(rollout_id, evaluation.eval_interval, self.num_rollout, last=True):
             return
-        scores, metrics = self._rollout.evaluate(max(rollout_id, 0))
-        self._tracker.write(metrics, rollout_id + 1)
+        scores, report = self._rollout.evaluate(rollout_id)
+        if report.to_trackers:
+            self._tracker.write(report.metrics, rollout_id + 1)
         logger.info("%s", evaluation_line(rollout_id + 1, scores, when=when))
 
     # ------------------------------------------------------------------ what the user sees
 
     def report(self, rollout: Rollout, training: Training | None = None, sync: SyncReport | None = None, *, seconds: float) -> None:
-        metrics = dict(rollout.metrics)
+        told = rollout.report.metrics
+        metrics = dict(told) if rollout.report.to_trackers else {}
         metrics["perf/rollout_time"] = rollout.seconds
         metrics["perf/step_time"] = seconds
         trained: dict[str, float] = {}
@@ -210,14 +216,15 @@ class Run:
             self._steps_done += len(training.per_step)
             metrics.update(trained)
         if sync is not None:
-            metrics |= {"perf/update_weights_time": sync.pause_seconds, "perf/update_weights_wire_bytes": float(sync.stream.nbytes)}
+            metrics["perf/update_weights_time"] = sync.pause_seconds
+            metrics["perf/update_weights_wire_bytes"] = float(sync.stream.nbytes)
             logger.debug("%s", sync.line())
         self._tracker.write(metrics, rollout.rollout_id)
         line = RolloutLine(
             rollout_id=rollout.rollout_id,
             num_rollout=self.num_rollout,
-            reward=None if self._config.algorithm.loss_type == "sft_loss" else metrics["rollout/raw_reward"],
-            response_length=metrics.get("rollout/response_len/mean", 0.0),
+            reward=None if self._config.algorithm.loss_type == "sft_loss" else float(rollout.batch.raw_rewards.mean()),
+            response_length=told.get("rollout/response_len/mean", 0.0),
             log_prob_gap=trained.get("train/train_rollout_logprob_abs_diff"),
             entropy=trained.get("train/entropy_loss"),
             loss=trained.get("train/loss"),
@@ -237,6 +244,15 @@ class Run:
         for sink in self._tracker.places():
             logger.info("metrics: %s", sink)
         logger.info("logs of engines and router: %s", _run_folder(self._config))
+
+
+def sample_costs(config: Config, lengths: np.ndarray) -> np.ndarray | None:
+    """Work per sample for --balance-data: estimated FLOPs. None (tokens will do) where nothing is balanced."""
+    if not config.batch.balance_data:
+        return None
+    hf_config = read_hf_config(config.checkpoint.hf_checkpoint)
+    attended = hf_config["index_topk"] if hf_config.has_indexer else None
+    return forward_flops(lengths, config.model.megatron, vocab_size=hf_config["vocab_size"], attended=attended)
 
 
 def _is_due(rollout_id: int, interval: int | None, num_rollout: int, *, last: bool) -> bool:

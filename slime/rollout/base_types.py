@@ -18,7 +18,7 @@ class RolloutFnTrainOutput:
     samples: list[Group]
     metrics: dict[str, float] | None = None
     default_log: bool = True
-    """False when --custom-rollout-log-function-path said that it has logged everything."""
+    """False when the rollout function has logged everything itself, so that nothing goes to the trackers."""
 
 
 @dataclass

@@ -10,7 +10,6 @@ from typing import Any
 from slime.rollout.base_types import RolloutFnEvalOutput, flatten
 from slime.rollout.dataset import PromptFormat, read_prompts
 from slime.rollout.generation import GenerateState, enter, generate_and_rm, sampling_params
-from slime.rollout.plugins import load_function
 from slime.rollout.tokenizer import load_tokenizer
 from slime.types.sample import Sample, Status
 
@@ -51,11 +50,7 @@ async def evaluate_rollout(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
     finally:
         await base.client.close()
     data = {dataset.name: result for dataset, result in zip(args.datasets, results, strict=True)}
-    default_log = True
-    if args.custom_eval_rollout_log_function_path:
-        log = load_function("--custom-eval-rollout-log-function-path", args.custom_eval_rollout_log_function_path)
-        default_log = not log(rollout_id, args, data, None)
-    return RolloutFnEvalOutput(data=data, default_log=default_log)
+    return RolloutFnEvalOutput(data=data)
 
 
 def _settings(dataset: Any) -> dict[str, Any]:

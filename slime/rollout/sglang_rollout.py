@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from slime.rollout.generation import (
     generate_and_rm_group,
 )
 from slime.rollout.plugins import load_function
-from slime.types.sample import Status
+from slime.types.sample import Sample, Status
 
 __all__ = ["GenerateState", "current_state", "generate", "generate_and_rm", "generate_and_rm_group", "generate_rollout"]
 
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _ABORT_AGAIN_SECONDS = 2.0
 _ABORT_PATIENCE_SECONDS = 120.0
+_SILENCE_SECONDS = 60.0
+_LOOK_SECONDS = 5.0
 
 
 def generate_rollout(
@@ -45,6 +48,31 @@ def generate_rollout(
     if evaluation:
         return sync(evaluate_rollout(args, rollout_id))
     return sync(generate_rollout_async(args, rollout_id, data_source))
+
+
+def _is_waiting(sample: Sample) -> bool:
+    return sample.status in (Status.PENDING, Status.ABORTED) or (sample.reward is None and sample.status is not Status.FAILED)
+
+
+class Silence:
+    """Says so when no sample ends for a minute: how many are waiting, and since when; once a minute while it lasts."""
+
+    def __init__(self) -> None:
+        self._num_waiting = -1
+        self._last_end, self._said = time.time(), time.time()
+
+    def look(self, groups: Iterable[Group], *, any_back: bool) -> None:
+        """`groups` are those that have not come back. Progress: one came back since the last look, or fewer samples wait."""
+        groups, now = list(groups), time.time()
+        waiting = sum(_is_waiting(sample) for group in groups for sample in flatten(group))
+        if any_back or waiting != self._num_waiting:
+            self._num_waiting, self._last_end, self._said = waiting, now, now
+        elif now - self._said >= _SILENCE_SECONDS:
+            self._said = now
+            logger.info(
+                "no sample has ended for %.0f s: %d samples of %d prompts are waiting since %s",
+                now - self._last_end, waiting, len(groups), time.strftime("%H:%M:%S", time.localtime(self._last_end)),
+            )  # fmt: skip
 
 
 @dataclass
@@ -100,6 +128,7 @@ async def _collect(
     target = args.rollout_batch_size
     chunk = max(args.over_sampling_batch_size or target, 1)
     order: dict[asyncio.Task, int] = {}
+    silence = Silence()
     while len(ledger.kept) < target:
         while len(pending) + len(ledger.kept) < target:
             groups = data_source.get_samples(chunk)
@@ -109,7 +138,8 @@ async def _collect(
                 task = asyncio.create_task(generate_and_rm_group(args, group, state.sampling_params, state=state))
                 pending[task], order[task] = group, ledger.submitted
                 ledger.submitted += 1
-        done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED, timeout=_LOOK_SECONDS)
+        silence.look(pending.values(), any_back=bool(done))
         for task in sorted(done, key=order.__getitem__):
             group = pending.pop(task)
             _settle(args, ledger, task.result(), original=group, num_pending=len(pending), target=target)
@@ -223,10 +253,4 @@ def _finish(args: Any, rollout_id: int, data_source: Any, ledger: Ledger, *, sec
         logger.warning(
             "rollout %d: %d groups failed and were replaced; last: %s", rollout_id, ledger.dropped["failed"], ledger.last_error
         )
-    default_log = True
-    if args.custom_rollout_log_function_path:
-        log = load_function("--custom-rollout-log-function-path", args.custom_rollout_log_function_path)
-        default_log = not log(
-            rollout_id, args, [sample for group in ledger.kept for sample in flatten(group)], metrics, seconds
-        )
-    return RolloutFnTrainOutput(samples=ledger.kept, metrics=metrics, default_log=default_log)
+    return RolloutFnTrainOutput(samples=ledger.kept, metrics=metrics)

@@ -28,3 +28,8 @@ def test_an_evaluation_names_every_dataset():
     assert evaluation_line(3, {"add": 0.5, "hard": 0.25}, when="before training") == (
         "evaluation before training (rollout 3): add 0.500, hard 0.250"
     )
+
+
+def test_a_data_set_without_a_result_is_said_to_have_none():
+    line = evaluation_line(0, {"add": 0.5, "quiz": float("nan")}, when="after training")
+    assert line == "evaluation after training (rollout 0): add 0.500, quiz has no result"

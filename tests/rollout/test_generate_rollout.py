@@ -268,14 +268,40 @@ def test_evaluation_takes_every_prompt_of_every_data_set(rollout_config, runtime
     assert temperatures == [0.5] * 8 + [1.0]
 
 
-def test_the_log_function_sees_the_samples_and_can_replace_the_log(run):
-    output, _ = run(custom_rollout_log_function_path=f"{__name__}.count_samples")
-    assert output.default_log is False and COUNTED == [(0, 8)]
+def test_silence_is_said_once_a_minute_with_how_many_wait_and_since_when(monkeypatch, caplog):
+    from slime.rollout import sglang_rollout
+    from slime.types.sample import Sample
+
+    start = time.mktime((2026, 1, 2, 10, 20, 0, 0, 0, -1))
+    now = [start]
+    monkeypatch.setattr(sglang_rollout.time, "time", lambda: now[0])
+    caplog.set_level("INFO")
+    groups = [[Sample(), Sample()], [Sample(), Sample()]]
+    silence = sglang_rollout.Silence()
+
+    def said(seconds, groups, any_back=False):
+        caplog.clear()
+        now[0] = start + seconds
+        silence.look(groups, any_back=any_back)
+        return [record.getMessage() for record in caplog.records]
+
+    assert said(0, groups) == said(55, groups) == []
+    assert said(60, groups) == ["no sample has ended for 60 s: 4 samples of 2 prompts are waiting since 10:20:00"]
+    assert said(90, groups) == [] and len(said(120, groups)) == 1
+    groups[0][0].status, groups[0][0].reward = Status.COMPLETED, 1.0  # one sample has ended: that is progress
+    assert said(130, groups) == said(185, groups) == []
+    assert said(190, groups) == ["no sample has ended for 60 s: 3 samples of 2 prompts are waiting since 10:22:10"]
+    assert said(251, groups, any_back=True) == [] and said(300, groups) == []
 
 
-COUNTED = []
+def test_a_rollout_that_waits_says_so_and_ends_well(run, router, monkeypatch, caplog):
+    from slime.rollout import sglang_rollout
 
-
-def count_samples(rollout_id, args, samples, extra_metrics, rollout_time):
-    COUNTED.append((rollout_id, len(samples)))
-    return True
+    monkeypatch.setattr(sglang_rollout, "_SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(sglang_rollout, "_LOOK_SECONDS", 0.1)
+    caplog.set_level("INFO")
+    router.answer = lambda text, payload: time.sleep(1.0) or (f"\\boxed{{{sum_in(text)}}}<|endoftext|>", "stop")
+    output, _ = run()
+    lines = [record.getMessage() for record in caplog.records if "no sample has ended" in record.getMessage()]
+    assert len(output.samples) == 4 and lines and "8 samples of 4 prompts" in lines[0]
+    assert len(lines) <= 3

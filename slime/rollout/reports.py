@@ -1,0 +1,39 @@
+"""What a rollout or an evaluation tells the trackers; a function of the user's may have told them everything instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, flatten
+from slime.rollout.metrics import evaluation_metrics, rollout_metrics
+from slime.rollout.plugins import load_function
+
+
+@dataclass(frozen=True)
+class Report:
+    """Metrics under slime's names. The line that a user watches is made of them in any case."""
+
+    metrics: dict[str, float]
+    to_trackers: bool
+    """False when the rollout function or a custom log function said that it has logged this itself."""
+
+
+def report_rollout(args: Any, rollout_id: int, output: RolloutFnTrainOutput, *, seconds: float) -> Report:
+    """Called after every rollout, whichever function made it; --custom-rollout-log-function-path is called from here."""
+    extra = dict(output.metrics or {})
+    extra.setdefault("perf/rollout_time", seconds)
+    default_log = output.default_log
+    if args.custom_rollout_log_function_path:
+        log = load_function("--custom-rollout-log-function-path", args.custom_rollout_log_function_path)
+        default_log = not log(rollout_id, args, flatten(output.samples), extra, seconds) and default_log
+    return Report(rollout_metrics(output.samples, extra), default_log)
+
+
+def report_evaluation(args: Any, rollout_id: int, output: RolloutFnEvalOutput) -> Report:
+    """The same for an evaluation and --custom-eval-rollout-log-function-path."""
+    default_log = output.default_log
+    if args.custom_eval_rollout_log_function_path:
+        log = load_function("--custom-eval-rollout-log-function-path", args.custom_eval_rollout_log_function_path)
+        default_log = not log(rollout_id, args, output.data, output.metrics) and default_log
+    return Report(evaluation_metrics(output.data) | dict(output.metrics or {}), default_log)
