@@ -43,6 +43,8 @@ class CudaDevice(Device):
         return MemoryUse(used=torch.cuda.memory_allocated(), peak=torch.cuda.max_memory_allocated(), free=free, total=total)
 
     def empty_cache(self) -> None:
+        # Shared memory that its receivers have let go of is cached only after it was collected.
+        torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
 
     def synchronize(self) -> None:

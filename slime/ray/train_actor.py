@@ -54,12 +54,14 @@ class TrainActor:
         """Rank 0 only: start the rendezvous store on a port that the system picks, so that no two runs race for one."""
         import torch.distributed as dist
 
-        address = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(address, 0, self._world_size, is_master=True, wait_for_workers=False)
+        address, minutes = ray.util.get_node_ip_address(), self._config.parallel.distributed_timeout_minutes
+        # Without it rank 0 alone would give up on slow ranks after torch's five minutes.
+        wait = timedelta(minutes=minutes)
+        self._store = dist.TCPStore(address, 0, self._world_size, is_master=True, wait_for_workers=False, timeout=wait)
         return address, self._store.port
 
     def start(self, store_address: tuple[str, int]) -> dict[str, object]:
-        """Join the process group, build the model and the trainer. Returns this rank's share of the model, for the start-up page."""
+        """Join the process group, build the model and the trainer. Returns this rank's share of the model."""
         import torch.distributed as dist
 
         from slime.device import get_device
@@ -71,7 +73,11 @@ class TrainActor:
         if self._store is None:
             self._store = dist.TCPStore(*store_address, self._world_size, is_master=False, timeout=timeout)
         dist.init_process_group(
-            device.backend, store=dist.PrefixStore("slime", self._store), rank=self._rank, world_size=self._world_size, timeout=timeout
+            device.backend,
+            store=dist.PrefixStore("slime", self._store),
+            rank=self._rank,
+            world_size=self._world_size,
+            timeout=timeout,
         )
         self._ranks = init_ranks(
             self._config.parallel, rank=self._rank, world_size=self._world_size, device=device, seed=self._config.model.seed

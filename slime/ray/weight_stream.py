@@ -56,7 +56,7 @@ class WeightStream:
         self._sharing_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def send(self, version: int, targets: Sequence[EngineTarget]) -> StreamReport:
-        """Every weight to every engine. An engine that shares devices with trainer ranks is served by them, others by rank 0."""
+        """Every weight to every engine. Trainer ranks serve an engine that shares their devices, rank 0 the others."""
         self._open_groups(targets)
         buckets = self._buckets_of_all(self._wire)
         count = nbytes = tensors = 0
@@ -67,6 +67,7 @@ class WeightStream:
                     for target in targets:
                         self._deliver(bucket, target, clients.get(target.name), runner)
                     count, nbytes, tensors = count + 1, nbytes + bucket.nbytes, tensors + len(bucket.metas)
+                    del bucket  # the last one would be held while the cache is emptied
             finally:
                 for client in clients.values():
                     runner.run(client.close())
@@ -74,8 +75,8 @@ class WeightStream:
         return StreamReport(count, nbytes, tensors)
 
     def save_hf(self, folder: str, *, origin: str) -> None:
-        """The policy as a Hugging Face checkpoint in the trained dtype, written by rank 0; the MTP layers, which are not trained, are
-        left out and no longer announced."""
+        """The policy as a Hugging Face checkpoint in the trained dtype, written by rank 0; the MTP layers, which are not trained,
+        are left out and no longer announced."""
         wire = WireFormat(self._wire.dtype, None, frozenset(), self._wire.float32_names)
         tensors = (named for bucket in self._buckets_of_all(wire) for named in unpack_bucket(bucket))
         if self._ranks.rank == 0:
@@ -97,10 +98,14 @@ class WeightStream:
         sources = []
         for place in self._places:
             if place.is_dense_source:
-                sources.append(Source(place.rank, self._buckets(wire, experts=False) if self._ranks.rank in place.tp_ranks else None))
+                sources.append(
+                    Source(place.rank, self._buckets(wire, experts=False) if self._ranks.rank in place.tp_ranks else None)
+                )
         for place in self._places:
             if place.is_expert_source:
-                sources.append(Source(place.rank, self._buckets(wire, experts=True) if self._ranks.rank in place.etp_ranks else None))
+                sources.append(
+                    Source(place.rank, self._buckets(wire, experts=True) if self._ranks.rank in place.etp_ranks else None)
+                )
         return sources
 
     def _buckets(self, wire: WireFormat, *, experts: bool) -> Iterator[WeightBucket]:
@@ -119,7 +124,7 @@ class WeightStream:
                 self._sharing_groups[target.sharing_ranks] = dist.new_group(list(target.sharing_ranks), backend="gloo")
 
     def _deliver(self, bucket: WeightBucket, target: EngineTarget, client: EngineClient | None, runner: asyncio.Runner) -> None:
-        """Each sharing rank contributes the handle of its own copy; one of them posts all handles in the engine's rank order."""
+        """Each sharing rank gives the handle of its own copy; one of them posts all handles in the engine's rank order."""
         if not target.sharing_ranks:
             if client is not None:
                 # On the way to other devices only bytes make sense: a handle would name memory that they cannot open.
