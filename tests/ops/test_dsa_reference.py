@@ -102,6 +102,19 @@ def test_index_topk_on_packed_samples_with_ties(monkeypatch, topk, chunk_element
     assert torch.equal(got, topk_by_hand(q, k, gates, starts, ends, topk))
 
 
+def test_index_topk_fp8_selects_by_the_dequantised_vectors():
+    q, k, gates = torch.randn(6, 2, 16), torch.randn(40, 16) * torch.logspace(-2, 1, 40)[:, None], torch.randn(6, 2)
+    k[3] = 1e-6  # below the smallest scale
+    starts, ends = torch.zeros(6, dtype=torch.int64), torch.arange(35, 41)
+
+    def through_fp8(x):
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 448
+        return (x / scale).to(torch.float8_e4m3fn).double() * scale.double()
+
+    want = topk_by_hand(through_fp8(q), through_fp8(k), gates.double(), starts, ends, 9)
+    assert torch.equal(torch_ops.index_topk_fp8(q, k, gates, starts, ends, topk=9), want)
+
+
 def test_index_topk_does_not_see_keys_outside_a_rows_range():
     q, k, gates = torch.randn(6, 2, 4), torch.randn(6, 4), torch.rand(6, 2)
     starts, ends = torch.zeros(6, dtype=torch.int64), torch.arange(6) + 1

@@ -153,8 +153,8 @@ def index_over(bench: Bench, keys: int, *, with_peers: bool) -> None:
     q = torch.randn(QUERIES, 32, 128, device="cuda").bfloat16()
     gates = torch.randn(QUERIES, 32, device="cuda")
     k = torch.randn(keys, 128, device="cuda").bfloat16()
-    q_codes, q_scale = hopper_ops.quantize_vectors(q)
-    k_codes, k_scale = hopper_ops.quantize_vectors(k)
+    q_codes, q_scale = torch_ops.quantize_vectors(q)
+    k_codes, k_scale = torch_ops.quantize_vectors(k)
     folded = gates * q_scale
     starts = torch.zeros(QUERIES, dtype=torch.int32, device="cuda")
     ends = torch.arange(keys - QUERIES + 1, keys + 1, dtype=torch.int32, device="cuda")

@@ -25,6 +25,7 @@ class Ops:
 
     sparse_mla: Callable[..., tuple[Tensor, Tensor]]
     index_topk: Callable[..., Tensor]
+    index_topk_fp8: Callable[..., Tensor]
     rope_interleaved: Callable[[Tensor, Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     reason: str
@@ -44,6 +45,7 @@ def _choose(device_type: str) -> Ops:
         return Ops(
             sparse_mla=torch_ops.sparse_mla,
             index_topk=torch_ops.index_topk,
+            index_topk_fp8=torch_ops.index_topk_fp8,
             rope_interleaved=torch_ops.rope_interleaved,
             rms_norm=torch_ops.rms_norm,
             reason=f"plain torch (device {device_type})",
@@ -56,6 +58,7 @@ def _choose(device_type: str) -> Ops:
         return Ops(
             sparse_mla=torch_ops.sparse_mla,
             index_topk=torch_ops.index_topk,
+            index_topk_fp8=torch_ops.index_topk_fp8,
             rope_interleaved=triton_ops.rope_interleaved,
             rms_norm=triton_ops.rms_norm,
             reason=f"plain torch for attention and indexer ({obstacle}), Triton for RoPE and norm",
@@ -66,6 +69,7 @@ def _choose(device_type: str) -> Ops:
     return Ops(
         sparse_mla=functools.partial(hopper_ops.sparse_mla, flash_mla=flash_mla),
         index_topk=hopper_ops.index_topk,
+        index_topk_fp8=hopper_ops.index_topk_fp8,
         rope_interleaved=triton_ops.rope_interleaved,
         rms_norm=triton_ops.rms_norm,
         reason=f"Hopper CUDA kernels, attention forward by {'FlashMLA' if flash_mla else 'our kernel'} ({finding}), "

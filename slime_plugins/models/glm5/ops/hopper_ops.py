@@ -51,8 +51,8 @@ def takes_sparse_mla(q: Tensor, kv: Tensor, v_dim: int) -> bool:
 
 
 def takes_index_topk(q: Tensor, k: Tensor) -> bool:
-    """bf16, or e4m3 codes, on CUDA with 32 heads of 128."""
-    return q.is_cuda and q.dtype == k.dtype and q.dtype in (torch.bfloat16, torch.float8_e4m3fn) and q.shape[1:] == (32, 128)
+    """bf16 on CUDA with 32 heads of 128."""
+    return q.is_cuda and q.dtype == k.dtype == torch.bfloat16 and q.shape[1:] == (INDEX_HEADS, INDEX_DIM)
 
 
 def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, *, scale: float, v_dim: int, flash_mla: FlashMLA | None = None):
@@ -203,26 +203,18 @@ def _places_by_key(indices: Tensor, keys: int) -> tuple[Tensor, Tensor]:
 
 def index_topk(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor, *, topk: int) -> Tensor:
     """torch_ops.index_topk with the products of bf16 operands accumulated in float32."""
-    if not takes_index_topk(q, k) or q.dtype != torch.bfloat16:
+    if not takes_index_topk(q, k):
         return torch_ops.index_topk(q, k, gates, starts, ends, topk=topk)
     return _index_topk(q, k, gates, None, starts, ends, topk)
 
 
 def index_topk_fp8(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor, *, topk: int) -> Tensor:
-    """index_topk as SGLang's engine scores: q and k as e4m3 codes with one float32 scale per 128-vector.
-
-    The scale of q is folded into its gate, that of k multiplies the summed score (a positive factor passes through relu).
-    """
-    q_codes, q_scale = quantize_vectors(q)
-    k_codes, k_scale = quantize_vectors(k)
+    """torch_ops.index_topk_fp8 with FP8 products: scales of q are folded into the gates, those of k multiply the sums."""
+    if not takes_index_topk(q, k):
+        return torch_ops.index_topk_fp8(q, k, gates, starts, ends, topk=topk)
+    q_codes, q_scale = torch_ops.quantize_vectors(q)
+    k_codes, k_scale = torch_ops.quantize_vectors(k)
     return _index_topk(q_codes, k_codes, gates * q_scale, k_scale, starts, ends, topk)
-
-
-def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 codes and one float32 scale per vector of the last dimension: scale = max(1e-4, amax) / 448, as SGLang's indexer."""
-    wide = x.float()
-    scale = wide.abs().amax(dim=-1).clamp_min(1e-4) / 448.0
-    return (wide / scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
 @torch.no_grad()

@@ -108,6 +108,24 @@ def index_topk(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor
     return picked
 
 
+def index_topk_fp8(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor, *, topk: int) -> Tensor:
+    """index_topk as SGLang's engine scores: q and k as e4m3 codes with one float32 scale per 128-vector.
+
+    score = scale_j * sum_h gate_h * scale_h * relu(q_codes_h . k_codes_j); shapes and result as index_topk.
+    """
+    q_codes, q_scale = quantize_vectors(q)
+    k_codes, k_scale = quantize_vectors(k)
+    # A positive factor passes through relu.
+    return index_topk(q_codes.float(), k_codes.float() * k_scale[:, None], gates * q_scale, starts, ends, topk=topk)
+
+
+def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 codes [..., d] and one float32 scale [...] per vector: scale = max(1e-4, amax) / 448, as SGLang's indexer."""
+    wide = x.float()
+    scale = wide.abs().amax(dim=-1).clamp_min(1e-4) / 448.0
+    return (wide / scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
 def select_topk(scores: Tensor, own: Tensor, topk: int, first_position: int) -> Tensor:
     """int32 [t, topk]: ascending positions (column + first_position) of the best own columns, -1 last; ties by key order."""
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :topk]
