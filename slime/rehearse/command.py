@@ -87,7 +87,9 @@ def options_of(own: dict[str, list[str]]) -> Options:
 
 def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write((__doc__ or "") + "\n" + "".join(f"  {name} {value}".ljust(30) + f"{text}\n" for name, (value, text) in OWN.items()))
+        sys.stdout.write(
+            (__doc__ or "") + "\n" + "".join(f"  {name} {value}".ljust(30) + f"{text}\n" for name, (value, text) in OWN.items())
+        )
         return 0
     try:
         own, flags = split_own(argv)

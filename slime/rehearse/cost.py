@@ -97,7 +97,9 @@ class Cost:
         return max(self.phases, key=lambda phase: phase.seconds)
 
 
-def sync_bytes(table: NameTable, hf: HfConfig, engines: Sequence[EngineSpec], rates: Rates, *, gpus_per_node: int) -> SyncBytes | None:
+def sync_bytes(
+    table: NameTable, hf: HfConfig, engines: Sequence[EngineSpec], rates: Rates, *, gpus_per_node: int
+) -> SyncBytes | None:
     receivers = [engine for engine in engines if engine.update_weights]
     if not receivers:
         return None
@@ -120,12 +122,19 @@ def sync_bytes(table: NameTable, hf: HfConfig, engines: Sequence[EngineSpec], ra
     gb = 1e9
     bound = own_experts / gb / rates.nic_gb_per_s
     # The rest comes once per node; its copies over NVLink hide behind the network.
-    bound += max(own_rest / gb / (rates.nic_gb_per_s * gpus_per_node), own_rest * (gpus_per_node - 1) / gpus_per_node / gb / rates.nvlink_gb_per_s)
+    bound += max(
+        own_rest / gb / (rates.nic_gb_per_s * gpus_per_node),
+        own_rest * (gpus_per_node - 1) / gpus_per_node / gb / rates.nvlink_gb_per_s,
+    )
     return SyncBytes(
-        experts=experts, rest=rest, per_gpu=per_gpu, per_engine=per_gpu * first.num_gpus,
-        all_engines=sum(per_gpu * engine.num_gpus for engine in receivers), lower_bound_s=bound,
+        experts=experts,
+        rest=rest,
+        per_gpu=per_gpu,
+        per_engine=per_gpu * first.num_gpus,
+        all_engines=sum(per_gpu * engine.num_gpus for engine in receivers),
+        lower_bound_s=bound,
         as_built_s=(experts + rest) / gb / rates.nic_gb_per_s,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -150,8 +159,18 @@ def bubble(pp: int, micro_batches: int) -> float:
 
 
 def predict(
-    work: ModelWork, stage_cost: Sequence[float], grid: Grid, shape: Shape, sync: SyncBytes | None, rates: Rates, *, recompute: bool,
-    trainer_bytes_per_gpu: int, optimizer_bytes_per_node: int, checkpoint_bytes: int, save_interval: int | None,
+    work: ModelWork,
+    stage_cost: Sequence[float],
+    grid: Grid,
+    shape: Shape,
+    sync: SyncBytes | None,
+    rates: Rates,
+    *,
+    recompute: bool,
+    trainer_bytes_per_gpu: int,
+    optimizer_bytes_per_node: int,
+    checkpoint_bytes: int,
+    save_interval: int | None,
 ) -> Cost:
     tokens = shape.samples * shape.mean_tokens
     forward, training = work.forward, work.training(recompute=recompute)
@@ -160,23 +179,53 @@ def predict(
     busy = evenness * (1 - bubble(grid.pp, max(shape.micro_batches, 1)))
     passes = int(shape.needs_old_log_probs) + int(shape.needs_reference)
     decode = shape.longest_response / rates.tokens_per_decode_step * rates.decode_step_ms / 1e3
-    phases = [CostPhase("rollout", decode, f"longest response {shape.longest_response:,} tokens, {rates.tokens_per_decode_step:g} per {rates.decode_step_ms:g} ms")]
+    phases = [
+        CostPhase(
+            "rollout",
+            decode,
+            f"longest response {shape.longest_response:,} tokens, {rates.tokens_per_decode_step:g} per {rates.decode_step_ms:g} ms",
+        )
+    ]
     moved = trainer_bytes_per_gpu / 1e9 / rates.host_link_gb_per_s
     if shape.colocate:
-        phases.append(CostPhase("hand over to trainer", moved, f"{trainer_bytes_per_gpu / 1e9:.1f} GB per GPU from main memory"))
+        phases.append(
+            CostPhase("hand over to trainer", moved, f"{trainer_bytes_per_gpu / 1e9:.1f} GB per GPU from main memory")
+        )
     if passes:
         seconds = passes * tokens * forward / usable / busy
-        phases.append(CostPhase("log-probs", seconds, f"{passes} forward pass{'es' if passes > 1 else ''} over {tokens:,} tokens"))
-    phases.append(CostPhase("train", tokens * training / usable / busy, f"{tokens:,} tokens x {training / 1e9:.0f} GF, stages {evenness:.0%} even, bubble {bubble(grid.pp, max(shape.micro_batches, 1)):.0%}"))
+        phases.append(
+            CostPhase("log-probs", seconds, f"{passes} forward pass{'es' if passes > 1 else ''} over {tokens:,} tokens")
+        )
+    phases.append(
+        CostPhase(
+            "train",
+            tokens * training / usable / busy,
+            f"{tokens:,} tokens x {training / 1e9:.0f} GF, stages {evenness:.0%} even, bubble {bubble(grid.pp, max(shape.micro_batches, 1)):.0%}",
+        )
+    )
     if optimizer_bytes_per_node:
         seconds = shape.steps * optimizer_bytes_per_node / 1e9 / rates.host_optimizer_gb_per_s
-        phases.append(CostPhase("optimizer", seconds, f"{optimizer_bytes_per_node / 1e9:.0f} GB of state per node, {shape.steps} step(s)"))
+        phases.append(
+            CostPhase("optimizer", seconds, f"{optimizer_bytes_per_node / 1e9:.0f} GB of state per node, {shape.steps} step(s)")
+        )
     if sync is not None:
-        phases.append(CostPhase("weight sync", sync.as_built_s, f"{(sync.experts + sync.rest) / 1e9:.0f} GB broadcast one source after another; well scheduled {sync.lower_bound_s:.2f} s"))
+        phases.append(
+            CostPhase(
+                "weight sync",
+                sync.as_built_s,
+                f"{(sync.experts + sync.rest) / 1e9:.0f} GB broadcast one source after another; well scheduled {sync.lower_bound_s:.2f} s",
+            )
+        )
     if shape.colocate:
         phases.append(CostPhase("hand over to engines", moved, f"{trainer_bytes_per_gpu / 1e9:.1f} GB per GPU to main memory"))
     if save_interval:
-        phases.append(CostPhase("checkpoint", checkpoint_bytes / 1e9 / rates.disk_gb_per_s / save_interval, f"{checkpoint_bytes / 1e12:.2f} TB every {save_interval} rollouts"))
+        phases.append(
+            CostPhase(
+                "checkpoint",
+                checkpoint_bytes / 1e9 / rates.disk_gb_per_s / save_interval,
+                f"{checkpoint_bytes / 1e12:.2f} TB every {save_interval} rollouts",
+            )
+        )
     gpus = max(shape.trainer_gpus, shape.rollout_gpus) if shape.colocate else shape.trainer_gpus + shape.rollout_gpus
     return Cost(tokens, forward, training, tokens * (training + passes * forward), tuple(phases), sync, gpus)
 

@@ -28,13 +28,20 @@ def check_files(reading: Reading, findings: Findings, *, checkpoint_index: str |
     for path in ("rollout_function_path", "custom_generate_function_path", "custom_rm_path", "dynamic_sampling_filter_path"):
         value = getattr(config.rollout, path)
         if value and "." not in value:
-            findings.violation("files", f"--{path.replace('_', '-')} {value} is no dotted path of a function", "", "write package.module.function")
+            findings.violation(
+                "files",
+                f"--{path.replace('_', '-')} {value} is no dotted path of a function",
+                "",
+                "write package.module.function",
+            )
 
 
 def _check_prompts(reading: Reading, findings: Findings) -> None:
     data, evaluation = reading.config.data, reading.config.evaluation
     sources = [("--prompt-data", data.prompt_data, data.input_key, data.label_key)]
-    sources += [(f"evaluation {one.name}", one.path, one.input_key or data.input_key, one.label_key) for one in evaluation.datasets]
+    sources += [
+        (f"evaluation {one.name}", one.path, one.input_key or data.input_key, one.label_key) for one in evaluation.datasets
+    ]
     for flag, path, input_key, label_key in sources:
         if not path:
             continue
@@ -58,16 +65,28 @@ def _check_jsonl(flag: str, file: Path, input_key: str, label_key: str | None, f
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            findings.violation("files", f"{flag} {file}: the {where} line is not JSON ({error.msg} at column {error.colno})", line[:80], "repair the line (a torn download?)")
+            findings.violation(
+                "files",
+                f"{flag} {file}: the {where} line is not JSON ({error.msg} at column {error.colno})",
+                line[:80],
+                "repair the line (a torn download?)",
+            )
             return
         _check_columns(f"{flag} {file}: the {where} line", set(row), input_key, label_key, findings)
-    findings.ok("files", f"{flag}: first and last line of {file} have the columns asked for", f"{file.stat().st_size / 1e6:.1f} MB")
+    findings.ok(
+        "files", f"{flag}: first and last line of {file} have the columns asked for", f"{file.stat().st_size / 1e6:.1f} MB"
+    )
 
 
 def _check_columns(where: str, found: set[str], input_key: str, label_key: str | None, findings: Findings) -> None:
     for name, key in (("--input-key", input_key), ("--label-key", label_key)):
         if key is not None and key not in found:
-            findings.violation("files", f"{where} has no {key!r}", f"columns: {', '.join(sorted(found))}", f"pass {name} with one of those columns")
+            findings.violation(
+                "files",
+                f"{where} has no {key!r}",
+                f"columns: {', '.join(sorted(found))}",
+                f"pass {name} with one of those columns",
+            )
 
 
 def _first_and_last(file: Path) -> list[tuple[str, str]]:
@@ -101,7 +120,12 @@ def _check_index(reading: Reading, findings: Findings, given: str | None) -> Non
         return
     if not file.exists():
         if given:
-            findings.violation("weights", f"--checkpoint-index {given} does not exist", "", "name the checkpoint's model.safetensors.index.json")
+            findings.violation(
+                "weights",
+                f"--checkpoint-index {given} does not exist",
+                "",
+                "name the checkpoint's model.safetensors.index.json",
+            )
         elif folder:
             findings.unchecked("weights", f"the checkpoint's index {file} is not on this machine")
         return
@@ -121,17 +145,34 @@ def _check_index(reading: Reading, findings: Findings, given: str | None) -> Non
         (unexpected, "unexpected in", "is config.json of the same model? remove stray files"),
     ):
         if names:
-            findings.violation("weights", f"{len(names)} tensors are {kind} {file}", ", ".join(names[:6]) + (" ..." if len(names) > 6 else ""), fix)
+            findings.violation(
+                "weights",
+                f"{len(names)} tensors are {kind} {file}",
+                ", ".join(names[:6]) + (" ..." if len(names) > 6 else ""),
+                fix,
+            )
     files = {Path(file).parent / name for name in set(index["weight_map"].values())}
     absent = sorted(path.name for path in files if not path.exists())
     if absent and not given:
-        findings.violation("weights", f"{len(absent)} of {len(files)} safetensors files that {file} names are not there", ", ".join(absent[:4]), "download them")
+        findings.violation(
+            "weights",
+            f"{len(absent)} of {len(files)} safetensors files that {file} names are not there",
+            ", ".join(absent[:4]),
+            "download them",
+        )
     total, wanted = index.get("metadata", {}).get("total_size"), checkpoint_bytes(reading.table, fp8=fp8)
     if not missing and not unexpected:
-        findings.ok("weights", f"{file}: {len(present):,} tensors, each in the table exactly once", f"{total:,} bytes" if total else "")
+        findings.ok(
+            "weights", f"{file}: {len(present):,} tensors, each in the table exactly once", f"{total:,} bytes" if total else ""
+        )
         duplicated = present & set(reading.table.duplicates)
         if total and not duplicated and total != wanted:
-            findings.violation("weights", f"{file} announces {total:,} bytes, the table's shapes and types give {wanted:,}", "", "are the tensors bf16 (or block FP8)?")
+            findings.violation(
+                "weights",
+                f"{file} announces {total:,} bytes, the table's shapes and types give {wanted:,}",
+                "",
+                "are the tensors bf16 (or block FP8)?",
+            )
 
 
 def _check_save(reading: Reading, findings: Findings) -> None:
@@ -144,7 +185,12 @@ def _check_save(reading: Reading, findings: Findings) -> None:
         findings.unchecked("files", f"--save {folder}: neither it nor its parent is on this machine")
         return
     if not os.access(existing, os.W_OK):
-        findings.violation("files", f"--save {folder} cannot be written by this user", str(existing), "change the owner, or name another folder")
+        findings.violation(
+            "files",
+            f"--save {folder} cannot be written by this user",
+            str(existing),
+            "change the owner, or name another folder",
+        )
         return
     free = shutil.disk_usage(existing).free
     need = 0
@@ -152,9 +198,13 @@ def _check_save(reading: Reading, findings: Findings) -> None:
         parameters = reading.table.num_parameters(mtp=False)
         need = parameters * (2 if reading.config.checkpoint.no_save_optim else 14)
     findings.check(
-        free >= need, "files", f"--save {folder} is writable and has room for a checkpoint", values=f"free {free / 1e9:.1f} GB, one checkpoint {need / 1e9:.1f} GB",
-        wrong=f"--save {folder} has no room for one checkpoint", fix="free space, name another folder, or pass --no-save-optim",
-    )  # fmt: skip
+        free >= need,
+        "files",
+        f"--save {folder} is writable and has room for a checkpoint",
+        values=f"free {free / 1e9:.1f} GB, one checkpoint {need / 1e9:.1f} GB",
+        wrong=f"--save {folder} has no room for one checkpoint",
+        fix="free space, name another folder, or pass --no-save-optim",
+    )
 
 
 def _check_hosts(reading: Reading, findings: Findings, hostfile: str | None) -> None:
@@ -163,7 +213,12 @@ def _check_hosts(reading: Reading, findings: Findings, hostfile: str | None) -> 
     nodes = max(cluster.actor_num_nodes, -(-(cluster.rollout_num_gpus or 0) // max(cluster.num_gpus_per_node, 1)))
     if hostfile is None:
         if nodes > 1:
-            findings.unchecked("files", f"the addresses of {nodes} nodes: no hostfile is given", "", "set HOSTFILE (one worker address per line)")
+            findings.unchecked(
+                "files",
+                f"the addresses of {nodes} nodes: no hostfile is given",
+                "",
+                "set HOSTFILE (one worker address per line)",
+            )
         return
     if not Path(hostfile).exists():
         findings.unchecked("files", f"HOSTFILE {hostfile} is not on this machine")
@@ -173,11 +228,19 @@ def _check_hosts(reading: Reading, findings: Findings, hostfile: str | None) -> 
     if twice := sorted({host for host in hosts if hosts.count(host) > 1}):
         findings.violation("files", f"HOSTFILE {hostfile} names hosts twice", ", ".join(twice), "one line per node")
     if odd := [host for host in hosts if not _is_host(host)]:
-        findings.violation("files", f"HOSTFILE {hostfile} has lines that are no address", ", ".join(odd[:4]), "one address per line, nothing else")
+        findings.violation(
+            "files",
+            f"HOSTFILE {hostfile} has lines that are no address",
+            ", ".join(odd[:4]),
+            "one address per line, nothing else",
+        )
     findings.check(
-        len(set(hosts)) == nodes, "files", f"HOSTFILE names {nodes} nodes", wrong=f"HOSTFILE {hostfile} names {len(set(hosts))} nodes, the run wants {nodes}",
+        len(set(hosts)) == nodes,
+        "files",
+        f"HOSTFILE names {nodes} nodes",
+        wrong=f"HOSTFILE {hostfile} names {len(set(hosts))} nodes, the run wants {nodes}",
         fix="add or remove lines, or change --actor-num-nodes",
-    )  # fmt: skip
+    )
 
 
 def _is_host(text: str) -> bool:
@@ -186,5 +249,3 @@ def _is_host(text: str) -> bool:
         return True
     except ValueError:
         return bool(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", text)) and not re.fullmatch(r"[\d.]+", text)
-
-

@@ -37,23 +37,31 @@ def check_layout(reading: Reading, findings: Findings, *, length: int) -> Balanc
     config, grid = reading.config, reading.grid
     if grid is not None:
         findings.ok(
-            "layout", f"{grid.world} ranks = TP {grid.tp} x PP {grid.pp} x CP {grid.cp} x DP {grid.dp}",
+            "layout",
+            f"{grid.world} ranks = TP {grid.tp} x PP {grid.pp} x CP {grid.cp} x DP {grid.dp}",
             f"experts: TP {grid.etp} x EP {grid.ep} x PP {grid.pp} x DP {grid.edp}",
-        )  # fmt: skip
+        )
     if config.parallel.tensor_model_parallel_size > 1:
         findings.check(
-            config.parallel.sequence_parallel, "layout", "tensor parallelism is with --sequence-parallel",
+            config.parallel.sequence_parallel,
+            "layout",
+            "tensor parallelism is with --sequence-parallel",
             wrong=f"--tensor-model-parallel-size {config.parallel.tensor_model_parallel_size} without --sequence-parallel",
             fix="pass --sequence-parallel (without it megatron-core doubles gradients of norms and cannot train experts)",
-        )  # fmt: skip
+        )
     if reading.hf is None or reading.table is None:
         findings.unchecked("layout", "stage starts, cuts and balance: the model's config.json is not known here")
         return None
-    if reading.hf.num_experts and (reading.grid.etp if reading.grid else config.parallel.expert_tensor_parallel_size) not in (1, None):
+    if reading.hf.num_experts and (reading.grid.etp if reading.grid else config.parallel.expert_tensor_parallel_size) not in (
+        1,
+        None,
+    ):
         findings.violation(
-            "layout", "experts are whole on their rank in this trainer", f"--expert-tensor-parallel-size {config.parallel.expert_tensor_parallel_size}",
+            "layout",
+            "experts are whole on their rank in this trainer",
+            f"--expert-tensor-parallel-size {config.parallel.expert_tensor_parallel_size}",
             "pass --expert-tensor-parallel-size 1 and raise --expert-model-parallel-size instead",
-        )  # fmt: skip
+        )
     _check_spec(reading, findings)
     _check_context_parallel(reading, findings)
     if grid is not None:
@@ -66,12 +74,20 @@ def _check_spec(reading: Reading, findings: Findings) -> None:
     spec, hf = reading.config.model.spec, reading.hf
     if hf.has_indexer:
         findings.check(
-            spec is not None and spec[1] == "get_glm5_spec", "layout", "a sparse-attention model is built by get_glm5_spec",
-            values=" ".join(spec) if spec else "", wrong=f"{hf.model_type} needs the sparse-attention layer spec",
+            spec is not None and spec[1] == "get_glm5_spec",
+            "layout",
+            "a sparse-attention model is built by get_glm5_spec",
+            values=" ".join(spec) if spec else "",
+            wrong=f"{hf.model_type} needs the sparse-attention layer spec",
             fix="pass --spec slime_plugins.models.glm5.glm5 get_glm5_spec",
-        )  # fmt: skip
+        )
     elif spec is not None and spec[1] == "get_glm5_spec":
-        findings.violation("layout", f"get_glm5_spec builds glm_moe_dsa and deepseek_v32, {hf.source} is {hf.model_type}", " ".join(spec), "remove --spec")
+        findings.violation(
+            "layout",
+            f"get_glm5_spec builds glm_moe_dsa and deepseek_v32, {hf.source} is {hf.model_type}",
+            " ".join(spec),
+            "remove --spec",
+        )
 
 
 def _check_context_parallel(reading: Reading, findings: Findings) -> None:
@@ -80,14 +96,19 @@ def _check_context_parallel(reading: Reading, findings: Findings) -> None:
         return
     if hf.has_indexer:
         findings.check(
-            sizes.allgather_cp, "layout", f"CP {sizes.context_parallel_size} with the contiguous layout of sparse attention",
-            wrong=f"sparse attention with --context-parallel-size {sizes.context_parallel_size} needs contiguous shards", fix="pass --allgather-cp",
-        )  # fmt: skip
+            sizes.allgather_cp,
+            "layout",
+            f"CP {sizes.context_parallel_size} with the contiguous layout of sparse attention",
+            wrong=f"sparse attention with --context-parallel-size {sizes.context_parallel_size} needs contiguous shards",
+            fix="pass --allgather-cp",
+        )
     elif sizes.allgather_cp:
         findings.violation(
-            "layout", "--allgather-cp is the layout of sparse attention", f"{hf.source} is {hf.model_type}",
+            "layout",
+            "--allgather-cp is the layout of sparse attention",
+            f"{hf.source} is {hf.model_type}",
             "remove --allgather-cp: zigzag shards are balanced for full attention",
-        )  # fmt: skip
+        )
 
 
 def _check_cuts(reading: Reading, grid: Grid, findings: Findings) -> None:
@@ -96,7 +117,14 @@ def _check_cuts(reading: Reading, grid: Grid, findings: Findings) -> None:
     seen: dict[tuple, Entry] = {}
     for entry in reading.table.entries:
         if not entry.name.startswith("mtp."):
-            seen.setdefault((entry.name.rpartition("layers.")[2].partition(".")[2] if "layers." in entry.name else entry.name, entry.expert is not None, entry.shape), entry)
+            seen.setdefault(
+                (
+                    entry.name.rpartition("layers.")[2].partition(".")[2] if "layers." in entry.name else entry.name,
+                    entry.expert is not None,
+                    entry.shape,
+                ),
+                entry,
+            )
     broken, gathered, inside = [], set(), set()
     for entry in seen.values():
         size = grid.etp if entry.expert is not None else grid.tp
@@ -108,17 +136,27 @@ def _check_cuts(reading: Reading, grid: Grid, findings: Findings) -> None:
             (inside if fp8_block_is_local(entry, size, _block(hf)) else gathered).add(kind)
     if broken:
         findings.violation(
-            "layout", f"{len(broken)} kinds of tensors do not divide over {grid.tp} tensor-parallel ranks", "; ".join(sorted(set(broken))[:6]),
+            "layout",
+            f"{len(broken)} kinds of tensors do not divide over {grid.tp} tensor-parallel ranks",
+            "; ".join(sorted(set(broken))[:6]),
             "choose a --tensor-model-parallel-size that divides the named counts",
-        )  # fmt: skip
+        )
     else:
         findings.ok("layout", f"heads, rows and vocabulary divide over TP {grid.tp}", f"{len(seen)} kinds of tensors")
     if hf.num_experts and hf.num_experts % grid.ep == 0:
-        findings.ok("layout", f"{hf.num_experts} experts divide over EP {grid.ep}", f"{hf.num_experts // grid.ep} per rank and layer")
+        findings.ok(
+            "layout", f"{hf.num_experts} experts divide over EP {grid.ep}", f"{hf.num_experts // grid.ep} per rank and layer"
+        )
     if gathered:
-        findings.ok("layout", "FP8 blocks cross tensor-parallel shards of some tensors; these are gathered before they are quantised", ", ".join(sorted(gathered)))
+        findings.ok(
+            "layout",
+            "FP8 blocks cross tensor-parallel shards of some tensors; these are gathered before they are quantised",
+            ", ".join(sorted(gathered)),
+        )
     elif inside:
-        findings.ok("layout", f"every FP8 block of {_block(hf)} x {_block(hf)} lies inside one shard", f"{len(inside)} kinds of tensors")
+        findings.ok(
+            "layout", f"every FP8 block of {_block(hf)} x {_block(hf)} lies inside one shard", f"{len(inside)} kinds of tensors"
+        )
 
 
 def _block(hf) -> int:
@@ -142,7 +180,11 @@ def uneven(entry: Entry, size: int, *, padded_vocab: int | None) -> str:
     if entry.split == "vocab":
         whole = padded_vocab or whole
     units = entry.groups[0] if entry.groups else whole // 2 if entry.split == "gated_rows" else whole
-    return f"{short_name(entry)}: {units} {'query groups' if entry.groups else 'rows' if entry.split != 'columns' else 'columns'}" if units % size else ""
+    return (
+        f"{short_name(entry)}: {units} {'query groups' if entry.groups else 'rows' if entry.split != 'columns' else 'columns'}"
+        if units % size
+        else ""
+    )
 
 
 def _check_batch(reading: Reading, grid: Grid, findings: Findings) -> None:
@@ -153,24 +195,30 @@ def _check_batch(reading: Reading, grid: Grid, findings: Findings) -> None:
         findings.ok("batch", f"{prompts} prompts x {samples} samples = {batch.global_batch_size} x {steps} steps")
         if batch.global_batch_size % grid.dp and not batch.use_dynamic_batch_size:
             findings.violation(
-                "batch", f"a step's {batch.global_batch_size} samples do not divide over {grid.dp} data-parallel ranks", "",
+                "batch",
+                f"a step's {batch.global_batch_size} samples do not divide over {grid.dp} data-parallel ranks",
+                "",
                 f"make --global-batch-size a multiple of {grid.dp}, or pass --use-dynamic-batch-size",
-            )  # fmt: skip
+            )
     if batch.max_tokens_per_gpu:
         unit = batch.data_pad_size_multiplier * grid.tp * grid.cp
         capacity = batch.max_tokens_per_gpu * grid.cp
         findings.check(
-            capacity % unit == 0 or capacity > unit, "batch", f"a full micro-batch of {capacity:,} tokens takes padding to multiples of {unit:,}",
+            capacity % unit == 0 or capacity > unit,
+            "batch",
+            f"a full micro-batch of {capacity:,} tokens takes padding to multiples of {unit:,}",
             wrong=f"a micro-batch holds {capacity:,} tokens, but the stream is padded to a multiple of {unit:,}",
             fix=f"lower --data-pad-size-multiplier (now {batch.data_pad_size_multiplier}) or raise --max-tokens-per-gpu",
-        )  # fmt: skip
+        )
         longest = longest_sample(config)
         if longest and longest > capacity:
             findings.unchecked(
-                "batch", f"samples of up to {longest:,} tokens are longer than a micro-batch of {capacity:,}; such a sample is trained alone and needs "
-                f"{longest / capacity:.1f} times the memory of this report", "",
+                "batch",
+                f"samples of up to {longest:,} tokens are longer than a micro-batch of {capacity:,}; such a sample is trained alone and needs "
+                f"{longest / capacity:.1f} times the memory of this report",
+                "",
                 f"raise --max-tokens-per-gpu to {-(-longest // grid.cp):,}, or lower --rollout-max-response-len / --rollout-max-prompt-len",
-            )  # fmt: skip
+            )
 
 
 def longest_sample(config) -> int | None:
@@ -204,7 +252,9 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
             _advice(options, best),
         )
     if empty := [chunk.pp_rank for chunk in reading.chunks if not len(chunk.layers) and pp > 1]:
-        findings.violation("layout", f"pipeline stages {empty} hold no layer", "", "lower --pipeline-model-parallel-size or change the split")
+        findings.violation(
+            "layout", f"pipeline stages {empty} hold no layer", "", "lower --pipeline-model-parallel-size or change the split"
+        )
     per_rank = [0.0] * pp
     sizes = [0] * pp
     for chunk in reading.chunks:
@@ -214,8 +264,11 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
     result = Balance(length, tuple(sizes), tuple(per_rank), options, best, tuple(computing_layers(hf)), tuple(costs), head)
     if not wrong_starts(hf, reading.chunks) and pp > 1:
         starts = ", ".join(str(chunk.layers.start + 1) for chunk in reading.chunks)
-        findings.ok("layout", f"stages start on layers {starts}" + (", all of them computing layers" if hf.has_indexer else ""),
-                    f"stage balance {result.value:.1%} by training FLOPs at {length:,} tokens")  # fmt: skip
+        findings.ok(
+            "layout",
+            f"stages start on layers {starts}" + (", all of them computing layers" if hf.has_indexer else ""),
+            f"stage balance {result.value:.1%} by training FLOPs at {length:,} tokens",
+        )
     return result
 
 

@@ -141,7 +141,14 @@ class EngineRank:
 
 
 def stage_memory(
-    share: StageShare, hf: HfConfig, grid: Grid, shapes: TrainShapes, *, bucket_bytes: int, engine: EngineRank | None, gpu_bytes: float,
+    share: StageShare,
+    hf: HfConfig,
+    grid: Grid,
+    shapes: TrainShapes,
+    *,
+    bucket_bytes: int,
+    engine: EngineRank | None,
+    gpu_bytes: float,
     assumed: Assumed,
 ) -> StageMemory:
     """All phases of one rank of a stage. With offloaded training, trainer and engine own the GPU in turn."""
@@ -175,13 +182,14 @@ def stage_memory(
             Phase(
                 "rollout",
                 {
-                    "engine weights": engine.weights, "draft weights": engine.draft_weights,
+                    "engine weights": engine.weights,
+                    "draft weights": engine.draft_weights,
                     "KV cache": max(0, room - engine.weights - engine.draft_weights),
                     "engine overhead": int(assumed.engine_overhead_gb * GB),
                     "sleeping trainer": resting if shapes.offload_train else weights,
                 },
             )
-        )  # fmt: skip
+        )
     phases.append(Phase("checkpoint", {**base, "staging of one shard": weights // max(len(share.layers), 1)}))
     return StageMemory(share, tuple(phases), state if shapes.optimizer_on_host else 0)
 
@@ -216,7 +224,11 @@ def host_training(share: StageShare, hf: HfConfig, grid: Grid, shapes: TrainShap
 def kv_bytes_per_token(hf: HfConfig, *, fp8: bool, tp: int = 1) -> int:
     """Of one engine rank: sparse attention keeps a 656-byte latent (or 576 bf16 values) a layer and 132 bytes a computing layer."""
     if hf.has_indexer:
-        latent = hf["kv_lora_rank"] + hf["kv_lora_rank"] // 128 * 4 + 2 * hf["qk_rope_head_dim"] if fp8 else 2 * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"])
+        latent = (
+            hf["kv_lora_rank"] + hf["kv_lora_rank"] // 128 * 4 + 2 * hf["qk_rope_head_dim"]
+            if fp8
+            else 2 * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"])
+        )
         computing = sum(hf.runs_indexer(layer) for layer in range(hf.num_layers))
         return hf.num_layers * latent + computing * (hf["index_head_dim"] + 4)
     size = 1 if fp8 else 2
@@ -255,6 +267,8 @@ def compare(measured: Measured, predicted: Sequence[StageMemory]) -> list[Compar
     for (stage, name), peak in sorted(measured.peaks.items()):
         known = [phase.name for phase in predicted[stage].phases] if stage < len(predicted) else []
         if name not in known:
-            raise ValueError(f"measured stage {stage} phase {name!r} was not predicted; stages 0-{len(predicted) - 1}, phases {known}")
+            raise ValueError(
+                f"measured stage {stage} phase {name!r} was not predicted; stages 0-{len(predicted) - 1}, phases {known}"
+            )
         lines.append(Comparison(f"stage {stage} {name}", predicted[stage].phase(name).total, peak))
     return lines

@@ -71,20 +71,30 @@ class Wanted:
 def gather(address: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts:
     """Everything of this node but its clock and its reach, which take two. seed_path: path -> file that the driver wrote there."""
     return NodeFacts(
-        address=address, host=socket.gethostname(), gpus=_gpus(), interfaces=tuple(name for _, name in socket.if_nameindex()),
-        ib_devices=_listed("/sys/class/infiniband"), clock_offset=0.0,
+        address=address,
+        host=socket.gethostname(),
+        gpus=_gpus(),
+        interfaces=tuple(name for _, name in socket.if_nameindex()),
+        ib_devices=_listed("/sys/class/infiniband"),
+        clock_offset=0.0,
         shared={path: try_shared(path, seed_path.get(path)) for path in wanted.paths},
-        shm_free_gb=_free_gb("/dev/shm"), disk_free_gb=_free_gb("/tmp"), busy_ports=tuple(port for port in wanted.ports if _is_busy(port)),
-        proxies={name: os.environ[name] for name in PROXIES if os.environ.get(name)}, packages={name: _version(name) for name in PACKAGES},
+        shm_free_gb=_free_gb("/dev/shm"),
+        disk_free_gb=_free_gb("/tmp"),
+        busy_ports=tuple(port for port in wanted.ports if _is_busy(port)),
+        proxies={name: os.environ[name] for name in PROXIES if os.environ.get(name)},
+        packages={name: _version(name) for name in PACKAGES},
         python=platform.python_version(),
-    )  # fmt: skip
+    )
 
 
 def _gpus() -> tuple[Gpu, ...]:
     try:
         out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.free", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=60
-        )  # fmt: skip
+            ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.free", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ()
     rows = [line.split(", ") for line in out.stdout.splitlines() if line.count(", ") == 3]
@@ -164,24 +174,68 @@ def clock_offset(ask: Callable[[], float]) -> float:
 
 def judge(nodes: Sequence[NodeFacts], wanted: Wanted, findings: Findings) -> None:
     """One finding per question over all nodes; a violation names the bad ones."""
-    findings.check(len(nodes) == wanted.num_nodes, "nodes", f"{len(nodes)} nodes are in the Ray cluster", wrong=f"{len(nodes)} nodes are in the Ray cluster, the run wants {wanted.num_nodes}",
-                   values=", ".join(node.address for node in nodes[:40]), fix="join the missing nodes, or remove the extra ones")  # fmt: skip
+    findings.check(
+        len(nodes) == wanted.num_nodes,
+        "nodes",
+        f"{len(nodes)} nodes are in the Ray cluster",
+        wrong=f"{len(nodes)} nodes are in the Ray cluster, the run wants {wanted.num_nodes}",
+        values=", ".join(node.address for node in nodes[:40]),
+        fix="join the missing nodes, or remove the extra ones",
+    )
     questions: list[tuple[str, Callable[[NodeFacts], str], str]] = [
-        ("GPUs of one kind, as many as wanted", lambda node: _gpu_problem(node, nodes, wanted), "drain the node, or change --actor-num-gpus-per-node"),
+        (
+            "GPUs of one kind, as many as wanted",
+            lambda node: _gpu_problem(node, nodes, wanted),
+            "drain the node, or change --actor-num-gpus-per-node",
+        ),
         ("GPU memory free", _memory_problem, "end what else uses the GPUs (nvidia-smi names it)"),
-        ("the network interface is there", lambda node: "" if not wanted.interface or wanted.interface in node.interfaces else f"no {wanted.interface}; has {', '.join(node.interfaces)}", "set SOCKET_IFNAME"),
-        ("the RDMA devices are there", lambda node: ", ".join(sorted(set(wanted.ib_devices) - set(node.ib_devices))), "set IB_DEVICES to devices that every node has"),
-        ("clocks agree", lambda node: f"{node.clock_offset:+.2f} s" if abs(node.clock_offset) > MAX_SKEW_SECONDS else "", "synchronise the clock (chrony, ntp)"),
-        ("shared folders are seen, written and renamed in", lambda node: "; ".join(f"{path}: {why}" for path, why in node.shared.items() if why), "mount the shared file system"),
+        (
+            "the network interface is there",
+            lambda node: (
+                ""
+                if not wanted.interface or wanted.interface in node.interfaces
+                else f"no {wanted.interface}; has {', '.join(node.interfaces)}"
+            ),
+            "set SOCKET_IFNAME",
+        ),
+        (
+            "the RDMA devices are there",
+            lambda node: ", ".join(sorted(set(wanted.ib_devices) - set(node.ib_devices))),
+            "set IB_DEVICES to devices that every node has",
+        ),
+        (
+            "clocks agree",
+            lambda node: f"{node.clock_offset:+.2f} s" if abs(node.clock_offset) > MAX_SKEW_SECONDS else "",
+            "synchronise the clock (chrony, ntp)",
+        ),
+        (
+            "shared folders are seen, written and renamed in",
+            lambda node: "; ".join(f"{path}: {why}" for path, why in node.shared.items() if why),
+            "mount the shared file system",
+        ),
         ("/dev/shm and /tmp have room", _room_problem, "free space, or enlarge /dev/shm"),
         ("ports are free", lambda node: ", ".join(map(str, node.busy_ports)), "end what listens there, or choose other ports"),
-        ("no proxy stands between the nodes", lambda node: _proxy_problem(node, nodes), "unset the proxy variables, or list the cluster's addresses in no_proxy"),
-        ("every node reaches every other", lambda node: "; ".join(f"{to}: {why}" for to, why in node.unreachable.items()), "open the firewall between the nodes"),
-    ]  # fmt: skip
+        (
+            "no proxy stands between the nodes",
+            lambda node: _proxy_problem(node, nodes),
+            "unset the proxy variables, or list the cluster's addresses in no_proxy",
+        ),
+        (
+            "every node reaches every other",
+            lambda node: "; ".join(f"{to}: {why}" for to, why in node.unreachable.items()),
+            "open the firewall between the nodes",
+        ),
+    ]
     for name, problem, fix in questions:
         bad = {node.address: text for node in nodes if (text := problem(node))}
-        findings.check(not bad, "nodes", name, wrong=f"{name}: not on {len(bad)} of {len(nodes)} nodes",
-                       values="; ".join(f"{address}: {text}" for address, text in list(bad.items())[:8]), fix=fix)  # fmt: skip
+        findings.check(
+            not bad,
+            "nodes",
+            name,
+            wrong=f"{name}: not on {len(bad)} of {len(nodes)} nodes",
+            values="; ".join(f"{address}: {text}" for address, text in list(bad.items())[:8]),
+            fix=fix,
+        )
     _judge_packages(nodes, findings)
 
 
@@ -194,7 +248,11 @@ def _gpu_problem(node: NodeFacts, nodes: Sequence[NodeFacts], wanted: Wanted) ->
 
 
 def _memory_problem(node: NodeFacts) -> str:
-    full = [f"GPU {number} {gpu.free_mb} of {gpu.total_mb} MB free" for number, gpu in enumerate(node.gpus) if gpu.free_mb < MIN_FREE_SHARE * gpu.total_mb]
+    full = [
+        f"GPU {number} {gpu.free_mb} of {gpu.total_mb} MB free"
+        for number, gpu in enumerate(node.gpus)
+        if gpu.free_mb < MIN_FREE_SHARE * gpu.total_mb
+    ]
     return ", ".join(full)
 
 
@@ -216,6 +274,14 @@ def _judge_packages(nodes: Sequence[NodeFacts], findings: Findings) -> None:
     for package in (*PACKAGES, "python"):
         found = {node.address: node.python if package == "python" else node.packages.get(package, "-") for node in nodes}
         usual = Counter(found.values()).most_common(1)
-        wrong += [f"{address}: {package} {has}, the others {usual[0][0]}" for address, has in found.items() if has != usual[0][0]]
-    findings.check(not wrong, "nodes", "package versions are equal on all nodes", wrong=f"package versions differ on {len({text.split(':')[0] for text in wrong})} nodes",
-                   values="; ".join(wrong[:8]), fix="run scripts/setup.sh on the named nodes")  # fmt: skip
+        wrong += [
+            f"{address}: {package} {has}, the others {usual[0][0]}" for address, has in found.items() if has != usual[0][0]
+        ]
+    findings.check(
+        not wrong,
+        "nodes",
+        "package versions are equal on all nodes",
+        wrong=f"package versions differ on {len({text.split(':')[0] for text in wrong})} nodes",
+        values="; ".join(wrong[:8]),
+        fix="run scripts/setup.sh on the named nodes",
+    )

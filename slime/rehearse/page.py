@@ -24,21 +24,36 @@ svg { max-width: 100%; height: auto; display: block }
 def as_html(done: Rehearsal) -> str:
     reading = done.reading
     grid, name = reading.grid, (reading.hf.source if reading.hf else "unknown model")
-    head = f"{grid.world} ranks: TP {grid.tp} x PP {grid.pp} x CP {grid.cp} x DP {grid.dp}, EP {grid.ep}" if grid else "layout not defined"
+    head = (
+        f"{grid.world} ranks: TP {grid.tp} x PP {grid.pp} x CP {grid.cp} x DP {grid.dp}, EP {grid.ep}"
+        if grid
+        else "layout not defined"
+    )
     parts = [
-        "<!DOCTYPE html>", '<html lang="en"><head><meta charset="utf-8"><title>Rehearsal</title>', f"<style>{STYLE}</style></head><body>",
-        "<h1>Rehearsal</h1>", f"<p>{escape(name)}<br>{escape(head)}</p>",
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8"><title>Rehearsal</title>',
+        f"<style>{STYLE}</style></head><body>",
+        "<h1>Rehearsal</h1>",
+        f"<p>{escape(name)}<br>{escape(head)}</p>",
         f'<p class="verdict {"good" if done.findings.launchable else "bad"}">{escape(verdict(done))}</p>',
-    ]  # fmt: skip
+    ]
     parts += _findings("Violations", done.findings.of("violation"))
     if done.memory:
         parts += ["<h2>Ranks</h2>", rank_grid(done)]
     if done.balance is not None and len(done.balance.sizes) > 1:
-        parts += ["<h2>Stage balance</h2>", f"<p>Training FLOPs per token at sequences of {done.balance.length:,} tokens, output layer included.</p>", balance_bars(done.balance)]
+        parts += [
+            "<h2>Stage balance</h2>",
+            f"<p>Training FLOPs per token at sequences of {done.balance.length:,} tokens, output layer included.</p>",
+            balance_bars(done.balance),
+        ]
     if done.cost is not None:
         parts += ["<h2>One iteration</h2>", timeline(done.cost)]
     if done.weights is not None and done.weights.rows:
-        parts += ["<h2>Weight flow</h2>", weight_flow(done), f"<p>Digest of the weight map: <code>{done.weights.digest}</code></p>"]
+        parts += [
+            "<h2>Weight flow</h2>",
+            weight_flow(done),
+            f"<p>Digest of the weight map: <code>{done.weights.digest}</code></p>",
+        ]
     if done.memory:
         parts += ["<h2>Memory of a GPU, GB</h2>", memory_bars(done.memory, done.options.gpu_memory_gb)]
     parts += _findings("Not checked from here", done.findings.of("unchecked"))
@@ -54,5 +69,7 @@ def _findings(title: str, items: list[Finding]) -> list[str]:
     for item in items:
         values = f' <span class="values">[{escape(item.values)}]</span>' if item.values else ""
         fix = f'<br><span class="fix">fix: {escape(item.fix)}</span>' if item.fix else ""
-        rows.append(f'<tr><td class="mark {item.severity}">{item.severity}</td><td>{escape(item.area)}</td><td>{escape(item.what)}{values}{fix}</td></tr>')
+        rows.append(
+            f'<tr><td class="mark {item.severity}">{item.severity}</td><td>{escape(item.area)}</td><td>{escape(item.what)}{values}{fix}</td></tr>'
+        )
     return [f"<h2>{escape(title)} ({len(items)})</h2>", "<table>", *rows, "</table>"]

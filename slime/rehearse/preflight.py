@@ -1,6 +1,6 @@
 """--preflight: ask every node of the running Ray cluster, through one actor each, and name the bad ones.
 
-    RAY_ADDRESS=... python3 -m slime.rehearse --preflight FLAGS OF THE RUN
+RAY_ADDRESS=... python3 -m slime.rehearse --preflight FLAGS OF THE RUN
 """
 
 from __future__ import annotations
@@ -25,15 +25,22 @@ def wanted_of(reading: Reading) -> Wanted:
     config = reading.config
     cluster = config.cluster
     devices = str(config.engine.sglang.get("disaggregation_ib_device", ""))
-    folders = {str(Path(path).parent) for path in (config.checkpoint.hf_checkpoint, config.checkpoint.save, config.checkpoint.load) if path}
+    folders = {
+        str(Path(path).parent)
+        for path in (config.checkpoint.hf_checkpoint, config.checkpoint.save, config.checkpoint.load)
+        if path
+    }
     needed = max(cluster.actor_num_nodes * cluster.actor_num_gpus_per_node, cluster.rollout_num_gpus or 0)
     if not cluster.colocate:
         needed = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node + (cluster.rollout_num_gpus or 0)
     return Wanted(
-        num_nodes=max(1, needed // max(cluster.num_gpus_per_node, 1)), gpus_per_node=min(cluster.num_gpus_per_node, max(needed, 1)),
-        interface=os.environ.get("SOCKET_IFNAME"), ib_devices=tuple(name for name in re.split(r"[,\s]+", devices) if name and not name.startswith("{")),
-        paths=tuple(sorted(folders)), ports=(15000, 15001),
-    )  # fmt: skip
+        num_nodes=max(1, needed // max(cluster.num_gpus_per_node, 1)),
+        gpus_per_node=min(cluster.num_gpus_per_node, max(needed, 1)),
+        interface=os.environ.get("SOCKET_IFNAME"),
+        ib_devices=tuple(name for name in re.split(r"[,\s]+", devices) if name and not name.startswith("{")),
+        paths=tuple(sorted(folders)),
+        ports=(15000, 15001),
+    )
 
 
 def ask_nodes(wanted: Wanted) -> list[NodeFacts]:
@@ -60,20 +67,31 @@ def ask_nodes(wanted: Wanted) -> list[NodeFacts]:
 
     nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
     scouts = {
-        node["NodeManagerAddress"]: Scout.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote() for node in nodes
-    }  # fmt: skip
+        node["NodeManagerAddress"]: Scout.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in nodes
+    }
     seeds = _seed(wanted.paths)
     try:
         ports = dict(zip(scouts, ray.get([scout.port.remote() for scout in scouts.values()]), strict=True))
         facts = ray.get([scout.facts.remote(address, wanted, seeds) for address, scout in scouts.items()])
         offsets = [clock_offset(lambda scout=scout: ray.get(scout.clock.remote())) for scout in scouts.values()]
-        cut_off = ray.get([scout.reach.remote({other: port for other, port in ports.items() if other != address}) for address, scout in scouts.items()])
+        cut_off = ray.get(
+            [
+                scout.reach.remote({other: port for other, port in ports.items() if other != address})
+                for address, scout in scouts.items()
+            ]
+        )
     finally:
         for seed in seeds.values():
             Path(seed).unlink(missing_ok=True)
         for scout in scouts.values():
             ray.kill(scout)
-    return [replace(fact, clock_offset=offset, unreachable=missing) for fact, offset, missing in zip(facts, offsets, cut_off, strict=True)]
+    return [
+        replace(fact, clock_offset=offset, unreachable=missing)
+        for fact, offset, missing in zip(facts, offsets, cut_off, strict=True)
+    ]
 
 
 def _seed(paths: Sequence[str]) -> dict[str, str]:
@@ -95,7 +113,12 @@ def main(argv: Sequence[str], *, json_file: str | None = None) -> int:
 
     findings = Findings()
     wanted = wanted_of(read(argv, Findings()))
-    ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS", "auto"),
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
+    )
     try:
         nodes = ask_nodes(wanted)
     finally:
@@ -104,7 +127,15 @@ def main(argv: Sequence[str], *, json_file: str | None = None) -> int:
     for finding in findings.items:
         sys.stdout.write(finding.line() + "\n")
     if json_file:
-        Path(json_file).write_text(json.dumps({"nodes": [{**vars(node), "gpus": [vars(gpu) for gpu in node.gpus]} for node in nodes],
-                                               "findings": [vars(finding) for finding in findings.items]}, indent=1) + "\n")  # fmt: skip
+        Path(json_file).write_text(
+            json.dumps(
+                {
+                    "nodes": [{**vars(node), "gpus": [vars(gpu) for gpu in node.gpus]} for node in nodes],
+                    "findings": [vars(finding) for finding in findings.items],
+                },
+                indent=1,
+            )
+            + "\n"
+        )
     sys.stdout.write("every node is fit\n" if findings.launchable else "NOT FIT: see the nodes named above\n")
     return 0 if findings.launchable else 1

@@ -1,6 +1,6 @@
 """Build training ranks for real, on the meta device with a fake process group, and say what each holds. Runs as a child process:
 
-    python3 -m slime.rehearse.rank_worker PICKLED-JOB        -> one JSON line per rank, then one with the process's peak memory
+python3 -m slime.rehearse.rank_worker PICKLED-JOB        -> one JSON line per rank, then one with the process's peak memory
 """
 
 from __future__ import annotations
@@ -126,10 +126,21 @@ def _described(chunks: list, job: Job, place: object, seconds: float) -> dict[st
             dense[local.name] = [local.tensor.numel(), int(entry.split != "none" and place.tp_size > 1)]
             order.append([local.name, 0])
     return {
-        "rank": place.rank, "tp": place.tp_rank, "pp": place.pp_rank, "cp": place.cp_rank, "dp": place.dp_rank, "ep": place.ep_rank,
-        "edp": place.edp_rank, "etp": place.etp_rank, "parameters": total, "experts": experts, "dense": dense, "off_meta": off_meta,
-        "seconds": seconds, "order": order if place.tp_rank == place.cp_rank == place.dp_rank == 0 and place.ep_rank == 0 else [],
-    }  # fmt: skip
+        "rank": place.rank,
+        "tp": place.tp_rank,
+        "pp": place.pp_rank,
+        "cp": place.cp_rank,
+        "dp": place.dp_rank,
+        "ep": place.ep_rank,
+        "edp": place.edp_rank,
+        "etp": place.etp_rank,
+        "parameters": total,
+        "experts": experts,
+        "dense": dense,
+        "off_meta": off_meta,
+        "seconds": seconds,
+        "order": order if place.tp_rank == place.cp_rank == place.dp_rank == 0 and place.ep_rank == 0 else [],
+    }
 
 
 if __name__ == "__main__":

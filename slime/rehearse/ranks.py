@@ -37,7 +37,9 @@ class BuiltRanks:
     """Stage -> [parameter name, experts in the stack] in the model's own order."""
 
 
-def build_ranks(reading: Reading, *, ranks: Sequence[int] | None = None, processes: int = 2, timeout: float = 600.0) -> BuiltRanks:
+def build_ranks(
+    reading: Reading, *, ranks: Sequence[int] | None = None, processes: int = 2, timeout: float = 600.0
+) -> BuiltRanks:
     """Build `ranks` (all unless said) of the layout. Raises ValueError when a child process ends without an answer."""
     world = reading.grid.world
     wanted = list(range(world)) if ranks is None else list(ranks)
@@ -59,7 +61,9 @@ def build_ranks(reading: Reading, *, ranks: Sequence[int] | None = None, process
                 child.wait(timeout=max(1.0, timeout - (time.monotonic() - started)))
                 lines = [json.loads(line) for line in path.with_suffix(".out").read_text().splitlines() if line.startswith("{")]
                 if child.returncode != 0 or not lines or "peak_bytes" not in lines[-1]:
-                    raise ValueError(f"building ranks ended with status {child.returncode}:\n{path.with_suffix('.err').read_text()[-2000:]}")
+                    raise ValueError(
+                        f"building ranks ended with status {child.returncode}:\n{path.with_suffix('.err').read_text()[-2000:]}"
+                    )
                 peak += lines.pop()["peak_bytes"]
                 rows += lines
         finally:
@@ -72,9 +76,16 @@ def build_ranks(reading: Reading, *, ranks: Sequence[int] | None = None, process
 
 def _start(path: Path) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parents[2])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
     with open(path.with_suffix(".out"), "w") as out, open(path.with_suffix(".err"), "w") as err:
-        return subprocess.Popen([sys.executable, "-m", "slime.rehearse.rank_worker", str(path.with_suffix(".pkl"))], stdout=out, stderr=err, env=env)
+        return subprocess.Popen(
+            [sys.executable, "-m", "slime.rehearse.rank_worker", str(path.with_suffix(".pkl"))], stdout=out, stderr=err, env=env
+        )
 
 
 def _summed(rows: list[dict], num_ranks: int, seconds: float, peak: int) -> BuiltRanks:
@@ -95,31 +106,58 @@ def _summed(rows: list[dict], num_ranks: int, seconds: float, peak: int) -> Buil
     return BuiltRanks(num_ranks, unique, tuple(row["parameters"] for row in built), seconds, peak, tuple(errors), orders)
 
 
-def check_ranks(reading: Reading, shares: Sequence[StageShare], findings: Findings, *, build: Callable[[Reading], BuiltRanks] = build_ranks) -> BuiltRanks | None:
+def check_ranks(
+    reading: Reading, shares: Sequence[StageShare], findings: Findings, *, build: Callable[[Reading], BuiltRanks] = build_ranks
+) -> BuiltRanks | None:
     """Build all ranks and compare their sums with the weight table and with the arithmetic of the other parts."""
     try:
         built = build(reading)
     except (ValueError, subprocess.TimeoutExpired, ImportError) as error:
-        findings.violation("ranks", f"the ranks could not be built: {error}", "", "run `python3 -m slime.rehearse` in the environment of scripts/setup.sh")
+        findings.violation(
+            "ranks",
+            f"the ranks could not be built: {error}",
+            "",
+            "run `python3 -m slime.rehearse` in the environment of scripts/setup.sh",
+        )
         return None
     for error in sorted(set(text.partition(": ")[2] for text in built.errors))[:8]:
-        findings.violation("ranks", error, f"{sum(text.endswith(error) for text in built.errors)} ranks", "the message says what to change")
+        findings.violation(
+            "ranks", error, f"{sum(text.endswith(error) for text in built.errors)} ranks", "the message says what to change"
+        )
     if built.errors:
         return built
     wanted = reading.table.num_parameters(mtp=False)
     tied = sum(share.has_head for share in shares) if reading.table.aliases and reading.grid.pp > 1 else 0
     padding = (reading.config.model.padded_vocab_size or reading.hf["vocab_size"]) - reading.hf["vocab_size"]
     copies = tied + (1 if reading.table.aliases else 2)
-    expected = wanted + padding * reading.hf["hidden_size"] * copies + (reading.hf["vocab_size"] * reading.hf["hidden_size"] if tied else 0)
+    expected = (
+        wanted
+        + padding * reading.hf["hidden_size"] * copies
+        + (reading.hf["vocab_size"] * reading.hf["hidden_size"] if tied else 0)
+    )
     findings.check(
-        built.unique == expected, "ranks", f"all {built.num_ranks} ranks built; their parameters add up to the checkpoint's {wanted:,}",
-        values=f"{built.seconds:.1f} s, {built.peak_bytes / 2**30:.2f} GiB" + (f", {padding} padded vocabulary rows" if padding else ""),
-        wrong=f"the ranks hold {built.unique:,} parameters, the checkpoint has {expected:,}", fix="this is a defect of the layer spec or the weight table; please report it",
-    )  # fmt: skip
+        built.unique == expected,
+        "ranks",
+        f"all {built.num_ranks} ranks built; their parameters add up to the checkpoint's {wanted:,}",
+        values=f"{built.seconds:.1f} s, {built.peak_bytes / 2**30:.2f} GiB"
+        + (f", {padding} padded vocabulary rows" if padding else ""),
+        wrong=f"the ranks hold {built.unique:,} parameters, the checkpoint has {expected:,}",
+        fix="this is a defect of the layer spec or the weight table; please report it",
+    )
     per_stage = reading.grid.ranks_per_stage
-    off = [rank for rank, count in enumerate(built.per_rank) if len(built.per_rank) == reading.grid.world and count != shares[rank // per_stage].parameters]
+    off = [
+        rank
+        for rank, count in enumerate(built.per_rank)
+        if len(built.per_rank) == reading.grid.world and count != shares[rank // per_stage].parameters
+    ]
     findings.check(
-        not off, "ranks", "each rank holds what the memory model counts", wrong=f"{len(off)} ranks hold another number of parameters than the memory model counts",
-        values=f"rank {off[0]}: {built.per_rank[off[0]]:,} built" if off else f"{min(built.per_rank):,} to {max(built.per_rank):,} parameters", fix="report it with this output",
-    )  # fmt: skip
+        not off,
+        "ranks",
+        "each rank holds what the memory model counts",
+        wrong=f"{len(off)} ranks hold another number of parameters than the memory model counts",
+        values=f"rank {off[0]}: {built.per_rank[off[0]]:,} built"
+        if off
+        else f"{min(built.per_rank):,} to {max(built.per_rank):,} parameters",
+        fix="report it with this output",
+    )
     return built

@@ -68,7 +68,11 @@ def _words(argv: Sequence[str], findings: Findings) -> CommandLine:
     """All words at once when they are right; otherwise every flag by itself, keeping the right ones."""
     try:
         words = parse_words(argv, door="rehearse")
-        findings.ok("flags", "every flag is declared, and its value has the right type", f"{sum(w.startswith('--') for w in argv)} flags")
+        findings.ok(
+            "flags",
+            "every flag is declared, and its value has the right type",
+            f"{sum(w.startswith('--') for w in argv)} flags",
+        )
         return words
     except ConfigError as error:
         for line in str(error).split("\n"):
@@ -158,9 +162,11 @@ def _hf_config(config: Config, findings: Findings) -> tuple[HfConfig | None, boo
     known = known_config(folder)
     if known is None:
         findings.unchecked(
-            "files", f"{folder}/config.json is not on this machine, and no release is stored under that name", ", ".join(known_names()),
+            "files",
+            f"{folder}/config.json is not on this machine, and no release is stored under that name",
+            ", ".join(known_names()),
             "run this where the checkpoint is, or copy its config.json into a folder and pass that as --hf-checkpoint",
-        )  # fmt: skip
+        )
         return None, True
     findings.unchecked("files", f"{folder}/config.json is not on this machine; {known.source} stands for it")
     return known, True
@@ -215,9 +221,13 @@ def _chunks(config: Config, findings: Findings) -> tuple[Chunk, ...] | None:
     if sizes.pipeline_model_parallel_layout:
         vpp = 1
     cut = Cut(
-        num_layers, sizes.pipeline_model_parallel_size, vpp, sizes.decoder_first_pipeline_num_layers,
-        sizes.decoder_last_pipeline_num_layers, sizes.pipeline_model_parallel_layout,
-    )  # fmt: skip
+        num_layers,
+        sizes.pipeline_model_parallel_size,
+        vpp,
+        sizes.decoder_first_pipeline_num_layers,
+        sizes.decoder_last_pipeline_num_layers,
+        sizes.pipeline_model_parallel_layout,
+    )
     try:
         return tuple(cut_layers(cut))
     except ValueError as error:

@@ -12,7 +12,12 @@ def as_text(done: Rehearsal) -> str:
     lines = [finding.line() for finding in findings.items if finding.severity == "ok"]
     lines += [finding.line() for finding in findings.of("unchecked")]
     lines += [finding.line() for finding in findings.of("violation")]
-    for title, part in (("stages", _stages(done)), ("memory per GPU, GB", _memory(done)), ("cost of one rollout", _cost(done)), ("engine options", list(done.engines.renames))):
+    for title, part in (
+        ("stages", _stages(done)),
+        ("memory per GPU, GB", _memory(done)),
+        ("cost of one rollout", _cost(done)),
+        ("engine options", list(done.engines.renames)),
+    ):
         if part:
             lines += ["", f"-- {title}", *part]
     lines += ["", "-- time: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in (done.seconds or {}).items())]
@@ -31,14 +36,20 @@ def _stages(done: Rehearsal) -> list[str]:
     balance = done.balance
     if balance is None or len(balance.sizes) < 2:
         return []
-    lines = [f"layers {'/'.join(map(str, balance.sizes))}: stages are {balance.value:.1%} even by training FLOPs at {balance.length:,} tokens "
-             f"({sum(balance.sizes) / len(balance.sizes) / max(balance.sizes):.1%} by layers)"]  # fmt: skip
+    lines = [
+        f"layers {'/'.join(map(str, balance.sizes))}: stages are {balance.value:.1%} even by training FLOPs at {balance.length:,} tokens "
+        f"({sum(balance.sizes) / len(balance.sizes) / max(balance.sizes):.1%} by layers)"
+    ]
     for split in balance.first_last[:5]:
-        lines.append(f"  legal: --decoder-first-pipeline-num-layers {split.sizes[0]} --decoder-last-pipeline-num-layers {split.sizes[-1]}: {split.balance:.1%}")
+        lines.append(
+            f"  legal: --decoder-first-pipeline-num-layers {split.sizes[0]} --decoder-last-pipeline-num-layers {split.sizes[-1]}: {split.balance:.1%}"
+        )
     if len(balance.first_last) > 5:
         lines.append(f"  and {len(balance.first_last) - 5} more pairs, all in --json")
     if balance.best is not None:
-        lines.append(f"  best list: {','.join(map(str, balance.best.sizes))}: {balance.best.balance:.1%}   --pipeline-model-parallel-layout '{layout_text(balance.best.sizes)}'")
+        lines.append(
+            f"  best list: {','.join(map(str, balance.best.sizes))}: {balance.best.balance:.1%}   --pipeline-model-parallel-layout '{layout_text(balance.best.sizes)}'"
+        )
     return lines
 
 
@@ -51,13 +62,17 @@ def _memory(done: Rehearsal) -> list[str]:
     for stage in done.memory:
         share = stage.share
         cells = "  ".join(f"{stage.phase(name).total / 1e9:.1f}".rjust(max(7, len(name))) for name in names)
-        lines.append(f"{share.stage:5d}  {len(share.layers):6d}  {share.parameters / 1e9:8.3f}  {cells}  {stage.host_optimizer * per_node / 1e9:12.0f}")
+        lines.append(
+            f"{share.stage:5d}  {len(share.layers):6d}  {share.parameters / 1e9:8.3f}  {cells}  {stage.host_optimizer * per_node / 1e9:12.0f}"
+        )
     for role, tokens in (done.kv_tokens or {}).items():
         lines.append(f"KV cache of a {role} GPU: {tokens:,} tokens")
     for fit in done.fits:
         word = "fits" if fit.fits else "does not fit"
-        lines.append(f"training on {fit.nodes} nodes (CP {fit.cp}, DP {fit.dp}, EP {fit.ep}): {fit.peak_gb:.1f} GB per GPU, {word} {done.options.gpu_memory_gb:g} GB; "
-                     f"{fit.host_gb_per_node:.0f} GB of optimizer per node")  # fmt: skip
+        lines.append(
+            f"training on {fit.nodes} nodes (CP {fit.cp}, DP {fit.dp}, EP {fit.ep}): {fit.peak_gb:.1f} GB per GPU, {word} {done.options.gpu_memory_gb:g} GB; "
+            f"{fit.host_gb_per_node:.0f} GB of optimizer per node"
+        )
     return lines
 
 
@@ -65,9 +80,13 @@ def _cost(done: Rehearsal) -> list[str]:
     cost = done.cost
     if cost is None:
         return []
-    lines = [f"{cost.tokens:,} tokens, {cost.flops_per_token_forward / 1e9:.1f} GF forward and {cost.flops_per_token_training / 1e9:.1f} GF training per token"]
+    lines = [
+        f"{cost.tokens:,} tokens, {cost.flops_per_token_forward / 1e9:.1f} GF forward and {cost.flops_per_token_training / 1e9:.1f} GF training per token"
+    ]
     lines += [f"  {phase.name:22s} {phase.seconds:8.1f} s   {phase.why}" for phase in cost.phases]
-    lines.append(f"  {'sum':22s} {cost.seconds:8.1f} s   {cost.gpu_hours:.1f} GPU-hours per rollout; {cost.dominant.name} dominates")
+    lines.append(
+        f"  {'sum':22s} {cost.seconds:8.1f} s   {cost.gpu_hours:.1f} GPU-hours per rollout; {cost.dominant.name} dominates"
+    )
     lines.append("  assumed: " + ", ".join(f"{name} {value:g}" for name, value in rates_shown(done.rates).items()))
     return lines
 
@@ -85,30 +104,74 @@ def as_json(done: Rehearsal) -> dict[str, object]:
         "notes": list(done.reading.config.notes),
         "seconds": dict(done.seconds or {}),
         "grid": None if grid is None else {**vars(grid), "dp": grid.dp, "edp": grid.edp},
-        "stages": None if balance is None else {
-            "layers": list(balance.sizes), "balance": balance.value if balance.sizes else None, "tokens": balance.length, "costs": list(balance.costs),
-            "computing_layers": list(balance.computing), "legal_first_last": [_split(split) for split in balance.first_last],
+        "stages": None
+        if balance is None
+        else {
+            "layers": list(balance.sizes),
+            "balance": balance.value if balance.sizes else None,
+            "tokens": balance.length,
+            "costs": list(balance.costs),
+            "computing_layers": list(balance.computing),
+            "legal_first_last": [_split(split) for split in balance.first_last],
             "best": None if balance.best is None else {**_split(balance.best), "layout": layout_text(balance.best.sizes)},
         },
         "memory": [
-            {"stage": m.share.stage, "parameters": m.share.parameters, "dense": m.share.dense, "experts": m.share.experts, "frozen": m.share.frozen,
-             "host_optimizer_per_rank": m.host_optimizer, "phases": {phase.name: dict(phase.parts) for phase in m.phases}}
+            {
+                "stage": m.share.stage,
+                "parameters": m.share.parameters,
+                "dense": m.share.dense,
+                "experts": m.share.experts,
+                "frozen": m.share.frozen,
+                "host_optimizer_per_rank": m.host_optimizer,
+                "phases": {phase.name: dict(phase.parts) for phase in m.phases},
+            }
             for m in done.memory
         ],
         "node_counts": [vars(fit) for fit in done.fits],
         "kv_tokens_per_gpu": dict(done.kv_tokens or {}),
-        "cost": None if cost is None else {
-            "tokens": cost.tokens, "flops_per_token_forward": cost.flops_per_token_forward, "flops_per_token_training": cost.flops_per_token_training,
-            "phases": [vars(phase) for phase in cost.phases], "seconds": cost.seconds, "gpu_hours": cost.gpu_hours, "rates": dict(rates_shown(done.rates)),
+        "cost": None
+        if cost is None
+        else {
+            "tokens": cost.tokens,
+            "flops_per_token_forward": cost.flops_per_token_forward,
+            "flops_per_token_training": cost.flops_per_token_training,
+            "phases": [vars(phase) for phase in cost.phases],
+            "seconds": cost.seconds,
+            "gpu_hours": cost.gpu_hours,
+            "rates": dict(rates_shown(done.rates)),
             "sync": None if cost.sync is None else vars(cost.sync),
         },
         "engines": {
-            "sglang": done.engines.version, "renames": list(done.engines.renames),
-            "engines": [{"label": s.label, "gpus": s.num_gpus, "offset": s.gpu_offset, "tp": s.tp_size, "dp": s.dp_size, "ep": s.ep_size} for s in done.engines.specs],
+            "sglang": done.engines.version,
+            "renames": list(done.engines.renames),
+            "engines": [
+                {
+                    "label": s.label,
+                    "gpus": s.num_gpus,
+                    "offset": s.gpu_offset,
+                    "tp": s.tp_size,
+                    "dp": s.dp_size,
+                    "ep": s.ep_size,
+                }
+                for s in done.engines.specs
+            ],
         },
-        "weights": None if weights is None else {
-            "tensors": len(weights.rows), "buckets": len(weights.bucket_bytes), "bytes": weights.nbytes, "digest": weights.digest,
+        "weights": None
+        if weights is None
+        else {
+            "tensors": len(weights.rows),
+            "buckets": len(weights.bucket_bytes),
+            "bytes": weights.nbytes,
+            "digest": weights.digest,
             "bytes_per_source": {str(rank): count for rank, count in weights.source_bytes.items()},
         },
-        "ranks": None if built is None else {"built": built.num_ranks, "unique_parameters": built.unique, "seconds": built.seconds, "peak_bytes": built.peak_bytes, "errors": list(built.errors)},
-    }  # fmt: skip
+        "ranks": None
+        if built is None
+        else {
+            "built": built.num_ranks,
+            "unique_parameters": built.unique,
+            "seconds": built.seconds,
+            "peak_bytes": built.peak_bytes,
+            "errors": list(built.errors),
+        },
+    }

@@ -81,7 +81,9 @@ def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
     check_files(reading, findings, checkpoint_index=options.checkpoint_index, hostfile=options.hostfile)
     clock["flags and files"] = time.monotonic() - started
     length = options.length or longest_sample(reading.config) or DEFAULT_LENGTH
-    done = Rehearsal(findings, reading, options, check_engines(reading, findings, version=options.engine_version, env=options.env))
+    done = Rehearsal(
+        findings, reading, options, check_engines(reading, findings, version=options.engine_version, env=options.env)
+    )
     done.balance = check_layout(reading, findings, length=length)
     clock["layout and engines"] = time.monotonic() - started - sum(clock.values())
     done.rates = with_rates(Rates(), options.rates)
@@ -121,16 +123,29 @@ def _arithmetic(done: Rehearsal, length: int) -> None:
     ranks = {spec.role: _engine_rank(done, spec.role, sync.per_gpu, assumed) for spec in done.engines.specs} if sync else {}
     engine = max(ranks.values(), key=lambda rank: rank.mem_fraction, default=None)
     done.memory = tuple(
-        stage_memory(share, hf, grid, shapes, bucket_bytes=config.engine.update_weight_buffer_size, engine=engine,
-                     gpu_bytes=options.gpu_memory_gb * 1e9, assumed=assumed)
+        stage_memory(
+            share,
+            hf,
+            grid,
+            shapes,
+            bucket_bytes=config.engine.update_weight_buffer_size,
+            engine=engine,
+            gpu_bytes=options.gpu_memory_gb * 1e9,
+            assumed=assumed,
+        )
         for share in done.shares
-    )  # fmt: skip
-    done.kv_tokens = {role: max(0, int(options.gpu_memory_gb * 1e9 * rank.mem_fraction) - rank.weights - rank.draft_weights) // rank.kv_bytes_per_token
-                      for role, rank in ranks.items()}  # fmt: skip
+    )
+    done.kv_tokens = {
+        role: max(0, int(options.gpu_memory_gb * 1e9 * rank.mem_fraction) - rank.weights - rank.draft_weights)
+        // rank.kv_bytes_per_token
+        for role, rank in ranks.items()
+    }
     _check_memory(done, ranks)
     done.fits = node_counts(done, shapes, assumed)
     _predict(done, length, sync, shapes)
-    done.weights = build_weight_map(reading.table, hf, grid, reading.chunks, done.engines.specs, limit_bytes=config.engine.update_weight_buffer_size)
+    done.weights = build_weight_map(
+        reading.table, hf, grid, reading.chunks, done.engines.specs, limit_bytes=config.engine.update_weight_buffer_size
+    )
     _check_weights(done)
 
 
@@ -149,21 +164,35 @@ def train_shapes(done: Rehearsal) -> TrainShapes:
     config, grid = done.reading.config, done.reading.grid
     batch, optimizer = config.batch, config.optimizer
     per_sample = longest_sample(config) or DEFAULT_LENGTH
-    tokens = batch.max_tokens_per_gpu if batch.use_dynamic_batch_size and batch.max_tokens_per_gpu else -(-per_sample * batch.micro_batch_size // grid.cp)
+    tokens = (
+        batch.max_tokens_per_gpu
+        if batch.use_dynamic_batch_size and batch.max_tokens_per_gpu
+        else -(-per_sample * batch.micro_batch_size // grid.cp)
+    )
     stream = tokens * grid.cp
     samples = (batch.global_batch_size or 1) / grid.dp
-    micro = max(1, int(-(-samples * _mean_tokens(done) // stream))) if batch.use_dynamic_batch_size else max(1, int(samples // batch.micro_batch_size))
+    micro = (
+        max(1, int(-(-samples * _mean_tokens(done) // stream)))
+        if batch.use_dynamic_batch_size
+        else max(1, int(samples // batch.micro_batch_size))
+    )
     sizes = {"fp32": 4, "bf16": 2}
     dtype = 4 if config.model.params_dtype == "fp32" else 2
     precise = optimizer.use_precision_aware_optimizer
     state = 4 + (sizes[optimizer.exp_avg_dtype] + sizes[optimizer.exp_avg_sq_dtype] if precise else 8)
     return TrainShapes(
-        tokens=tokens, stream=stream, recompute=config.model.megatron.get("recompute_granularity") == "full", param_bytes=dtype,
+        tokens=tokens,
+        stream=stream,
+        recompute=config.model.megatron.get("recompute_granularity") == "full",
+        param_bytes=dtype,
         grad_bytes=4 if dtype == 4 or optimizer.accumulate_allreduce_grads_in_fp32 else 2,
-        optimizer_bytes=state, optimizer_on_host=optimizer.optimizer_cpu_offload, micro_batches=micro,
-        padded_vocab=config.model.padded_vocab_size or done.reading.hf["vocab_size"], log_probs_chunk=batch.log_probs_chunk_size,
+        optimizer_bytes=state,
+        optimizer_on_host=optimizer.optimizer_cpu_offload,
+        micro_batches=micro,
+        padded_vocab=config.model.padded_vocab_size or done.reading.hf["vocab_size"],
+        log_probs_chunk=batch.log_probs_chunk_size,
         offload_train=bool(config.cluster.offload_train),
-    )  # fmt: skip
+    )
 
 
 def _mean_tokens(done: Rehearsal) -> int:
@@ -192,22 +221,28 @@ def _check_memory(done: Rehearsal, ranks: Mapping[str, EngineRank]) -> None:
         for stage, phase in over:
             largest = max(phase.parts, key=lambda name: phase.parts[name])
             findings.violation(
-                "memory", f"stage {stage} needs {phase.total / 1e9:.1f} GB in phase {phase.name}, a GPU has {limit:g}",
-                ", ".join(f"{name} {count / 1e9:.1f}" for name, count in phase.parts.items() if count >= 5e7), _memory_fix(phase.name, largest),
-            )  # fmt: skip
+                "memory",
+                f"stage {stage} needs {phase.total / 1e9:.1f} GB in phase {phase.name}, a GPU has {limit:g}",
+                ", ".join(f"{name} {count / 1e9:.1f}" for name, count in phase.parts.items() if count >= 5e7),
+                _memory_fix(phase.name, largest),
+            )
     else:
-        findings.ok("memory", f"every phase of every stage fits {limit:g} GB", f"largest: {worst.name} {worst.total / 1e9:.1f} GB")
+        findings.ok(
+            "memory", f"every phase of every stage fits {limit:g} GB", f"largest: {worst.name} {worst.total / 1e9:.1f} GB"
+        )
     for role, rank in ranks.items():
         tokens = done.kv_tokens[role]
         room = done.options.gpu_memory_gb * 1e9 * rank.mem_fraction
         longest = longest_sample(done.reading.config)
         findings.check(
-            rank.weights + rank.draft_weights < room and (longest is None or tokens >= longest or role == "prefill"), "memory",
-            f"{role}: {tokens:,} tokens of KV cache per GPU", values=f"weights {rank.weights / 1e9:.2f} GB, {rank.kv_bytes_per_token:,} bytes per token, mem fraction {rank.mem_fraction:g}"
+            rank.weights + rank.draft_weights < room and (longest is None or tokens >= longest or role == "prefill"),
+            "memory",
+            f"{role}: {tokens:,} tokens of KV cache per GPU",
+            values=f"weights {rank.weights / 1e9:.2f} GB, {rank.kv_bytes_per_token:,} bytes per token, mem fraction {rank.mem_fraction:g}"
             + (f", {tokens // longest} samples of {longest:,} at once" if longest else ""),
             wrong=f"{role}: the KV cache holds {max(tokens, 0):,} tokens per GPU, a sample may have {longest or 0:,}",
             fix="raise --sglang-mem-fraction-static, more GPUs per engine, or shorter responses",
-        )  # fmt: skip
+        )
 
 
 def _memory_fix(phase: str, largest: str) -> str:
@@ -229,22 +264,40 @@ def _predict(done: Rehearsal, length: int, sync, shapes: TrainShapes) -> None:
     prompts, samples = config.data.rollout_batch_size or 0, config.data.n_samples_per_prompt
     steps = max(1, prompts * samples // (config.batch.global_batch_size or max(prompts * samples, 1)))
     per_node = config.cluster.actor_num_gpus_per_node
-    host = max((sum(stage.host_optimizer for stage in _node(done, node)) for node in range(config.cluster.actor_num_nodes)), default=0)
+    host = max(
+        (sum(stage.host_optimizer for stage in _node(done, node)) for node in range(config.cluster.actor_num_nodes)), default=0
+    )
     shape = Shape(
-        samples=prompts * samples, mean_tokens=_mean_tokens(done), longest_response=config.rollout.rollout_max_response_len or length,
-        trainer_gpus=grid.world, rollout_gpus=config.cluster.rollout_num_gpus or 0, micro_batches=shapes.micro_batches, steps=steps,
+        samples=prompts * samples,
+        mean_tokens=_mean_tokens(done),
+        longest_response=config.rollout.rollout_max_response_len or length,
+        trainer_gpus=grid.world,
+        rollout_gpus=config.cluster.rollout_num_gpus or 0,
+        micro_batches=shapes.micro_batches,
+        steps=steps,
         needs_reference=bool(config.algorithm.kl_coef or config.algorithm.use_kl_loss),
-        needs_old_log_probs=config.algorithm.loss_type == "policy_loss" and not config.algorithm.use_rollout_logprobs, colocate=config.cluster.colocate,
-    )  # fmt: skip
+        needs_old_log_probs=config.algorithm.loss_type == "policy_loss" and not config.algorithm.use_rollout_logprobs,
+        colocate=config.cluster.colocate,
+    )
     assert per_node > 0
-    weights = max(stage.share.parameters * shapes.param_bytes + stage.share.trained * shapes.grad_bytes for stage in done.memory)
+    weights = max(
+        stage.share.parameters * shapes.param_bytes + stage.share.trained * shapes.grad_bytes for stage in done.memory
+    )
     parameters = reading.table.num_parameters(mtp=False)
     saved = parameters * 2 if config.checkpoint.no_save_optim else parameters * (2 + shapes.optimizer_bytes)
     done.cost = predict(
-        model_work(reading.table, reading.hf, min(length, shape.mean_tokens) or length), done.balance.costs if done.balance else (), grid, shape, sync, done.rates,
-        recompute=shapes.recompute, trainer_bytes_per_gpu=weights, optimizer_bytes_per_node=host, checkpoint_bytes=saved,
+        model_work(reading.table, reading.hf, min(length, shape.mean_tokens) or length),
+        done.balance.costs if done.balance else (),
+        grid,
+        shape,
+        sync,
+        done.rates,
+        recompute=shapes.recompute,
+        trainer_bytes_per_gpu=weights,
+        optimizer_bytes_per_node=host,
+        checkpoint_bytes=saved,
         save_interval=config.checkpoint.save_interval if config.checkpoint.save else None,
-    )  # fmt: skip
+    )
 
 
 def node_counts(done: Rehearsal, shapes: TrainShapes, assumed: Assumed) -> tuple[Fit, ...]:
@@ -264,10 +317,19 @@ def node_counts(done: Rehearsal, shapes: TrainShapes, assumed: Assumed) -> tuple
         if ranks % (given.tp * cp) or ranks % (given.etp * ep) or (experts and experts % ep):
             continue
         grid = replace(given, world=nodes * per_node, cp=cp, ep=ep)
-        here = replace(shapes, stream=shapes.tokens * cp, micro_batches=max(1, shapes.micro_batches * given.cp * given.dp // (cp * grid.dp)))
+        here = replace(
+            shapes,
+            stream=shapes.tokens * cp,
+            micro_batches=max(1, shapes.micro_batches * given.cp * given.dp // (cp * grid.dp)),
+        )
         shares = stage_shares(reading.table, reading.chunks, grid, padded_vocab=reading.config.model.padded_vocab_size)
-        stages = [stage_memory(share, reading.hf, grid, here, bucket_bytes=0, engine=None, gpu_bytes=0, assumed=assumed) for share in shares]
-        peak = max(phase.total for stage in stages for phase in stage.phases if phase.name in ("load", "log-probs", "train")) / 1e9
+        stages = [
+            stage_memory(share, reading.hf, grid, here, bucket_bytes=0, engine=None, gpu_bytes=0, assumed=assumed)
+            for share in shares
+        ]
+        peak = (
+            max(phase.total for stage in stages for phase in stage.phases if phase.name in ("load", "log-probs", "train")) / 1e9
+        )
         host = [stages[rank // grid.ranks_per_stage].host_optimizer for rank in range(grid.world)]
         per_host = max(sum(host[first : first + per_node]) for first in range(0, grid.world, per_node)) / 1e9
         found.append(Fit(nodes, cp, grid.dp, ep, peak, per_host, peak <= done.options.gpu_memory_gb))
@@ -288,15 +350,20 @@ def _check_weights(done: Rehearsal) -> None:
     if not weights.problems:
         gathered = sum(row.block == "gather" for row in weights.rows)
         findings.ok(
-            "weights", f"each of {len(weights.rows):,} tensors is in one bucket, fused pairs together; {mtp:,} of the MTP layer stay as the engines loaded them",
+            "weights",
+            f"each of {len(weights.rows):,} tensors is in one bucket, fused pairs together; {mtp:,} of the MTP layer stay as the engines loaded them",
             f"{len(weights.bucket_bytes):,} buckets, {weights.nbytes:,} bytes, {gathered} FP8 tensors gathered first, digest {weights.digest[:16]}",
-        )  # fmt: skip
+        )
     expected = done.options.expect_digest
     if expected:
         findings.check(
-            weights.digest.startswith(expected), "weights", f"the weight map is the expected one ({expected[:16]})", wrong="the weight map differs from the expected one",
-            values=f"expected {expected}, found {weights.digest}", fix="layout, model, engines or bucket size changed since; compare the two --json files",
-        )  # fmt: skip
+            weights.digest.startswith(expected),
+            "weights",
+            f"the weight map is the expected one ({expected[:16]})",
+            wrong="the weight map differs from the expected one",
+            values=f"expected {expected}, found {weights.digest}",
+            fix="layout, model, engines or bucket size changed since; compare the two --json files",
+        )
 
 
 def _compare_orders(done: Rehearsal) -> None:
@@ -310,10 +377,25 @@ def _compare_orders(done: Rehearsal) -> None:
         if entry.expert is not None:
             first_expert.setdefault(entry.name.removesuffix(str(entry.expert)), entry)
     for stage, order in done.built.orders.items():
-        keys = [model_order(entries.get(name) or first_expert[name]) for name, _ in order if name not in done.reading.table.aliases]
-        dense = [key for key, (name, experts) in zip(keys, [o for o in order if o[0] not in done.reading.table.aliases], strict=True) if not experts]
+        keys = [
+            model_order(entries.get(name) or first_expert[name]) for name, _ in order if name not in done.reading.table.aliases
+        ]
+        dense = [
+            key
+            for key, (name, experts) in zip(keys, [o for o in order if o[0] not in done.reading.table.aliases], strict=True)
+            if not experts
+        ]
         if dense != sorted(dense):
             wrong = next(name for (name, _), left, right in zip(order, dense, sorted(dense), strict=False) if left != right)
-            done.findings.violation("weights", f"stage {stage} registers its parameters in another order than the weight map assumes, from {wrong} on", f"{len(owner)} layers", "please report it")
+            done.findings.violation(
+                "weights",
+                f"stage {stage} registers its parameters in another order than the weight map assumes, from {wrong} on",
+                f"{len(owner)} layers",
+                "please report it",
+            )
             return
-    done.findings.ok("weights", "the built ranks register their parameters in the order of the weight map", f"{len(done.built.orders)} stages")
+    done.findings.ok(
+        "weights",
+        "the built ranks register their parameters in the order of the weight map",
+        f"{len(done.built.orders)} stages",
+    )

@@ -115,7 +115,9 @@ def stage_shares(table: NameTable, chunks: Sequence[Chunk], grid: Grid, *, padde
             computing[stage].add(layer)
     if table.aliases and grid.pp > 1:
         # Tied weights: the last stage has a copy of the embedding.
-        dense[last] += next(local_numel(e, grid, padded_vocab=padded_vocab) for e in table.entries if e.name.startswith("embedding."))
+        dense[last] += next(
+            local_numel(e, grid, padded_vocab=padded_vocab) for e in table.entries if e.name.startswith("embedding.")
+        )
     return [
         StageShare(
             stage=stage,
@@ -131,8 +133,13 @@ def stage_shares(table: NameTable, chunks: Sequence[Chunk], grid: Grid, *, padde
     ]
 
 
-_INDEXER = ("self_attention.wq_b.weight", "self_attention.wk.weight", "self_attention.k_norm.weight", "self_attention.k_norm.bias",
-            "self_attention.weights_proj.weight")  # fmt: skip
+_INDEXER = (
+    "self_attention.wq_b.weight",
+    "self_attention.wk.weight",
+    "self_attention.k_norm.weight",
+    "self_attention.k_norm.bias",
+    "self_attention.weights_proj.weight",
+)
 
 
 def is_indexer(entry: Entry) -> bool:

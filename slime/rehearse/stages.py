@@ -55,7 +55,9 @@ def _chunk_sizes(cut: Cut) -> list[int]:
         return [cut.num_layers]
     rest, stages = cut.num_layers - sum(named), cut.pp_size - len(named)
     if rest < 0 or (stages and rest % stages) or (not stages and rest):
-        raise ValueError(f"{cut.num_layers} layers minus first/last {named} leave {rest} for {stages} stages, which does not divide")
+        raise ValueError(
+            f"{cut.num_layers} layers minus first/last {named} leave {rest} for {stages} stages, which does not divide"
+        )
     middle = rest // stages if stages else 0
     per_stage = [middle] * cut.pp_size
     if cut.first is not None:
@@ -72,14 +74,22 @@ def _from_layout(cut: Cut) -> list[Chunk]:
     for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
         text = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), text)
     if unknown := sorted(set(text) - set("EtLm|")):
-        raise ValueError(f"--pipeline-model-parallel-layout has {''.join(unknown)!r}; it is made of E (embedding), t (layer), L (loss), m, | and *")
+        raise ValueError(
+            f"--pipeline-model-parallel-layout has {''.join(unknown)!r}; it is made of E (embedding), t (layer), L (loss), m, | and *"
+        )
     parts = text.split("|")
     if len(parts) % cut.pp_size:
-        raise ValueError(f"--pipeline-model-parallel-layout has {len(parts)} stages, no multiple of --pipeline-model-parallel-size {cut.pp_size}")
+        raise ValueError(
+            f"--pipeline-model-parallel-layout has {len(parts)} stages, no multiple of --pipeline-model-parallel-size {cut.pp_size}"
+        )
     if text.count("t") != cut.num_layers:
-        raise ValueError(f"--pipeline-model-parallel-layout places {text.count('t')} layers (t), the model has {cut.num_layers}")
+        raise ValueError(
+            f"--pipeline-model-parallel-layout places {text.count('t')} layers (t), the model has {cut.num_layers}"
+        )
     if not text.startswith("E") or not text.endswith("L") or text.count("E") != 1 or text.count("L") != 1:
-        raise ValueError("--pipeline-model-parallel-layout must begin with the only E (embedding) and end with the only L (loss)")
+        raise ValueError(
+            "--pipeline-model-parallel-layout must begin with the only E (embedding) and end with the only L (loss)"
+        )
     chunks, start = [], 0
     for number, part in enumerate(parts):
         size = part.count("t")

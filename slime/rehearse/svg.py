@@ -52,9 +52,26 @@ def rank_grid(done: Rehearsal) -> str:
             rank = stage * per_stage + inside
             place = grid.place(rank)
             where = " ".join(f"{axis} {value}" for axis, value in place.items())
-            body.append(_box(150 + inside * cell, y, cell - 1, 25, colour, f"rank {rank}: {where}; {memory.share.parameters / 1e9:.3f} B parameters, {peak.total / 1e9:.1f} GB while training"))
+            body.append(
+                _box(
+                    150 + inside * cell,
+                    y,
+                    cell - 1,
+                    25,
+                    colour,
+                    f"rank {rank}: {where}; {memory.share.parameters / 1e9:.3f} B parameters, {peak.total / 1e9:.1f} GB while training",
+                )
+            )
         body.append(_text(158 + per_stage * cell, y + 17, f"{peak.total / 1e9:.1f} GB while training"))
-    body.append(_text(150, 14, f"{per_stage} ranks per stage: tp fastest, then cp, then dp; darker = closer to {limit:g} GB", size=11, colour="#666"))
+    body.append(
+        _text(
+            150,
+            14,
+            f"{per_stage} ranks per stage: tp fastest, then cp, then dp; darker = closer to {limit:g} GB",
+            size=11,
+            colour="#666",
+        )
+    )
     return _svg(int(158 + per_stage * cell + 170), 30 + grid.pp * 30, body, "rank grid by stage and memory")
 
 
@@ -72,7 +89,16 @@ def balance_bars(result: Balance) -> str:
         y += 18
         for stage, (size, cost) in enumerate(zip(sizes, costs, strict=True)):
             body.append(_text(0, y + 11, f"stage {stage}", size=11))
-            body.append(_box(60, y, 560 * cost / top, 14, stage_colour(stage, len(costs)), f"{size} layers, {cost / 1e9:.1f} GF per token"))
+            body.append(
+                _box(
+                    60,
+                    y,
+                    560 * cost / top,
+                    14,
+                    stage_colour(stage, len(costs)),
+                    f"{size} layers, {cost / 1e9:.1f} GF per token",
+                )
+            )
             body.append(_text(66 + 560 * cost / top, y + 11, f"{size} layers, {cost / 1e9:.1f} GF", size=11, colour="#555"))
             y += 16
         y += 10
@@ -92,7 +118,9 @@ def _costs_of(result: Balance, split: Split) -> list[float]:
 def memory_bars(memory: Sequence[StageMemory], limit_gb: float) -> str:
     """The training peak and the other phases of every stage, by part."""
     names = sorted({name for stage in memory for phase in stage.phases for name in phase.parts})
-    colours = {name: f"hsl({int(360 * number * 0.618) % 360},50%,{42 + 18 * (number % 2)}%)" for number, name in enumerate(names)}
+    colours = {
+        name: f"hsl({int(360 * number * 0.618) % 360},50%,{42 + 18 * (number % 2)}%)" for number, name in enumerate(names)
+    }
     top = max(limit_gb * 1e9, max(phase.total for stage in memory for phase in stage.phases))
     body, y, scale = [], 18.0, 640 / top
     for stage in memory:
@@ -129,7 +157,9 @@ def weight_flow(done: Rehearsal) -> str:
     point = middle_top
     for stage, (rest, experts) in enumerate(by_stage):
         sources = sum(1 for rank in weights.source_bytes if rank // grid.ranks_per_stage == stage)
-        body.append(_box(10, y, 190, 34, stage_colour(stage, grid.pp), f"dense {rest / 1e9:.2f} GB, experts {experts / 1e9:.2f} GB"))
+        body.append(
+            _box(10, y, 190, 34, stage_colour(stage, grid.pp), f"dense {rest / 1e9:.2f} GB, experts {experts / 1e9:.2f} GB")
+        )
         body.append(_text(16, y + 14, f"stage {stage}: {(rest + experts) / 1e9:.1f} GB", size=12))
         body.append(_text(16, y + 28, f"{sources} source ranks", size=10, colour="#444"))
         thick = (rest + experts) * flow
@@ -137,7 +167,9 @@ def weight_flow(done: Rehearsal) -> str:
         point += thick
         y += 44
     body.append(_box(380, middle_top, 130, total * flow, "#e8e8e8", f"digest {weights.digest}"))
-    body.append(_text(445, middle_top + total * flow / 2 - 8, f"{len(weights.bucket_bytes):,} buckets", anchor="middle", size=13))
+    body.append(
+        _text(445, middle_top + total * flow / 2 - 8, f"{len(weights.bucket_bytes):,} buckets", anchor="middle", size=13)
+    )
     body.append(_text(445, middle_top + total * flow / 2 + 10, f"{weights.nbytes / 1e9:.1f} GB", anchor="middle", size=13))
     body.append(_text(445, middle_top + total * flow / 2 + 28, weights.digest[:12], anchor="middle", size=10, colour="#666"))
     per_gpu = done.cost.sync.per_gpu if done.cost and done.cost.sync else 0
@@ -145,8 +177,17 @@ def weight_flow(done: Rehearsal) -> str:
         top = 36 + number * (height - 60) / max(len(engines), 1)
         body.append(_ribbon(510, middle_top + total * flow / 2, 690, top + 20, 12, "#9db7d5"))
         body.append(_box(690, top, 250, 42, "#cfdcec", engine.label))
-        body.append(_text(698, top + 17, f"{engine.role} {engine.engine_id}: {engine.num_gpus} GPUs from slot {engine.gpu_offset}", size=12))
-        body.append(_text(698, top + 33, f"EP {engine.ep_size}, {per_gpu / 1e9:.2f} GB stay on each GPU", size=11, colour="#444"))
+        body.append(
+            _text(
+                698,
+                top + 17,
+                f"{engine.role} {engine.engine_id}: {engine.num_gpus} GPUs from slot {engine.gpu_offset}",
+                size=12,
+            )
+        )
+        body.append(
+            _text(698, top + 33, f"EP {engine.ep_size}, {per_gpu / 1e9:.2f} GB stay on each GPU", size=11, colour="#444")
+        )
     body.append(_text(10, 16, "trainer stages", size=11, colour="#666"))
     body.append(_text(690, 16, "engines (all receive every bucket)", size=11, colour="#666"))
     return _svg(960, int(height), body, "weight flow")
@@ -163,7 +204,10 @@ def _ribbon(x1: float, y1: float, x2: float, y2: float, width: float, colour: st
 def timeline(cost: Cost) -> str:
     """One iteration, phase after phase; the short ones drawn again, enlarged, without the longest."""
     body, y = [], 24.0
-    for title, phases in (("one rollout", cost.phases), (f"without {cost.dominant.name}", tuple(p for p in cost.phases if p is not cost.dominant))):
+    for title, phases in (
+        ("one rollout", cost.phases),
+        (f"without {cost.dominant.name}", tuple(p for p in cost.phases if p is not cost.dominant)),
+    ):
         total, x = sum(phase.seconds for phase in phases), 0.0
         if not total:
             continue
@@ -173,7 +217,9 @@ def timeline(cost: Cost) -> str:
             colour = PARTS[cost.phases.index(phase) % len(PARTS)]
             body.append(_box(x, y, width, 30, colour, f"{phase.name}: {phase.seconds:.1f} s, {phase.why}"))
             if width > 60:
-                body.append(_text(x + width / 2, y + 19, f"{phase.name} {phase.seconds:.0f} s", anchor="middle", size=11, colour="#fff"))
+                body.append(
+                    _text(x + width / 2, y + 19, f"{phase.name} {phase.seconds:.0f} s", anchor="middle", size=11, colour="#fff")
+                )
             x += width
         y += 64
     for number, phase in enumerate(cost.phases):

@@ -72,7 +72,11 @@ class WeightMap:
 
 def checkpoint_bytes(table: NameTable, *, fp8: bool) -> int:
     """Sum of all tensors' bytes in a BF16 or block-FP8 checkpoint, MTP layer included."""
-    return sum(wire_bytes(tensor, fp8=fp8 and tensor.fp8, block=128, float32=entry.float32) for entry in table.entries for tensor in entry.hf)
+    return sum(
+        wire_bytes(tensor, fp8=fp8 and tensor.fp8, block=128, float32=entry.float32)
+        for entry in table.entries
+        for tensor in entry.hf
+    )
 
 
 def wire_bytes(tensor: HfTensor, *, fp8: bool, block: int, float32: bool) -> int:
@@ -137,16 +141,37 @@ def _sources(table: NameTable, grid: Grid, chunks: Sequence[Chunk]) -> Iterator[
 # The order in which the layer's modules register their parameters. `check_ranks` compares it with the built model's.
 _IN_LAYER = (
     "input_layernorm.weight",
-    "self_attention.linear_q_proj.weight", "self_attention.linear_q_down_proj.weight", "self_attention.linear_q_up_proj.weight",
-    "self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.linear_kv_down_proj.weight", "self_attention.linear_kv_up_proj.weight",
-    "self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias",
-    "self_attention.linear_qkv.layer_norm_weight", "self_attention.linear_proj.weight", "self_attention.q_layernorm.weight",
-    "self_attention.k_layernorm.weight", "self_attention.wq_b.weight", "self_attention.wk.weight", "self_attention.k_norm.weight",
-    "self_attention.k_norm.bias", "self_attention.weights_proj.weight", "post_self_attn_layernorm.weight", "pre_mlp_layernorm.weight",
-    "mlp.router.weight", "mlp.experts.linear_fc1.weight", "mlp.experts.linear_fc2.weight", "mlp.shared_experts.linear_fc1.weight",
-    "mlp.shared_experts.linear_fc2.weight", "mlp.linear_fc1.weight", "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc2.weight",
-    "post_mlp_layernorm.weight", "mlp.router.expert_bias",
-)  # fmt: skip
+    "self_attention.linear_q_proj.weight",
+    "self_attention.linear_q_down_proj.weight",
+    "self_attention.linear_q_up_proj.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight",
+    "self_attention.linear_kv_down_proj.weight",
+    "self_attention.linear_kv_up_proj.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_qkv.bias",
+    "self_attention.linear_qkv.layer_norm_weight",
+    "self_attention.linear_proj.weight",
+    "self_attention.q_layernorm.weight",
+    "self_attention.k_layernorm.weight",
+    "self_attention.wq_b.weight",
+    "self_attention.wk.weight",
+    "self_attention.k_norm.weight",
+    "self_attention.k_norm.bias",
+    "self_attention.weights_proj.weight",
+    "post_self_attn_layernorm.weight",
+    "pre_mlp_layernorm.weight",
+    "mlp.router.weight",
+    "mlp.experts.linear_fc1.weight",
+    "mlp.experts.linear_fc2.weight",
+    "mlp.shared_experts.linear_fc1.weight",
+    "mlp.shared_experts.linear_fc2.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc1.layer_norm_weight",
+    "mlp.linear_fc2.weight",
+    "post_mlp_layernorm.weight",
+    "mlp.router.expert_bias",
+)
 _PLACE = {name: place for place, name in enumerate(_IN_LAYER)}
 
 
@@ -181,7 +206,9 @@ def _groups(entries: Iterable[Entry], table: NameTable) -> Iterator[list[tuple[E
 Sized = tuple[Entry, HfTensor, int, bool]
 
 
-def _bucketed(groups: Iterable[list[tuple[Entry, HfTensor]]], limit: int, block: int | None, kept: frozenset[str]) -> Iterator[list[Sized]]:
+def _bucketed(
+    groups: Iterable[list[tuple[Entry, HfTensor]]], limit: int, block: int | None, kept: frozenset[str]
+) -> Iterator[list[Sized]]:
     """The rule of `slime.weights.buckets.fill_buckets`, on sizes alone."""
     waiting: list[Sized] = []
     waiting_bytes = 0
@@ -207,7 +234,18 @@ class _Describer:
         self._grid, self._hf, self._engines, self._block = grid, hf, engines, block
 
     def row(self, entry: Entry, tensor: HfTensor, nbytes: int, fp8: bool, stage: int, source: int, bucket: int) -> Row:
-        return Row(tensor.name, tensor.shape, fp8, stage, self._holders(entry), source, bucket, self._kept_by(entry, tensor), self._blocks(entry, fp8), nbytes)
+        return Row(
+            tensor.name,
+            tensor.shape,
+            fp8,
+            stage,
+            self._holders(entry),
+            source,
+            bucket,
+            self._kept_by(entry, tensor),
+            self._blocks(entry, fp8),
+            nbytes,
+        )
 
     def _holders(self, entry: Entry) -> str:
         grid = self._grid

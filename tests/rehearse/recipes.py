@@ -72,7 +72,9 @@ def recorded(launcher: str, folder: Path, **variables: str) -> Recipe:
     python.chmod(0o755)
     kept = {key: value for key, value in os.environ.items() if key not in ("HOSTFILE", "BASE_DIR", "MASTER_ADDR")}
     env = {**kept, "PYTHON": str(python), "RUN_DIR": str(folder / "run"), **variables}
-    subprocess.run(["bash", str(ROOT / "scripts" / launcher), "--rehearse"], env=env, check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        ["bash", str(ROOT / "scripts" / launcher), "--rehearse"], env=env, check=True, capture_output=True, timeout=120
+    )
     argv = [word for word in json.loads(out.read_text()) if word != "--rehearse"]
     at = argv.index("--runtime-env")
     variables = json.loads(argv[at + 1])["env_vars"]

@@ -18,21 +18,37 @@ from slime.weights.quantize import WireFormat
 from tests.rehearse.recipes import Recipe
 
 CUTS = [
-    Cut(78, 8, first=14, last=16), Cut(78, 8, first=2, last=4), Cut(78, 2), Cut(78, 6), Cut(78, 2, last=40), Cut(78, 4, first=15), Cut(48, 4, vpp_size=3),
-    Cut(48, 4, vpp_size=2, first=8, last=8), Cut(36, 1),
-]  # fmt: skip
+    Cut(78, 8, first=14, last=16),
+    Cut(78, 8, first=2, last=4),
+    Cut(78, 2),
+    Cut(78, 6),
+    Cut(78, 2, last=40),
+    Cut(78, 4, first=15),
+    Cut(48, 4, vpp_size=3),
+    Cut(48, 4, vpp_size=2, first=8, last=8),
+    Cut(36, 1),
+]
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_stages_are_those_of_megatron_core(cut: Cut) -> None:
-    from slime.model.spec import stage_layers  # prepares megatron-core
+    from slime.compat.megatron import prepare
+
+    prepare()
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from slime.model.spec import stage_layers
+
     config = TransformerConfig(
-        num_layers=cut.num_layers, hidden_size=64, num_attention_heads=4, pipeline_model_parallel_size=cut.pp_size, pipeline_dtype=torch.float32,
+        num_layers=cut.num_layers,
+        hidden_size=64,
+        num_attention_heads=4,
+        pipeline_model_parallel_size=cut.pp_size,
+        pipeline_dtype=torch.float32,
         virtual_pipeline_model_parallel_size=cut.vpp_size if cut.vpp_size > 1 else None,
-        num_layers_in_first_pipeline_stage=cut.first, num_layers_in_last_pipeline_stage=cut.last,
-    )  # fmt: skip
+        num_layers_in_first_pipeline_stage=cut.first,
+        num_layers_in_last_pipeline_stage=cut.last,
+    )
     for chunk in cut_layers(cut):
         vp_stage = chunk.vp_stage if cut.vpp_size > 1 else None
         assert stage_layers(config, vp_stage, chunk.pp_rank) == chunk.layers
@@ -81,9 +97,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "grid"),
-    [({"tp": 2, "pp": 2, "first": 6, "ep": 2}, Grid(4, 2, 2, 1, 2, 1)), ({"pp": 2, "first": 2, "ep": 2}, Grid(4, 1, 2, 1, 2, 1)), ({"tp": 2, "cp": 2}, Grid(4, 2, 1, 2, 1, 1))],
+    [
+        ({"tp": 2, "pp": 2, "first": 6, "ep": 2}, Grid(4, 2, 2, 1, 2, 1)),
+        ({"pp": 2, "first": 2, "ep": 2}, Grid(4, 1, 2, 1, 2, 1)),
+        ({"tp": 2, "cp": 2}, Grid(4, 2, 1, 2, 1, 1)),
+    ],
     ids=["tp2 pp2 ep2", "pp2 ep2 dp2", "tp2 cp2"],
-)  # fmt: skip
+)
 def test_the_weight_map_is_the_stream_tensor_by_tensor(tiny: Path, layout: dict, grid: Grid) -> None:
     """Names, order, buckets, bytes and sources of the real stream of four trainer ranks."""
     from model.parity import build
@@ -107,7 +127,11 @@ def test_the_weight_map_is_the_stream_tensor_by_tensor(tiny: Path, layout: dict,
     with_experts = {chunk.pp_rank for chunk in chunks if any(hf.is_moe_layer(layer) for layer in chunk.layers)}
     sources = dense + [rank for rank in experts if rank // grid.ranks_per_stage in with_experts]
     assert not found.problems and len(real) == len(found.bucket_bytes) > 3
-    order = [row.source for before, row in zip([None, *found.rows], found.rows, strict=False) if before is None or before.bucket != row.bucket]
+    order = [
+        row.source
+        for before, row in zip([None, *found.rows], found.rows, strict=False)
+        if before is None or before.bucket != row.bucket
+    ]
     assert [source for at, source in enumerate(order) if at == 0 or order[at - 1] != source] == _without_repetition(sources)
     for number, metas in enumerate(real):
         rows = [row for row in found.rows if row.bucket == number]
@@ -128,7 +152,11 @@ def test_ranks_that_are_built_add_up_to_the_checkpoint(flagship: Recipe, tmp_pat
     from slime.rehearse.reading import read
     from slime.rehearse.shares import stage_shares
 
-    recipe = flagship.with_flag("--actor-num-nodes", "2").with_flag("--context-parallel-size", "1").with_flag("--tensor-model-parallel-size", "2")
+    recipe = (
+        flagship.with_flag("--actor-num-nodes", "2")
+        .with_flag("--context-parallel-size", "1")
+        .with_flag("--tensor-model-parallel-size", "2")
+    )
     recipe = recipe.with_flag("--expert-model-parallel-size", "2")
     findings = Findings()
     reading = read(recipe.written(tmp_path), findings)
@@ -145,7 +173,9 @@ def test_a_rank_that_cannot_be_built_is_named(flagship: Recipe, tmp_path: Path) 
     from slime.rehearse.ranks import build_ranks
     from slime.rehearse.reading import read
 
-    recipe = flagship.with_flag("--decoder-first-pipeline-num-layers", "15").with_flag("--decoder-last-pipeline-num-layers", "15")
+    recipe = flagship.with_flag("--decoder-first-pipeline-num-layers", "15").with_flag(
+        "--decoder-last-pipeline-num-layers", "15"
+    )
     reading = read(recipe.written(tmp_path), Findings())
     built = build_ranks(reading, ranks=[40], processes=1)
     assert "pipeline stage 1 starts at layer 16" in built.errors[0]

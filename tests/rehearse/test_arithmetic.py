@@ -9,8 +9,16 @@ from slime.rehearse.cost import Rates, sync_bytes
 from slime.rehearse.flops import active_parameters, core, mean_selected, model_work
 from slime.rehearse.known_models import known_config
 from slime.rehearse.memory import (
-    Measured, TrainShapes, checkpointed_input, compare, in_flight, index_holder, kv_bytes_per_token, optimizer_bytes, transients,
-)  # fmt: skip
+    Measured,
+    TrainShapes,
+    checkpointed_input,
+    compare,
+    in_flight,
+    index_holder,
+    kv_bytes_per_token,
+    optimizer_bytes,
+    transients,
+)
 from slime.rehearse.shares import Grid, stage_shares
 from slime.rehearse.stages import Cut, balance, best_list, cut_layers, layout_text, legal_first_last, stage_costs, wrong_starts
 from slime.rehearse.weight_map import build_weight_map, checkpoint_bytes
@@ -19,8 +27,18 @@ HF = known_config("/any/GLM-5.2-FP8")
 TABLE = NameTable.for_model(HF)
 GRID = Grid(world=256, tp=4, pp=8, cp=8, ep=32, etp=1)
 STOCK = Cut(78, 8, first=14, last=16)
-SHAPES = TrainShapes(tokens=8192, stream=65536, recompute=True, param_bytes=2, grad_bytes=4, optimizer_bytes=12, optimizer_on_host=True,
-                     micro_batches=64, padded_vocab=154880, log_probs_chunk=16384)  # fmt: skip
+SHAPES = TrainShapes(
+    tokens=8192,
+    stream=65536,
+    recompute=True,
+    param_bytes=2,
+    grad_bytes=4,
+    optimizer_bytes=12,
+    optimizer_on_host=True,
+    micro_batches=64,
+    padded_vocab=154880,
+    log_probs_chunk=16384,
+)
 
 
 def test_tensors_and_parameters_are_those_of_the_release() -> None:
@@ -35,8 +53,15 @@ def test_tensors_and_parameters_are_those_of_the_release() -> None:
 
 @pytest.mark.parametrize(
     ("length", "forward", "training", "recomputed"),
-    [(8192, 100.8, 311, 410), (32768, 105.0, 321, 424), (65536, 108.1, 325, 431), (131072, 113.9, 331, 443), (262144, 125.3, 343, 466), (1048576, 193.0, 410, 602)],
-)  # fmt: skip
+    [
+        (8192, 100.8, 311, 410),
+        (32768, 105.0, 321, 424),
+        (65536, 108.1, 325, 431),
+        (131072, 113.9, 331, 443),
+        (262144, 125.3, 343, 466),
+        (1048576, 193.0, 410, 602),
+    ],
+)
 def test_flops_per_token(length: int, forward: float, training: float, recomputed: float) -> None:
     work = model_work(TABLE, HF, length)
     assert round(work.forward / 1e9, 1) == forward
@@ -59,7 +84,13 @@ def test_parameters_per_stage_of_the_stock_split() -> None:
     for stage, bf16, gradients, both, optimizer, node in rows:
         count = shares[stage].parameters
         state = optimizer_bytes(shares[stage], GRID, SHAPES, trained_only=False)
-        found = (round(2 * count / 1e9, 2), round(4 * count / 1e9, 2), round(6 * count / 1e9, 1), round(state / 1e9, 1), round(8 * state / 1e9))
+        found = (
+            round(2 * count / 1e9, 2),
+            round(4 * count / 1e9, 2),
+            round(6 * count / 1e9, 1),
+            round(state / 1e9, 1),
+            round(8 * state / 1e9),
+        )
         assert found == (bf16, gradients, both, optimizer, node)
     # Every rank's parameters, each tensor once: replicated ones are counted by one rank of the stage.
     assert sum(s.dense for s in shares) > 0 and 32 * sum(s.experts for s in shares) == 75 * 256 * 37_748_736

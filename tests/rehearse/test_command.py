@@ -29,7 +29,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.loads += [f"{tag} {name}={value}" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action")]
+        self.loads += [
+            f"{tag} {name}={value}" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action")
+        ]
         self.titles += [value for name, value in attrs if name == "aria-label"]
         if tag not in VOID:
             self.open.append(tag)
@@ -45,16 +47,45 @@ class Page(HTMLParser):
 def test_the_page_is_whole_and_loads_nothing(flagship: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     page, data, table = tmp_path / "r.html", tmp_path / "r.json", tmp_path / "map.tsv"
     env = json.dumps({"env_vars": flagship.env})
-    own = ["--no-ranks", "--html", str(page), "--json", str(data), "--weight-map", str(table), "--runtime-env", env, "--engine-version", "0.5.23"]
+    own = [
+        "--no-ranks",
+        "--html",
+        str(page),
+        "--json",
+        str(data),
+        "--weight-map",
+        str(table),
+        "--runtime-env",
+        env,
+        "--engine-version",
+        "0.5.23",
+    ]
     assert main([*own, *flagship.written(tmp_path)]) == 0
     assert "launchable" in capsys.readouterr().out.splitlines()[-1]
     read = Page()
     read.feed(page.read_text())
-    assert read.open == [] and read.loads == [] and "script" not in read.counts and "@import" not in page.read_text() and "url(" not in page.read_text()
-    assert read.titles == ["rank grid by stage and memory", "stage balance", "iteration timeline", "weight flow", "memory by phase and stage"]
+    assert (
+        read.open == []
+        and read.loads == []
+        and "script" not in read.counts
+        and "@import" not in page.read_text()
+        and "url(" not in page.read_text()
+    )
+    assert read.titles == [
+        "rank grid by stage and memory",
+        "stage balance",
+        "iteration timeline",
+        "weight flow",
+        "memory by phase and stage",
+    ]
     assert page.read_text().count("<title>rank ") == 256 + 1, "a hint per rank, and the title of the grid"
     result = json.loads(data.read_text())
-    assert result["launchable"] and result["grid"]["dp"] == 1 and result["stages"]["best"]["layers"] and result["weights"]["tensors"] == 58_794
+    assert (
+        result["launchable"]
+        and result["grid"]["dp"] == 1
+        and result["stages"]["best"]["layers"]
+        and result["weights"]["tensors"] == 58_794
+    )
     lines = table.read_text().splitlines()
     assert len(lines) == 58_794 and lines[0].startswith("model.embed_tokens.weight\t154880x6144\t-\t0\tvocab 1/4 x8\t0\t0")
 
@@ -64,9 +95,13 @@ def test_the_page_is_whole_and_loads_nothing(flagship: Recipe, tmp_path: Path, c
     assert "the weight map differs from the expected one" in capsys.readouterr().out
 
 
-def test_violations_end_with_status_1_and_appear_on_the_page(flagship: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_violations_end_with_status_1_and_appear_on_the_page(
+    flagship: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     page = tmp_path / "r.html"
-    argv = flagship.with_flag("--expert-model-parallel-size", "48").with_flag("--custom-rm-path", "<b>grade</b>").written(tmp_path)
+    argv = (
+        flagship.with_flag("--expert-model-parallel-size", "48").with_flag("--custom-rm-path", "<b>grade</b>").written(tmp_path)
+    )
     assert main(["--html", str(page), *argv]) == 1
     assert "NOT LAUNCHABLE: 3 violations" in capsys.readouterr().out
     read = Page()
@@ -110,8 +145,18 @@ def test_the_launcher_rehearses_from_an_empty_machine(tmp_path: Path) -> None:
 
     env = {key: value for key, value in os.environ.items() if key not in ("BASE_DIR", "MASTER_ADDR", "HOSTFILE")}
     report = tmp_path / "r.json"
-    command = ["bash", str(ROOT / "scripts" / "run-glm5.2-744B-A40B.sh"), "--rehearse", "--json", str(report), "--engine-version", "0.5.23"]
-    child = subprocess.run(command, env={**env, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=540, cwd=tmp_path)
+    command = [
+        "bash",
+        str(ROOT / "scripts" / "run-glm5.2-744B-A40B.sh"),
+        "--rehearse",
+        "--json",
+        str(report),
+        "--engine-version",
+        "0.5.23",
+    ]
+    child = subprocess.run(
+        command, env={**env, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=540, cwd=tmp_path
+    )
     assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-2000:]
     result = json.loads(report.read_text())
     assert result["ranks"]["built"] == 256 and result["ranks"]["unique_parameters"] == 743_377_000_704

@@ -16,7 +16,9 @@ Edit = Callable[[Recipe], Recipe]
 
 
 def run(recipe: Recipe, folder: Path, *, quick: bool = True, **options: object) -> Rehearsal:
-    return rehearse(recipe.written(folder), Options(env=recipe.env, build_ranks=False, quick=quick, engine_version="0.5.23", **options))
+    return rehearse(
+        recipe.written(folder), Options(env=recipe.env, build_ranks=False, quick=quick, engine_version="0.5.23", **options)
+    )
 
 
 def violations(done: Rehearsal) -> list[str]:
@@ -38,25 +40,39 @@ def yaml(old: str, new: str) -> Edit:
 MISTAKES: dict[str, tuple[Edit, str]] = {
     "pp split on shared layers": (flag("--decoder-first-pipeline-num-layers", "12"), "do not divide"),
     "pp split that starts on a shared layer": (
-        lambda r: r.with_flag("--decoder-first-pipeline-num-layers", "15").with_flag("--decoder-last-pipeline-num-layers", "15"),
+        lambda r: r.with_flag("--decoder-first-pipeline-num-layers", "15").with_flag(
+            "--decoder-last-pipeline-num-layers", "15"
+        ),
         "stage 1 starts at layer 16, which reuses the indices of layer 15",
     ),
     "pp 16": (flag("--pipeline-model-parallel-size", "16"), "256 training GPUs are no multiple of TP 4 x PP 16 x CP 8"),
     "pp 7": (flag("--pipeline-model-parallel-size", "7"), "256 training GPUs are no multiple of TP 4 x PP 7 x CP 8"),
     "layout string with a layer too few": (
-        lambda r: r.without("--decoder-first-pipeline-num-layers").without("--decoder-last-pipeline-num-layers").with_flag(
-            "--pipeline-model-parallel-layout", "Et*9|t*12|t*8|t*12|t*8|t*12|t*8|t*8L"),
+        lambda r: (
+            r.without("--decoder-first-pipeline-num-layers")
+            .without("--decoder-last-pipeline-num-layers")
+            .with_flag("--pipeline-model-parallel-layout", "Et*9|t*12|t*8|t*12|t*8|t*12|t*8|t*8L")
+        ),
         "places 77 layers (t), the model has 78",
     ),
-    "layout string and first/last": (flag("--pipeline-model-parallel-layout", "Et*10|t*12|t*8|t*12|t*8|t*12|t*8|t*8L"), "exclude each other"),
+    "layout string and first/last": (
+        flag("--pipeline-model-parallel-layout", "Et*10|t*12|t*8|t*12|t*8|t*12|t*8|t*8L"),
+        "exclude each other",
+    ),
     "layout string on shared layers": (
-        lambda r: r.without("--decoder-first-pipeline-num-layers").without("--decoder-last-pipeline-num-layers").with_flag(
-            "--pipeline-model-parallel-layout", "Et*11|t*11|t*8|t*12|t*8|t*12|t*8|t*8L"),
+        lambda r: (
+            r.without("--decoder-first-pipeline-num-layers")
+            .without("--decoder-last-pipeline-num-layers")
+            .with_flag("--pipeline-model-parallel-layout", "Et*11|t*11|t*8|t*12|t*8|t*12|t*8|t*8L")
+        ),
         "starts at layer 12",
     ),
     "ep 48": (flag("--expert-model-parallel-size", "48"), "no multiple of expert-TP 1 x EP 48 x PP 8"),
     "ep 64": (flag("--expert-model-parallel-size", "64"), "EP 64 x PP 8 = 512"),
-    "expert tp 4": (lambda r: r.with_flag("--expert-tensor-parallel-size", "4").with_flag("--expert-model-parallel-size", "8"), "experts are whole on their rank"),
+    "expert tp 4": (
+        lambda r: r.with_flag("--expert-tensor-parallel-size", "4").with_flag("--expert-model-parallel-size", "8"),
+        "experts are whole on their rank",
+    ),
     "tp 3": (flag("--tensor-model-parallel-size", "3"), "no multiple of TP 3"),
     "tp without sequence parallel": (drop("--sequence-parallel"), "--sequence-parallel"),
     "cp without its layout": (drop("--allgather-cp"), "pass --allgather-cp"),
@@ -81,7 +97,10 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
     "global batch 48": (flag("--global-batch-size", "48"), "64 samples (8 x 8) are no multiple of --global-batch-size 48"),
     "steps that do not divide": (flag("--num-steps-per-rollout", "3"), "do not divide into --num-steps-per-rollout 3"),
     "dynamic batch without a cap": (drop("--max-tokens-per-gpu"), "--use-dynamic-batch-size needs --max-tokens-per-gpu"),
-    "padding above the micro-batch": (flag("--data-pad-size-multiplier", "8192"), "the stream is padded to a multiple of 262,144"),
+    "padding above the micro-batch": (
+        flag("--data-pad-size-multiplier", "8192"),
+        "the stream is padded to a multiple of 262,144",
+    ),
     "kl without reference": (lambda r: r.without("--ref-load").with_flag("--use-kl-loss"), "give --ref-load"),
     "save interval 0": (flag("--save-interval", "0"), "--save-interval must be above 0"),
     "prompts in csv": (flag("--prompt-data", "/data/prompts.csv"), "neither .jsonl nor .parquet"),
@@ -89,17 +108,32 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
     "groups of 192": (yaml("num_gpus: 192", "num_gpus: 128"), "64 + 128 = 192, but rollout has 256"),
     "group no multiple of its engines": (yaml("num_gpus: 192", "num_gpus: 176"), "no multiple of num_gpus_per_engine 64"),
     "one engine of 256": (
-        lambda r: r.with_yaml("worker_type: prefill\n        num_gpus: 64\n        num_gpus_per_engine: 64", "worker_type: regular\n        num_gpus: 256\n        num_gpus_per_engine: 256")
-        .with_yaml(r.yaml[r.yaml.index("      - worker_type: decode"):], "").with_yaml("dp_size: 64", "dp_size: 256").with_yaml("ep_size: 64", "ep_size: 256"),
+        lambda r: (
+            r.with_yaml(
+                "worker_type: prefill\n        num_gpus: 64\n        num_gpus_per_engine: 64",
+                "worker_type: regular\n        num_gpus: 256\n        num_gpus_per_engine: 256",
+            )
+            .with_yaml(r.yaml[r.yaml.index("      - worker_type: decode") :], "")
+            .with_yaml("dp_size: 64", "dp_size: 256")
+            .with_yaml("ep_size: 64", "ep_size: 256")
+        ),
         "DeepEP has no dispatch configuration for EP 256 (at most 160 ranks)",
     ),
-    "decode alone": (lambda r: r.with_yaml(r.yaml[r.yaml.index("      - worker_type: prefill"): r.yaml.index("      - worker_type: decode")], ""), "decode groups alone"),
+    "decode alone": (
+        lambda r: r.with_yaml(
+            r.yaml[r.yaml.index("      - worker_type: prefill") : r.yaml.index("      - worker_type: decode")], ""
+        ),
+        "decode groups alone",
+    ),
     "unknown YAML key": (yaml("num_gpus: 192", "num_gpu: 192"), "unknown key"),
     "misspelled engine option": (yaml("cuda_graph_max_bs: 12", "cuda_graph_max_batch: 12"), "has no such option"),
     "deepep mode": (yaml("deepep_mode: low_latency", "deepep_mode: lowlatency"), "is one of auto, low_latency, normal"),
     "normal dispatch in decode": (yaml("deepep_mode: low_latency", "deepep_mode: normal"), "cannot be captured in CUDA graphs"),
     "decode batch 13": (yaml("cuda_graph_max_bs: 12", "cuda_graph_max_bs: 13"), "is 64, below the largest decode batch"),
-    "dispatch tokens 32": (lambda r: r.with_env(SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK="32"), "set SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK=64"),
+    "dispatch tokens 32": (
+        lambda r: r.with_env(SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK="32"),
+        "set SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK=64",
+    ),
     "attention dp 48": (yaml("dp_size: 64", "dp_size: 48"), "must divide the tensor parallel size 64"),
     "expert ranks 24": (yaml("ep_size: 64", "ep_size: 24"), "ep_size 24 must divide"),
     "shared experts cut FP8 blocks": (yaml("ep_size: 64", "ep_size: 2"), "which cuts FP8 blocks of 128"),
@@ -107,16 +141,22 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
     "KV cache e5m2": (flag("--sglang-kv-cache-dtype", "fp8_e5m2"), "has no sparse-attention kernel"),
     "flashmla_kv on bf16": (flag("--sglang-kv-cache-dtype", "bf16"), "flashmla_kv reads an FP8 cache"),
     "dense attention backend": (flag("--sglang-attention-backend", "fa3"), "is not sparse attention"),
-    "cache types differ": (yaml("deepep_mode: auto", "deepep_mode: auto\n          kv_cache_dtype: bf16"), "prefill and decode differ on the KV cache"),
+    "cache types differ": (
+        yaml("deepep_mode: auto", "deepep_mode: auto\n          kv_cache_dtype: bf16"),
+        "prefill and decode differ on the KV cache",
+    ),
     "draft tokens 4": (flag("--sglang-speculative-num-draft-tokens", "4"), "a chain of 4 steps has 5 tokens, not 4"),
     "two-batch overlap": (flag("--sglang-enable-two-batch-overlap"), "two-batch overlap is refused"),
     "flag that slime sets": (flag("--sglang-port", "30000"), "--sglang-port is set by slime itself"),
-}  # fmt: skip
+}
 
 FULL: dict[str, tuple[Edit, str]] = {
     "no recomputation at the same length": (drop("--recompute-granularity"), "in phase train"),
     "micro-batches four times as long": (flag("--max-tokens-per-gpu", "65536"), "in phase train"),
-    "optimizer on the GPU": (lambda r: r.without("--optimizer-cpu-offload").without("--overlap-cpu-optimizer-d2h-h2d"), "--optimizer-cpu-offload"),
+    "optimizer on the GPU": (
+        lambda r: r.without("--optimizer-cpu-offload").without("--overlap-cpu-optimizer-d2h-h2d"),
+        "--optimizer-cpu-offload",
+    ),
     "half the experts on a GPU": (lambda r: r.with_flag("--expert-model-parallel-size", "8"), "in phase"),
     "KV cache too small for one sample": (flag("--sglang-mem-fraction-static", "0.42"), "the KV cache holds"),
     "engine memory above the GPU": (flag("--sglang-mem-fraction-static", "0.97"), "in phase rollout"),
@@ -124,19 +164,30 @@ FULL: dict[str, tuple[Edit, str]] = {
 
 VARIANTS: dict[str, Edit] = {
     "as the launcher has it": lambda r: r,
-    "best first/last pair": lambda r: r.with_flag("--decoder-first-pipeline-num-layers", "2").with_flag("--decoder-last-pipeline-num-layers", "4"),
-    "explicit list": lambda r: r.without("--decoder-first-pipeline-num-layers").without("--decoder-last-pipeline-num-layers").with_flag(
-        "--pipeline-model-parallel-layout", "Et*10|t*12|t*8|t*12|t*8|t*12|t*8|t*8L"),
+    "best first/last pair": lambda r: r.with_flag("--decoder-first-pipeline-num-layers", "2").with_flag(
+        "--decoder-last-pipeline-num-layers", "4"
+    ),
+    "explicit list": lambda r: (
+        r.without("--decoder-first-pipeline-num-layers")
+        .without("--decoder-last-pipeline-num-layers")
+        .with_flag("--pipeline-model-parallel-layout", "Et*10|t*12|t*8|t*12|t*8|t*12|t*8|t*8L")
+    ),
     "pp 4, dp 2": lambda r: r.with_flag("--pipeline-model-parallel-size", "4"),
     "tp 8, cp 4": lambda r: r.with_flag("--tensor-model-parallel-size", "8").with_flag("--context-parallel-size", "4"),
     "cp 4, dp 2": lambda r: r.with_flag("--context-parallel-size", "4"),
     "ep 16": lambda r: r.with_flag("--expert-model-parallel-size", "16"),
-    "16 nodes": lambda r: r.with_flag("--actor-num-nodes", "16").with_flag("--context-parallel-size", "4").with_flag("--expert-model-parallel-size", "16")
-    .with_yaml("num_gpus: 192", "num_gpus: 64"),
+    "16 nodes": lambda r: (
+        r.with_flag("--actor-num-nodes", "16")
+        .with_flag("--context-parallel-size", "4")
+        .with_flag("--expert-model-parallel-size", "16")
+        .with_yaml("num_gpus: 192", "num_gpus: 64")
+    ),
     "BF16 rollout": lambda r: r.with_flag("--hf-checkpoint", "/BASE_DIR/GLM-5.2"),
     "16 samples in 2 steps": lambda r: r.with_flag("--n-samples-per-prompt", "16"),
-    "bf16 cache": lambda r: r.with_flag("--sglang-kv-cache-dtype", "bf16").with_flag("--sglang-nsa-decode-backend", "flashmla_sparse"),
-}  # fmt: skip
+    "bf16 cache": lambda r: r.with_flag("--sglang-kv-cache-dtype", "bf16").with_flag(
+        "--sglang-nsa-decode-backend", "flashmla_sparse"
+    ),
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -157,7 +208,12 @@ def test_memory_that_is_not_there_is_caught(name: str, flagship: Recipe, tmp_pat
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_legal_variant_passes(name: str, flagship: Recipe, tmp_path: Path) -> None:
-    done = run(VARIANTS[name](flagship), tmp_path, quick=name not in ("as the launcher has it", "16 nodes"), gpu_memory_gb=141 if name == "16 nodes" else 80)
+    done = run(
+        VARIANTS[name](flagship),
+        tmp_path,
+        quick=name not in ("as the launcher has it", "16 nodes"),
+        gpu_memory_gb=141 if name == "16 nodes" else 80,
+    )
     assert not violations(done), "\n".join(violations(done))
 
 
@@ -171,23 +227,79 @@ def test_node_counts_that_would_fit(flagship: Recipe, tmp_path: Path) -> None:
 
 
 def test_many_mistakes_are_all_reported_at_once(flagship: Recipe, tmp_path: Path) -> None:
-    recipe = flagship.with_flag("--globl-batch-size", "3").with_flag("--num-attention-heads", "60").without("--allgather-cp").with_flag("--sglang-page-size", "16")
+    recipe = (
+        flagship.with_flag("--globl-batch-size", "3")
+        .with_flag("--num-attention-heads", "60")
+        .without("--allgather-cp")
+        .with_flag("--sglang-page-size", "16")
+    )
     found = "\n".join(violations(run(recipe.with_flag("--global-batch-size", "48"), tmp_path)))
-    for message in ("did you mean --global-batch-size", "num_attention_heads", "pass --allgather-cp", "pages of 64", "no multiple of --global-batch-size 48"):
+    for message in (
+        "did you mean --global-batch-size",
+        "num_attention_heads",
+        "pass --allgather-cp",
+        "pages of 64",
+        "no multiple of --global-batch-size 48",
+    ):
         assert message in found
 
 
-@pytest.mark.parametrize(("name", "folder", "sizes"), [("qwen3-4B", "Qwen3-4B", ("2", "1")), ("qwen3-30B-A3B", "Qwen3-30B-A3B", ("4", "8"))])
+@pytest.mark.parametrize(
+    ("name", "folder", "sizes"), [("qwen3-4B", "Qwen3-4B", ("2", "1")), ("qwen3-30B-A3B", "Qwen3-30B-A3B", ("4", "8"))]
+)
 def test_other_models_pass(name: str, folder: str, sizes: tuple[str, str]) -> None:
     tp, ep = sizes
     argv = [
-        *model_args(name), "--actor-num-nodes", "1", "--actor-num-gpus-per-node", "8", "--colocate", "--hf-checkpoint", f"/models/{folder}", "--ref-load", "/models/ref",
-        "--prompt-data", "/data/p.jsonl", "--label-key", "label", "--rm-type", "deepscaler", "--num-rollout", "10", "--rollout-batch-size", "32",
-        "--n-samples-per-prompt", "8", "--rollout-max-response-len", "8192", "--global-batch-size", "256", "--tensor-model-parallel-size", tp, "--sequence-parallel",
-        "--expert-model-parallel-size", ep, "--expert-tensor-parallel-size", "1", "--recompute-granularity", "full", "--recompute-method", "uniform",
-        "--recompute-num-layers", "1", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "9216", "--optimizer-cpu-offload", "--use-precision-aware-optimizer",
-        "--rollout-num-gpus-per-engine", "2", "--sglang-mem-fraction-static", "0.7", "--bf16",
-    ]  # fmt: skip
+        *model_args(name),
+        "--actor-num-nodes",
+        "1",
+        "--actor-num-gpus-per-node",
+        "8",
+        "--colocate",
+        "--hf-checkpoint",
+        f"/models/{folder}",
+        "--ref-load",
+        "/models/ref",
+        "--prompt-data",
+        "/data/p.jsonl",
+        "--label-key",
+        "label",
+        "--rm-type",
+        "deepscaler",
+        "--num-rollout",
+        "10",
+        "--rollout-batch-size",
+        "32",
+        "--n-samples-per-prompt",
+        "8",
+        "--rollout-max-response-len",
+        "8192",
+        "--global-batch-size",
+        "256",
+        "--tensor-model-parallel-size",
+        tp,
+        "--sequence-parallel",
+        "--expert-model-parallel-size",
+        ep,
+        "--expert-tensor-parallel-size",
+        "1",
+        "--recompute-granularity",
+        "full",
+        "--recompute-method",
+        "uniform",
+        "--recompute-num-layers",
+        "1",
+        "--use-dynamic-batch-size",
+        "--max-tokens-per-gpu",
+        "9216",
+        "--optimizer-cpu-offload",
+        "--use-precision-aware-optimizer",
+        "--rollout-num-gpus-per-engine",
+        "2",
+        "--sglang-mem-fraction-static",
+        "0.7",
+        "--bf16",
+    ]
     done = rehearse(argv, Options(build_ranks=False, engine_version="0.5.23"))
     assert not violations(done), "\n".join(violations(done))
 

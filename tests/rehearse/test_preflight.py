@@ -19,9 +19,20 @@ from tests.rehearse.recipes import ROOT
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "580.1", 81559, 81000)
 GOOD = NodeFacts(
-    "10.0.0.1", "node1", (H100,) * 8, ("lo", "eth0"), ("mlx5_100", "mlx5_101"), 0.01, {"/shared": ""}, 500.0, 900.0, (), {},
-    {"torch": "2.13.0", "ray": "2.60.0"}, "3.11.9",
-)  # fmt: skip
+    "10.0.0.1",
+    "node1",
+    (H100,) * 8,
+    ("lo", "eth0"),
+    ("mlx5_100", "mlx5_101"),
+    0.01,
+    {"/shared": ""},
+    500.0,
+    900.0,
+    (),
+    {},
+    {"torch": "2.13.0", "ray": "2.60.0"},
+    "3.11.9",
+)
 WANTED = Wanted(4, 8, "eth0", ("mlx5_100", "mlx5_101"), ("/shared",), (15000,))
 
 FAULTS: dict[str, tuple[Callable[[NodeFacts], NodeFacts], str]] = {
@@ -32,7 +43,10 @@ FAULTS: dict[str, tuple[Callable[[NodeFacts], NodeFacts], str]] = {
     "interface": (lambda n: replace(n, interfaces=("lo", "bond0")), "no eth0; has lo, bond0"),
     "ib device": (lambda n: replace(n, ib_devices=("mlx5_100",)), "mlx5_101"),
     "clock": (lambda n: replace(n, clock_offset=-37.0), "-37.00 s"),
-    "shared folder": (lambda n: replace(n, shared={"/shared": "the file that the driver wrote there is not visible"}), "is not visible"),
+    "shared folder": (
+        lambda n: replace(n, shared={"/shared": "the file that the driver wrote there is not visible"}),
+        "is not visible",
+    ),
     "shm": (lambda n: replace(n, shm_free_gb=0.06), "/dev/shm 0.1 GB free"),
     "disk": (lambda n: replace(n, disk_free_gb=2.0), "/tmp 2.0 GB free"),
     "port": (lambda n: replace(n, busy_ports=(15000,)), "15000"),
@@ -40,7 +54,7 @@ FAULTS: dict[str, tuple[Callable[[NodeFacts], NodeFacts], str]] = {
     "package": (lambda n: replace(n, packages={**n.packages, "torch": "2.12.0"}), "torch 2.12.0, the others 2.13.0"),
     "python": (lambda n: replace(n, python="3.12.1"), "python 3.12.1, the others 3.11.9"),
     "firewall": (lambda n: replace(n, unreachable={"10.0.0.1": "timed out"}), "10.0.0.1: timed out"),
-}  # fmt: skip
+}
 
 
 def cluster(fault: Callable[[NodeFacts], NodeFacts]) -> list[NodeFacts]:
@@ -106,8 +120,17 @@ def test_a_one_node_cluster_answers(tmp_path: Path) -> None:
     import torch
 
     count = torch.cuda.device_count()
-    child = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(count)], capture_output=True, text=True, timeout=240, cwd=ROOT,
-                           env={**{k: v for k, v in os.environ.items() if "proxy" not in k.lower() and k != "RAY_ADDRESS"}, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    child = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(count)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+        env={
+            **{k: v for k, v in os.environ.items() if "proxy" not in k.lower() and k != "RAY_ADDRESS"},
+            "PYTHONPATH": str(ROOT),
+        },
+    )
     answers = [line for line in child.stdout.splitlines() if line.startswith("ANSWER")]
     assert answers, child.stderr[-2000:]
     what = json.loads(answers[0][len("ANSWER ") : answers[0].rindex("]") + 1])

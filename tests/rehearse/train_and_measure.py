@@ -44,18 +44,31 @@ class Peak:
 def batch(rollout_id: int, tokens: int) -> RolloutBatch:
     rng, n, response = np.random.default_rng(rollout_id), 2, tokens // 2 - 8
     return RolloutBatch(
-        rollout_id=rollout_id, tokens=tuple(rng.integers(1, 90, tokens // 2) for _ in range(n)), response_lengths=np.full(n, response),
-        loss_masks=tuple(np.ones(response, np.float32) for _ in range(n)), rewards=np.array([1.0, -1.0], np.float32), raw_rewards=np.array([1.0, -1.0], np.float32),
-        groups=np.arange(n), trajectories=np.arange(n), sample_ids=np.arange(n), truncated=np.zeros(n, bool),
+        rollout_id=rollout_id,
+        tokens=tuple(rng.integers(1, 90, tokens // 2) for _ in range(n)),
+        response_lengths=np.full(n, response),
+        loss_masks=tuple(np.ones(response, np.float32) for _ in range(n)),
+        rewards=np.array([1.0, -1.0], np.float32),
+        raw_rewards=np.array([1.0, -1.0], np.float32),
+        groups=np.arange(n),
+        trajectories=np.arange(n),
+        sample_ids=np.arange(n),
+        truncated=np.zeros(n, bool),
         rollout_log_probs=tuple(np.full(response, -4.0, np.float32) for _ in range(n)),
-    )  # fmt: skip
+    )
 
 
 def main(folder: str, tokens: int) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as store:
         dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{store}/store")
-        sizes = {"max_tokens_per_gpu": tokens, "data_pad_size_multiplier": 64, "global_batch_size": 2, "rollout_batch_size": 2, "n_samples_per_prompt": 1}
+        sizes = {
+            "max_tokens_per_gpu": tokens,
+            "data_pad_size_multiplier": 64,
+            "global_batch_size": 2,
+            "rollout_batch_size": 2,
+            "n_samples_per_prompt": 1,
+        }
         config = tiny.config_for(Path(folder), **sizes)
         config.model.megatron.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
         trainer = tiny.start(config)
