@@ -89,7 +89,9 @@ def draw(problems: list[Problem], count: int, *, seed: str) -> list[Problem]:
 def preamble(problems: list[Problem], count: int, *, seed: str) -> str:
     """`count` solved problems in plain words, to make a prompt as long as one likes."""
     generator = random.Random(seed)
-    return "".join(f"{p.question.split(' Answer')[0]} {p.answer}. " for p in generator.choices(problems, k=count)) if count else ""
+    return (
+        "".join(f"{p.question.split(' Answer')[0]} {p.answer}. " for p in generator.choices(problems, k=count)) if count else ""
+    )
 
 
 def prompt_row(problem: Problem, *, task: str, index: int, part: str, before: str = "") -> dict[str, object]:
@@ -142,7 +144,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--min-operand", type=int, default=0)
     parser.add_argument("--max-operand", type=int, default=5)
     parser.add_argument("--wordings", type=int, default=2, choices=range(1, len(WORDINGS) + 1))
-    parser.add_argument("--examples", type=int, default=0, help="solved problems before each question of train and eval, for long prompts")
+    parser.add_argument(
+        "--examples", type=int, default=0, help="solved problems before each question of train and eval, for long prompts"
+    )
     parser.add_argument("--label-noise", type=float, default=0.0, help="share of wrong answers in sft.jsonl, 0 to 1")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

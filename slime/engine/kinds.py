@@ -32,8 +32,8 @@ HOST_MAX_TOTAL_TOKENS = 16384
 HOST_MAX_RUNNING_REQUESTS = 32
 
 
-# Servers close idle connections after 5 s unless told otherwise, and a step of training lasts about as long: a request that the router
-# sends at that moment is lost. In a prefill/decode pair the other half then waits for its partner for minutes.
+# Servers close idle connections after 5 s unless told otherwise, and a step of training lasts about as long: a request that
+# the router sends at that moment is lost. In a prefill/decode pair the other half then waits for its partner for minutes.
 COMMON_ENVIRONMENT = {"SGLANG_TIMEOUT_KEEP_ALIVE": "86400"}
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import ray
 
-# How long the others get to report after the first failure: the one that raised is the cause, those that hang in a collective are not.
+# How long the others get to report after the first failure: the one that raised is the cause, those that hang in a
+# collective are not.
 _GRACE_SECONDS = 3.0
 
 
 def gather(refs: Mapping[str, ray.ObjectRef], *, doing: str) -> dict[str, Any]:
-    """Results by name. If one fails, RuntimeError with the cause, at once: no waiting for ranks that now hang in a collective."""
+    """Results by name. If one fails, RuntimeError with the cause, at once; ranks that then hang are not waited for."""
     names = {ref: name for name, ref in refs.items()}
     results: dict[str, Any] = {}
     pending = list(names)
@@ -38,7 +39,9 @@ def _explain(names: dict, first: ray.ObjectRef, error: Exception, pending: list,
             except ray.exceptions.RayError as other:
                 failures[names[ref]] = other
     # A process that died or lost its peer is a consequence; an exception of our own code is a cause.
-    causes = {name: failure for name, failure in failures.items() if isinstance(failure, ray.exceptions.RayTaskError)} or failures
+    causes = {
+        name: failure for name, failure in failures.items() if isinstance(failure, ray.exceptions.RayTaskError)
+    } or failures
     name, cause = next(iter(causes.items()))
     others = sorted(set(failures) - {name})
     also = f"\n(also failed: {', '.join(others)})" if others else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -51,14 +50,18 @@ class EngineFleet:
         specs = plan_engines(self._config)
         models = sorted({spec.model for spec in specs})
         if len(models) > 1:
-            raise ValueError(f"--sglang-config serves {len(models)} models ({', '.join(models)}); this version runs one model and its router")
+            raise ValueError(
+                f"--sglang-config serves {len(models)} models ({', '.join(models)}); this version runs one model and its router"
+            )
         heads = {spec.label: self._actor(spec, 0) for spec in specs}
         addresses = gather({f"engine {label}": head.start.remote() for label, head in heads.items()}, doing="starting")
         for spec in specs:
             address = addresses[f"engine {spec.label}"]
             others = [self._actor(spec, node, address.dist_init_addr) for node in range(1, spec.num_nodes)]
             self.engines.append(Engine(spec, address.url, address.bootstrap_port, (heads[spec.label], *others)))
-            gather({f"node {n} of engine {spec.label}": o.start.remote() for n, o in enumerate(others, start=1)}, doing="starting")
+            gather(
+                {f"node {n} of engine {spec.label}": o.start.remote() for n, o in enumerate(others, start=1)}, doing="starting"
+            )
 
     def wait_ready(self) -> None:
         gather({f"engine {engine.label}": engine.actors[0].wait_ready.remote() for engine in self.engines}, doing="coming up")
@@ -139,7 +142,9 @@ class EngineFleet:
 
     def obituaries(self) -> list[str]:
         """Why engines or the router are gone; empty while all live."""
-        found = gather({engine.label: engine.actors[0].obituary.remote() for engine in self.engines}, doing="looking after engines")
+        found = gather(
+            {engine.label: engine.actors[0].obituary.remote() for engine in self.engines}, doing="looking after engines"
+        )
         gone = [text for text in found.values() if text]
         if self.router is not None:
             try:

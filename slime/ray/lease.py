@@ -50,7 +50,7 @@ class Lease:
 
     @contextmanager
     def syncing(self) -> Iterator[None]:
-        """The trainer keeps its weights only and the engines take memory for theirs; at the end the trainer gives up the rest too."""
+        """The trainer keeps its weights only and the engines take memory for theirs; at the end it gives up the rest."""
         self._expect(Holder.TRAINER)
         self._trainers.sleep("steps")
         self._engines.resume_memory("weights")

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 logger = logging.getLogger(__name__)
 
-# Shares of one device slot. They leave room for a critic beside actor and engine, and let the three be placed on the same device.
+# Shares of one device slot. They leave room for a critic beside actor and engine, and let all three be on the same device.
 TRAINER_SHARE = 0.4
 ENGINE_SHARE = 0.2
 
@@ -66,12 +66,13 @@ def _wait_until_ready(group: PlacementGroup, total: int, wait_seconds: float) ->
     while not ray.wait([ready], timeout=2.0)[0]:
         waited = time.monotonic() - started
         have = ray.cluster_resources()
-        missing = f"{have.get('GPU', 0):.0f} device slots and {have.get('CPU', 0):.0f} CPUs are in the Ray cluster, {total} of each are needed"
+        slots, cpus = have.get("GPU", 0), have.get("CPU", 0)
+        missing = f"{slots:.0f} device slots and {cpus:.0f} CPUs are in the Ray cluster, {total} of each are needed"
         if waited > wait_seconds:
             remove_placement_group(group)
             raise RuntimeError(
-                f"after {waited:.0f} s {missing}. Join the missing nodes (`ray start --address=...` on each), stop what else uses the "
-                "cluster, or lower --actor-num-nodes / --actor-num-gpus-per-node / --rollout-num-gpus."
+                f"after {waited:.0f} s {missing}. Join the missing nodes (`ray start --address=...` on each), stop what "
+                "else uses the cluster, or lower --actor-num-nodes / --actor-num-gpus-per-node / --rollout-num-gpus."
             )
         if waited - said >= 30:
             said = waited
@@ -85,7 +86,8 @@ class _Probe:
 
 
 def _ordered_slots(group: PlacementGroup, total: int) -> list[Slot]:
-    """Slots sorted by node address and device number, as numbers: Ray hands bundles out in any order, and "10" sorts before "2" as text."""
+    """Slots sorted by node address and device number, as numbers: Ray hands bundles out in any order, and as text "10" comes
+    before "2"."""
     probes = [
         _Probe.options(
             num_gpus=0.01,

@@ -112,7 +112,9 @@ class RolloutActor:
             gone = self._fleet.obituaries() if self._fleet.engines else []
             if gone:
                 raise RuntimeError(
-                    "generation stopped because a server is gone.\n" + "\n".join(gone) + "\nThe last checkpoint is intact: run the same "
+                    "generation stopped because a server is gone.\n"
+                    + "\n".join(gone)
+                    + "\nThe last checkpoint is intact: run the same "
                     "command again to resume from it."
                 ) from error
             raise

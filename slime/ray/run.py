@@ -202,7 +202,9 @@ class Run:
 
     # ------------------------------------------------------------------ what the user sees
 
-    def report(self, rollout: Rollout, training: Training | None = None, sync: SyncReport | None = None, *, seconds: float) -> None:
+    def report(
+        self, rollout: Rollout, training: Training | None = None, sync: SyncReport | None = None, *, seconds: float
+    ) -> None:
         told = rollout.report.metrics
         metrics = dict(told) if rollout.report.to_trackers else {}
         metrics["perf/rollout_time"] = rollout.seconds
@@ -240,7 +242,9 @@ class Run:
         checkpoint = self._config.checkpoint
         if self._saved is not None:
             logger.info("checkpoint: %s (rollout %d of %d)", checkpoint.save, self._saved + 1, self.num_rollout)
-            logger.info("to go on: run the same command with --num-rollout %d (or more); it resumes from there", self.num_rollout * 2)
+            logger.info(
+                "to go on: run the same command with --num-rollout %d (or more); it resumes from there", self.num_rollout * 2
+            )
         for sink in self._tracker.places():
             logger.info("metrics: %s", sink)
         logger.info("logs of engines and router: %s", _run_folder(self._config))

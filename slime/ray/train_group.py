@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainGroup:
-    """Starts one actor per trainer slot and calls them all at once. Implements the trainer's side of lease and weight protocol."""
+    """One actor per trainer slot, all called at once. Implements the trainer's side of lease and weight protocol."""
 
     def __init__(self, config: Config, placement: Placement):
         self._actors = {

@@ -75,8 +75,8 @@ class WeightStream:
         return StreamReport(count, nbytes, tensors)
 
     def save_hf(self, folder: str, *, origin: str) -> None:
-        """The policy as a Hugging Face checkpoint in the trained dtype, written by rank 0; the MTP layers, which are not trained,
-        are left out and no longer announced."""
+        """The policy as a Hugging Face checkpoint in the trained dtype, written by rank 0; the MTP layers, which are not
+        trained, are left out and no longer announced."""
         wire = WireFormat(self._wire.dtype, None, frozenset(), self._wire.float32_names)
         tensors = (named for bucket in self._buckets_of_all(wire) for named in unpack_bucket(bucket))
         if self._ranks.rank == 0:

@@ -39,7 +39,7 @@ def save_rollout(
 
 
 def save_evaluation(template: str, rollout_id: int, output: RolloutFnEvalOutput) -> Path:
-    """Write the samples of all evaluation data sets; `data_sets` holds per name the rewards and how many samples are its own."""
+    """Write the samples of all evaluation data sets; `data_sets` has per name the rewards and the number of its samples."""
     samples = {name: flatten(result.get("samples") or []) for name, result in output.data.items()}
     content = {
         "rollout_id": rollout_id,
@@ -66,7 +66,8 @@ class Replay:
         content = _read(path)
         if content["rollout_id"] != rollout_id:
             raise ValueError(
-                f"--load-debug-rollout-data: {path} holds rollout {content['rollout_id']}, wanted is {rollout_id}: was it renamed?"
+                f"--load-debug-rollout-data: {path} holds rollout {content['rollout_id']}, wanted is {rollout_id}; "
+                "was it renamed?"
             )
         samples = [_sample(path, position, value) for position, value in enumerate(content["samples"])]
         if content.get("layout") is not None:

@@ -26,8 +26,8 @@ class TensorMeta:
 class WeightBucket:
     """Tensors that travel together, packed into one byte buffer.
 
-    flat: [nbytes] uint8. Tensors that an engine fuses on load (q_a_proj with kv_a_proj_with_mqa, a weight with its scale) are always
-    in the same bucket, because the engine pairs them only within one update call.
+    flat: [nbytes] uint8. Tensors that an engine fuses on load (q_a_proj with kv_a_proj_with_mqa, a weight with its scale) are
+    always in the same bucket, because the engine pairs them only within one update call.
     """
 
     metas: tuple[TensorMeta, ...]

@@ -25,7 +25,7 @@ def flat_bytes(metas: Sequence[TensorMeta]) -> int:
 def pack_bucket(named: Sequence[tuple[str, Tensor]]) -> WeightBucket:
     """Copy tensors of any dtypes into one new uint8 buffer on their device.
 
-    A new buffer each time: an engine may answer before its copy kernels have run, so a reused one would corrupt the last bucket.
+    A new buffer each time: an engine may answer before its copy kernels have run, so a reused one would corrupt the last.
     """
     metas, start = [], 0
     for name, tensor in named:
@@ -47,7 +47,7 @@ def unpack_bucket(bucket: WeightBucket) -> Iterator[tuple[str, Tensor]]:
 
 
 def fill_buckets(groups: Iterable[Sequence[tuple[str, Tensor]]], *, limit_bytes: int) -> Iterator[WeightBucket]:
-    """Groups of tensors, in order, into buckets of at most `limit_bytes`; a group is never split, a larger one travels alone."""
+    """Groups of tensors, in order, into buckets of at most `limit_bytes`; no group is split, a larger one travels alone."""
     if limit_bytes <= 0:
         raise ValueError(f"--update-weight-buffer-size is {limit_bytes}; it is a number of bytes and must be positive")
     waiting: list[tuple[str, Tensor]] = []

@@ -1,9 +1,11 @@
 """The order in which engines change their weights.
 
-    idle --pause--> paused --flush--> empty --begin--> open --stream--> open --end--> sealed --check--> verified --continue--> idle
+    idle --pause--> paused --flush--> empty --begin--> open --stream--> open
+         --end--> sealed --check--> verified --continue--> idle
 
-Between begin and end an engine holds a mixture of two models, so it is paused and answers no request; `check` reads the version back from
-every engine before any is allowed to continue. If anything raises on the way, the engines stay paused: a half-updated model never answers.
+Between begin and end an engine holds a mixture of two models, so it is paused and answers no request; `check` reads the
+version back from every engine before any is allowed to continue. If anything raises on the way, the engines stay paused: a
+half-updated model never answers.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ class SyncReport:
 
     def line(self) -> str:
         return (
-            f"weights v{self.version}: {self.stream.buckets} buckets, {self.stream.tensors} tensors, {self.stream.nbytes / 1e6:.1f} MB "
-            f"in {self.stream_seconds:.2f} s (pause {self.pause_seconds:.2f} s)"
+            f"weights v{self.version}: {self.stream.buckets} buckets, {self.stream.tensors} tensors, "
+            f"{self.stream.nbytes / 1e6:.1f} MB in {self.stream_seconds:.2f} s (pause {self.pause_seconds:.2f} s)"
         )
 
 

@@ -41,11 +41,14 @@ class WireFormat:
         method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
         if method != "fp8" or quantization.get("fmt", "e4m3") != "e4m3" or not block or block[0] != block[1]:
             raise ValueError(
-                f"the serving checkpoint is quantised as {dict(quantization)!r:.200}; weights can be sent as bf16, or as fp8 e4m3 in square "
-                "blocks (quant_method fp8, weight_block_size [128, 128]). Serve the BF16 checkpoint by pointing --hf-checkpoint at it."
+                f"the serving checkpoint is quantised as {dict(quantization)!r:.200}; weights can be sent as bf16, or as "
+                "fp8 e4m3 in square blocks (quant_method fp8, weight_block_size [128, 128]). Serve the BF16 checkpoint by "
+                "pointing --hf-checkpoint at it."
             )
         kept = set(quantization.get("modules_to_not_convert") or ())
-        fp8_names = frozenset(tensor.name for tensor in table.hf_tensors() if tensor.fp8 and tensor.name.removesuffix(".weight") not in kept)
+        fp8_names = frozenset(
+            tensor.name for tensor in table.hf_tensors() if tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
+        )
         return WireFormat(dtype, int(block[0]), fp8_names, float32_names)
 
     def encode(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -18,8 +18,8 @@ class Source:
 
     rank: int
     buckets: Iterator[WeightBucket] | None
-    """Its buckets, on itself and on the ranks of its tensor-parallel group: making a bucket is a collective of that group, so they
-    all advance together. None on every other rank."""
+    """Its buckets, on itself and on the ranks of its tensor-parallel group: making a bucket is a collective of that group, so
+    they all advance together. None on every other rank."""
 
 
 def broadcast_buckets(
@@ -27,9 +27,9 @@ def broadcast_buckets(
 ) -> Iterator[WeightBucket]:
     """All buckets of all sources, on every rank, in the same order.
 
-    Buckets are already in wire format, so FP8 models cross the network as FP8. Every rank takes part in the same collectives: per
-    bucket one object broadcast (names and offsets) and one of the bytes; a source ends with an empty message. Sources send one after
-    another.
+    Buckets are already in wire format, so FP8 models cross the network as FP8. Every rank takes part in the same collectives:
+    per bucket one object broadcast (names and offsets) and one of the bytes; a source ends with an empty message. Sources send
+    one after another.
     """
     for source in sources:
         while True:

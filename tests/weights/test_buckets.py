@@ -9,9 +9,9 @@ from slime.weights.quantize import WireFormat
 GLM = {
     "model_type": "glm_moe_dsa", "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128,
     "num_hidden_layers": 8, "num_attention_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
-    "first_k_dense_replace": 3, "q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
-    "index_n_heads": 4, "index_head_dim": 128, "index_topk": 16, "index_topk_freq": 4, "index_skip_topk_offset": 3,
-    "num_nextn_predict_layers": 1, "dtype": "bfloat16",
+    "first_k_dense_replace": 3, "q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16,
+    "v_head_dim": 32, "index_n_heads": 4, "index_head_dim": 128, "index_topk": 16, "index_topk_freq": 4,
+    "index_skip_topk_offset": 3, "num_nextn_predict_layers": 1, "dtype": "bfloat16",
 }  # fmt: skip
 GLM_FP8 = GLM | {
     "quantization_config": {
@@ -79,7 +79,9 @@ def test_the_released_fp8_checkpoint_decides_what_is_quantised(name, is_fp8):
 
 def test_an_encoded_weight_restores_within_half_a_step_of_e4m3():
     weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(1))
-    (name, codes), (scale_name, scales) = WireFormat.of_checkpoint(HfConfig(GLM_FP8)).encode("model.layers.0.self_attn.o_proj.weight", weight)
+    (name, codes), (scale_name, scales) = WireFormat.of_checkpoint(HfConfig(GLM_FP8)).encode(
+        "model.layers.0.self_attn.o_proj.weight", weight
+    )
     assert (name, scale_name) == ("model.layers.0.self_attn.o_proj.weight", "model.layers.0.self_attn.o_proj.weight_scale_inv")
     assert scales.shape == (2, 3) and scales.dtype == torch.float32
     spread = scales.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]

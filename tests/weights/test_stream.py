@@ -1,8 +1,8 @@
 import torch
+from ranks import run_ranks
 
 from slime.weights.buckets import fill_buckets, unpack_bucket
 from slime.weights.stream import Source, broadcast_buckets
-from ranks import run_ranks
 
 
 def _tensors(source: int, count: int) -> list[list[tuple[str, torch.Tensor]]]:
