@@ -31,7 +31,10 @@ for argument in "$@"; do # those of the launcher that sources this file
     [[ $argument != --rehearse ]] || REHEARSE=1
 done
 # Launchers write generated files into RUN_DIR, and the cluster's folder may not exist here.
-[[ $REHEARSE != 1 || -n ${RUN_DIR:-} ]] || RUN_DIR="$(mktemp -d /tmp/slime-rehearsal-XXXXXX)"
+if [[ $REHEARSE == 1 && -z ${RUN_DIR:-} ]]; then
+    RUN_DIR="$(mktemp -d /tmp/slime-rehearsal-XXXXXX)"
+    trap 'rm -rf -- "$RUN_DIR"' EXIT
+fi
 
 say() { printf '[launch] %s\n' "$*" >&2; }
 die() { printf '[launch] error: %s\n' "$*" >&2; exit 1; }
