@@ -96,7 +96,8 @@ class Guard:
 def _first_bad_parameter(chunks: Sequence[torch.nn.Module]) -> str | None:
     for number, chunk in enumerate(chunks):
         # One sum per buffer: any NaN or infinity survives it, and it needs no memory. Not in float64: torch would first copy
-        # the whole buffer to 8 bytes a number. A float32 sum that overflows on finite gradients only leads to the exact look below.
+        # the whole buffer to 8 bytes a number. A float32 sum that overflows on finite gradients only leads to the exact look
+        # below.
         buffers = [*chunk.buffers, *chunk.expert_parallel_buffers]
         if all(math.isfinite(float(buffer.grad_data.sum(dtype=torch.float32))) for buffer in buffers):
             continue
