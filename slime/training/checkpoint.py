@@ -186,8 +186,8 @@ def _root_cause(error: BaseException) -> str:
     # megatron-core's own exception lists a rank -> (exception, traceback) table; its last line is the cause.
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     told = lines[-1].strip() if lines else "no message"
-    if "inline_container" in told or "unexpected pos" in told:
-        # torch's file writer swallows the system's reason and reports only that its position is wrong.
+    # torch's file writer may swallow the system's reason and report only that its position is wrong; which of the two comes first is chance.
+    if any(sign in told for sign in ("inline_container", "unexpected pos", "File too large", "No space left", "Disk quota")):
         return f"a file could not be written to its end, as on a full disk or at a quota ({told})"
     return told
 
