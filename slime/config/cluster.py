@@ -82,7 +82,7 @@ class EngineConfig:
     """Host-local HF checkpoint that deltas are applied to."""
     custom_update_weight_post_write_path: str | None = flag(None, later="weight sync through a shared disk")
     """Hook of every rank after a version was written."""
-    check_weight_update_equal: bool = flag(False, later="the read-back flag (the sync's own checksums are always on)")
+    check_weight_update_equal: bool = flag(False, later="comparing all served weights after a sync (a sync compares versions)")
     """Compare the engines' weights with the trainer's after a sync."""
     use_fault_tolerance: bool = flag(False, later=_HEALTH)
     """Watch the engines and restart those that die."""
