@@ -4,7 +4,7 @@
 // 64 keys at a time from its own ring of shared-memory stages. The product is computed in two halves of 4 queries: while the sums over
 // heads of one half run, the other half's product does. Keys are the rows of the product, so heads lie along a thread's registers: a
 // sum over heads is 8 multiply-adds and 3 exchanges between 4 threads.
-// select: one block per row. A first reading counts the scores by their upper 13 bits, which leaves few candidates for the threshold; a
+// select_topk: one block per row. A first reading counts the scores by their upper 13 bits, which leaves few candidates for the threshold; a
 // second lists, in key order, what is above or a candidate; the rest happens on that list in shared memory. (Scores so alike that the
 // list overflows are read three more times instead.)
 #include "hopper.cuh"
@@ -28,7 +28,7 @@ struct ScoreArguments {
     const void *q, *k;
     const float *gates, *key_scale;  // [t, 32]; [T] or null
     const int *starts, *ends;        // [t]
-    float* scores;                   // [t, stride], column j is key j - first_key
+    float* scores;                   // [t, stride], column j is key j
     int t, chunk;
     int64_t keys, stride;
 };

@@ -6,11 +6,15 @@
 //   warpgroup 1:  dP = dO V'    dS = scale P (dP - delta)
 //   both, each on its own columns (0..255 | 256..575):
 //                 dQ += dS K    (kept in registers over all keys of the query)
-//                 dKV = dS' Q + P' dO   (added to global memory in float32)
+//                 dKV = dS' Q + P' dO   (leaves at once: see Store)
 // The next keys are fetched while dKV, which does not need K, is computed.
 //
+// Store: the contributions of a (query, key) pair are either added to dKV in float32 (kReduce), or written in bf16 to a row of their own
+// (kStage) and summed by key in a second pass. The second is faster: float32 reductions are twice the bytes, read and written.
+//
 // Within each 16 columns of Q, dO and K the pairs are stored in the order 0 2 4 6 1 3 5 7 (sums over columns do not care). A thread's
-// accumulators of two neighbouring 8-column groups are then 4 consecutive columns of the result: one 16-byte reduction.
+// accumulators of two neighbouring 8-column groups are then 4 consecutive columns of the result: one 16-byte reduction, one 8-byte
+// store of dQ.
 #include "hopper.cuh"
 
 #include <utility>
@@ -23,7 +27,7 @@ constexpr int kDK = 576, kDV = 512, kHeads = 64, kKeys = 64;
 constexpr int kQ = 0, kDO = kQ + 9 * kTileBytes, kK = kDO + 8 * kTileBytes, kP = kK + 9 * kTileBytes, kDS = kP + kTileBytes;
 constexpr int kIndex = kDS + kTileBytes, kSharedBytes = kIndex + 2 * kKeys * 4;
 
-enum Store { kReduce = 0, kDrop = 1, kStage = 2 };  // kDrop is for timing
+enum Store { kReduce = 0, kDrop = 1, kStage = 2 };  // kDrop computes dKV and forgets it, to time the rest
 
 // 16 columns (32 bytes), pairs 0..7 -> 0 2 4 6 | 1 3 5 7.
 __device__ __forceinline__ void permute16(uint4& low, uint4& high) {
@@ -63,8 +67,8 @@ __device__ __forceinline__ uint32_t pair(float a, float b) {
 }
 template <int kOffset>
 __device__ __forceinline__ void store8(__nv_bfloat16* to, int key, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    asm volatile("{\n.reg .pred p;\nsetp.ge.s32 p, %5, 0;\n@p st.global.cs.v4.b32 [%0 + %6], {%1, %2, %3, %4};\n}\n" ::"l"(to), "r"(a), "r"(b),
-                 "r"(c), "r"(d), "r"(key), "n"(kOffset * 2)
+    asm volatile("{\n.reg .pred p;\nsetp.ge.s32 p, %5, 0;\n@p st.global.cs.v4.b32 [%0 + %6], {%1, %2, %3, %4};\n}\n" ::"l"(to), "r"(a),
+                 "r"(b), "r"(c), "r"(d), "r"(key), "n"(kOffset * 2)
                  : "memory");
 }
 
