@@ -102,6 +102,18 @@ def test_index_topk_on_packed_samples_with_ties(monkeypatch, topk, chunk_element
     assert torch.equal(got, topk_by_hand(q, k, gates, starts, ends, topk))
 
 
+def test_index_scores_are_those_that_select_and_have_their_gradients():
+    q, k, gates = torch.randn(6, 3, 4).double(), torch.randn(9, 4).double(), torch.randn(6, 3).double()
+    indices = packed_indices([4, 2], k=5)
+    indices[4] = -1
+    got = torch_ops.index_scores(q, k, gates, indices)
+    every = torch.einsum("th,ths->ts", gates, torch.einsum("thd,sd->ths", q, k).clamp_min(0))
+    assert got[indices < 0].isneginf().all()
+    torch.testing.assert_close(got[indices >= 0], every.gather(1, indices.clamp_min(0).long())[indices >= 0])
+    leaves = [x.requires_grad_() for x in (q, k, gates)]
+    assert torch.autograd.gradcheck(lambda *x: torch_ops.index_scores(*x, indices).masked_fill(indices < 0, 0.0), leaves)
+
+
 def test_index_topk_fp8_selects_by_the_dequantised_vectors():
     q, k, gates = torch.randn(6, 2, 16), torch.randn(40, 16) * torch.logspace(-2, 1, 40)[:, None], torch.randn(6, 2)
     k[3] = 1e-6  # below the smallest scale

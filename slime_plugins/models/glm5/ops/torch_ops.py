@@ -126,6 +126,43 @@ def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
+def index_scores(q: Tensor, k: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
+    """The indexer's scores of selected keys, differentiable: for a loss that trains the indexer. float32 [t, n].
+
+    q [t, H, D], k [T, D], gates [t, H], indices [t, n] int32 with -1 = no key (score -inf, no gradient). Gradients to q, k and
+    gates; keys that no row lists do not matter. Memory beyond inputs and outputs is bounded by CHUNK_ELEMENTS.
+    """
+    return _IndexScores.apply(q, k, gates, indices)
+
+
+class _IndexScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, gates, indices):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.empty(indices.shape, dtype=dtype, device=q.device)
+        for rows in _row_chunks(q, indices):
+            keys, _ = _gather(k, indices[rows], dtype)
+            per_head = torch.relu(q[rows].to(dtype) @ keys.transpose(1, 2))
+            scores[rows] = (gates[rows].to(dtype)[:, None] @ per_head)[:, 0].masked_fill(indices[rows] < 0, float("-inf"))
+        ctx.save_for_backward(q, k, gates, indices)
+        return scores
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, gates, indices = ctx.saved_tensors
+        grad_q, grad_gates = torch.empty_like(q), torch.empty_like(gates)
+        grad_k = torch.zeros(k.shape, dtype=grad.dtype, device=k.device)
+        for rows in _row_chunks(q, indices):
+            keys, addresses = _gather(k, indices[rows], grad.dtype)
+            queries, slope = q[rows].to(grad.dtype), grad[rows].masked_fill(indices[rows] < 0, 0.0)
+            products = queries @ keys.transpose(1, 2)
+            grad_gates[rows] = (torch.relu(products) @ slope[..., None])[..., 0].to(gates.dtype)
+            d_products = torch.where(products > 0, gates[rows].to(grad.dtype)[..., None] * slope[:, None], 0.0)
+            grad_q[rows] = (d_products @ keys).to(q.dtype)
+            grad_k.index_add_(0, addresses.flatten(), (d_products.transpose(1, 2) @ queries).flatten(0, 1))
+        return grad_q, grad_k.to(k.dtype), grad_gates, None
+
+
 def select_topk(scores: Tensor, own: Tensor, topk: int, first_position: int) -> Tensor:
     """int32 [t, topk]: ascending positions (column + first_position) of the best own columns, -1 last; ties by key order."""
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :topk]
