@@ -110,6 +110,16 @@ def te_version() -> str:
         return "TypeError"
 
 
+def classes_in_checkpoints() -> str:
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    classes = {"cpu_optimizer_cls": torch.optim.AdamW, "gpu_optimizer_cls": torch.optim.AdamW}
+    inner = HybridDeviceOptimizer([weight], **classes, pin_cpu_grads=False, overlap_cpu_optimizer_d2h_h2d=False)
+    (group,) = inner.state_dict()["param_groups"]
+    return "saved" if any(isinstance(value, type) for value in group.values()) else "works"
+
+
 def main() -> None:
     guarded = "--guarded" in sys.argv
     if guarded:
@@ -128,6 +138,7 @@ def main() -> None:
             "rng_noise": rng_noise(),
         }
     found["te_version"] = te_version()
+    found["classes_in_checkpoints"] = classes_in_checkpoints()
     found["adam_steps"] = adam_steps(guarded)
     print("RESULT " + json.dumps(found))
 

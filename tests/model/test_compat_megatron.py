@@ -72,6 +72,11 @@ def test_transformer_engines_missing_version_still_cannot_be_compared(published:
     assert (published["te_version"], guarded["te_version"]) == ("TypeError", "missing")
 
 
+def test_classes_of_an_offloading_optimizer_are_still_saved(published: dict) -> None:
+    # That the guard takes them out is tests/training/test_optimizer_modes.py.
+    assert published["classes_in_checkpoints"] == "saved"
+
+
 def test_every_guard_names_a_test_of_this_file() -> None:
     prepare()
     for guard in guards.GUARDS:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import textwrap
 
 import pytest
 import torch
 from ranks import run_ranks
 from tiny import config_for, plans, rollout, start
 
+import slime.training.optimizer
 from slime.training import memory
 from slime.training.optimizer import optimizer_modes
 
@@ -104,3 +107,70 @@ def test_what_cannot_be_kept_is_refused_before_weights_are_touched(qwen3):
     narrow = dict(use_precision_aware_optimizer=True, exp_avg_dtype="bf16")
     with pytest.raises(ValueError, match="--exp-avg-dtype bf16: only TransformerEngine"):
         optimizer_modes(config_for(qwen3, **narrow), torch.bfloat16, on_host=False)
+
+
+def resumed_with_classes(rank: int, folder, root) -> tuple[int, list[type]]:
+    config = config_for(folder, save=str(root), load=str(root))
+    trainer = start(config)
+    groups = [group for part in trainer.optimizer.chained_optimizers for group in part.optimizer.param_groups]
+    for group in groups:
+        group["cpu_optimizer_cls"] = torch.optim.AdamW  # as megatron-core's offloading optimizer does on a GPU
+    batch = rollout()
+    trainer.train(batch, plans(batch, config, 1))
+    trainer.save(0, data_state={})
+    return start(config, load=False).load().start_rollout_id, [group["cpu_optimizer_cls"] for group in groups]
+
+
+def test_a_checkpoint_of_the_offloading_optimizer_can_be_continued(qwen3, tmp_path):
+    start_rollout_id, classes = run_ranks(1, resumed_with_classes, qwen3, tmp_path / "run")[0]
+    assert start_rollout_id == 1 and set(classes) == {torch.optim.AdamW}
+
+
+def offload_from_the_host() -> None:
+    """megatron-core's offloading optimizer, told that every parameter is on a GPU; only in this process."""
+    from megatron.core.optimizer.cpu_offloading import hybrid_optimizer
+
+    offloading = hybrid_optimizer.HybridDeviceOptimizer
+    source = textwrap.dedent(inspect.getsource(offloading._get_sub_optimizer_param_groups)).replace("@staticmethod\n", "")
+    for word, here in (
+        (".cpu().pin_memory()", ""),
+        (" and param.is_cuda", ""),
+        ("if param.is_cuda])", "])"),
+        ("if param.is_cuda:", "if not cpu_copy:"),
+    ):
+        assert word in source, word
+        source = source.replace(word, here)
+    made: dict = {}
+    exec(source, vars(hybrid_optimizer), made)
+    offloading._get_sub_optimizer_param_groups = made["_get_sub_optimizer_param_groups"]
+    published = offloading.__init__
+    offloading.__init__ = lambda self, *args, **kwargs: published(self, *args, **{**kwargs, "pin_cpu_grads": False})
+    slime.training.optimizer.optimizer_modes = lambda config, dtype, on_host: optimizer_modes(config, dtype, on_host=False)
+
+
+def two_rollouts_and_a_resume(rank: int, folder, root, changes: dict) -> tuple:
+    if changes:
+        offload_from_the_host()
+    config = config_for(folder, lr=1e-3, params_dtype="bf16", save=str(root), load=str(root), **changes)
+    trainer, ends = start(config), []
+    for rollout_id in range(2):
+        batch = rollout(rollout_id)
+        report = trainer.train(batch, plans(batch, config, 1))
+        if rollout_id == 0:
+            trainer.save(0, data_state={})
+    ends.append((report.per_step, {name: weight.clone() for name, weight in trainer.named_weights()}))
+    resumed = start(config, load=False)
+    assert resumed.load().start_rollout_id == 1
+    report = resumed.train(batch, plans(batch, config, 1))
+    ends.append((report.per_step, {name: weight.clone() for name, weight in resumed.named_weights()}))
+    return ends
+
+
+@pytest.mark.parametrize(
+    "changes", [FLAGSHIP, dict(optimizer_cpu_offload=True, optimizer_offload_fraction=0.5)], ids=["all", "half"]
+)
+def test_an_offloading_optimizer_takes_the_plain_steps_and_continues_from_its_checkpoint(qwen3, tmp_path, changes):
+    (steps, weights), _ = run_ranks(1, two_rollouts_and_a_resume, qwen3, tmp_path / "plain", {})[0]
+    for same, equal in run_ranks(1, two_rollouts_and_a_resume, qwen3, tmp_path / "offloaded", changes)[0]:
+        assert same == steps
+        assert all(torch.equal(weights[name], equal[name]) for name in weights)
