@@ -84,7 +84,7 @@ class RolloutActor:
         if self._replay is not None:
             output = self._replay.rollout(rollout_id)
         else:
-            output = self._watched(lambda: self._plugins.rollout(self._args, rollout_id, self._data_source))
+            output = self._plugins.rollout(self._args, rollout_id, self._data_source)
         seconds = time.monotonic() - started
         if self._config.debug.save_debug_rollout_data:
             # Before anything is made of the samples: a rollout that cannot be trained is the one to look at.
@@ -98,26 +98,11 @@ class RolloutActor:
         from slime.rollout.reports import report_evaluation
 
         shown = max(rollout_id, 0)
-        output = self._watched(lambda: self._plugins.evaluate(self._args, shown, self._data_source, evaluation=True))
+        output = self._plugins.evaluate(self._args, shown, self._data_source, evaluation=True)
         if self._config.debug.save_debug_rollout_data:
             dumps.save_evaluation(self._config.debug.save_debug_rollout_data, rollout_id, output)
         report = report_evaluation(self._args, shown, output)
         return {name: report.metrics[f"eval/{name}"] for name in output.data}, report
-
-    def _watched(self, work):
-        """Run `work`; if it fails because an engine is gone, say that instead of what the sockets said."""
-        try:
-            return work()
-        except Exception as error:
-            gone = self._fleet.obituaries() if self._fleet.engines else []
-            if gone:
-                raise RuntimeError(
-                    "generation stopped because a server is gone.\n"
-                    + "\n".join(gone)
-                    + "\nThe last checkpoint is intact: run the same "
-                    "command again to resume from it."
-                ) from error
-            raise
 
     def state(self) -> dict | None:
         """Which prompts come next; while replaying, as of when the last replayed rollout was made."""
@@ -170,6 +155,15 @@ class RolloutSide:
 
     def targets(self) -> list[EngineTarget]:
         return self._call("targets")
+
+    def obituaries(self) -> list[str]:
+        """Why servers are gone; empty if all live, or if nobody can tell."""
+        answer = self._actor.fleet.remote("obituaries")
+        done, _ = ray.wait([answer], timeout=15)
+        try:
+            return ray.get(done[0]) if done else []
+        except ray.exceptions.RayError:
+            return []
 
     def stop(self) -> None:
         ray.wait([self._actor.stop.remote()], timeout=60)

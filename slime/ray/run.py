@@ -81,8 +81,10 @@ class Run:
         logger.info("RAY_ADDRESS is not set: starting a local Ray with %d device slots", slots)
         ray.init(num_gpus=slots, num_cpus=slots + 4, include_dashboard=False, logging_level=logging.WARNING)
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if self._rollout is not None:
+            if isinstance(error, Exception):
+                self._tell_who_is_gone()
             self._rollout.stop()
         if self._trainers is not None:
             self._trainers.stop()
@@ -90,6 +92,14 @@ class Run:
             self._placement.remove()
         self._tracker.close()
         ray.shutdown()
+
+    def _tell_who_is_gone(self) -> None:
+        """A dead server shows as a refused connection wherever it is missed next; its own log says why."""
+        gone = self._rollout.obituaries()
+        for text in gone:
+            logger.error("%s", text)
+        if gone:
+            logger.error("the last checkpoint is intact: run the same command again to resume from it")
 
     def _num_trainer_slots(self) -> int:
         cluster = self._config.cluster

@@ -1,7 +1,9 @@
 """The launcher of the tiny GLM-5.2, as a user runs it: real Ray job, two trainer ranks, a prefill and a decode engine, router."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -84,11 +87,17 @@ def base(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("tiny")
 
 
-SMALL = ("--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--global-batch-size", "16", "--n-samples-per-eval-prompt", "1")
+SMALL = ("--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--n-samples-per-eval-prompt", "1")
+
+
+def _dumped_prompts(folder: Path, rollout_id: int) -> list[str]:
+    samples = torch.load(folder / f"{rollout_id}.pt", weights_only=False)["samples"]
+    return [sample["prompt"] for sample in samples]
 
 
 def test_the_launcher_trains_saves_evaluates_and_stops_only_what_it_started(base):
-    run = Launch(base, *SMALL, "--num-rollout", "2", "--save-interval", "1", "--eval-interval", "2")
+    dumps = ("--save-debug-rollout-data", str(base / "dumps" / "{rollout_id}.pt"))
+    run = Launch(base, *SMALL, *dumps, "--num-rollout", "2", "--save-interval", "1", "--eval-interval", "2")
     assert run.wait() == 0, run.text[-6000:]
     rollouts = run.rollouts()
     assert sorted(rollouts) == [1, 2]
@@ -102,14 +111,69 @@ def test_the_launcher_trains_saves_evaluates_and_stops_only_what_it_started(base
     assert _processes_mentioning(str(base)) == []
 
 
-def test_a_second_run_resumes_and_a_dead_engine_ends_it_with_its_name(base):
-    # Needs the checkpoint of the test above.
-    run = Launch(base, *SMALL, "--num-rollout", "500", "--save-interval", "1000")
+def test_a_second_run_resumes_with_the_next_prompts_and_a_dead_engine_ends_it_with_its_name(base):
+    # Needs the checkpoint and the dumps of the test above. Here the engines serve float32 weights, so nothing is rounded on the way.
+    float32 = base / "GLM-5.2-tiny-float32"
+    shutil.copytree(base / "GLM-5.2-tiny", float32)
+    config = json.loads((float32 / "config.json").read_text())
+    config["dtype"] = "float32"
+    (float32 / "config.json").write_text(json.dumps(config))
+    flags = ("--hf-checkpoint", str(float32), "--save-debug-rollout-data", str(base / "dumps" / "{rollout_id}.pt"))
+    run = Launch(base, *SMALL, *flags, "--num-rollout", "500", "--save-interval", "1000")
     run.wait_for(r"rollout +3/500 ")
-    assert min(run.rollouts()) == 3, "rollouts 1 and 2 are in the checkpoint"
     pid = int(run.wait_for(r"default-decode-1: ready at .* \(pid (\d+),")[1])
     os.killpg(pid, signal.SIGKILL)
     assert run.wait(timeout=200) != 0
+    rollouts = run.rollouts()
+    assert min(rollouts) == 3, "rollouts 1 and 2 are in the checkpoint"
+    assert rollouts[3][1] < 1e-3, "float32 on both sides: the trainer and the engines are the same function"
     assert "default-decode-1 was killed by signal 9 (SIGKILL)" in run.text, run.text[-6000:]
-    assert "run the same command again to resume" in re.sub(r"\s+", " ", run.text)
+    assert "run the same command again to resume" in run.text
     assert _processes_mentioning(str(base)) == []
+
+    lines = (base / "arithmetic" / "train.jsonl").read_text().splitlines()
+    order = list(range(len(lines)))
+    used = [prompt for rollout_id in range(3) for prompt in _dumped_prompts(base / "dumps", rollout_id)]
+    assert len(used) == 3 * 4 * 4
+    # Three rollouts took 12 different rows of the shuffled file, each 4 times, in one pass.
+    rows = [used[4 * group] for group in range(12)]
+    assert [used[4 * group + member] for group in range(12) for member in range(4)] == [row for row in rows for _ in range(4)]
+    import random
+
+    random.Random(42).shuffle(order)
+    expected = [json.loads(lines[row])["prompt"][0]["content"] for row in order[:12]]
+    assert [question for row, question in zip(rows, expected, strict=True) if question not in row] == []
+
+
+def test_a_resumed_run_on_replayed_rollouts_equals_the_uninterrupted_one_to_the_bit(base, tmp_path):
+    # Needs the dumps of the first test.
+    replay = ("--load-debug-rollout-data", str(base / "dumps" / "{rollout_id}.pt"), "--eval-interval", "1000", "--save-interval", "1")
+
+    def train(name: str, num_rollout: int) -> None:
+        folder = str(tmp_path / name)
+        run = Launch(base, *SMALL, *replay, "--load", folder, "--save", folder, "--num-rollout", str(num_rollout))
+        assert run.wait() == 0, run.text[-6000:]
+
+    train("whole", 2)
+    train("parts", 1)
+    train("parts", 2)
+    whole, parts = (_tensors(tmp_path / name / "iter_0000001") for name in ("whole", "parts"))
+    assert set(whole) == set(parts) and any("exp_avg" in name for name in whole)
+    different = [name for name, tensor in whole.items() if not torch.equal(tensor, parts[name])]
+    assert different == []
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a torch_dist checkpoint, whole, by name."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(meta.size, dtype=meta.properties.dtype)
+        for name, meta in stored.items()
+        if isinstance(meta, TensorStorageMetadata)
+    }
+    load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+    return state
