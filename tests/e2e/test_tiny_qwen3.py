@@ -28,18 +28,76 @@ def test_a_tiny_qwen3_trains_on_two_tensor_parallel_ranks_and_feeds_two_engines(
     # Rewards are random, because an untrained model earns none, and the step is large enough to show in bf16.
     flags = [
         *_model_args(),
-        "--hf-checkpoint", checkpoint, "--save", tmp_path / "run", "--save-interval", 1, "--save-hf", tmp_path / "hf-{rollout_id}",
-        "--actor-num-nodes", 1, "--actor-num-gpus-per-node", 2, "--num-gpus-per-node", 2, "--colocate",
-        "--tensor-model-parallel-size", 2, "--sequence-parallel", "--rollout-num-gpus-per-engine", 1,
-        "--prompt-data", tmp_path / "train.jsonl", "--input-key", "prompt", "--label-key", "label", "--apply-chat-template",
-        "--rm-type", "random", "--num-rollout", 1, "--rollout-batch-size", 4, "--n-samples-per-prompt", 4, "--global-batch-size", 16,
-        "--rollout-max-response-len", 8, "--use-kl-loss", "--kl-loss-coef", 0.01, "--kl-loss-type", "low_var_kl", "--ref-load", checkpoint,
-        "--optimizer", "adam", "--lr", 2e-2, "--lr-decay-style", "constant",
-        "--use-dynamic-batch-size", "--max-tokens-per-gpu", 1024, "--data-pad-size-multiplier", 16, "--sglang-server-concurrency", 16,
-    ]  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"SLIME_RUN_DIR": str(tmp_path / "logs")}
+        "--hf-checkpoint",
+        checkpoint,
+        "--save",
+        tmp_path / "run",
+        "--save-interval",
+        1,
+        "--save-hf",
+        tmp_path / "hf-{rollout_id}",
+        "--actor-num-nodes",
+        1,
+        "--actor-num-gpus-per-node",
+        2,
+        "--num-gpus-per-node",
+        2,
+        "--colocate",
+        "--tensor-model-parallel-size",
+        2,
+        "--sequence-parallel",
+        "--rollout-num-gpus-per-engine",
+        1,
+        "--prompt-data",
+        tmp_path / "train.jsonl",
+        "--input-key",
+        "prompt",
+        "--label-key",
+        "label",
+        "--apply-chat-template",
+        "--rm-type",
+        "random",
+        "--num-rollout",
+        1,
+        "--rollout-batch-size",
+        4,
+        "--n-samples-per-prompt",
+        4,
+        "--global-batch-size",
+        16,
+        "--rollout-max-response-len",
+        8,
+        "--use-kl-loss",
+        "--kl-loss-coef",
+        0.01,
+        "--kl-loss-type",
+        "low_var_kl",
+        "--ref-load",
+        checkpoint,
+        "--optimizer",
+        "adam",
+        "--lr",
+        2e-2,
+        "--lr-decay-style",
+        "constant",
+        "--use-dynamic-batch-size",
+        "--max-tokens-per-gpu",
+        1024,
+        "--data-pad-size-multiplier",
+        16,
+        "--sglang-server-concurrency",
+        16,
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {
+        "SLIME_RUN_DIR": str(tmp_path / "logs")
+    }
     run = subprocess.run(
-        [sys.executable, "-m", "slime.train", *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+        [sys.executable, "-m", "slime.train", *map(str, flags)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     text = run.stdout + run.stderr
     assert run.returncode == 0, text[-6000:]
@@ -51,5 +109,7 @@ def test_a_tiny_qwen3_trains_on_two_tensor_parallel_ranks_and_feeds_two_engines(
 
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf-0")
     start = AutoModelForCausalLM.from_pretrained(checkpoint)
-    moved = sum((a.float() - b.float()).abs().max().item() > 0 for a, b in zip(exported.parameters(), start.parameters(), strict=True))
+    moved = sum(
+        (a.float() - b.float()).abs().max().item() > 0 for a, b in zip(exported.parameters(), start.parameters(), strict=True)
+    )
     assert moved == len(list(start.parameters())), "every parameter was trained and exported"

@@ -1,4 +1,4 @@
-"""The launcher of the tiny GLM-5.2, as a user runs it: real Ray job, two trainer ranks, a prefill and a decode engine, router."""
+"""The launcher of the tiny GLM-5.2, as a user runs it: a Ray job, two trainer ranks, a prefill and a decode engine, a router."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_the_launcher_trains_saves_evaluates_and_stops_only_what_it_started(base
 
 
 def test_a_second_run_resumes_with_the_next_prompts_and_a_dead_engine_ends_it_with_its_name(base):
-    # Needs the checkpoint and the dumps of the test above. Here the engines serve float32 weights, so nothing is rounded on the way.
+    # Needs the checkpoint and the dumps of the test above. Here the engines serve float32 weights: nothing is rounded on the way.
     float32 = base / "GLM-5.2-tiny-float32"
     shutil.copytree(base / "GLM-5.2-tiny", float32)
     config = json.loads((float32 / "config.json").read_text())
@@ -147,7 +147,14 @@ def test_a_second_run_resumes_with_the_next_prompts_and_a_dead_engine_ends_it_wi
 
 def test_a_resumed_run_on_replayed_rollouts_equals_the_uninterrupted_one_to_the_bit(base, tmp_path):
     # Needs the dumps of the first test.
-    replay = ("--load-debug-rollout-data", str(base / "dumps" / "{rollout_id}.pt"), "--eval-interval", "1000", "--save-interval", "1")
+    replay = (
+        "--load-debug-rollout-data",
+        str(base / "dumps" / "{rollout_id}.pt"),
+        "--eval-interval",
+        "1000",
+        "--save-interval",
+        "1",
+    )
 
     def train(name: str, num_rollout: int) -> None:
         folder = str(tmp_path / name)
