@@ -82,8 +82,8 @@ class EngineConfig:
     """Host-local HF checkpoint that deltas are applied to."""
     custom_update_weight_post_write_path: str | None = flag(None, later="weight sync through a shared disk")
     """Hook of every rank after a version was written."""
-    check_weight_update_equal: bool = flag(False, later="comparing all served weights after a sync (a sync compares versions)")
-    """Compare the engines' weights with the trainer's after a sync."""
+    check_weight_update_equal: bool = False
+    """Read the weights back from every engine after a sync; unless they equal what was sent, the run stops, engines paused."""
     use_fault_tolerance: bool = flag(False, later=_HEALTH)
     """Watch the engines and restart those that die."""
     rollout_health_check_interval: float = flag(30.0, later=_HEALTH)

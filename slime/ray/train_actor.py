@@ -125,12 +125,23 @@ class TrainActor:
         """Send all weights to the engines, bucket by bucket; each bucket is on every rank when it is sent."""
         return self._weight_stream().send(version, targets)
 
+    def check_weights(self, version: int, targets: Sequence[EngineTarget]) -> list[str]:
+        """Compare what the engines of this rank hold with what it sent to them; a log line per engine."""
+        return self._weight_stream().check(version, targets)
+
     def _weight_stream(self):
         from slime.ray.weight_stream import WeightStream
 
         if self._stream is None:
             limit = self._config.engine.update_weight_buffer_size
-            self._stream = WeightStream(self._trainer.model, self._hf_config, self._ranks, self._device, limit_bytes=limit)
+            self._stream = WeightStream(
+                self._trainer.model,
+                self._hf_config,
+                self._ranks,
+                self._device,
+                limit_bytes=limit,
+                read_back=self._config.cluster.check_weight_update_equal,
+            )
         return self._stream
 
     def memory(self) -> dict[str, int]:

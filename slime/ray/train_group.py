@@ -58,6 +58,13 @@ class TrainGroup:
     def stream(self, version: int) -> StreamReport:
         return self._first(self._call("stream", version, list(self.targets), doing=f"sending weights v{version}"))
 
+    def check(self, version: int) -> None:
+        """Every engine's weights against those that were sent (--check-weight-update-equal)."""
+        answers = self._call("check_weights", version, list(self.targets), doing=f"reading weights v{version} back")
+        for lines in answers.values():
+            for line in lines:
+                logger.info("%s", line)
+
     def sleep(self, what: str) -> None:
         self._call("sleep", what, doing=f"putting the trainer's {what} to sleep")
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from slime.device import Device
 from slime.device.host import HostDevice
-from slime.engine.client import EngineClient
+from slime.engine.client import EngineClient, EngineError
 from slime.engine.payload import bucket_payload
 from slime.model.export import export_weights
 from slime.model.hf_config import HfConfig
@@ -23,6 +23,7 @@ from slime.types.weight_bucket import WeightBucket
 from slime.weights.buckets import fill_buckets, unpack_bucket
 from slime.weights.protocol import StreamReport
 from slime.weights.quantize import WireFormat
+from slime.weights.read_back import Expected, verdict
 from slime.weights.stream import Source, broadcast_buckets
 
 logger = logging.getLogger(__name__)
@@ -47,12 +48,23 @@ class _Place:
 class WeightStream:
     """Built once per run on every rank; `send` is a collective of all of them."""
 
-    def __init__(self, model: Sequence, hf_config: HfConfig, ranks: Ranks, device: Device, *, limit_bytes: int):
+    def __init__(
+        self,
+        model: Sequence,
+        hf_config: HfConfig,
+        ranks: Ranks,
+        device: Device,
+        *,
+        limit_bytes: int,
+        read_back: bool = False,
+    ):
+        """read_back: a rank that posts to engines keeps a bounded copy of what it sent, for `check`."""
         self._model, self._ranks, self._device = model, ranks, device
         self._table = NameTable.for_model(hf_config, with_mtp=False)
         self._places: list[_Place] | None = None
         self._wire = WireFormat.of_checkpoint(hf_config)
-        self._limit_bytes = limit_bytes
+        self._limit_bytes, self._read_back = limit_bytes, read_back
+        self._expected: Expected | None = None
         self._sharing_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def send(self, version: int, targets: Sequence[EngineTarget]) -> StreamReport:
@@ -60,10 +72,14 @@ class WeightStream:
         self._open_groups(targets)
         buckets = self._buckets_of_all(self._wire)
         count = nbytes = tensors = 0
+        keeps = self._read_back and any(self._posts(target) for target in targets)
+        self._expected = Expected(self._wire.fp8_block or 1) if keeps else None
         with asyncio.Runner() as runner:
             clients = {target.name: EngineClient(target.url, target.token) for target in targets if self._posts(target)}
             try:
                 for bucket in buckets:
+                    if self._expected is not None:
+                        self._expected.add(unpack_bucket(bucket))
                     for target in targets:
                         self._deliver(bucket, target, clients.get(target.name), runner)
                     count, nbytes, tensors = count + 1, nbytes + bucket.nbytes, tensors + len(bucket.metas)
@@ -73,6 +89,21 @@ class WeightStream:
                     runner.run(client.close())
         self._device.empty_cache()
         return StreamReport(count, nbytes, tensors)
+
+    def check(self, version: int, targets: Sequence[EngineTarget]) -> list[str]:
+        """Read what the last `send` gave to this rank's engines back; a log line each. No collective, engines still paused.
+
+        Raises RuntimeError naming engine, tensors and the largest difference, or if an engine gives nothing back.
+        """
+        expected, self._expected = self._expected, None
+        if expected is None:
+            return []
+        lines = []
+        with asyncio.Runner() as runner:
+            for target in filter(self._posts, targets):
+                answers = runner.run(_read_back(target, expected))
+                lines.append(verdict(target.name, version, expected, answers, num_ranks=target.num_ranks))
+        return lines
 
     def save_hf(self, folder: str, *, origin: str) -> None:
         """The policy as a Hugging Face checkpoint in the trained dtype, written by rank 0; the MTP layers, which are not
@@ -144,3 +175,18 @@ class WeightStream:
         if len(target.sharing_ranks) > 1:
             # The other ranks' buffers are mapped into the engine until it has answered.
             dist.barrier(group=self._sharing_groups[target.sharing_ranks])
+
+
+async def _read_back(target: EngineTarget, expected: Expected) -> dict[str, list]:
+    """The tensors that the engine gives back by name; it answers 400 for one that it keeps fused or on another rank."""
+    client, answers = EngineClient(target.url, target.token), {}
+    try:
+        for name, value in expected.values.items():
+            try:
+                answers[name] = await client.weights_by_name(name, rows=len(value))
+            except EngineError as error:
+                if error.status != 400:
+                    raise
+    finally:
+        await client.close()
+    return answers

@@ -4,8 +4,8 @@
          --end--> sealed --check--> verified --continue--> idle
 
 Between begin and end an engine holds a mixture of two models, so it is paused and answers no request; `check` reads the
-version back from every engine before any is allowed to continue. If anything raises on the way, the engines stay paused: a
-half-updated model never answers.
+version back from every engine before any is allowed to continue, and with `read_back` the weights themselves. If anything
+raises on the way, the engines stay paused: a half-updated model never answers.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Trainers(Protocol):
     """All ranks of the trainer."""
 
     def stream(self, version: int) -> StreamReport: ...
+    def check(self, version: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ class SyncReport:
         )
 
 
-def sync_weights(engines: Engines, trainers: Trainers, *, version: int) -> SyncReport:
-    """Give the engines weight version `version`. Raises RuntimeError if one of them reports another version afterwards."""
+def sync_weights(engines: Engines, trainers: Trainers, *, version: int, read_back: bool = False) -> SyncReport:
+    """Give the engines weight version `version`. Raises RuntimeError if one of them reports another version afterwards.
+
+    read_back: the trainers also compare the engines' weights with what they sent, and raise RuntimeError if they differ.
+    """
     started = time.monotonic()
     engines.pause()
     engines.flush()
@@ -74,5 +78,7 @@ def sync_weights(engines: Engines, trainers: Trainers, *, version: int) -> SyncR
             f"after sending weights v{version}, these engines report another version: {stale}; they stay paused. "
             "Look at their logs for a refused update and start the run again: it resumes from the last checkpoint."
         )
+    if read_back:
+        trainers.check(version)
     engines.proceed()
     return SyncReport(version, stream, time.monotonic() - started, streamed - streaming)

@@ -50,10 +50,15 @@ def started(monkeypatch):
         monkeypatch.setattr(run_module, "TrainGroup", lambda config, placement: both)
         monkeypatch.setattr(run_module, "_open_tracker", lambda config: None)
         monkeypatch.setattr(
-            run_module, "sync_weights", lambda *_, version: both.events.append("first weights") or SimpleNamespace(line=str)
+            run_module, "sync_weights", lambda *_, **__: both.events.append("first weights") or SimpleNamespace(line=str)
         )
         cluster = SimpleNamespace(
-            actor_num_nodes=1, actor_num_gpus_per_node=1, rollout_num_gpus=1, colocate=colocate, offload_rollout=colocate
+            actor_num_nodes=1,
+            actor_num_gpus_per_node=1,
+            rollout_num_gpus=1,
+            colocate=colocate,
+            offload_rollout=colocate,
+            check_weight_update_equal=False,
         )
         debug = SimpleNamespace(debug_rollout_only=False, debug_train_only=False)
         config = SimpleNamespace(

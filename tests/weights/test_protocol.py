@@ -30,14 +30,19 @@ class RecordingEngines:
 
 
 class RecordingTrainers:
-    def __init__(self, events, error=None):
-        self.events, self.error = events, error
+    def __init__(self, events, error=None, differs=None):
+        self.events, self.error, self.differs = events, error, differs
 
     def stream(self, version):
         self.events.append(f"stream {version}")
         if self.error:
             raise self.error
         return StreamReport(buckets=2, nbytes=10, tensors=5)
+
+    def check(self, version):
+        self.events.append(f"read back {version}")
+        if self.differs:
+            raise RuntimeError(self.differs)
 
 
 def test_an_update_runs_in_the_one_legal_order():
@@ -59,3 +64,17 @@ def test_a_failed_stream_leaves_the_engines_paused_and_the_session_open():
     with pytest.raises(OSError):
         sync_weights(RecordingEngines(events, {}), RecordingTrainers(events, OSError("rank 3 died")), version=1)
     assert events == ["pause", "flush", "begin 1", "stream 1"]
+
+
+def test_weights_are_read_back_only_when_asked_and_before_any_engine_continues():
+    events = []
+    sync_weights(RecordingEngines(events, {"d": "7"}), RecordingTrainers(events), version=7, read_back=True)
+    assert events[-4:] == ["end 7", "check", "read back 7", "continue"]
+
+
+def test_an_engine_that_holds_other_weights_keeps_all_paused():
+    events = []
+    with pytest.raises(RuntimeError, match="lm_head differs"):
+        trainers = RecordingTrainers(events, differs="lm_head differs")
+        sync_weights(RecordingEngines(events, {"d": "7"}), trainers, version=7, read_back=True)
+    assert events[-1] == "read back 7"
