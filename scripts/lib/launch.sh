@@ -25,6 +25,7 @@ PYTHON="${PYTHON:-python3}"
 RAY_HEAD_PID=""
 RAY_WORKERS=()   # "address pid", one per worker that we started
 RAY_JOB_ID=""
+RAY_SUBMIT_PID=""
 
 REHEARSE="${REHEARSE:-0}"
 for argument in "$@"; do # those of the launcher that sources this file
@@ -212,9 +213,12 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
         exit
     fi
     RAY_JOB_ID="slime-$(date +%Y%m%d-%H%M%S)-$$"
+    # In the background, because Bash handles a signal only between foreground commands: a TERM would wait for the end of training.
     ray job submit --address "$RAY_JOBS_URL" --submission-id "$RAY_JOB_ID" --runtime-env-json "$runtime_env" \
-        -- "$PYTHON" -m slime.train "$@"
-    RAY_JOB_ID=""
+        -- "$PYTHON" -m slime.train "$@" &
+    RAY_SUBMIT_PID=$!
+    wait "$RAY_SUBMIT_PID"
+    RAY_JOB_ID="" RAY_SUBMIT_PID=""
 }
 
 print_resume() { # COMMAND
@@ -239,6 +243,7 @@ cleanup() {
     if [[ -n $RAY_HEAD_PID ]]; then
         # A job that still runs gets its time to stop engines; it would outlive the cluster otherwise.
         [[ -z $RAY_JOB_ID ]] || timeout 30 ray job stop --address "$RAY_JOBS_URL" "$RAY_JOB_ID" >/dev/null 2>&1
+        [[ -z $RAY_SUBMIT_PID ]] || kill -TERM "$RAY_SUBMIT_PID" 2>/dev/null
         kill -TERM "$RAY_HEAD_PID" 2>/dev/null
         local second
         for ((second = 0; second < 20; second++)); do
