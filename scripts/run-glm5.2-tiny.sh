@@ -44,7 +44,7 @@ if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny-FP8/config.json ]]; then
    run_python "${PROJECT_ROOT}/tools/make_tiny_checkpoint.py" --preset "${GLM52_TINY}" --seed "${SEED}" \
       --output-bf16 "${BASE_DIR}/GLM-5.2-tiny" --output-fp8 "${BASE_DIR}/GLM-5.2-tiny-FP8"
    run_python "${PROJECT_ROOT}/tools/make_arithmetic_data.py" --output "${BASE_DIR}/arithmetic" --seed "${SEED}" \
-      --task add --max-operand 3 --train 4096 --eval 8 --sft 16384 --label-noise 0.5 "${DATA_ARGS[@]}"
+      --task add --max-operand 4 --train 4096 --eval 12 --sft 16384 --label-noise 0.5 "${DATA_ARGS[@]}"
 fi
 
 # 2. BF16 Hugging Face -> Megatron torch_dist, the command of the 744B recipe with smaller numbers.
@@ -113,7 +113,7 @@ SFT_ARGS=(
    --prompt-data "${BASE_DIR}/arithmetic/sft.jsonl"
    --input-key messages
    --loss-mask-type qwen
-   --num-rollout "${SFT_STEPS:-240}"
+   --num-rollout "${SFT_STEPS:-200}"
    --rollout-batch-size 64
    --global-batch-size 64
 

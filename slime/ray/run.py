@@ -183,7 +183,7 @@ class Run:
         if not (self._has_trainer and self._has_engines):
             return None
         self._version += 1
-        read_back = self._config.cluster.check_weight_update_equal
+        read_back = self._config.engine.check_weight_update_equal
         return sync_weights(self._rollout, self._trainers, version=self._version, read_back=read_back)
 
     def save_if_due(self, rollout_id: int) -> None:

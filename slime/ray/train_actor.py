@@ -140,7 +140,7 @@ class TrainActor:
                 self._ranks,
                 self._device,
                 limit_bytes=limit,
-                read_back=self._config.cluster.check_weight_update_equal,
+                read_back=self._config.engine.check_weight_update_equal,
             )
         return self._stream
 

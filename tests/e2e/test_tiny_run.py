@@ -97,7 +97,8 @@ def _dumped_prompts(folder: Path, rollout_id: int) -> list[str]:
 
 def test_the_launcher_trains_saves_evaluates_and_stops_only_what_it_started(base):
     dumps = ("--save-debug-rollout-data", str(base / "dumps" / "{rollout_id}.pt"))
-    run = Launch(base, *SMALL, *dumps, "--num-rollout", "2", "--save-interval", "1", "--eval-interval", "2")
+    flags = ("--check-weight-update-equal", "--num-rollout", "2", "--save-interval", "1", "--eval-interval", "2")
+    run = Launch(base, *SMALL, *dumps, *flags)
     assert run.wait() == 0, run.text[-6000:]
     rollouts = run.rollouts()
     assert sorted(rollouts) == [1, 2]
@@ -106,6 +107,8 @@ def test_the_launcher_trains_saves_evaluates_and_stops_only_what_it_started(base
     assert all(gap < 0.25 for _, gap in rollouts.values()), rollouts
     assert len(re.findall(r"evaluation .* arithmetic \d", run.text)) == 2, "before and after training"
     assert (base / "GLM-5.2-tiny_slime" / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
+    for engine in ("default-prefill-0", "default-decode-1"):
+        assert re.search(rf"weights v3: (\d+) of \1 tensors read back equal from {engine}", run.text), engine
     assert list((base / "run" / "tensorboard" / "grpo").glob("events.out.tfevents.*"))
     assert re.search(r"to continue from the newest checkpoint.*run-glm5.2-tiny.sh", run.text)
     assert _processes_mentioning(str(base)) == []

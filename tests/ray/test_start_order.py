@@ -58,11 +58,14 @@ def started(monkeypatch):
             rollout_num_gpus=1,
             colocate=colocate,
             offload_rollout=colocate,
-            check_weight_update_equal=False,
         )
         debug = SimpleNamespace(debug_rollout_only=False, debug_train_only=False)
         config = SimpleNamespace(
-            cluster=cluster, debug=debug, data=SimpleNamespace(num_rollout=1), checkpoint=SimpleNamespace(save=None)
+            cluster=cluster,
+            debug=debug,
+            engine=SimpleNamespace(check_weight_update_equal=False),
+            data=SimpleNamespace(num_rollout=1),
+            checkpoint=SimpleNamespace(save=None),
         )
         run_module.Run(config).start()
         order = ("engines start", "engines are up", "release_memory", "trainer starts", "trainer loads", "first weights")
