@@ -96,7 +96,7 @@ ENVIRONMENT=(
    "TOKENIZERS_PARALLELISM=false"
 )
 
-# 3. The warm start: supervised training, no engines. Six in ten of its answers are wrong on purpose, so that the model learns the form
+# 3. The warm start: supervised training, no engines. About half of its answers are wrong on purpose, so that the model learns the form
 #    of an answer and a bias towards the right one, and reinforcement learning has something left to do.
 WARM_START="${BASE_DIR}/GLM-5.2-tiny_warm_start"
 SFT_ARGS=(
@@ -239,7 +239,7 @@ check_flags "${FLAGS[@]}"
 
 start_ray_head
 if [[ ! -f ${WARM_START}/latest_checkpointed_iteration.txt ]]; then
-   say "3/4 warm start: supervised training (sft_loss) on answers of which six in ten are wrong"
+   say "3/4 warm start: supervised training (sft_loss) on answers of which about half are wrong"
    submit_job "$(runtime_env_json "${ENVIRONMENT[@]}" "SLIME_RUN_DIR=${RUN_DIR}/warm_start" "TENSORBOARD_DIR=${RUN_DIR}/tensorboard/warm_start")" \
       "${SFT_FLAGS[@]}"
 fi
