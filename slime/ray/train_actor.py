@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 
 import ray
@@ -143,7 +143,3 @@ class TrainActor:
                 read_back=self._config.engine.check_weight_update_equal,
             )
         return self._stream
-
-    def memory(self) -> dict[str, int]:
-        """Bytes: used, peak, free on the device, total."""
-        return asdict(self._device.memory())
