@@ -6,7 +6,6 @@ import dataclasses
 import pickle
 import subprocess
 import sys
-import time
 
 import pytest
 from config.flags import MINIMAL, MOE, config_of
@@ -154,7 +153,7 @@ def test_all_mistakes_are_said_at_once():
     assert len(str(error.value).split("\n")) == 3
 
 
-def test_an_unknown_flag_ends_the_program_fast_and_without_torch():
+def test_an_unknown_flag_ends_the_program_without_a_heavy_import():
     code = (
         "import sys\n"
         "from slime.config import load\n"
@@ -163,18 +162,20 @@ def test_an_unknown_flag_ends_the_program_fast_and_without_torch():
         "    heavy = sorted({'torch', 'numpy', 'megatron', 'sglang', 'ray'} & set(sys.modules))\n"
         "    print(end.code, heavy)\n"
     )
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - started < 2
     assert done.stdout.strip() == "2 []"
     assert done.stderr == "slime: unknown flag --rolout-batch-size; did you mean --rollout-batch-size?\n"
 
 
 @pytest.mark.parametrize("door", ["slime.train", "slime.config"])
-def test_the_doors_answer_a_typo_with_status_2(door: str):
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", door, "--num-rolout", "4"], capture_output=True, text=True)
-    assert (done.returncode, time.monotonic() - started < 2) == (2, True)
+def test_the_doors_answer_a_typo_with_status_2_before_any_heavy_import(door: str):
+    code = (
+        "import runpy, sys\n"
+        "for name in ('torch', 'numpy', 'megatron', 'sglang', 'ray'): sys.modules[name] = None\n"
+        "runpy.run_module(sys.argv.pop(1), run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, door, "--num-rolout", "4"], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
     assert "did you mean --num-rollout?" in done.stderr
 
 

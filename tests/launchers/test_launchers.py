@@ -204,18 +204,19 @@ GLM52_ENVIRONMENT = {
 
 
 @pytest.fixture(scope="module")
-def free_dashboard_port() -> str:
+def free_ports() -> dict[str, str]:
     import socket
 
-    with socket.socket() as one:
+    with socket.socket() as one, socket.socket() as other:
         one.bind(("", 0))
-        return str(one.getsockname()[1])
+        other.bind(("", 0))
+        return {"RAY_DASHBOARD_PORT": str(one.getsockname()[1]), "RAY_PORT": str(other.getsockname()[1])}
 
 
 @pytest.fixture(scope="module")
-def glm52(shared_desk: Desk, free_dashboard_port: str) -> Outcome:
+def glm52(shared_desk: Desk, free_ports: dict[str, str]) -> Outcome:
     """The flagship launcher, run once with nothing but what the documentation says to set (and free ports)."""
-    outcome = shared_desk.run("run-glm5.2-744B-A40B.sh", RAY_DASHBOARD_PORT=free_dashboard_port, RAY_PORT="26379")
+    outcome = shared_desk.run("run-glm5.2-744B-A40B.sh", **free_ports)
     assert outcome.status == 0, outcome.stderr
     return outcome
 
@@ -269,14 +270,14 @@ def test_the_flagship_flags_mean_one_copy_on_256_gpus(glm52: Outcome):
     assert set(starts) <= {1, 2, 3, *range(7, 76, 4)}
 
 
-def test_every_other_node_joins_with_the_token_on_standard_input(glm52: Outcome):
+def test_every_other_node_joins_with_the_token_on_standard_input(glm52: Outcome, free_ports: dict[str, str]):
     joined = [call for call in glm52.ssh if "ray start" in call["stdin"]]
     assert sorted(call["argv"][-3] for call in joined) == sorted(f"10.0.0.{n}" for n in range(2, 33))
     token = glm52.ray_call("start", "--head")["env"]["RAY_AUTH_TOKEN"]
     assert len(token) == 64
     for call in joined:
         assert f"RAY_AUTH_TOKEN={token}" in call["stdin"] and token not in " ".join(call["argv"])
-        assert "--address 10.0.0.1:26379" in call["stdin"] and "--num-gpus 8" in call["stdin"]
+        assert f"--address 10.0.0.1:{free_ports['RAY_PORT']} " in call["stdin"] and "--num-gpus 8" in call["stdin"]
     assert glm52.ray_call("job", "submit")["env"] == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
@@ -305,14 +306,13 @@ def test_launchers_kill_nothing_by_name():
             assert word not in code, f"{file.name} uses {word}"
 
 
-def test_extra_flags_come_last_and_win(desk: Desk, free_dashboard_port: str):
+def test_extra_flags_come_last_and_win(desk: Desk, free_ports: dict[str, str]):
     outcome = desk.run(
         "run-glm5.2-744B-A40B.sh",
         "--num-rollout",
         "7",
-        RAY_DASHBOARD_PORT=free_dashboard_port,
+        **free_ports,
         SOCKET_IFNAME="bond0",
-        RAY_PORT="26379",
         without=("HOSTFILE",),
     )
     assert outcome.job[-2:] == ["--num-rollout", "7"]
@@ -320,12 +320,11 @@ def test_extra_flags_come_last_and_win(desk: Desk, free_dashboard_port: str):
     assert outcome.job_environment["GLOO_SOCKET_IFNAME"] == outcome.job_environment["NCCL_SOCKET_IFNAME"] == "bond0"
 
 
-def test_the_jobs_status_is_the_launchers(desk: Desk, free_dashboard_port: str):
+def test_the_jobs_status_is_the_launchers(desk: Desk, free_ports: dict[str, str]):
     outcome = desk.run(
         "run-glm5.2-744B-A40B.sh",
         JOB_STATUS="3",
-        RAY_DASHBOARD_PORT=free_dashboard_port,
-        RAY_PORT="26379",
+        **free_ports,
         without=("HOSTFILE",),
     )
     assert outcome.status == 3
@@ -373,22 +372,19 @@ def test_a_port_in_use_is_named(desk: Desk):
     assert f"port {port} is in use on this node" in outcome.stderr and "RAY_PORT" in outcome.stderr
 
 
-def test_a_head_that_dies_ends_the_launch_with_its_last_lines(desk: Desk, free_dashboard_port: str):
+def test_a_head_that_dies_ends_the_launch_with_its_last_lines(desk: Desk, free_ports: dict[str, str]):
     outcome = desk.run(
         "run-glm5.2-744B-A40B.sh",
         RAY_START_FAILS="1",
-        RAY_DASHBOARD_PORT=free_dashboard_port,
-        RAY_PORT="26379",
+        **free_ports,
         without=("HOSTFILE",),
     )
     assert outcome.status == 1
     assert "cannot bind" in outcome.stderr and "Ray ended while starting" in outcome.stderr
 
 
-def test_a_node_that_does_not_join_is_named_and_the_others_are_stopped(desk: Desk, free_dashboard_port: str):
-    outcome = desk.run(
-        "run-glm5.2-744B-A40B.sh", DEAD_HOST="10.0.0.9", RAY_DASHBOARD_PORT=free_dashboard_port, RAY_PORT="26379"
-    )
+def test_a_node_that_does_not_join_is_named_and_the_others_are_stopped(desk: Desk, free_ports: dict[str, str]):
+    outcome = desk.run("run-glm5.2-744B-A40B.sh", DEAD_HOST="10.0.0.9", **free_ports)
     assert outcome.status == 1
     assert "1 of 31 nodes did not join: 10.0.0.9 (no route to host)" in outcome.stderr
     assert not any(call["argv"][:2] == ["job", "submit"] for call in outcome.ray)

@@ -147,7 +147,7 @@ ray job submit --address "$RAY_JOBS_URL" --runtime-env-json "$(runtime_env_json 
     assert done.returncode == 0, done.stderr
     assert 'slots 2.0 a "b" $c' in done.stdout and "open to strangers" not in done.stdout
     head = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("head "))
-    deadline = time.monotonic() + 10  # what was killed last may wait a moment for its parent to notice
+    deadline = time.monotonic() + 120  # what was killed last may wait a moment for its parent to notice
     while time.monotonic() < deadline and _alive(head):
         time.sleep(0.2)
     assert _alive(head) == []

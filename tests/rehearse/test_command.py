@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -117,22 +116,18 @@ def test_own_flags_are_taken_out_and_checked() -> None:
         split_own(["--json"])
 
 
-def test_flags_and_layout_need_no_torch_and_5_seconds(flagship: Recipe, tmp_path: Path) -> None:
-    """A child process in which importing torch, numpy, ray or sglang is an error. CPU time, because the machine is shared."""
+def test_flags_and_layout_need_no_heavy_import(flagship: Recipe, tmp_path: Path) -> None:
+    """A child process in which importing torch, numpy, ray or sglang is an error."""
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "for name in ('torch', 'numpy', 'ray', 'sglang', 'megatron'): sys.modules[name] = None\n"
         "from slime.rehearse.command import main\n"
-        "status = main(sys.argv[1:])\n"
-        "sys.stderr.write(f'cpu {time.process_time():.2f}')\n"
-        "sys.exit(status)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
     )
     env = json.dumps(flagship.env)
     argv = ["--runtime-env", env, "--engine-version", "0.5.15.post1", *flagship.written(tmp_path)]
-    started = time.monotonic()
     child = subprocess.run([sys.executable, "-c", code, "--quick", *argv], capture_output=True, text=True, cwd=ROOT)
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-2000:]
-    assert float(child.stderr.rpartition("cpu ")[2]) < 5 and time.monotonic() - started < 60
     # The weight map, memory and cost are arithmetic too.
     child = subprocess.run([sys.executable, "-c", code, "--no-ranks", *argv], capture_output=True, text=True, cwd=ROOT)
     assert child.returncode == 0 and "743.4" not in child.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -86,7 +85,7 @@ ALGEBRA = [
 
 
 def test_algebra_is_compared_by_a_process_that_knows_no_python():
-    process = SymbolicProcess()
+    process = SymbolicProcess(answer_seconds=120)
     try:
         for left, right, expected in ALGEBRA:
             assert process.equal(left, right) is expected, (left, right)
@@ -99,16 +98,14 @@ def test_a_comparison_that_takes_too_long_is_ended_counted_and_the_next_one_work
     worker = tmp_path / "worker.py"
     worker.write_text(
         "import sys, json, time\nprint('ready', flush=True)\n"
-        "for line in sys.stdin:\n    left, right = json.loads(line)\n    time.sleep(60 if left == 'slow' else 0)\n"
+        "for line in sys.stdin:\n    left, right = json.loads(line)\n    time.sleep(600 if left == 'slow' else 0)\n"
         "    print(json.dumps(left == right), flush=True)\n"
     )
     monkeypatch.setattr("slime.rollout.rm_hub.symbolic._WORKER", worker)
     process = SymbolicProcess(answer_seconds=0.3)
     try:
-        started = time.monotonic()
-        assert process.equal("slow", "slow") is False
-        assert time.monotonic() - started < 10 and process.num_timeouts == 1
-        process.answer_seconds = 10
+        assert process.equal("slow", "slow") is False and process.num_timeouts == 1
+        process.answer_seconds = 120
         assert process.equal("a", "a") is True
     finally:
         process.close()
