@@ -92,6 +92,11 @@ def index_topk(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor
     Of equal scores the lowest position wins. Positions ascend; a row with fewer than topk keys is padded with -1 at its end.
     Streamed over rows: memory is bounded by CHUNK_ELEMENTS, keys outside a row's range may hold NaN. No gradient.
     """
+    return _index_topk(q, k, gates, None, starts, ends, topk)
+
+
+def _index_topk(q, k, gates, key_scale, starts, ends, topk) -> Tensor:
+    """index_topk; key_scale [T] multiplies the sums over heads (None: 1)."""
     t, heads, _ = q.shape
     picked = torch.full((t, topk), -1, dtype=torch.int32, device=q.device)
     step = max(1, CHUNK_ELEMENTS // max(1, heads * k.shape[0]))
@@ -102,28 +107,37 @@ def index_topk(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor
             continue
         per_head = torch.relu(torch.einsum("thd,sd->ths", q[rows].float(), k[low:high].float()))
         scores = torch.einsum("ths,th->ts", per_head, gates[rows].float())
+        if key_scale is not None:
+            scores = scores * key_scale[low:high]
         position = torch.arange(low, high, device=q.device)
         own = (position >= starts[rows, None]) & (position < ends[rows, None])
         picked[rows] = select_topk(scores.masked_fill(~own, float("-inf")), own, topk, low)
     return picked
 
 
+@torch.no_grad()
 def index_topk_fp8(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor, *, topk: int) -> Tensor:
     """index_topk as SGLang's engine scores: q and k as e4m3 codes with one float32 scale per 128-vector.
 
-    score = scale_j * sum_h gate_h * scale_h * relu(q_codes_h . k_codes_j); shapes and result as index_topk.
+    score = scale_j * sum_h (gate_h * scale_h) * relu(q_codes_h . k_codes_j), in float32 and in this order; shapes and result as
+    index_topk. The engine's own top-k leaves open which of equal scores it takes.
     """
     q_codes, q_scale = quantize_vectors(q)
     k_codes, k_scale = quantize_vectors(k)
-    # A positive factor passes through relu.
-    return index_topk(q_codes.float(), k_codes.float() * k_scale[:, None], gates * q_scale, starts, ends, topk=topk)
+    return _index_topk(q_codes, k_codes, gates * q_scale, k_scale, starts, ends, topk)
 
 
 def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 codes [..., d] and one float32 scale [...] per vector: scale = max(1e-4, amax) / 448, as SGLang's indexer."""
+    """e4m3 codes [..., d] and one float32 scale [...] per vector, bit for bit as the fused indexer kernels of SGLang's engine.
+
+    scale = max(1e-4, amax) / 448, codes = e4m3(x * (1 / scale)), every step rounded to float32. The product with the rounded
+    reciprocal differs from x / scale in one code of 2,000, enough to change a selection.
+    """
     wide = x.float()
-    scale = wide.abs().amax(dim=-1).clamp_min(1e-4) / 448.0
-    return (wide / scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+    amax = wide.abs().amax(dim=-1).clamp_min(1e-4)
+    # A tensor, not a number: CUDA divides by a number through its reciprocal, which rounds differently.
+    scale = amax / torch.full_like(amax, 448.0)
+    return (wide * scale.reciprocal()[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
 def index_scores(q: Tensor, k: Tensor, gates: Tensor, indices: Tensor) -> Tensor:
