@@ -43,6 +43,9 @@ class ParallelConfig:
     """Megatron's layout string, one letter per layer and | between stages."""
     allgather_cp: bool = False
     """Contiguous context-parallel shards with gathered keys: the layout of sparse attention."""
+    dsa_core_axis: Literal["queries", "heads"] = "queries"
+    """What sparse attention's core is split by between tensor-parallel ranks: its queries (each rank all heads of its rows), or
+    its heads, as the projections are; heads is for comparison."""
     distributed_timeout_minutes: int = 10
     """A collective that takes longer fails."""
     virtual_pipeline_model_parallel_size: int | None = derived(None)

@@ -51,7 +51,8 @@ class Stream:
     order: Tensor | None
     """int64 [T]: where stream row i lies in the rank-by-rank concatenation; None when that is stream order already."""
     indices: dict[int, Tensor] = field(default_factory=dict)
-    """Selected key rows by computing layer (1-based), int32 [t, topk], -1 = none; shared by the layers after it."""
+    """Selected key rows by computing layer (1-based), int32 [rows, topk], -1 = none; shared by the layers after it. The rows
+    are this tensor-parallel rank's slice of the t local ones, or all of them where the core is split by heads."""
     tables: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Rotary cos and sin by table."""
 

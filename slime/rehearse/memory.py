@@ -52,6 +52,8 @@ class TrainShapes:
     """Per rank and step; bounds what is in flight."""
     padded_vocab: int
     log_probs_chunk: int
+    core_axis: str = "queries"
+    """What tensor-parallel ranks share the sparse core by (--dsa-core-axis)."""
     offload_train: bool = True
     """The trainer gives its memory back while the engines own the GPU."""
 
@@ -99,9 +101,10 @@ def checkpointed_input(hf: HfConfig, grid: Grid, shapes: TrainShapes) -> int:
     return shapes.tokens * hf["hidden_size"] * shapes.param_bytes // grid.tp
 
 
-def index_holder(hf: HfConfig, shapes: TrainShapes) -> int:
-    """int32 [tokens, topk] of one computing layer; every tensor-parallel rank has all rows."""
-    return shapes.tokens * hf["index_topk"] * 4 if hf.has_indexer else 0
+def index_holder(hf: HfConfig, grid: Grid, shapes: TrainShapes) -> int:
+    """int32 [rows, topk] of one computing layer: this rank's slice of the tokens, or all of them where heads share the core."""
+    rows = shapes.tokens // (grid.tp if shapes.core_axis == "queries" else 1)
+    return rows * hf["index_topk"] * 4 if hf.has_indexer else 0
 
 
 def transients(hf: HfConfig, grid: Grid, shapes: TrainShapes, share: StageShare) -> dict[str, int]:
@@ -114,6 +117,11 @@ def transients(hf: HfConfig, grid: Grid, shapes: TrainShapes, share: StageShare)
         rows = min(tokens // grid.tp, 8192) if grid.tp > 1 else min(tokens, 8192)
         parts["indexer scores"] = rows * shapes.stream * 4 if share.computing else 0
         parts["absorbed queries and outputs"] = 2 * tokens * heads * latent * size
+        if grid.tp > 1 and shapes.core_axis == "queries":
+            width = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"] + hf["v_head_dim"]
+            parts["queries and outputs, exchanged"] = tokens * heads * width * size
+            up = hf["num_attention_heads"] * (hf["qk_nope_head_dim"] + hf["v_head_dim"]) * hf["kv_lora_rank"]
+            parts["whole key/value up-projection and its fp32 gradient"] = up * (size + 4)
         parts["gradient of keys, fp32"] = shapes.stream * latent * 4
     else:
         width = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"] if hf.is_mla else hf.head_dim
@@ -159,7 +167,7 @@ def stage_memory(
     on_gpu = 0 if shapes.optimizer_on_host else state
     kept = in_flight(share.stage, grid, shapes)
     stored = checkpointed_input(hf, grid, shapes) * len(share.layers) * (1 if shapes.recompute else 16)
-    holders = index_holder(hf, shapes) * share.computing
+    holders = index_holder(hf, grid, shapes) * share.computing
     moving = transients(hf, grid, shapes, share)
     forward_only = {name: count for name, count in moving.items() if "gradient" not in name}
     base = {"weights": weights, "optimizer on GPU": on_gpu, "overhead": overhead}
@@ -210,7 +218,7 @@ def host_training(share: StageShare, hf: HfConfig, grid: Grid, shapes: TrainShap
         "optimizer": optimizer_bytes(share, grid, shapes),
         "gathered parameters": max(share.experts, share.trained - share.experts) * shapes.param_bytes,
         "stored layer inputs": checkpointed_input(hf, grid, shapes) * len(share.layers) * in_flight(share.stage, grid, shapes),
-        "index selection": index_holder(hf, shapes) * share.computing * in_flight(share.stage, grid, shapes),
+        "index selection": index_holder(hf, grid, shapes) * share.computing * in_flight(share.stage, grid, shapes),
     }
     if hf.has_indexer:
         latent = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]

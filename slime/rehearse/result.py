@@ -191,6 +191,7 @@ def train_shapes(done: Rehearsal) -> TrainShapes:
         micro_batches=micro,
         padded_vocab=config.model.padded_vocab_size or done.reading.hf["vocab_size"],
         log_probs_chunk=batch.log_probs_chunk_size,
+        core_axis=config.parallel.dsa_core_axis,
         offload_train=bool(config.cluster.offload_train),
     )
 

@@ -52,10 +52,12 @@ PARALLEL = {
     "pipeline_model_parallel_layout": None,
     "distributed_timeout_minutes": 2,
     "allgather_cp": True,
+    "dsa_core_axis": "queries",
 }
 SHORT = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "cp": "context_parallel_size",
          "ep": "expert_model_parallel_size", "vpp": "virtual_pipeline_model_parallel_size",
-         "first": "decoder_first_pipeline_num_layers", "last": "decoder_last_pipeline_num_layers"}  # fmt: skip
+         "first": "decoder_first_pipeline_num_layers", "last": "decoder_last_pipeline_num_layers",
+         "axis": "dsa_core_axis"}  # fmt: skip
 
 
 def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
@@ -76,7 +78,7 @@ def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
         untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
         only_train_params_name_list=None, freeze_params_name_list=None,
     )  # fmt: skip
-    args = SimpleNamespace(hf_checkpoint=folder, allgather_cp=not zigzag)
+    args = SimpleNamespace(hf_checkpoint=folder, **parallel)
     return SimpleNamespace(parallel=SimpleNamespace(**parallel), model=model, args=args)
 
 
@@ -105,7 +107,8 @@ class StepResult:
     grads: dict[str, tuple[torch.Tensor, int]]
     """Global name -> (this rank's part of the summed gradient, position in its tensor-parallel group)."""
     indices: dict[tuple[int, int], torch.Tensor]
-    """(micro-batch, layer) -> int32 [t, topk] as the sparse attention used them."""
+    """(micro-batch, layer) -> int32 [rows, topk] as the sparse attention used them: [t / tp, topk], or [t, topk] when its core
+    is split by heads."""
     norm_share: float
     """Sum of squares of the gradients that the grad norm counts on this rank."""
 

@@ -27,6 +27,9 @@ GLM_LAYOUTS = [
     (4, {"tp": 2, "cp": 2, "ep": 2}),
     (4, {"cp": 4, "ep": 2}),
     (4, {"ep": 4, "tp": 2}),
+    (2, {"tp": 2, "axis": "heads"}),
+    (4, {"tp": 4, "recompute": True}),
+    (8, {"tp": 2, "pp": 2, "cp": 2, "first": 6}),
 ]
 DENSE_LAYOUTS = [
     (2, {"tp": 2}),
@@ -93,12 +96,14 @@ def _same_selection(reference: StepResult, results: list[StepResult], dp: int, l
     differ."""
     cp, tp, pp = (layout.get(axis, 1) for axis in ("cp", "tp", "pp"))
     for rank, result in enumerate(results):
-        cp_rank = rank // tp % cp
+        by_heads = layout.get("axis") == "heads"
+        place, shares = (rank // tp % cp, cp) if by_heads else (rank % (tp * cp), tp * cp)
         dp_rank = rank // (tp * cp) % dp
         assert result.indices or pp > 1
         for (number, layer), found in result.indices.items():
             wanted = reference.indices[(number * dp + dp_rank, layer)]
-            share = wanted[cp_rank * len(found) :][: len(found)]
+            share = wanted[place * len(found) :][: len(found)]
+            assert 0 <= len(found) * shares - len(wanted) < shares * tp  # each row has one holder
             rows = len(share)  # what follows is padding, which the one-rank run has not
             assert torch.equal(found[:rows], share), f"layer {layer} on rank {rank}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from slime.model.names import NameTable
@@ -100,7 +102,10 @@ def test_activations_of_the_first_stage() -> None:
     assert in_flight(0, GRID, SHAPES) == 8 and in_flight(7, GRID, SHAPES) == 1
     assert checkpointed_input(HF, GRID, SHAPES) == 8192 * 6144 * 2 // 4
     assert checkpointed_input(HF, GRID, SHAPES) * 14 * 8 == 2.625 * 2**30
-    assert index_holder(HF, SHAPES) == 64 * 2**20 and index_holder(HF, SHAPES) * 5 * 8 == 2.5 * 2**30
+    # By heads every tensor-parallel rank has the indices of all 8192 rows, by queries of its 2048.
+    by_heads = replace(SHAPES, core_axis="heads")
+    assert index_holder(HF, GRID, by_heads) == 64 * 2**20 and index_holder(HF, GRID, by_heads) * 5 * 8 == 2.5 * 2**30
+    assert index_holder(HF, GRID, SHAPES) == 16 * 2**20
     last = transients(HF, GRID, SHAPES, stage_shares(TABLE, cut_layers(STOCK), GRID)[7])
     assert last["gradient of keys, fp32"] == 65536 * 576 * 4 == 150_994_944
     assert last["logits, fp32"] == 8192 * 38720 * 4

@@ -18,6 +18,7 @@ from slime.model.attention import LatentAttention, MlaShape  # noqa: E402
 from slime.model.hf_config import HfConfig  # noqa: E402
 from slime.model.layers import DuplicatedLinear, LayerNorm  # noqa: E402
 from slime.model.stream import Stream  # noqa: E402
+from slime_plugins.models.glm5.exchange import heads_to_queries, queries_to_heads, whole_weight  # noqa: E402
 from slime_plugins.models.glm5.ops import get_ops  # noqa: E402
 
 KEY_NORM_EPS = 1e-6  # fixed in the released model, whatever rms_norm_eps says
@@ -46,13 +47,25 @@ class SparseLatentAttention(LatentAttention):
 
     A computing layer (index_source == its own layer number) owns wq_b, wk, k_norm and weights_proj; a shared layer has none of
     them and reads the indices from the micro-batch's stream.
+
+    core_axis: what the core is split by inside the tensor-parallel group. "queries": a rank has all heads of its slice of the
+    rows, and the only copy of their indices. "heads": a rank has its heads of all rows, and a copy of every index.
     """
 
     def __init__(
-        self, config: object, layer_number: int, shape: MlaShape, indexer: IndexerShape, index_source: int, **kwargs: object
+        self,
+        config: object,
+        layer_number: int,
+        shape: MlaShape,
+        indexer: IndexerShape,
+        index_source: int,
+        core_axis: str = "queries",
+        **kwargs: object,
     ) -> None:
         super().__init__(config, layer_number, shape, **kwargs)
         self.indexer_shape, self.index_source = indexer, index_source
+        self.rows_are_split = self.tp_size > 1 and config.sequence_parallel
+        self.by_queries = self.rows_are_split and core_axis == "queries"
         if self.runs_indexer:
             self.wq_b = DuplicatedLinear(shape.q_latent, indexer.heads * indexer.width, config=config)
             self.wk = DuplicatedLinear(config.hidden_size, indexer.width, config=config)
@@ -73,24 +86,37 @@ class SparseLatentAttention(LatentAttention):
         packed_seq_params: PackedSeqParams = None,
         **_: object,
     ) -> tuple[Tensor, Tensor | None]:
-        shape = self.shape
         stream = self.stream(packed_seq_params, self.local_rows(hidden_states), hidden_states.device)
         nope, rope, query_latent = self.queries(hidden_states, stream)
         latent, shared_key = self.latents(hidden_states, stream)
         keys = stream.gather(torch.cat([latent, shared_key], dim=-1))
         indices = self.selected_keys(hidden_states, query_latent, stream)
-        # Absorbed form: W_k moves from the keys to the queries, W_v from the values to the outputs, so that all heads read one
-        # latent.
-        up = self.linear_kv_up_proj.weight.view(self.heads_here, shape.nope + shape.value, shape.kv_latent)
-        w_key, w_value = up.split([shape.nope, shape.value], dim=1)
+        query, up = torch.cat([nope, rope], dim=-1), self.linear_kv_up_proj.weight
+        if self.by_queries:
+            # Exchanged before W_k and after W_v are absorbed: 256 + 256 columns per head then travel instead of 576 + 512.
+            out = self.core(heads_to_queries(query, self.tp_group), keys, indices, whole_weight(up, self.tp_group))
+            out = queries_to_heads(out, self.tp_group)
+        else:
+            out = self.core(query, keys, indices, up)
+        return self.linear_proj(out.flatten(1).unsqueeze(1))
+
+    def core(self, query: Tensor, keys: Tensor, indices: Tensor, up: Tensor) -> Tensor:
+        """query [rows, heads, nope + rope], keys [T, latent + rope], indices [rows, topk], up: the key/value up-projection of
+        these heads -> [rows, heads, value].
+
+        Absorbed form: W_k moves from the keys to the queries, W_v from the values to the outputs, so that all heads read one
+        latent.
+        """
+        shape = self.shape
+        w_key, w_value = up.view(-1, shape.nope + shape.value, shape.kv_latent).split([shape.nope, shape.value], dim=1)
+        nope, rope = query.split([shape.nope, shape.rope_width], dim=-1)
         query = torch.cat([torch.einsum("thn,hnl->thl", nope, w_key), rope], dim=-1)
         ops = get_ops(query.device.type)
         out, _ = ops.sparse_mla(query, keys, indices, scale=shape.scale, v_dim=shape.kv_latent)
-        out = torch.einsum("thl,hvl->thv", out, w_value)
-        return self.linear_proj(out.flatten(1).unsqueeze(1))
+        return torch.einsum("thl,hvl->thv", out, w_value)
 
     def selected_keys(self, hidden: Tensor, query_latent: Tensor, stream: Stream) -> Tensor:
-        """int32 [t, topk] rows of the whole stream, -1 = none: computed here, or by the layer this one shares with."""
+        """int32 [rows, topk] rows of the whole stream, -1 = none: computed here, or by the layer this one shares with."""
         if self.runs_indexer:
             stream.indices[self.layer_number] = self.run_indexer(hidden, query_latent, stream)
         elif self.index_source not in stream.indices:
@@ -102,7 +128,8 @@ class SparseLatentAttention(LatentAttention):
 
     @torch.no_grad()
     def run_indexer(self, hidden: Tensor, query_latent: Tensor, stream: Stream) -> Tensor:
-        """Score and select for this rank's slice of the rows, then hand the int32 indices round the tensor-parallel group.
+        """Score and select for this rank's slice of the rows: int32 [t / tp, topk], or [t, topk] where the core is split by
+        heads.
 
         Each query is scored once in the whole TP x CP group: a rank has its own rows of q and gates, and everybody's keys.
         """
@@ -118,7 +145,7 @@ class SparseLatentAttention(LatentAttention):
         key = self._rotate(key, cos[mine], sin[mine]).squeeze(1)
         keys = stream.gather(self.whole_sequence(key))
         picked = ops.index_topk(query, keys, gates, stream.starts[mine], stream.ends[mine], topk=index.topk)
-        return self._everyone(picked)
+        return self._everyone(picked) if self.rows_are_split and not self.by_queries else picked
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The first rope_width dimensions turn (rope first here, last in the attention's heads)."""
@@ -127,14 +154,12 @@ class SparseLatentAttention(LatentAttention):
         return rotate(x, cos, sin, interleaved=self.indexer_shape.interleaved)
 
     def _slice(self, stream: Stream) -> slice:
-        if self.tp_size == 1 or not self.config.sequence_parallel:
+        if not self.rows_are_split:
             return slice(None)
         share, rank = len(stream.rows) // self.tp_size, dist.get_rank(self.tp_group)
         return slice(rank * share, (rank + 1) * share)
 
     def _everyone(self, picked: Tensor) -> Tensor:
-        if self.tp_size == 1 or not self.config.sequence_parallel:
-            return picked
         whole = picked.new_empty(picked.shape[0] * self.tp_size, picked.shape[1])
         dist.all_gather_into_tensor(whole, picked.contiguous(), group=self.tp_group)
         return whole

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def get_glm5_spec(args: object, config: MLATransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Layer specs of this rank's (virtual) pipeline stage.
 
-    args: slime's flat view; hf_checkpoint and allgather_cp are read. config: megatron-core's.
+    args: slime's flat view; hf_checkpoint, allgather_cp and dsa_core_axis are read. config: megatron-core's.
     Raises ValueError when the stage starts on a shared layer.
     """
     hf = read_hf_config(args.hf_checkpoint)
@@ -63,6 +63,7 @@ def get_glm5_spec(args: object, config: MLATransformerConfig, vp_stage: int | No
                 "shape": shape,
                 "indexer": indexer,
                 "index_source": hf.index_source(layer) + 1,
+                "core_axis": args.dsa_core_axis,
                 "contiguous_cp": True,
             },
         )
