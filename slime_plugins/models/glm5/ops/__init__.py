@@ -63,15 +63,17 @@ def _choose(device_type: str) -> Ops:
             rms_norm=triton_ops.rms_norm,
             reason=f"plain torch for attention and indexer ({obstacle}), Triton for RoPE and norm",
         )
-    from slime_plugins.models.glm5.ops import hopper_ops
+    import torch
 
-    flash_mla, finding = hopper_ops.find_flash_mla()
+    from slime_plugins.models.glm5.ops import flash_mla, hopper_ops
+
+    _, forward, finding = flash_mla.find(torch.device("cuda", torch.cuda.current_device()))
     return Ops(
-        sparse_mla=functools.partial(hopper_ops.sparse_mla, flash_mla=flash_mla),
+        sparse_mla=functools.partial(hopper_ops.sparse_mla, flash_mla=forward),
         index_topk=hopper_ops.index_topk,
         index_topk_fp8=hopper_ops.index_topk_fp8,
         rope_interleaved=triton_ops.rope_interleaved,
         rms_norm=triton_ops.rms_norm,
-        reason=f"Hopper CUDA kernels, attention forward by {'FlashMLA' if flash_mla else 'our kernel'} ({finding}), "
+        reason=f"Hopper CUDA kernels, attention forward by {'FlashMLA' if forward else 'our kernel'} ({finding}), "
         "Triton for RoPE and norm",
     )

@@ -11,13 +11,14 @@ import ctypes
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from slime.ops import cuda_build
 from slime_plugins.models.glm5.ops import torch_ops
+from slime_plugins.models.glm5.ops.flash_mla import Forward
 
 CSRC = pathlib.Path(__file__).parent / "csrc"
 DK, DV = 576, 512
@@ -30,7 +31,6 @@ STAGING_BYTES = 5_000_000_000
 """Per-(query, key) gradients held at once by the backward: 2112 queries of top-k 2048; half as many, and so on, where memory is
 short."""
 
-FlashMLA = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 _deterministic = False
 
 
@@ -55,8 +55,8 @@ def takes_index_topk(q: Tensor, k: Tensor) -> bool:
     return q.is_cuda and q.dtype == k.dtype == torch.bfloat16 and q.shape[1:] == (INDEX_HEADS, INDEX_DIM)
 
 
-def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, *, scale: float, v_dim: int, flash_mla: FlashMLA | None = None):
-    """torch_ops.sparse_mla; `flash_mla` as returned by find_flash_mla replaces our forward."""
+def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, *, scale: float, v_dim: int, flash_mla: Forward | None = None):
+    """torch_ops.sparse_mla; `flash_mla` as returned by flash_mla.find replaces our forward."""
     if not takes_sparse_mla(q, kv, v_dim):
         return torch_ops.sparse_mla(q, kv, indices, scale=scale, v_dim=v_dim)
     return _SparseMLA.apply(q.contiguous(), kv.contiguous(), indices.to(torch.int32).contiguous(), scale, flash_mla)
@@ -237,34 +237,6 @@ def _index_topk(q, k, gates, key_scale, starts, ends, topk) -> Tensor:
             )  # fmt: skip
             cuda_build.call(library.indexer_select, scores, stride, starts[rows], ends[rows], count, topk, picked[rows])
     return picked
-
-
-@functools.cache
-def find_flash_mla() -> tuple[FlashMLA | None, str]:
-    """-> (a forward with the signature of sparse_mla_forward, or None; the reason). Natural-log lse, any number of heads.
-
-    FlashMLA takes 64 or 128 heads and a multiple of 128 keys: other numbers are padded.
-    """
-    try:
-        import sgl_kernel.flash_mla  # noqa: F401  (registers torch.ops.sgl_kernel.sparse_prefill_fwd)
-
-        kernel = torch.ops.sgl_kernel.sparse_prefill_fwd
-    except (ImportError, AttributeError, OSError) as error:
-        return None, f"FlashMLA is not installed ({type(error).__name__}: {error})"
-
-    def forward(q: Tensor, kv: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        t, heads, _ = q.shape
-        padded_heads = 64 if heads <= 64 else -(-heads // 128) * 128
-        missing_keys = -indices.shape[1] % 128
-        queries = q if padded_heads == heads else torch.nn.functional.pad(q, (0, 0, 0, padded_heads - heads))
-        keys = torch.nn.functional.pad(indices, (0, missing_keys), value=-1) if missing_keys else indices
-        out, _, lse = kernel(queries, kv[:, None], keys[:, None], scale, DV, None, None)
-        if padded_heads != heads:
-            out, lse = out[:, :heads].contiguous(), lse[:, :heads]
-        # log2 units; a row without a valid key has out 0 and lse +inf there, -inf here.
-        return out, torch.where(torch.isposinf(lse), float("-inf"), lse * 0.6931471805599453)
-
-    return forward, "FlashMLA is installed"
 
 
 @functools.cache
