@@ -2,20 +2,21 @@
 
     python3 tools/bench/dsa_ops.py [--out FILE.json] [--only NAME ...] [--repeats N]
 
-Medians over random inputs, the L2 cache overwritten before each timed call. Prints one table; --out also writes it as JSON.
-Peers: FlashMLA (sgl_kernel), the cuDNN front-end's DSA backward (cudnn), DeepGEMM's FP8 scores (deep_gemm); an absent one is
-named with the reason.
+Medians over random inputs, the L2 cache overwritten before each timed call. Prints a table with the floor of each row, and the
+goals; --out also writes it as JSON, which dsa_table.py prints again. Peers: FlashMLA (flash_mla or sgl_kernel), the cuDNN
+front-end's DSA backward (cudnn), DeepGEMM's FP8 scores (deep_gemm); an absent one is named with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
+import inspect
 import pathlib
 import statistics
 import sys
+import traceback
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -23,24 +24,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from slime.ops import experts, fp8  # noqa: E402
 from slime.ops.vocab_logprob import linear_log_prob  # noqa: E402
-from slime_plugins.models.glm5.ops import get_ops, hopper_ops, torch_ops, triton_ops  # noqa: E402
+from slime_plugins.models.glm5.ops import flash_mla, get_ops, hopper_ops, torch_ops  # noqa: E402
+from tools.bench.dsa_table import BACKWARD, FORWARD, LOG_PROB, Row, Table  # noqa: E402
 
 QUERIES, HEADS, KEYS, TOPK, SCALE = 2048, 64, 65536, 2048, 256**-0.5
 
 
-@dataclasses.dataclass
-class Row:
-    operator: str
-    version: str
-    milliseconds: float | None
-    flops: float = 0.0
-    bytes: float = 0.0
-    note: str = ""
-
-
 class Bench:
     def __init__(self, repeats: int):
-        self.rows: list[Row] = []
+        self.table = Table()
         self.repeats = repeats
         self._l2 = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
 
@@ -59,21 +51,30 @@ class Bench:
             times.append(start.elapsed_time(end))
         return statistics.median(times)
 
-    def add(
-        self, operator: str, version: str, call: Callable[[], object], *, flops: float = 0, bytes: float = 0, note: str = ""
-    ) -> None:
-        self.rows.append(Row(operator, version, self.time(call), flops, bytes, note))
+    def add(self, operator: str, version: str, call: Callable[[], object], **figures) -> None:
+        """Times `call`; figures: the other fields of Row."""
+        self.table.rows.append(Row(operator, version, self.time(call), **figures))
 
     def absent(self, operator: str, version: str, why: str) -> None:
-        self.rows.append(Row(operator, version, None, note=why))
+        self.table.rows.append(Row(operator, version, None, note=why))
 
-    def print(self) -> None:
-        print(f"{'operator':28} {'version':34} {'ms':>9} {'TFLOP/s':>8} {'TB/s':>6}  note")
-        for r in self.rows:
-            ms = "-" if r.milliseconds is None else f"{r.milliseconds:.3f}"
-            rate = f"{r.flops / r.milliseconds / 1e9:.0f}" if r.milliseconds and r.flops else ""
-            moved = f"{r.bytes / r.milliseconds / 1e9:.2f}" if r.milliseconds and r.bytes else ""
-            print(f"{r.operator:28} {r.version:34} {ms:>9} {rate:>8} {moved:>6}  {r.note}")
+    def peer(self, operator: str, version: str, make: Callable[[], Callable[[], object]], **figures) -> None:
+        """An optional peer: whatever keeps it from running is reported, not raised."""
+        try:
+            call = make()
+            call()
+        except Exception as error:
+            self.absent(operator, version, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+            return
+        self.add(operator, version, call, **figures)
+
+
+def extra_memory(call: Callable[[], object]) -> int:
+    """Bytes at the peak of one call beyond what was allocated before it."""
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - base
 
 
 def limits(bench: Bench) -> None:
@@ -92,55 +93,65 @@ def sparse_mla(bench: Bench) -> None:
     indices = (torch.rand(QUERIES, TOPK, device="cuda") * (positions[:, None] + 1)).int()
     out, lse = hopper_ops.sparse_mla_forward(q, kv, indices, SCALE)
 
-    name, pairs = "sparse MLA forward", QUERIES * HEADS * TOPK
-    forward = 2 * pairs * (576 + 512)
-    bench.add(name, "ours", lambda: hopper_ops.sparse_mla_forward(q, kv, indices, SCALE), flops=forward)
-    flash_mla, finding = hopper_ops.find_flash_mla()
-    if flash_mla is None:
-        bench.absent(name, "FlashMLA", finding)
+    pairs = QUERIES * HEADS * TOPK
+    read = q.nbytes + kv.nbytes + indices.nbytes
+    forward = {"flops": 2 * pairs * (576 + 512), "bytes": read + out.nbytes + lse.nbytes}
+    bench.add(FORWARD, "ours", lambda: hopper_ops.sparse_mla_forward(q, kv, indices, SCALE), **forward)
+    kernel, _, finding = flash_mla.find(q.device)
+    if kernel is None:
+        bench.absent(FORWARD, "FlashMLA kernel", finding)
     else:
-        kernel, kv3, indices3 = torch.ops.sgl_kernel.sparse_prefill_fwd, kv[:, None], indices[:, None]
-        bench.add(name, "FlashMLA kernel", lambda: kernel(q, kv3, indices3, SCALE, 512, None, None), flops=forward)
+        kv3, indices3 = kv[:, None], indices[:, None]
+        bench.add(FORWARD, "FlashMLA kernel", lambda: kernel(q, kv3, indices3, SCALE), **forward, note=finding)
     chosen = get_ops("cuda").sparse_mla
-    bench.add(name, "as chosen (get_ops)", lambda: chosen(q, kv, indices, scale=SCALE, v_dim=512), flops=forward)
+    bench.add(FORWARD, "as chosen (get_ops)", lambda: chosen(q, kv, indices, scale=SCALE, v_dim=512), **forward)
 
-    name, backward = "sparse MLA backward", 2 * pairs * (576 + 512 + 576 + 576 + 512)
+    backward = {
+        "flops": 2 * pairs * (576 + 512 + 576 + 576 + 512),
+        "bytes": read + 2 * out.nbytes + lse.nbytes + q.nbytes + 2 * kv.nbytes,
+    }
 
     def ours(store: int) -> Callable[[], object]:
         return lambda: hopper_ops.sparse_mla_backward(q, kv, indices, out, lse, grad, SCALE, store=store)
 
-    bench.add(name, "ours, staged (default)", ours(hopper_ops.STAGE), flops=backward)
-    bench.add(name, "ours, fp32 reductions", ours(hopper_ops.REDUCE), flops=backward)
+    bench.add(BACKWARD, "ours, staged (default)", ours(hopper_ops.STAGE), **backward)
+    bench.add(BACKWARD, "ours, fp32 reductions", ours(hopper_ops.REDUCE), **backward)
     staging, hopper_ops.STAGING_BYTES = hopper_ops.STAGING_BYTES, hopper_ops.STAGING_BYTES // 4
-    bench.add(name, "ours, staged in 1.25 GB", ours(hopper_ops.STAGE), flops=backward)
+    bench.add(BACKWARD, "ours, staged in 1.25 GB", ours(hopper_ops.STAGE), **backward)
     hopper_ops.STAGING_BYTES = staging
     with hopper_ops.deterministic():
-        bench.add(name, "ours, deterministic", ours(hopper_ops.STAGE), flops=backward)
+        bench.add(BACKWARD, "ours, deterministic", ours(hopper_ops.STAGE), **backward)
     inputs = hopper_ops._prepare(q, kv, indices, out, lse, grad, SCALE)
     grad_q, grad_kv = torch.empty_like(q), torch.zeros(kv.shape, device="cuda")
     bench.add(
-        name, "ours, kernel without stores", lambda: hopper_ops._launch_backward(inputs, grad_q, grad_kv, hopper_ops.DROP),
-        flops=backward, note="dKV computed and dropped",
+        BACKWARD, "ours, kernel without stores", lambda: hopper_ops._launch_backward(inputs, grad_q, grad_kv, hopper_ops.DROP),
+        **backward, note="dKV computed and dropped",
     )  # fmt: skip
-    cudnn_backward(bench, name, backward, q, kv, out, grad, lse, indices)
 
-
-def cudnn_backward(bench: Bench, name: str, flops: float, q, kv, out, grad, lse, indices) -> None:
-    try:
-        from cudnn.deepseek_sparse_attention import DSA
+    def cudnn() -> Callable[[], object]:
+        from cudnn.deepseek_sparse_attention import DSA  # the same name and arguments in 1.26 and 1.32
 
         sink = torch.full((HEADS,), -1e30, device="cuda")
-        run = DSA.sparse_attention_backward_wrapper
-        result = run(q, kv, out, grad, lse, sink, indices, softmax_scale=SCALE)
-    except Exception as error:  # an optional peer: whatever keeps it from running is reported, not raised
-        bench.absent(name, "cuDNN front-end", f"{type(error).__name__}: {str(error)[:80]}")
-        return
-    grad_q, _ = hopper_ops.sparse_mla_backward(q, kv, indices, out, lse, grad, SCALE)
-    apart = ((result["dq"].float() - grad_q.float()).norm() / grad_q.float().norm()).item()
-    bench.add(
-        name, "cuDNN front-end", lambda: run(q, kv, out, grad, lse, sink, indices, softmax_scale=SCALE), flops=flops,
-        note=f"dq differs from ours by {apart:.1e}",
-    )  # fmt: skip
+
+        def run() -> dict:
+            return DSA.sparse_attention_backward_wrapper(q, kv, out, grad, lse, sink, indices, softmax_scale=SCALE)
+
+        ours_q, _ = hopper_ops.sparse_mla_backward(q, kv, indices, out, lse, grad, SCALE)
+        apart = ((run()["dq"].float() - ours_q.float()).norm() / ours_q.float().norm()).item()
+        if not apart < 1e-2:
+            raise RuntimeError(f"its dq differs from ours by {apart:.1e} (relative)")
+        return run
+
+    bench.peer(BACKWARD, "cuDNN front-end", cudnn, **backward)
+
+
+def deep_gemm_scores(deep_gemm: ModuleType) -> Callable[..., object]:
+    """(q codes, (k codes, k scale), gates, starts, ends, keys) -> scores, by whichever name this version has."""
+    if hasattr(deep_gemm, "fp8_mqa_logits"):  # sgl-deep-gemm 0.1 to 0.2.3
+        return lambda q, k, gates, starts, ends, keys: deep_gemm.fp8_mqa_logits(q, k, gates, starts, ends, clean_logits=False)
+    run = deep_gemm.fp8_fp4_mqa_logits  # the only one from 0.2.5 on
+    options = {"clean_logits": False} if "clean_logits" in inspect.signature(run).parameters else {}
+    return lambda q, k, gates, starts, ends, keys: run(q, k, gates, starts, ends, max_seqlen_k=keys, **options)
 
 
 def indexer(bench: Bench) -> None:
@@ -158,33 +169,33 @@ def index_over(bench: Bench, keys: int, *, with_peers: bool) -> None:
     folded = gates * q_scale
     starts = torch.zeros(QUERIES, dtype=torch.int32, device="cuda")
     ends = torch.arange(keys - QUERIES + 1, keys + 1, dtype=torch.int32, device="cuda")
-    flops = 2 * QUERIES * keys * 32 * 128
+    flops, picked = 2 * QUERIES * keys * 32 * 128, 4 * QUERIES * TOPK
+    wide = {"flops": flops, "bytes": q.nbytes + k.nbytes + gates.nbytes + picked}
+    codes = {"flops": flops, "bytes": q_codes.nbytes + k_codes.nbytes + k_scale.nbytes + gates.nbytes + picked, "fp8": True}
+
+    def of_bf16() -> torch.Tensor:
+        return hopper_ops.index_topk(q, k, gates, starts, ends, topk=TOPK)
 
     def of_codes() -> torch.Tensor:
         return hopper_ops._index_topk(q_codes, k_codes, folded, k_scale, starts, ends, TOPK)
 
-    base = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    bench.add(name, "ours bf16", lambda: hopper_ops.index_topk(q, k, gates, starts, ends, topk=TOPK), flops=flops)
-    bench.rows[-1].note = f"scores and top-k, {(torch.cuda.max_memory_allocated() - base) / 1e6:.0f} MB extra"
-    bench.add(name, "ours FP8", of_codes, flops=flops, note="scores and top-k of given codes")
+    bench.add(name, "ours bf16", of_bf16, **wide, extra_bytes=extra_memory(of_bf16), note="scores and top-k")
+    bench.add(name, "ours FP8", of_codes, **codes, extra_bytes=extra_memory(of_codes), note="scores and top-k of given codes")
     if not with_peers:
         return
     whole = "ours FP8 with quantising"
-    bench.add(name, whole, lambda: hopper_ops.index_topk_fp8(q, k, gates, starts, ends, topk=TOPK), flops=flops)
+    bench.add(name, whole, lambda: hopper_ops.index_topk_fp8(q, k, gates, starts, ends, topk=TOPK), **wide | {"fp8": True})
     scores = torch.randn(QUERIES, keys, device="cuda")
-    try:
+
+    def deep_gemm() -> Callable[[], object]:
         import deep_gemm
 
-        def peer() -> torch.Tensor:
-            return deep_gemm.fp8_mqa_logits(q_codes, (k_codes, k_scale), folded, starts, ends, clean_logits=False)
+        run = deep_gemm_scores(deep_gemm)
+        return lambda: run(q_codes, (k_codes, k_scale), folded, starts, ends, keys)
 
-        peer()
-    except Exception as error:  # an optional peer: whatever keeps it from running is reported, not raised
-        bench.absent(name, "DeepGEMM scores", f"{type(error).__name__}: {str(error)[:80]}")
-    else:
-        bench.add(name, "DeepGEMM scores", peer, flops=flops, note="scores alone")
-    bench.add(name, "torch.topk", lambda: torch.topk(scores, TOPK), note="top-k alone")
+    written = codes | {"bytes": codes["bytes"] - picked + scores.nbytes}
+    bench.peer(name, "DeepGEMM scores", deep_gemm, **written, note="scores alone, all of them written")
+    bench.add(name, "torch.topk", lambda: torch.topk(scores, TOPK), bytes=scores.nbytes + picked, note="top-k alone")
 
 
 def quantise(bench: Bench) -> None:
@@ -204,12 +215,13 @@ def grouped_experts(bench: Bench) -> None:
     grad = torch.randn(tokens, hidden, device="cuda").bfloat16()
     counts = torch.multinomial(torch.rand(number) + 0.5, tokens, replacement=True).bincount(minlength=number)
     flops = 2 * tokens * hidden * width * 3
+    once = 2 * x.nbytes + w1.nbytes + w2.nbytes + probs.nbytes
 
     def both() -> None:
         torch.autograd.grad(experts.grouped_swiglu(x, counts, w1, w2, probs), (x, w1, w2, probs), grad)
 
-    bench.add("experts", "ours, forward", lambda: experts.grouped_swiglu(x, counts, w1, w2, probs), flops=flops)
-    bench.add("experts", "ours, forward + backward", both, flops=3 * flops)
+    bench.add("experts", "ours, forward", lambda: experts.grouped_swiglu(x, counts, w1, w2, probs), flops=flops, bytes=once)
+    bench.add("experts", "ours, forward + backward", both, flops=3 * flops, bytes=2 * once)
 
 
 def log_prob(bench: Bench) -> None:
@@ -222,17 +234,16 @@ def log_prob(bench: Bench) -> None:
         torch.autograd.grad((linear_log_prob(x, weight, targets)[0] * slopes).sum(), (x, weight))
 
     both()
-    base = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    both()
-    extra = (torch.cuda.max_memory_allocated() - base - x.nbytes - weight.nbytes) / 1e6
-    flops = 2 * rows * vocab * hidden
-    bench.add("linear log-prob", "ours, forward", lambda: linear_log_prob(x, weight, targets), flops=flops)
-    note = f"three products counted, four made; {extra:.0f} MB beyond the gradients"
-    bench.add("linear log-prob", "ours, forward + backward", both, flops=3 * flops, note=note)
+    extra = extra_memory(both) - x.nbytes - weight.nbytes
+    flops, once = 2 * rows * vocab * hidden, x.nbytes + weight.nbytes
+    bench.add(LOG_PROB, "ours, forward", lambda: linear_log_prob(x, weight, targets), flops=flops, bytes=once)
+    note = "three products counted, four made"
+    bench.add(LOG_PROB, "ours, forward + backward", both, flops=3 * flops, bytes=2 * once, extra_bytes=extra, note=note)
 
 
 def rope_and_norm(bench: Bench) -> None:
+    from slime_plugins.models.glm5.ops import triton_ops
+
     x = torch.randn(8192, 6144, device="cuda").bfloat16()
     weight = torch.randn(6144, device="cuda").bfloat16()
     queries = torch.randn(8192, 16, 256, device="cuda").bfloat16()[..., 192:]
@@ -253,21 +264,34 @@ PARTS = {
 }  # fmt: skip
 
 
-def main() -> None:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=10)
-    arguments = parser.parse_args()
-    bench = Bench(arguments.repeats)
-    for name in arguments.only:
-        PARTS[name](bench)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    asked = arguments(argv)
+    if not torch.cuda.is_available():
+        print("there is no CUDA device: this times kernels. A recorded file prints with tools/bench/dsa_table.py FILE.json")
+        return 1
+    bench, failed = Bench(asked.repeats), False
+    for name in asked.only:
+        try:
+            PARTS[name](bench)
+        except Exception as error:  # what was timed before is still printed and written
+            traceback.print_exc()
+            bench.absent(name, "FAILED", f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+            failed = True
         torch.cuda.empty_cache()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {get_ops('cuda').reason}")
-    bench.print()
-    if arguments.out:
-        arguments.out.write_text(json.dumps([dataclasses.asdict(row) for row in bench.rows], indent=1) + "\n")
+    bench.table.machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {get_ops('cuda').reason}"
+    print("\n".join(bench.table.lines()))
+    if asked.out:
+        asked.out.write_text(bench.table.to_json())
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
