@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -46,7 +47,13 @@ def load(source: pathlib.Path) -> ctypes.CDLL:
     if compiler is None:
         raise RuntimeError(f"cannot compile {source.name}: nvcc is neither on the PATH nor in /usr/local/cuda/bin")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    texts = [version, " ".join(FLAGS), *(path.read_text() for path in sorted([source, *source.parent.glob("*.cuh")]))]
+    # The host's architecture too: machines of both kinds may share a home folder.
+    texts = [
+        version,
+        platform.machine(),
+        " ".join(FLAGS),
+        *(path.read_text() for path in sorted([source, *source.parent.glob("*.cuh")])),
+    ]
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "slime" / "ops"
     library = folder / f"{source.stem}-{digest}.so"

@@ -45,3 +45,8 @@ def test_counts_that_do_not_sum_to_the_rows_are_refused():
         grouped_swiglu(torch.zeros(4, 6), torch.tensor([1, 2]), torch.zeros(2, 8, 6), torch.zeros(2, 6, 4))
     with pytest.raises(ValueError, match="w1 \\[E, 2f, h\\]"):
         grouped_swiglu(torch.zeros(3, 6), torch.tensor([1, 2]), torch.zeros(2, 9, 6), torch.zeros(2, 6, 4))
+
+
+def test_counts_that_do_not_add_up_are_refused():
+    with pytest.raises(ValueError, match="sums to 5, x has 6 rows"):
+        grouped_swiglu(torch.zeros(6, 4), torch.tensor([2, 3]), torch.zeros(2, 8, 4), torch.zeros(2, 4, 4))

@@ -36,13 +36,20 @@ _deterministic = False
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Within: the backward of sparse_mla adds each key's contributions in query order; the same inputs give the same bits."""
+    """Within: the backward of sparse_mla adds each key's contributions in query order; the same inputs give the same bits.
+
+    torch.use_deterministic_algorithms(True) asks for the same.
+    """
     global _deterministic
     before, _deterministic = _deterministic, True
     try:
         yield
     finally:
         _deterministic = before
+
+
+def _in_order() -> bool:
+    return _deterministic or torch.are_deterministic_algorithms_enabled()
 
 
 def takes_sparse_mla(q: Tensor, kv: Tensor, v_dim: int) -> bool:
@@ -57,9 +64,16 @@ def takes_index_topk(q: Tensor, k: Tensor) -> bool:
 
 def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, *, scale: float, v_dim: int, flash_mla: Forward | None = None):
     """torch_ops.sparse_mla; `flash_mla` as returned by flash_mla.find replaces our forward."""
+    torch_ops.check_sparse_mla(q, kv, indices)
     if not takes_sparse_mla(q, kv, v_dim):
         return torch_ops.sparse_mla(q, kv, indices, scale=scale, v_dim=v_dim)
-    return _SparseMLA.apply(q.contiguous(), kv.contiguous(), indices.to(torch.int32).contiguous(), scale, flash_mla)
+    return _SparseMLA.apply(_rows(q), _rows(kv), _rows(indices.to(torch.int32)), scale, flash_mla)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x contiguous at a multiple of 16 bytes, as the kernels' loads want it."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 class _SparseMLA(torch.autograd.Function):
@@ -75,7 +89,7 @@ class _SparseMLA(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         q, kv, indices, out, lse = ctx.saved_tensors
-        grad_q, grad_kv = sparse_mla_backward(q, kv, indices, out, lse, grad_out.contiguous(), ctx.scale)
+        grad_q, grad_kv = sparse_mla_backward(q, kv, indices, out, lse, _rows(grad_out), ctx.scale)
         return grad_q, grad_kv.to(kv.dtype), None, None, None
 
 
@@ -105,7 +119,7 @@ def sparse_mla_backward(
     grad_q, grad_kv = torch.empty_like(q), torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
     with torch.cuda.device(q.device):
         inputs = _prepare(q, kv, indices, out, lse, grad_out, scale)
-        if store == STAGE or _deterministic:
+        if store == STAGE or _in_order():
             _staged_backward(inputs, grad_q, grad_kv)
         else:
             # Ascending: blocks that run side by side then reduce into keys that lie side by side, in the L2 cache.
@@ -170,17 +184,17 @@ def _staged_backward(x: _BackwardInputs, grad_q: Tensor, grad_kv: Tensor) -> Non
 
 def _staging(x: _BackwardInputs) -> tuple[Tensor, int]:
     """-> (room for the contributions of some queries, their number: a multiple of the multiprocessors, each works on one)."""
-    row_bytes = x.indices.shape[1] * DK * 2
+    row_bytes = max(1, x.indices.shape[1]) * DK * 2
     wave = torch.cuda.get_device_properties(x.q.device).multi_processor_count
     # Where the sums are cut decides their last bits: a deterministic run must not cut by how much memory happens to be free.
-    rows = max(1, (STAGING_BYTES // 4 if _deterministic else STAGING_BYTES) // row_bytes)
+    rows = max(1, (STAGING_BYTES // 4 if _in_order() else STAGING_BYTES) // row_bytes)
     while True:
         rows = rows // wave * wave or rows
         here = max(1, min(rows, len(x.q)))
         try:
             return torch.empty(here * x.indices.shape[1], DK, dtype=torch.bfloat16, device=x.q.device), here
         except torch.OutOfMemoryError:
-            if _deterministic or rows == 1:
+            if _in_order() or rows == 1:
                 raise
             rows = max(1, rows // 2)
 
@@ -192,7 +206,7 @@ def _places_by_key(indices: Tensor, keys: int) -> tuple[Tensor, Tensor]:
     counts = torch.zeros(keys, dtype=torch.int32, device=indices.device)
     cuda_build.call(library.sparse_mla_count_keys, flat, flat.numel(), counts)
     ends = counts.cumsum(0, dtype=torch.int32)
-    if _deterministic:
+    if _in_order():
         # Places of -1 last, where no key's range reaches.
         order = torch.where(flat < 0, keys, flat).sort(stable=True).indices.to(torch.int32)
     else:
@@ -203,6 +217,7 @@ def _places_by_key(indices: Tensor, keys: int) -> tuple[Tensor, Tensor]:
 
 def index_topk(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor, *, topk: int) -> Tensor:
     """torch_ops.index_topk with the products of bf16 operands accumulated in float32."""
+    torch_ops.check_index_topk(q, k, gates, starts, ends)
     if not takes_index_topk(q, k):
         return torch_ops.index_topk(q, k, gates, starts, ends, topk=topk)
     return _index_topk(q, k, gates, None, starts, ends, topk)
@@ -210,6 +225,7 @@ def index_topk(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor
 
 def index_topk_fp8(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor, *, topk: int) -> Tensor:
     """torch_ops.index_topk_fp8 with FP8 products: scales of q are folded into the gates, those of k multiply the sums."""
+    torch_ops.check_index_topk(q, k, gates, starts, ends)
     if not takes_index_topk(q, k):
         return torch_ops.index_topk_fp8(q, k, gates, starts, ends, topk=topk)
     q_codes, q_scale = torch_ops.quantize_vectors(q)
@@ -219,7 +235,7 @@ def index_topk_fp8(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Te
 
 @torch.no_grad()
 def _index_topk(q, k, gates, key_scale, starts, ends, topk) -> Tensor:
-    q, k, gates = q.contiguous(), k.contiguous(), gates.float().contiguous()
+    q, k, gates = _rows(q), _rows(k), gates.float().contiguous()
     starts, ends = starts.to(torch.int32).contiguous(), ends.to(torch.int32).contiguous()
     t, keys = len(q), len(k)
     picked = torch.empty(t, topk, dtype=torch.int32, device=q.device)

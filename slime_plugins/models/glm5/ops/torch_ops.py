@@ -17,13 +17,19 @@ def sparse_mla(q: Tensor, kv: Tensor, indices: Tensor, *, scale: float, v_dim: i
     q [t, h, dk], kv [T, dk] (the value is its first v_dim columns), indices [t, k] int32 rows of kv, -1 = no key, in any place
     and order; a key listed twice counts twice. -> (out [t, h, v_dim] in q's dtype, lse [t, h] float32, natural log).
     Gradients to q and kv; lse has none. A row without a valid key gives out 0, lse -inf and zero gradients. Keys that no row
-    lists do not matter (they may hold NaN). Memory beyond the outputs is bounded by CHUNK_ELEMENTS.
+    lists do not matter (they may hold NaN). Memory beyond the outputs is bounded by CHUNK_ELEMENTS. An index of T or more is
+    the caller's mistake: IndexError on a CPU, undefined on CUDA. Raises ValueError when the shapes disagree.
     """
+    check_sparse_mla(q, kv, indices)
+    return _SparseMLA.apply(q, kv, indices, scale, v_dim)
+
+
+def check_sparse_mla(q: Tensor, kv: Tensor, indices: Tensor) -> None:
+    """ValueError unless the shapes are those of sparse_mla: kernels take addresses from them."""
     if q.dim() != 3 or kv.dim() != 2 or indices.dim() != 2 or q.shape[2] != kv.shape[1] or len(q) != len(indices):
         raise ValueError(
             f"want q [t, h, dk], kv [T, dk], indices [t, k]; got {tuple(q.shape)}, {tuple(kv.shape)}, {tuple(indices.shape)}"
         )
-    return _SparseMLA.apply(q, kv, indices, scale, v_dim)
 
 
 class _SparseMLA(torch.autograd.Function):
@@ -91,8 +97,18 @@ def index_topk(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor
     starts[i] <= j < ends[i] (its packed sample, up to itself). score = sum_h gate_h * relu(q_h . k_j) in float32.
     Of equal scores the lowest position wins. Positions ascend; a row with fewer than topk keys is padded with -1 at its end.
     Streamed over rows: memory is bounded by CHUNK_ELEMENTS, keys outside a row's range may hold NaN. No gradient.
+    0 <= starts and ends <= T is the caller's promise. Raises ValueError when the shapes disagree.
     """
+    check_index_topk(q, k, gates, starts, ends)
     return _index_topk(q, k, gates, None, starts, ends, topk)
+
+
+def check_index_topk(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Tensor) -> None:
+    """ValueError unless the shapes are those of index_topk: kernels take addresses from them."""
+    shapes = [tuple(x.shape) for x in (q, k, gates, starts, ends)]
+    t, heads, width = shapes[0] if q.dim() == 3 else (-1, -1, -1)
+    if q.dim() != 3 or k.dim() != 2 or shapes[1][1] != width or shapes[2:] != [(t, heads), (t,), (t,)]:
+        raise ValueError(f"want q [t, H, D], k [T, D], gates [t, H], starts [t], ends [t]; got {shapes}")
 
 
 def _index_topk(q, k, gates, key_scale, starts, ends, topk) -> Tensor:
@@ -122,6 +138,7 @@ def index_topk_fp8(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Te
     score = scale_j * sum_h (gate_h * scale_h) * relu(q_codes_h . k_codes_j), in float32 and in this order; shapes and result as
     index_topk. The engine's own top-k leaves open which of equal scores it takes.
     """
+    check_index_topk(q, k, gates, starts, ends)
     q_codes, q_scale = quantize_vectors(q)
     k_codes, k_scale = quantize_vectors(k)
     return _index_topk(q_codes, k_codes, gates * q_scale, k_scale, starts, ends, topk)
