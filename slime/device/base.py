@@ -86,7 +86,3 @@ class Device(ABC):
         cuda: CUDA IPC handles, no copy; the sender keeps the tensors alive until the receiver has answered. host: the bytes
         themselves.
         """
-
-    def share_tensor(self, tensor: Tensor) -> bytes:
-        """`share` of one tensor."""
-        return self.share(tensor)

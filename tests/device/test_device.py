@@ -42,7 +42,7 @@ def test_sleep_on_the_host_moves_nothing_and_says_so() -> None:
 
 def test_a_shared_tensor_is_plain_bytes_without_the_storage_behind_a_view() -> None:
     host, big = HostDevice(), torch.arange(100_000.0)
-    payload = host.share_tensor(big[10:14])
+    payload = host.share(big[10:14])
     assert len(payload) < 2000  # the storage behind the view is 400,000 bytes
     assert pickle.loads(payload).tolist() == [10, 11, 12, 13]
 

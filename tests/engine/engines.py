@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from slime.device import get_device
+from slime.engine.payload import bucket_payload
 from slime.engine.spec import EngineSpec
+from slime.weights.buckets import pack_bucket
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKEN = "token-of-this-test-run"
@@ -49,6 +53,11 @@ def make_checkpoint(preset: str, folder: Path, *, seed: int = 0) -> Path:
     ]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return folder
+
+
+def payload(named: Iterable[tuple[str, torch.Tensor]]) -> bytes:
+    """Named tensors as the trainer sends them, in one bucket."""
+    return bucket_payload(pack_bucket(list(named)), get_device())
 
 
 def prompt(seed: int, length: int) -> list[int]:

@@ -7,9 +7,8 @@ import pickle
 
 import pytest
 import torch
+from engine.engines import payload
 
-from slime.device import get_device
-from slime.engine.payload import ALIGNMENT, bucket_payload, flat, flatten_bucket
 from slime.ops.fp8 import quantize_blockwise
 
 
@@ -42,26 +41,20 @@ def test_tensors_of_mixed_types_come_back_bit_for_bit():
         "c": torch.tensor(2.5),
         "d": torch.randn(4, 6).t(),
     }
-    back = read(flatten_bucket(named.items(), get_device()))
+    back = read(payload(named.items()))
     assert list(back) == list(named)
     for name, tensor in named.items():
         assert back[name].dtype == tensor.dtype and back[name].shape == tensor.shape
         assert torch.equal(back[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
-def test_every_tensor_starts_where_any_type_can_be_viewed():
-    bucket = flat([("odd", torch.ones(3, dtype=torch.bfloat16)), ("float", torch.ones(5))])
-    assert [meta.start % ALIGNMENT for meta in bucket.metas] == [0, 0]
-    assert read(bucket_payload(bucket, get_device()))["float"].tolist() == [1.0] * 5
-
-
 def test_a_payload_does_not_follow_later_changes_of_the_weights():
     weight = torch.zeros(4)
-    payload = flatten_bucket([("w", weight)], get_device())
+    sent = payload([("w", weight)])
     weight += 1
-    assert read(payload)["w"].tolist() == [0.0] * 4
+    assert read(sent)["w"].tolist() == [0.0] * 4
 
 
 def test_an_empty_bucket_is_refused():
     with pytest.raises(ValueError, match="at least one tensor"):
-        flatten_bucket([], get_device())
+        payload([])

@@ -12,12 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from engine.engines import TOKEN, make_checkpoint, prompt, request, spec
+from engine.engines import TOKEN, make_checkpoint, payload, prompt, request, spec
 from engine.reference import largest_difference, load_reference, read_weights, restored
 
-from slime.device import get_device
 from slime.engine.client import EngineClient, EngineError, RouterClient, sync
-from slime.engine.payload import flatten_bucket
 from slime.engine.process import EngineDied, EngineProcess, group_exists
 from slime.engine.router import RouterProcess, Worker
 from slime.ops.fp8 import quantize_blockwise
@@ -191,7 +189,7 @@ def test_an_engine_in_the_middle_of_an_update_says_so(pair):
         with pytest.raises(EngineError, match="begin_weight_update first"):
             sync(client.end_weight_update(3))
         with pytest.raises(EngineError, match="begin_weight_update"):
-            sync(client.update_weights_from_tensor([flatten_bucket([("model.norm.weight", torch.ones(128))], get_device())]))
+            sync(client.update_weights_from_tensor([payload([("model.norm.weight", torch.ones(128))])]))
         sync(client.begin_weight_update(3))
         assert sync(client.weight_version()) == "incomplete:3"
         with pytest.raises(EngineError, match="incomplete:3"):
@@ -212,7 +210,7 @@ def test_the_checksum_sees_one_changed_weight(pair):
     for tensor, same in ((changed, False), (pair.weights[name], True)):
         sync(client.pause_generation())
         sync(client.begin_weight_update(9))
-        sync(client.update_weights_from_tensor([flatten_bucket([(name, tensor)], get_device())]))
+        sync(client.update_weights_from_tensor([payload([(name, tensor)])]))
         sync(client.end_weight_update(9))
         sync(client.continue_generation())
         assert (sync(client.weights_checksum())["ranks"] == before["ranks"]) is same
@@ -243,7 +241,6 @@ def test_an_unreachable_engine_is_one_clear_error(pair):
 
 
 def test_a_dead_engine_is_named_with_the_end_of_its_log(pair):
-    """Last in this module: it kills the prefill engine."""
     prefill = pair.engines[0]
     prefill.check()
     os.kill(prefill.child.pid, signal.SIGKILL)
@@ -257,6 +254,23 @@ def test_a_dead_engine_is_named_with_the_end_of_its_log(pair):
     # Its schedulers outlive it for a moment; stop() sees to all of them.
     prefill.stop()
     assert not group_exists(prefill.child.pid)
+
+
+@pytest.mark.parametrize("dead", [0, 1], ids=["prefill", "decode"])
+def test_an_engine_started_again_serves_behind_the_same_router(pair, dead):
+    """Last in this module: they start with the checkpoint's weights, which the updates above have changed."""
+    engine = pair.engines[dead]
+    url, first_log = engine.url, engine.child.log_path
+    if engine.is_alive():
+        os.killpg(engine.child.pid, signal.SIGKILL)
+    engine.stop()
+    died = engine.child.pid
+    engine.start()
+    engine.wait_ready(400)
+    assert engine.url == url and Path(f"{first_log}.{died}").stat().st_size > 0
+    tokens = prompt(7, 60)
+    answer = sync(RouterClient(pair.router.url, TOKEN).generate(request(tokens, 8), timeout=120))
+    assert len(answer["output_ids"]) == 8
 
 
 def perturbed_wire_weights(pair: Pair, *, seed: int, only: list[str] | None = None) -> dict[str, torch.Tensor]:
@@ -289,9 +303,9 @@ def send(pair: Pair, wire: dict[str, torch.Tensor], *, version: int, pairs_per_b
         sync(client.begin_weight_update(version))
     for at in range(0, len(bases), pairs_per_bucket):
         names = [name for base in bases[at : at + pairs_per_bucket] for name in (f"{base}_scale_inv", base) if name in wire]
-        payload = flatten_bucket([(name, wire[name]) for name in names], get_device())
+        bucket = payload([(name, wire[name]) for name in names])
         for client in pair.clients:
-            sync(client.update_weights_from_tensor([payload]))
+            sync(client.update_weights_from_tensor([bucket]))
     for client in pair.clients:
         sync(client.end_weight_update(version))
         sync(client.continue_generation())

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine.engines import TOKEN, make_checkpoint, prompt, request, spec
+from engine.engines import TOKEN, make_checkpoint, payload, prompt, request, spec
 from engine.reference import largest_difference, load_reference, read_weights
 
-from slime.device import get_device
 from slime.engine.client import EngineClient, RouterClient, sync
-from slime.engine.payload import flatten_bucket
 from slime.engine.process import EngineProcess
 from slime.engine.router import RouterProcess, Worker
 
@@ -62,7 +60,7 @@ def update(engine, ranks: int, named: list[tuple[str, torch.Tensor]], version: s
     sync(client.pause_generation())
     sync(client.flush_cache())
     sync(client.begin_weight_update(version))
-    sync(client.update_weights_from_tensor([flatten_bucket(named, get_device())] * ranks))
+    sync(client.update_weights_from_tensor([payload(named)] * ranks))
     sync(client.end_weight_update(version))
     sync(client.continue_generation())
 

@@ -4,13 +4,12 @@ import asyncio
 
 import pytest
 import torch
-from engine.engines import TOKEN, make_checkpoint, spec
+from engine.engines import TOKEN, make_checkpoint, payload, spec
 from model.parity import build
 from ranks import run_ranks
 
 from slime.device.host import HostDevice
 from slime.engine.client import EngineClient
-from slime.engine.payload import flatten_bucket
 from slime.engine.process import EngineProcess
 from slime.model.hf_config import read_hf_config
 from slime.model.hf_io import SafetensorsReader
@@ -73,7 +72,7 @@ def test_what_the_engine_serves_equals_what_was_sent_and_one_flipped_value_is_na
             asyncio.run(call("begin_weight_update", version))
             report = stream.send(version, [target])
             if version == 2:
-                asyncio.run(call("update_weights_from_tensor", [flatten_bucket(flipped, HostDevice())]))
+                asyncio.run(call("update_weights_from_tensor", [payload(flipped)]))
             asyncio.run(call("end_weight_update", version))
             try:
                 lines += stream.check(version, [target])
