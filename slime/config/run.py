@@ -45,14 +45,14 @@ class TrackingConfig:
     """Its step counts optimizer steps."""
     wandb_run_id: str | None = flag(None, later=_WANDB)
     """Its run."""
-    log_multi_turn: bool = flag(False, later="multi-turn metrics")
-    """Metrics of turns."""
-    log_passrate: bool = flag(False, later="pass-rate metrics")
-    """pass@k within groups."""
-    log_reward_category: str | None = flag(None, later="reward categories")
-    """Key of a reward mapping to count."""
-    log_correct_samples: bool = flag(False, later="metrics of correct samples")
-    """Metrics of correct samples alone."""
+    log_multi_turn: bool = False
+    """Response lengths with and without the environment's tokens, and metadata["round_number"]: multi_turn/*."""
+    log_passrate: bool = False
+    """passrate/pass@k of the trained groups, for k = 2, 4, 8, ... up to the group size; reward 1 passes."""
+    log_reward_category: str | None = None
+    """Key of the reward mapping: the share of samples per value, rollout/error_cat/*."""
+    log_correct_samples: bool = False
+    """Share and lengths of the samples with reward 1: rollout/correct_*."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,7 @@ def dump_path(template: str, rollout_id: int, *, evaluation: bool = False) -> Pa
     return Path(template.replace("{rollout_id}", f"{'eval_' if evaluation else ''}{rollout_id}"))
 
 
-def save_rollout(
-    template: str, rollout_id: int, output: RolloutFnTrainOutput, *, data_state: Mapping[str, Any] | None
-) -> Path:
+def save_rollout(template: str, rollout_id: int, output: RolloutFnTrainOutput, *, data_state: Mapping[str, Any] | None) -> Path:
     """Write one rollout, all of it or nothing. Raises OSError naming the file when it cannot be written."""
     samples = flatten(output.samples)
     positions = {id(sample): position for position, sample in enumerate(samples)}

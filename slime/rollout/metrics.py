@@ -124,19 +124,70 @@ def evaluation_metrics(data: Mapping[str, Mapping[str, Any]]) -> dict[str, float
         samples = result.get("samples") or []
         if samples:
             metrics |= _common(f"eval/{name}/", samples)
-            metrics |= _pass_rates(name, rewards, samples)
+            groups: dict[Any, list[bool]] = {}
+            for reward, sample in zip(rewards, samples, strict=True):
+                groups.setdefault(sample.group_index, []).append(reward == 1)
+            metrics |= _pass_rates(f"eval/{name}-", list(groups.values()))
         if result.get("num_failed"):
             metrics[f"eval/{name}/num_failed"] = float(result["num_failed"])
     return metrics
 
 
-def _pass_rates(name: str, rewards: list[float], samples: list[Sample]) -> dict[str, float]:
-    groups: dict[Any, list[bool]] = {}
-    for reward, sample in zip(rewards, samples, strict=True):
-        groups.setdefault(sample.group_index, []).append(reward == 1)
-    smallest = min(map(len, groups.values()))
+def _pass_rates(prefix: str, groups: list[list[bool]]) -> dict[str, float]:
+    """prefix + pass@k for k = 2, 4, 8, ... up to the smallest group."""
+    smallest = min(map(len, groups))
     rates, k = {}, 2
     while k <= smallest:
-        rates[f"eval/{name}-pass@{k}"] = float(np.mean([pass_at_k(correct, k) for correct in groups.values()]))
+        rates[f"{prefix}pass@{k}"] = float(np.mean([pass_at_k(correct, k) for correct in groups]))
         k *= 2
     return rates
+
+
+# ------------------------------------------------------------------------------------------- what flags ask for besides
+
+
+def asked_metrics(args: Any, groups: list[Group]) -> dict[str, float]:
+    """What --log-passrate, --log-correct-samples, --log-multi-turn and --log-reward-category add."""
+    samples = [sample for group in groups for sample in flatten(group)]
+    metrics: dict[str, float] = {}
+    if not samples:
+        return metrics
+    if args.log_passrate:
+        metrics |= _pass_rates("passrate/", [[_number(sample.reward) == 1 for sample in flatten(group)] for group in groups])
+    if args.log_correct_samples:
+        metrics |= _correct(samples)
+    if args.log_multi_turn:
+        metrics |= _multi_turn(samples)
+    if args.log_reward_category:
+        metrics |= _categories(samples, args.log_reward_category)
+    return metrics
+
+
+def _correct(samples: list[Sample]) -> dict[str, float]:
+    """The share of samples with reward 1, and how long those are."""
+    correct = [sample for sample in samples if _number(sample.reward) == 1]
+    lengths = [float(sample.effective_response_length) for sample in correct]
+    share = {"rollout/correct_ratio": len(correct) / len(samples)}
+    return share | statistics("rollout/correct_response_len", lengths)
+
+
+def _multi_turn(samples: list[Sample]) -> dict[str, float]:
+    """Lengths with and without what the environment said, and the turns that a generate function counted in its metadata."""
+    rounds = [float(sample.metadata["round_number"]) for sample in samples if "round_number" in sample.metadata]
+    return (
+        statistics("multi_turn/raw_response_length", [float(sample.response_length) for sample in samples])
+        | statistics("multi_turn/wo_obs_response_length", [float(sample.effective_response_length) for sample in samples])
+        | statistics("multi_turn/round_number", rounds)
+    )
+
+
+def _categories(samples: list[Sample], key: str) -> dict[str, float]:
+    """The share of samples per value of `key` in their reward mapping."""
+    found: Counter[str] = Counter()
+    for sample in samples:
+        if not isinstance(sample.reward, Mapping) or key not in sample.reward:
+            raise ValueError(
+                f"--log-reward-category {key}: the reward of sample {sample.index} is {sample.reward!r}, without such an entry"
+            )
+        found[str(sample.reward[key])] += 1
+    return {f"rollout/error_cat/{category}": count / len(samples) for category, count in sorted(found.items())}

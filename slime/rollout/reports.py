@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, flatten
-from slime.rollout.metrics import evaluation_metrics, rollout_metrics
+from slime.rollout.metrics import asked_metrics, evaluation_metrics, rollout_metrics
 from slime.rollout.plugins import load_function
 
 
@@ -27,7 +27,7 @@ def report_rollout(args: Any, rollout_id: int, output: RolloutFnTrainOutput, *, 
     if args.custom_rollout_log_function_path:
         log = load_function("--custom-rollout-log-function-path", args.custom_rollout_log_function_path)
         default_log = not log(rollout_id, args, flatten(output.samples), extra, seconds) and default_log
-    return Report(rollout_metrics(output.samples, extra), default_log)
+    return Report(rollout_metrics(output.samples, extra) | asked_metrics(args, output.samples), default_log)
 
 
 def report_evaluation(args: Any, rollout_id: int, output: RolloutFnEvalOutput) -> Report:

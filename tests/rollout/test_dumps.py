@@ -47,9 +47,7 @@ def test_a_replayed_rollout_is_the_batch_that_was_generated(tmp_path):
     again = replay.rollout(3)
     before, after = (make_rollout_batch(value.samples, rollout_id=3, config=config) for value in (output, again))
     differing = [
-        item.name
-        for item in dataclasses.fields(before)
-        if not same(getattr(before, item.name), getattr(after, item.name))
+        item.name for item in dataclasses.fields(before) if not same(getattr(before, item.name), getattr(after, item.name))
     ]
     assert differing == []
     assert after.groups.tolist() == [0, 0, 1, 1, 1] and after.trajectories[2] == after.trajectories[3]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from slime.rollout.metrics import evaluation_metrics, pass_at_k, repeats_itself, rollout_metrics
+from slime.rollout.metrics import asked_metrics, evaluation_metrics, pass_at_k, repeats_itself, rollout_metrics
 from slime.types.sample import Sample, Status
 
 
@@ -42,3 +43,49 @@ def test_a_loop_is_told_from_prose():
 
 def test_an_evaluation_without_answers_is_not_zero():
     assert math.isnan(evaluation_metrics({"d": {"rewards": [], "truncated": [], "samples": []}})["eval/d"])
+
+
+def asked(groups, **flags):
+    none = dict(log_passrate=False, log_correct_samples=False, log_multi_turn=False, log_reward_category=None)
+    return asked_metrics(SimpleNamespace(**(none | flags)), groups)
+
+
+GROUPS = [
+    [sample(1, 2), sample(0, 4), sample(0, 4), sample(0, 4)],
+    [sample(1, 6), sample(1, 8), sample(0, 8), sample(0, 8)],
+]
+
+
+def test_what_no_flag_asks_for_is_not_reported():
+    assert asked(GROUPS) == {}
+
+
+def test_pass_rates_of_trained_groups_by_hand():
+    # Of the 6 pairs of four samples, 3 hold the one right answer, and 5 hold one of two.
+    expected = {"passrate/pass@2": (3 / 6 + 5 / 6) / 2, "passrate/pass@4": 1.0}
+    assert asked(GROUPS, log_passrate=True) == pytest.approx(expected)
+
+
+def test_correct_samples_have_a_share_and_lengths_of_their_own():
+    metrics = asked(GROUPS, log_correct_samples=True)
+    assert metrics["rollout/correct_ratio"] == 3 / 8
+    assert metrics["rollout/correct_response_len/mean"] == (2 + 6 + 8) / 3
+    assert asked([[sample(0, 3)]], log_correct_samples=True) == {"rollout/correct_ratio": 0.0}
+
+
+def test_turns_are_counted_with_and_without_what_the_environment_said():
+    spoken = sample(1, 6, loss_mask=[1, 1, 0, 0, 0, 1], metadata={"round_number": 2})
+    metrics = asked([[spoken, sample(0, 3)]], log_multi_turn=True)
+    assert metrics["multi_turn/raw_response_length/mean"] == 4.5
+    assert metrics["multi_turn/wo_obs_response_length/mean"] == 3.0
+    assert metrics["multi_turn/round_number/max"] == 2 and metrics["multi_turn/round_number/min"] == 2
+
+
+def test_categories_of_a_reward_mapping_are_shares_and_a_missing_one_is_named():
+    kinds = ("wrong", "wrong", "format", "right")
+    groups = [[sample({"score": 0.0, "kind": kind}, 2) for kind in kinds]]
+    assert asked(groups, log_reward_category="kind") == {
+        "rollout/error_cat/format": 0.25, "rollout/error_cat/right": 0.25, "rollout/error_cat/wrong": 0.5,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="--log-reward-category kind: the reward of sample None is 1, without such an entry"):
+        asked([[sample(1, 2)]], log_reward_category="kind")
