@@ -9,8 +9,6 @@ from typing import Literal
 from slime.config.engine_groups import SglangModel
 from slime.config.flags import derived, flag
 
-_HEALTH = "restarting dead engines during a run"
-
 
 @dataclass(frozen=True)
 class ClusterConfig:
@@ -84,14 +82,14 @@ class EngineConfig:
     """Hook of every rank after a version was written."""
     check_weight_update_equal: bool = False
     """Read the weights back from every engine after a sync; unless they equal what was sent, the run stops, engines paused."""
-    use_fault_tolerance: bool = flag(False, later=_HEALTH)
-    """Watch the engines and restart those that die."""
-    rollout_health_check_interval: float = flag(30.0, later=_HEALTH)
+    use_fault_tolerance: bool = False
+    """Watch the engines while they generate, start those that die again, and repeat what they broke."""
+    rollout_health_check_interval: float = 30.0
     """Seconds between health checks of an engine."""
-    rollout_health_check_timeout: float = flag(30.0, later=_HEALTH)
-    """An engine that does not answer within this many seconds counts as dead."""
-    rollout_health_check_first_wait: float = flag(0.0, later=_HEALTH)
-    """Seconds without health checks after a start or resume."""
+    rollout_health_check_timeout: float = 30.0
+    """Seconds that an engine has for an answer; after three misses in a row it is ended and started again."""
+    rollout_health_check_first_wait: float = 0.0
+    """Seconds without health checks at the start of every rollout and evaluation."""
     groups: tuple[SglangModel, ...] = derived(())
     """Models and their engine groups, from --sglang-config, --prefill-num-servers or the plain flags."""
     sglang: Mapping[str, str | bool] = derived({})

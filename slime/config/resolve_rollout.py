@@ -102,6 +102,8 @@ def engines(v: Values) -> None:
         v["sglang_config"] is None or v["prefill_num_servers"] is None,
         "--sglang-config and --prefill-num-servers exclude each other",
     )
+    for name in ("rollout_health_check_interval", "rollout_health_check_timeout"):
+        v.require(v[name] > 0, f"--{name.replace('_', '-')} must be positive, got {v[name]:g}")
     v.stop_if_wrong()
     _attention_dp(v)
     if v["sglang_config"] is not None:

@@ -55,6 +55,9 @@ class ChildProcess:
         if self.is_alive():
             raise ValueError(f"{self.label} is already running (pid {self.popen.pid})")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if self.popen is not None:
+            # The last words of the one that died stay readable beside its successor's.
+            self.log_path.replace(self.log_path.with_suffix(f"{self.log_path.suffix}.{self.popen.pid}"))
         # Servers print their options, keys included: the log is the owner's alone.
         descriptor = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self._log = os.fdopen(descriptor, "wb")
@@ -192,7 +195,10 @@ class EngineProcess:
         return self.place.dist_init_addr or f"{self.place.host}:{self.ports.dist_init}"
 
     def start(self) -> None:
-        """Returns when the process runs, not when it serves. Options are checked before anything starts."""
+        """Returns when the process runs, not when it serves. Options are checked before anything starts.
+
+        After `stop` it may be called again: the new process has the same address, so nobody needs to be told.
+        """
         found = installed_version()
         plan = kinds.command(self.device_kind, self.spec, self.place, self.ports, capabilities(found))
         argv = typed_argv(plan.settings, option_table(found))

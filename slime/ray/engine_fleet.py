@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 
 from slime.config import Config
-from slime.engine.client import EngineClient
+from slime.engine.client import EngineClient, EngineError
 from slime.engine.plan import plan_engines
 from slime.engine.process import EngineDied
 from slime.engine.router import RouterProcess, Worker
@@ -142,16 +142,69 @@ class EngineFleet:
 
     def obituaries(self) -> list[str]:
         """Why engines or the router are gone; empty while all live."""
-        found = gather(
-            {engine.label: engine.actors[0].obituary.remote() for engine in self.engines}, doing="looking after engines"
-        )
-        gone = [text for text in found.values() if text]
+        gone = [text for texts in self._dead_engines().values() for text in texts]
         if self.router is not None:
             try:
                 self.router.check()
             except EngineDied as died:
                 gone.append(str(died))
         return gone
+
+    def _dead_engines(self) -> dict[str, list[str]]:
+        """Label -> why its processes are gone, of the engines that lack one."""
+        nodes = {(e.label, n): node for e in self.engines for n, node in enumerate(e.actors)}
+        asked = {f"node {n} of engine {label}": node.obituary.remote() for (label, n), node in nodes.items()}
+        found: dict[str, list[str]] = {}
+        for (label, _), text in zip(nodes, gather(asked, doing="looking after engines").values(), strict=True):
+            if text:
+                found.setdefault(label, []).append(text)
+        return found
+
+    def missed_checks(self, timeout: float) -> dict[str, str | None]:
+        """Asks every engine to generate a token: label -> why it did not within `timeout` seconds, None where it did."""
+
+        async def check(client: EngineClient) -> str | None:
+            try:
+                await client.health(timeout=timeout)
+            except EngineError as error:
+                return str(error)
+            return None
+
+        return self._each(self.engines, check)
+
+    def end_engine(self, label: str) -> None:
+        """Kill one engine, on all its nodes."""
+        (engine,) = (engine for engine in self.engines if engine.label == label)
+        self._stop_nodes([engine])
+
+    def recover(self) -> list[str]:
+        """Start what died again, at the address where it was, and wait until it serves. What was started; empty if all live.
+
+        A restarted engine holds the checkpoint's weights. Requests that wait for a dead partner are aborted on the others.
+        """
+        dead = self._dead_engines()
+        router_died = self.router is not None and not self.router.is_alive()
+        for text in self.obituaries():
+            logger.error("%s", text)
+        if not dead and not router_died:
+            return []
+        self._each([engine for engine in self.engines if engine.label not in dead], lambda client: client.abort_all())
+        again = [engine for engine in self.engines if engine.label in dead]
+        self._stop_nodes(again)
+        for engine in again:
+            for number, node in enumerate(engine.actors):  # node 0 first: the ranks of the others look for it
+                gather({f"node {number} of engine {engine.label}": node.start.remote()}, doing="starting again")
+        gather({f"engine {e.label}": e.actors[0].wait_ready.remote() for e in again}, doing="coming up again")
+        if router_died:
+            self.router.stop()
+            self.router.start()
+            self.router.wait_ready()
+        return [*dead, *(["router"] if router_died else [])]
+
+    @staticmethod
+    def _stop_nodes(engines: list[Engine]) -> None:
+        nodes = {f"node {n} of engine {e.label}": node for e in engines for n, node in enumerate(e.actors)}
+        gather({name: node.stop.remote() for name, node in nodes.items()}, doing="stopping")
 
     def stop(self) -> None:
         if self.router is not None:

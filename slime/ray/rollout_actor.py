@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import ray
 
 from slime.config import Config
+from slime.ray.health import HealthWatch
 from slime.ray.placement import Placement
 from slime.ray.train_actor import EngineTarget
 from slime.rollout.reports import Report
@@ -84,7 +87,8 @@ class RolloutActor:
         if self._replay is not None:
             output = self._replay.rollout(rollout_id)
         else:
-            output = self._plugins.rollout(self._args, rollout_id, self._data_source)
+            with self._watched():
+                output = self._plugins.rollout(self._args, rollout_id, self._data_source)
         seconds = time.monotonic() - started
         if self._config.debug.save_debug_rollout_data:
             # Before anything is made of the samples: a rollout that cannot be trained is the one to look at.
@@ -98,11 +102,24 @@ class RolloutActor:
         from slime.rollout.reports import report_evaluation
 
         shown = max(rollout_id, 0)
-        output = self._plugins.evaluate(self._args, shown, self._data_source, evaluation=True)
+        with self._watched():
+            output = self._plugins.evaluate(self._args, shown, self._data_source, evaluation=True)
         if self._config.debug.save_debug_rollout_data:
             dumps.save_evaluation(self._config.debug.save_debug_rollout_data, rollout_id, output)
         report = report_evaluation(self._args, shown, output)
         return {name: report.metrics[f"eval/{name}"] for name in output.data}, report
+
+    def _watched(self) -> AbstractContextManager:
+        """Engines answer health checks only while they generate: they are paused or asleep at other times."""
+        engine = self._config.engine
+        if not engine.use_fault_tolerance or self._config.debug.debug_train_only:
+            return nullcontext()
+        return HealthWatch(
+            partial(self._fleet.missed_checks, engine.rollout_health_check_timeout),
+            self._fleet.end_engine,
+            interval=engine.rollout_health_check_interval,
+            first_wait=engine.rollout_health_check_first_wait,
+        )
 
     def state(self) -> dict | None:
         """Which prompts come next; while replaying, as of when the last replayed rollout was made."""
@@ -164,6 +181,10 @@ class RolloutSide:
             return ray.get(done[0]) if done else []
         except ray.exceptions.RayError:
             return []
+
+    def recover(self) -> list[str]:
+        """Servers that had died and run again; they need the trainer's weights."""
+        return self._call("fleet", "recover")
 
     def stop(self) -> None:
         ray.wait([self._actor.stop.remote()], timeout=60)

@@ -6,8 +6,10 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import ray
@@ -27,6 +29,11 @@ from slime.types import RolloutBatch
 from slime.weights.protocol import SyncReport, sync_weights
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# A server that dies in every attempt has a cause that a restart does not take away.
+_GENERATE_AGAIN = 2
 
 
 @dataclass(frozen=True)
@@ -158,8 +165,36 @@ class Run:
 
     def generate(self, rollout_id: int) -> Rollout:
         started = time.monotonic()
-        batch_ref, report = self._rollout.generate(rollout_id)
+        batch_ref, report = self._recovering(lambda: self._rollout.generate(rollout_id))
         return Rollout(rollout_id, ray.get(batch_ref), batch_ref, report, time.monotonic() - started)
+
+    def _recovering(self, generate: Callable[[], T]) -> T:
+        """`generate()`; with --use-fault-tolerance dead servers are started again, and what they broke is done again.
+
+        Where the others could do the work of the dead one its result stands, else the same prompts are taken once more.
+        """
+        if not (self._config.engine.use_fault_tolerance and self._has_engines):
+            return generate()
+        position = self._rollout.state()
+        for _ in range(_GENERATE_AGAIN):
+            try:
+                result, error = generate(), None
+            except RuntimeError as broken:
+                error = broken
+            started_again = self._rollout.recover()
+            if started_again:
+                logger.warning("started again: %s", ", ".join(started_again))
+                with self.lease.training():
+                    pass  # on shared devices the trainer has to be awake to send weights
+                with self.lease.syncing():
+                    self.sync_weights()
+            if error is None:
+                return result
+            if not started_again:
+                raise error
+            logger.warning("generating again, from the same prompts; what broke: %s", error)
+            self._rollout.restore(position)
+        return generate()
 
     def train(self, rollout: Rollout) -> Training:
         started, config, batch = time.monotonic(), self._config, rollout.batch
@@ -206,7 +241,7 @@ class Run:
             return
         if not before and not _is_due(rollout_id, evaluation.eval_interval, self.num_rollout, last=True):
             return
-        scores, report = self._rollout.evaluate(rollout_id)
+        scores, report = self._recovering(lambda: self._rollout.evaluate(rollout_id))
         if report.to_trackers:
             self._tracker.write(report.metrics, rollout_id + 1)
         logger.info("%s", evaluation_line(rollout_id + 1, scores, when=when))

@@ -32,7 +32,7 @@ class TrainGroup:
         self.targets: Sequence[EngineTarget] = ()
 
     def device_kind(self) -> str:
-        """"cuda" or "host"; asked before any rank takes memory."""
+        """ "cuda" or "host"; asked before any rank takes memory."""
         first = next(iter(self._actors.values()))
         return gather({"trainer rank 0": first.device_kind.remote()}, doing="looking at its device")["trainer rank 0"]
 

@@ -21,9 +21,7 @@ from tools.tiny_tokenizer import write_tokenizer
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sft")
     write_tokenizer(folder / "tokenizer", "qwen", max_length=512)
-    rows = [
-        [{"role": "user", "content": f"{n} plus 1?"}, {"role": "assistant", "content": str(n + 1)}] for n in range(1, 8)
-    ]
+    rows = [[{"role": "user", "content": f"{n} plus 1?"}, {"role": "assistant", "content": str(n + 1)}] for n in range(1, 8)]
     (folder / "sft.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     return folder
 

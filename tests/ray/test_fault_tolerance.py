@@ -1,0 +1,115 @@
+"""When a server dies in a rollout: who is started again, which weights it gets, which prompts come next."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from slime.ray.health import HealthWatch, Strikes
+from slime.ray.run import Run
+
+
+class Side:
+    """Engines and prompts. Each entry of `attempts` is one generation: the servers that die in it, and whether it breaks."""
+
+    def __init__(self, attempts: list[tuple[list[str], bool]]):
+        self.attempts, self.events, self.next_prompt, self.dead = list(attempts), [], 10, []
+
+    def generate(self, rollout_id):
+        dying, breaks = self.attempts.pop(0)
+        self.dead = dying
+        taken, self.next_prompt = self.next_prompt, self.next_prompt + 5
+        self.events.append(f"generate from {taken}")
+        if breaks:
+            raise RuntimeError("8 of 8 groups failed")
+        return taken, "report"
+
+    def evaluate(self, rollout_id):
+        return self.generate(rollout_id)
+
+    def recover(self):
+        self.dead, started = [], self.dead
+        return started
+
+    def state(self):
+        return {"next": self.next_prompt}
+
+    def restore(self, state):
+        self.next_prompt = state["next"]
+
+
+@pytest.fixture
+def run_with(monkeypatch):
+    monkeypatch.setattr("slime.ray.run.ray.get", lambda ref: ref)
+
+    def make(attempts, *, tolerant: bool = True) -> tuple[Run, Side]:
+        debug = SimpleNamespace(debug_rollout_only=False, debug_train_only=False)
+        data = SimpleNamespace(num_rollout=9)
+        run = Run(SimpleNamespace(debug=debug, data=data, engine=SimpleNamespace(use_fault_tolerance=tolerant)))
+        side = run._rollout = Side(attempts)
+
+        @contextmanager
+        def handed(to: str):
+            side.events.append(f"devices to {to}")
+            yield
+
+        run.lease = SimpleNamespace(training=lambda: handed("the trainer"), syncing=lambda: handed("the sync"))
+        run.sync_weights = lambda: side.events.append("weights")
+        return run, side
+
+    return make
+
+
+AGAIN = ["devices to the trainer", "devices to the sync", "weights"]
+
+
+def test_a_rollout_that_a_death_broke_is_made_again_from_the_same_prompts_with_the_trainers_weights(run_with):
+    run, side = run_with([(["decode-1"], True), ([], False), ([], False)])
+    assert run.generate(3).batch == 10
+    assert side.events == ["generate from 10", *AGAIN, "generate from 10"]
+    assert run.generate(4).batch == 15, "and the prompts go on behind those"
+
+
+def test_a_rollout_that_the_other_engines_finished_stands(run_with):
+    run, side = run_with([(["decode-2"], False)])
+    assert run.generate(3).batch == 10
+    assert side.events == ["generate from 10", *AGAIN]
+
+
+def test_what_breaks_while_all_servers_live_ends_the_run(run_with):
+    run, side = run_with([([], True), ([], False)])
+    with pytest.raises(RuntimeError, match="8 of 8 groups failed"):
+        run.generate(3)
+    assert side.events == ["generate from 10"]
+
+
+def test_a_server_that_dies_every_time_ends_the_run(run_with):
+    run, side = run_with([(["decode-1"], True)] * 4)
+    with pytest.raises(RuntimeError, match="8 of 8 groups failed"):
+        run.generate(3)
+    assert side.events.count("generate from 10") == 3
+
+
+def test_without_the_flag_nobody_is_started_again(run_with):
+    run, side = run_with([(["decode-1"], True), ([], False)], tolerant=False)
+    with pytest.raises(RuntimeError, match="8 of 8 groups failed"):
+        run.generate(3)
+    assert side.events == ["generate from 10"]
+
+
+def test_three_missed_checks_in_a_row_are_one_end():
+    strikes = Strikes(limit=3)
+    looks = [{"a": "late", "b": None}, {"a": "late", "b": "late"}, {"a": None, "b": "late"}] + [{"a": "late", "b": "late"}] * 3
+    assert [strikes.count(look) for look in looks] == [[], [], [], ["b"], [], ["a"]]
+
+
+def test_the_watch_ends_the_engine_that_stopped_answering_and_leaves_with_the_block():
+    ended = threading.Event()
+    watch = HealthWatch(lambda: {"a": None, "b": "no answer within 1 s"}, lambda label: ended.set() if label == "b" else None,
+                        interval=0.001, first_wait=0.0)  # fmt: skip
+    with watch:
+        assert ended.wait(30)
+    assert not watch._thread.is_alive()
