@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -69,10 +70,11 @@ class Device(ABC):
         """Wait for all work that this process queued."""
 
     @abstractmethod
-    def sleep(self, tensors: Mapping[str, Tensor]) -> SleepReport:
+    def sleep(self, tensors: Mapping[str, Tensor], *, unread: Mapping[str, Tensor] = MappingProxyType({})) -> SleepReport:
         """Move the storages of `tensors` out of the device's memory; the tensors must not be used until `wake`.
 
-        Tensors that share a storage are moved once, together with every other view of it.
+        Tensors that share a storage are moved once, together with every other view of it. `unread` are tensors whose values
+        nobody will read: their memory is given up without a copy, and they wake with any content.
         """
 
     @abstractmethod

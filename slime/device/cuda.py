@@ -5,12 +5,23 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from slime.device.base import Device, MemoryUse, SleepReport
+
+
+@dataclass(frozen=True)
+class _Asleep:
+    """A storage without memory, and where its bytes are (None: they need not come back)."""
+
+    storage: torch.UntypedStorage
+    nbytes: int
+    kept: Tensor | None
 
 
 class CudaDevice(Device):
@@ -21,7 +32,7 @@ class CudaDevice(Device):
 
     def __init__(self) -> None:
         self.reason = f"torch sees {torch.cuda.device_count()} CUDA device(s), {torch.cuda.get_device_name(0)}"
-        self._asleep: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
+        self._asleep: dict[int, _Asleep] = {}
 
     @property
     def torch_device(self) -> torch.device:
@@ -50,36 +61,39 @@ class CudaDevice(Device):
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def sleep(self, tensors: Mapping[str, Tensor]) -> SleepReport:
+    def sleep(self, tensors: Mapping[str, Tensor], *, unread: Mapping[str, Tensor] = MappingProxyType({})) -> SleepReport:
         begin = time.monotonic()
         torch.cuda.synchronize()
-        moved = 0
-        for tensor in tensors.values():
-            storage = tensor.untyped_storage()
-            nbytes = storage.nbytes()
-            # Views of one storage share the StorageImpl: its address is the identity, the data pointer may be reused.
-            if storage.device.type != "cuda" or nbytes == 0 or storage._cdata in self._asleep:
-                continue
-            kept = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            kept.copy_(_bytes_of(storage, tensor.device), non_blocking=True)
-            self._asleep[storage._cdata] = (storage, kept)
-            moved += nbytes
+        falling_asleep = []
+        for copied, group in ((True, tensors), (False, unread)):
+            for tensor in group.values():
+                storage = tensor.untyped_storage()
+                nbytes = storage.nbytes()
+                # Views of one storage share the StorageImpl: its address is the identity, the data pointer may be reused.
+                if storage.device.type != "cuda" or nbytes == 0 or storage._cdata in self._asleep:
+                    continue
+                kept = None
+                if copied:
+                    kept = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+                    kept.copy_(_bytes_of(storage, tensor.device), non_blocking=True)
+                self._asleep[storage._cdata] = _Asleep(storage, nbytes, kept)
+                falling_asleep.append(storage)
         # The copies must have ended before their sources are freed.
         torch.cuda.synchronize()
-        for storage, kept in self._asleep.values():
-            if storage.nbytes() == kept.numel():
-                storage.resize_(0)
+        moved = sum(storage.nbytes() for storage in falling_asleep)
+        for storage in falling_asleep:
+            storage.resize_(0)
         torch.cuda.empty_cache()
         return SleepReport(moved, time.monotonic() - begin, "cuda: storages moved to pinned host memory")
 
     def wake(self) -> SleepReport:
         begin = time.monotonic()
-        moved = 0
-        for storage, kept in self._asleep.values():
-            storage.resize_(kept.numel())
-            _bytes_of(storage, storage.device).copy_(kept, non_blocking=True)
-            moved += kept.numel()
+        for one in self._asleep.values():
+            one.storage.resize_(one.nbytes)
+            if one.kept is not None:
+                _bytes_of(one.storage, one.storage.device).copy_(one.kept, non_blocking=True)
         torch.cuda.synchronize()
+        moved = sum(one.nbytes for one in self._asleep.values())
         self._asleep.clear()
         return SleepReport(moved, time.monotonic() - begin, "cuda: storages back on the device")
 

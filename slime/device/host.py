@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class HostDevice(Device):
     def synchronize(self) -> None:
         """Every operation is complete when it returns."""
 
-    def sleep(self, tensors: Mapping[str, Tensor]) -> SleepReport:
+    def sleep(self, tensors: Mapping[str, Tensor], *, unread: Mapping[str, Tensor] = MappingProxyType({})) -> SleepReport:
         return SleepReport(
             0, 0.0, "host: trainer and engines share the machine's memory, so there is nowhere to move weights to"
         )

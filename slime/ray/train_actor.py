@@ -113,8 +113,10 @@ class TrainActor:
         """Leave the device with "steps" (gradients, optimizer) or with "weights" (the parameters themselves)."""
         from slime.training import memory
 
-        tensors = {"steps": memory.step_tensors, "weights": memory.weight_tensors}[what](self._trainer)
-        report = self._device.sleep(tensors)
+        if what == "steps":
+            report = self._device.sleep(memory.step_tensors(self._trainer), unread=memory.gradient_tensors(self._trainer))
+        else:
+            report = self._device.sleep(memory.weight_tensors(self._trainer))
         logger.debug("sleep %s: %.2f GB in %.2f s", what, report.nbytes / 1e9, report.seconds)
 
     def wake(self) -> None:

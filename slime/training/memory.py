@@ -13,17 +13,13 @@ if TYPE_CHECKING:
 
 
 def step_tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """What only optimizer steps need: gradient buffers, fp32 main parameters, moments. Nothing that weights share memory with.
+    """What optimizer steps keep between them: fp32 main parameters, moments. Nothing that weights share memory with.
 
     A float32 model and the precision-aware optimizer have no main parameters of their own: theirs are views of the weights,
     which must stay while weights are sent.
     """
     weights = {tensor.untyped_storage()._cdata for tensor in weight_tensors(trainer).values()}
     found: dict[str, Tensor] = {}
-    for number, chunk in enumerate(trainer.pipeline.chunks):
-        for kind in ("buffers", "expert_parallel_buffers"):
-            for index, buffer in enumerate(_buffers(chunk, kind)):
-                found[f"chunk {number} {kind} {index} gradients"] = buffer.grad_data
     for number, optimizer in enumerate(_torch_optimizers(trainer.optimizer)):
         for group in optimizer.param_groups:
             found.update((f"optimizer {number} main {id(p)}", p.data) for p in group["params"])
@@ -34,6 +30,16 @@ def step_tensors(trainer: Trainer) -> dict[str, Tensor]:
                 if isinstance(value, Tensor)
             )
     return {name: tensor for name, tensor in found.items() if tensor.untyped_storage()._cdata not in weights}
+
+
+def gradient_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """The gradient buffers. Every step zeroes them before it adds to them, so what they hold between steps is of no use."""
+    return {
+        f"chunk {number} {kind} {index} gradients": buffer.grad_data
+        for number, chunk in enumerate(trainer.pipeline.chunks)
+        for kind in ("buffers", "expert_parallel_buffers")
+        for index, buffer in enumerate(_buffers(chunk, kind))
+    }
 
 
 def weight_tensors(trainer: Trainer) -> dict[str, Tensor]:

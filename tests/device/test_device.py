@@ -59,7 +59,9 @@ def test_sleep_frees_the_gpu_and_wake_brings_every_view_back() -> None:
     buffer = torch.arange(2**24, device=device.torch_device, dtype=torch.float32)
     view, wanted = buffer[5:9], [5.0, 6.0, 7.0, 8.0]
     before = torch.cuda.memory_allocated()
-    asleep = device.sleep({"buffer": buffer, "view": view})
-    assert asleep.nbytes == 2**26 and before - torch.cuda.memory_allocated() >= 2**26
-    assert device.wake().nbytes == 2**26
+    spent = torch.ones(2**20, device=device.torch_device)
+    asleep = device.sleep({"buffer": buffer, "view": view}, unread={"spent": spent, "view again": view})
+    assert asleep.nbytes == 2**26 + 2**22 and before - torch.cuda.memory_allocated() >= 2**26
+    assert device.wake().nbytes == 2**26 + 2**22
+    assert spent.zero_().sum().item() == 0.0, "its memory is there again"
     assert view.tolist() == wanted and buffer[-1].item() == 2**24 - 1

@@ -23,11 +23,12 @@ def sleeping(rank: int, folder, dtype: str) -> tuple[int, int]:
     trainer = start(config)
     batch = rollout()
     trainer.train(batch, plans(batch, config, 1))
-    for name, tensor in memory.step_tensors(trainer).items():
+    asleep = memory.step_tensors(trainer) | memory.gradient_tensors(trainer)
+    for name, tensor in asleep.items():
         tensor.untyped_storage().fill_(0xFF)
         assert "gradients" in name or dtype == "bf16" or "exp_avg" in name or "step" in name, name
     weights = [weight for _, weight in trainer.named_weights()]
-    return sum(int(weight.isnan().sum()) for weight in weights), len(memory.step_tensors(trainer))
+    return sum(int(weight.isnan().sum()) for weight in weights), len(asleep)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -36,7 +37,7 @@ def test_weights_survive_while_everything_that_only_steps_need_is_gone(qwen3, dt
     assert destroyed == 0 and count > 30
 
 
-def two_rollouts(rank: int, folder, changes: dict) -> tuple:
+def two_rollouts(rank: int, folder, changes: dict, spoil: bool = False) -> tuple:
     config = config_for(folder, lr=1e-3, **changes)
     trainer = start(config)
     reports, counts = [], []
@@ -46,7 +47,18 @@ def two_rollouts(rank: int, folder, changes: dict) -> tuple:
         steps = plans(batch, config, 2)
         counts.append(len(steps[0].micro_batches[0]))
         reports.append(trainer.train(batch, steps).per_step)
+        for gradients in memory.gradient_tensors(trainer).values() if spoil else ():
+            gradients.untyped_storage().fill_(0xFF)
     return counts, reports, {name: weight.clone() for name, weight in trainer.named_weights()}
+
+
+def test_what_gradient_buffers_hold_between_rollouts_is_never_read(qwen3):
+    # The device does not keep it while the trainer sleeps.
+    (_, steps, weights), (_, spoiled_steps, spoiled) = (
+        run_ranks(2, two_rollouts, qwen3, {}, spoil)[0] for spoil in (False, True)
+    )
+    assert spoiled_steps == steps
+    assert [name for name, weight in weights.items() if not torch.equal(weight, spoiled[name])] == []
 
 
 OVERLAPS = {
