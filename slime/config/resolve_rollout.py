@@ -28,12 +28,25 @@ def debug_modes(v: Values) -> None:
             os.path.join(v["dump_details"], "rollout_data", "{rollout_id}.pt"),
             "--dump-details is given",
         )
-        v.notes.append("--dump-details writes rollouts; the trainer's tensors are not written by this version")
+        v.derive(
+            "save_debug_train_data", os.path.join(v["dump_details"], "train_data", "{rollout_id}.pt"), "--dump-details is given"
+        )
     same = v["save_debug_rollout_data"] is not None and v["save_debug_rollout_data"] == v["load_debug_rollout_data"]
     v.require(
         not same, "--save-debug-rollout-data and --load-debug-rollout-data name the same files; replaying would overwrite them"
     )
-    for name in ("save_debug_rollout_data", "load_debug_rollout_data"):
+    v.require(
+        v["save_debug_train_data"] is None or v["save_debug_train_data"] != v["save_debug_rollout_data"],
+        "--save-debug-train-data and --save-debug-rollout-data name the same files; one would overwrite the other",
+    )
+    for name in ("ci_save_grad_norm", "ci_load_grad_norm"):
+        whole = v[name] is None or ("{rollout_id}" in v[name] and "{step_id}" in v[name])
+        v.require(whole, f"--{name.replace('_', '-')} must hold {{rollout_id}} and {{step_id}}, got {v[name]!r}")
+    share = v["load_debug_rollout_data_subsample"]
+    v.require(
+        share is None or 0 < share <= 1, f"--load-debug-rollout-data-subsample is a share above 0, at most 1; got {share}"
+    )
+    for name in ("save_debug_rollout_data", "load_debug_rollout_data", "save_debug_train_data"):
         v.require(
             v[name] is None or "{rollout_id}" in v[name],
             f"--{name.replace('_', '-')} must hold {{rollout_id}}, got {v[name]!r}",
@@ -309,6 +322,16 @@ def saving(v: Values) -> None:
     v.require(
         v["save_interval"] is None or v["save_interval"] > 0, f"--save-interval must be above 0, got {v['save_interval']}"
     )
+    interval = v["ref_update_interval"]
+    if interval is not None:
+        v.require(interval > 0, f"--ref-update-interval must be above 0, got {interval}")
+        v.require(
+            v["save_interval"] is None or interval < 1 or v["save_interval"] % interval == 0,
+            f"--save-interval {v['save_interval']} is no multiple of --ref-update-interval {interval}: a run could not be "
+            "continued, because a checkpoint does not hold the reference",
+        )
+        if not (v["use_kl_loss"] or v["kl_coef"]):
+            v.notes.append("--ref-update-interval changes nothing: without --use-kl-loss and --kl-coef there is no reference")
     v.require(v["save_hf"] is None or v["save"], "--save-hf writes along with checkpoints; it needs --save")
     v.require(
         not v["use_tensorboard"] or v["tb_project_name"] or v.facts.tensorboard_dir,

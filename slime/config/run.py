@@ -10,7 +10,6 @@ from slime.config.flags import derived, flag
 
 _WANDB = "Weights & Biases (TensorBoard is there)"
 _PROFILE = "profiles and memory records"
-_CI = "the CI assertions"
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,14 @@ class DebugConfig:
     """File per rollout with its samples; must hold {rollout_id}."""
     load_debug_rollout_data: str | None = None
     """Replay such files instead of generating; implies --debug-train-only."""
-    load_debug_rollout_data_subsample: float | None = flag(None, later="replaying a part of a dump")
-    """Share of the rows to replay."""
+    load_debug_rollout_data_subsample: float | None = None
+    """Share of a dump's groups to replay: the first and the last half of so many."""
     load_forge_rollout_data: str | None = flag(None, later="replaying while engines stay alive")
     """Replay while the engines stay up."""
-    save_debug_train_data: str | None = flag(None, later="dumps of the trainer's tensors")
-    """File per rollout and rank with the trainer's tensors."""
+    save_debug_train_data: str | None = None
+    """File per rollout with what the steps train on; must hold {rollout_id}, and with {rank} is one per data-parallel rank."""
     dump_details: str | None = None
-    """Folder: rollouts are saved to rollout_data/{rollout_id}.pt below it."""
+    """Folder: rollouts are saved to rollout_data/{rollout_id}.pt below it, the trainer's tensors to train_data/."""
     memory_snapshot_dir: str = flag(".", later=_PROFILE)
     """Where memory snapshots go."""
     memory_snapshot_num_steps: int | None = flag(None, later=_PROFILE)
@@ -85,16 +84,16 @@ class DebugConfig:
     """Record allocations."""
     profile_target: tuple[str, ...] = flag(("train_overall",), later=_PROFILE)
     """What to profile."""
-    ci_test: bool = flag(False, later=_CI)
-    """Assert the identities of a first step."""
-    ci_disable_kl_checker: bool = flag(False, later=_CI)
-    """Not the KL ones."""
-    ci_train_rollout_logprob_abs_diff_threshold: float = flag(0.1, later=_CI)
-    """Largest train/rollout gap."""
-    ci_save_grad_norm: str | None = flag(None, later=_CI)
-    """Write gradient norms."""
-    ci_load_grad_norm: str | None = flag(None, later=_CI)
-    """Compare gradient norms."""
+    ci_test: bool = False
+    """Stop the run unless its figures hold together: KL and clip share 0 in a first step, a small train/rollout gap."""
+    ci_disable_kl_checker: bool = False
+    """--ci-test without the identities of the KL (weights that are not the reference's, kernels that are not deterministic)."""
+    ci_train_rollout_logprob_abs_diff_threshold: float = 0.1
+    """--ci-test: largest mean |log-prob of the trainer - log-prob of the engine|."""
+    ci_save_grad_norm: str | None = None
+    """File per step with its gradient norm; may hold {role}, {rollout_id}, {step_id}."""
+    ci_load_grad_norm: str | None = None
+    """Such files of another run: stop unless every gradient norm is within 1% of theirs."""
     custom_config_path: str | None = None
     """YAML of attributes that win over flags; a mapping under `custom:` is for plugins."""
     custom: Mapping[str, object] = derived({})

@@ -93,7 +93,7 @@ class OptimizerConfig:
         False, "--use-checkpoint-opt-param-scheduler", "--use-checkpoint-opt_param-scheduler"
     )
     """Take the schedule from the checkpoint although the flags differ."""
-    reset_optimizer_states: bool = flag(False, later="resetting Adam every rollout")
+    reset_optimizer_states: bool = False
     """Zero Adam's moments and step count at every rollout."""
     use_stateless_adam: bool = flag(False, later="stateless Adam")
     """Adam that keeps no state between rollouts."""
@@ -135,7 +135,7 @@ class CheckpointConfig:
     """Iteration of --ref-load to use."""
     start_rollout_id: int | None = None
     """First rollout; None continues after the loaded iteration. An explicit value always wins."""
-    ref_update_interval: int | None = flag(None, later="refreshing the reference model")
+    ref_update_interval: int | None = None
     """Copy the trained model to the reference every so many rollouts."""
 
 
@@ -257,7 +257,7 @@ class AlgorithmConfig:
     """Its teacher's checkpoint."""
     opd_teacher_ckpt_step: int | None = flag(None, later=_OPD)
     """Iteration of that checkpoint."""
-    custom_megatron_init_path: str | None = flag(None, later="a hook after the ranks are set up")
+    custom_megatron_init_path: str | None = None
     """Called with (args) after the ranks are set up."""
     custom_megatron_before_log_prob_hook_path: str | None = None
     """Called with (args, model, store_prefix) before every pass without gradient."""

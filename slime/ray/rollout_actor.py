@@ -34,7 +34,7 @@ class RolloutActor:
         self._fleet = EngineFleet(config, placement, run_folder, token)
         self._data_source = None
         template = config.debug.load_debug_rollout_data
-        self._replay = Replay(template) if template else None
+        self._replay = Replay(template, share=config.debug.load_debug_rollout_data_subsample) if template else None
 
     def start(self) -> None:
         """Engines start first and load while prompts are read and plugins checked; then all is waited for."""

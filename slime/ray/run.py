@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,7 @@ from slime.batch.flops import forward_flops
 from slime.batch.plan import plan_steps
 from slime.config import Config
 from slime.model.hf_config import read_hf_config
+from slime.observability.identities import broken_identities, compare_norm, norm_path, save_norm
 from slime.observability.report import RolloutLine, evaluation_line
 from slime.observability.tracking import TensorBoardSink, Tracker, tensorboard_directory
 from slime.ray.lease import FreeLease, Holder, Lease
@@ -211,6 +212,7 @@ class Run:
             costs=sample_costs(config, batch.total_lengths),
         )
         report = self._trainers.train(rollout.batch_ref, steps)
+        check_training(config, rollout.rollout_id, report.metrics, report.per_step)
         return Training(dict(report.metrics), list(report.per_step), time.monotonic() - started)
 
     def sync_weights(self) -> SyncReport | None:
@@ -294,6 +296,29 @@ class Run:
         for sink in self._tracker.places():
             logger.info("metrics: %s", sink)
         logger.info("logs of engines and router: %s", _run_folder(self._config))
+
+
+def check_training(
+    config: Config, rollout_id: int, metrics: Mapping[str, float], per_step: Sequence[Mapping[str, float]]
+) -> None:
+    """--ci-test, --ci-save-grad-norm and --ci-load-grad-norm. Raises RuntimeError listing what does not hold."""
+    rules, wrong = config.debug, []
+    if rules.ci_test:
+        wrong = broken_identities(
+            metrics,
+            per_step,
+            first=rollout_id == 0,
+            check_kl=not rules.ci_disable_kl_checker,
+            largest_gap=rules.ci_train_rollout_logprob_abs_diff_threshold,
+        )
+    for step_id, step in enumerate(per_step):
+        norm = step["train/grad_norm"]
+        if rules.ci_save_grad_norm:
+            save_norm(norm_path(rules.ci_save_grad_norm, rollout_id=rollout_id, step_id=step_id), norm)
+        if rules.ci_load_grad_norm:
+            wrong.append(compare_norm(norm_path(rules.ci_load_grad_norm, rollout_id=rollout_id, step_id=step_id), norm))
+    if told := [line for line in wrong if line]:
+        raise RuntimeError(f"rollout {rollout_id + 1}: " + "\n  ".join(told))
 
 
 def sample_costs(config: Config, lengths: np.ndarray) -> np.ndarray | None:

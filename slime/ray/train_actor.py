@@ -66,7 +66,10 @@ class TrainActor:
 
         from slime.device import get_device
         from slime.parallel import init_ranks
+        from slime.training.hooks import load_hook
 
+        path = self._config.algorithm.custom_megatron_init_path
+        after_init = load_hook("--custom-megatron-init-path", path)
         device = self._device = get_device()
         device.init_process(self._device_index)
         timeout = timedelta(minutes=self._config.parallel.distributed_timeout_minutes)
@@ -82,6 +85,8 @@ class TrainActor:
         self._ranks = init_ranks(
             self._config.parallel, rank=self._rank, world_size=self._world_size, device=device, seed=self._config.model.seed
         )
+        if after_init is not None:
+            after_init(self._config.args)
         return self._build()
 
     def _build(self) -> dict[str, object]:

@@ -53,8 +53,9 @@ def save_evaluation(template: str, rollout_id: int, output: RolloutFnEvalOutput)
 class Replay:
     """Dumps in the place of generation: one file per rollout."""
 
-    def __init__(self, template: str):
-        self._template = template
+    def __init__(self, template: str, *, share: float | None = None):
+        """share: of every file only the first and the last half of so many groups, share times all, at least one."""
+        self._template, self._share = template, share
         self.data_state: dict[str, Any] | None = None
         """The data source's position after the last replayed rollout, for the checkpoint; None until a file tells one."""
 
@@ -72,6 +73,10 @@ class Replay:
             groups = _replace_leaves(content["layout"], samples.__getitem__)
         else:
             groups = _by_group_index(path, samples)
+        if self._share is not None:
+            count = max(1, round(self._share * len(groups)))
+            first = (count + 1) // 2
+            groups = groups[:first] + groups[len(groups) - (count - first) :]
         if content.get("data_state") is not None:
             self.data_state = content["data_state"]
         return RolloutFnTrainOutput(samples=groups, metrics=content.get("metrics"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -168,6 +169,33 @@ def _rollout_data(columns: Columns, batch: RolloutBatch) -> dict[str, object]:
         "advantages": ordered(columns.advantages),
         "returns": ordered(columns.returns),
     }
+
+
+def save_train_data(template: str, columns: Columns, batch: RolloutBatch, ranks: Ranks) -> None:
+    """--save-debug-train-data: slime's dictionary of what the steps train on, as torch.save files {"rollout_id", "rank",
+    "rollout_data"}.
+
+    With {rank} in the name one file per data-parallel rank, else one file of all ranks' samples. Collective over dp_group.
+    """
+    data = _rollout_data(columns, batch)
+    path = template.replace("{rollout_id}", str(batch.rollout_id))
+    is_first = ranks.tp_rank == 0 and ranks.cp_rank == 0
+    if "{rank}" in path:
+        path = path.replace("{rank}", str(ranks.rank))
+    else:
+        parts: list[dict] = [{}] * ranks.dp_size
+        dist.all_gather_object(parts, data, group=ranks.dp_group)
+        data = {
+            name: None if value is None else [item for part in parts for item in part[name]] for name, value in data.items()
+        }
+        is_first = is_first and ranks.dp_rank == 0
+    if not is_first:
+        return
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"rollout_id": batch.rollout_id, "rank": ranks.rank, "rollout_data": data}, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's
+        raise OSError(f"--save-debug-train-data: {path} cannot be written ({error})") from error
 
 
 def _whiten(columns: Columns, batch: RolloutBatch, ranks: Ranks) -> None:

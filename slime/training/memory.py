@@ -20,7 +20,7 @@ def step_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """
     weights = {tensor.untyped_storage()._cdata for tensor in weight_tensors(trainer).values()}
     found: dict[str, Tensor] = {}
-    for number, optimizer in enumerate(_torch_optimizers(trainer.optimizer)):
+    for number, optimizer in enumerate(torch_optimizers(trainer.optimizer)):
         for group in optimizer.param_groups:
             found.update((f"optimizer {number} main {id(p)}", p.data) for p in group["params"])
         for parameter, state in optimizer.state.items():
@@ -54,7 +54,7 @@ def _buffers(chunk, kind: str) -> list:
     return [] if callable(found) else list(found)
 
 
-def _torch_optimizers(optimizer) -> Iterator[Optimizer]:
+def torch_optimizers(optimizer) -> Iterator[Optimizer]:
     """megatron-core chains one optimizer for dense and one for expert parameters; each wraps a torch one."""
     if optimizer is None:
         return

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from slime.compat.megatron import prepare
+from slime.training.memory import torch_optimizers
 
 if TYPE_CHECKING:
     from slime.config import Config
@@ -24,6 +25,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # n
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
 
 log = logging.getLogger(__name__)
+
+_HISTORY = {"exp_avg", "exp_avg_sq", "momentum_buffer", "step"}
 
 
 @dataclass(frozen=True)
@@ -226,3 +229,13 @@ def restore_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any], 
             setattr(scheduler, key, theirs)
     scheduler.num_steps = 0
     scheduler.step(increment=int(saved["num_steps"]))
+
+
+def forget_history(optimizer: MegatronOptimizer) -> None:
+    """Zero moments and step counts (--reset-optimizer-states); main parameters and the schedule stay as they are."""
+    for wrapped in torch_optimizers(optimizer):
+        # An offloading optimizer keeps a part of the parameters in each of several.
+        for one in getattr(wrapped, "sub_optimizers", [wrapped]):
+            for owner in (*one.state.values(), *one.param_groups):
+                for name in _HISTORY & owner.keys():
+                    owner[name] = owner[name].zero_() if isinstance(owner[name], torch.Tensor) else 0

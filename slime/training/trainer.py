@@ -22,12 +22,20 @@ from slime.device import Device
 from slime.model.local import local_tensors
 from slime.parallel import Ranks
 from slime.training import state
-from slime.training.columns import Columns, call_with_rollout_data, fill_advantages, passes_of, rollout_metrics, split_column
+from slime.training.columns import (
+    Columns,
+    call_with_rollout_data,
+    fill_advantages,
+    passes_of,
+    rollout_metrics,
+    save_train_data,
+    split_column,
+)
 from slime.training.forward import Pipeline
 from slime.training.guard import Guard
 from slime.training.hooks import load_hook
 from slime.training.loss import Objective
-from slime.training.optimizer import clip_gradients, make_optimizer, make_scheduler, wrap_gradients
+from slime.training.optimizer import clip_gradients, forget_history, make_optimizer, make_scheduler, wrap_gradients
 from slime.training.snapshots import Snapshots
 from slime.training.state import LoadedState
 from slime.types import RolloutBatch, StepPlan
@@ -102,15 +110,22 @@ class Trainer:
         if self.optimizer is None:
             raise ValueError("this trainer was built without an optimizer (--num-rollout 0)")
         clock = _Clock()
+        if self.config.optimizer.reset_optimizer_states:
+            forget_history(self.optimizer)
         columns = self._columns(batch, steps, clock)
         metrics: dict[str, float] = {}
         if self.ranks.is_last_stage:
             metrics = rollout_metrics(columns, batch, self.ranks)
+            if self.config.debug.save_debug_train_data:
+                save_train_data(self.config.debug.save_debug_train_data, columns, batch, self.ranks)
         per_step = []
         with clock("actor_train"):
             for plan in steps:
                 per_step.append(self._step(batch, plan, columns, num_steps=len(steps)))
         metrics = self._from_last_stage(metrics)
+        interval = self.config.checkpoint.ref_update_interval
+        if interval and self.keeps_reference and (batch.rollout_id + 1) % interval == 0:
+            self.snapshots.take("ref")
         return TrainReport({**metrics, **clock.metrics(), **per_step[-1]}, per_step)
 
     def log_probs(self, batch: RolloutBatch, steps: Sequence[StepPlan]) -> dict[int, Tensor]:
@@ -235,7 +250,22 @@ class Trainer:
 
     def load(self) -> LoadedState:
         """Weights, and where --load continues a run everything else, by the rules of checkpoint.resolve."""
-        return state.load(self)
+        loaded = state.load(self)
+        self._restore_reference(loaded.start_rollout_id)
+        return loaded
+
+    def _restore_reference(self, num_trained: int) -> None:
+        """The reference after `num_trained` rollouts, which no checkpoint holds: --ref-load, or the weights just loaded."""
+        paths = self.config.checkpoint
+        interval = paths.ref_update_interval
+        if not (interval and self.keeps_reference) or num_trained < interval:
+            return
+        if num_trained % interval:
+            raise ValueError(
+                f"--ref-update-interval {interval}: the reference of rollout {num_trained - num_trained % interval} is in no "
+                f"checkpoint of rollout {num_trained}; continue from one of a multiple of {interval} rollouts (--ckpt-step)"
+            )
+        self.snapshots.take("ref")
 
     def save(self, rollout_id: int, *, data_state: Mapping[str, Any] | None) -> Path:
         """The whole state under --save as iteration `rollout_id`. Raises one ValueError on all ranks; the old one stays."""

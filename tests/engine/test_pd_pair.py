@@ -67,11 +67,11 @@ def pair(tmp_path_factory):
         weights = read_weights(checkpoint)
         model = load_reference(checkpoint, weights, folder / "reference")
         for engine in engines:
-            engine.wait_ready(180)
+            engine.wait_ready()
         workers = [Worker(engine.url, engine.spec.role, engine.ports.bootstrap) for engine in engines]
         router = RouterProcess(workers, token=TOKEN, log_path=folder / "router.log", report=reports.append)
         router.start()
-        router.wait_ready(60)
+        router.wait_ready()
         yield Pair(folder, checkpoint, engines, router, reports, weights, model)
     finally:
         for process in [*engines, *([router] if router else [])]:
@@ -266,7 +266,7 @@ def test_an_engine_started_again_serves_behind_the_same_router(pair, dead):
     engine.stop()
     died = engine.child.pid
     engine.start()
-    engine.wait_ready(400)
+    engine.wait_ready()
     assert engine.url == url and Path(f"{first_log}.{died}").stat().st_size > 0
     tokens = prompt(7, 60)
     answer = sync(RouterClient(pair.router.url, TOKEN).generate(request(tokens, 8), timeout=120))

@@ -19,6 +19,7 @@ import megatron.core.models.gpt.gpt_model  # noqa: E402, F401  (imported before 
 from slime.batch.plan import plan_steps  # noqa: E402
 from slime.config.model import ModelConfig, ParallelConfig  # noqa: E402
 from slime.config.rollout import DataConfig, RolloutConfig  # noqa: E402
+from slime.config.run import DebugConfig  # noqa: E402
 from slime.config.training import AlgorithmConfig, BatchConfig, CheckpointConfig, OptimizerConfig  # noqa: E402
 from slime.device import get_device  # noqa: E402
 from slime.model.build import build_model, padded_vocab_size  # noqa: E402
@@ -103,6 +104,7 @@ def config_for(folder: Path, **changes: Any) -> SimpleNamespace:
         AlgorithmConfig: {"eps_clip": 0.2, "eps_clip_high": 0.28},
         DataConfig: {"num_rollout": 10, "rollout_batch_size": 2, "n_samples_per_prompt": 4},
         RolloutConfig: {"rollout_temperature": 0.8},
+        DebugConfig: {},
     }
     for name, value in changes.items():
         owner = next(section for section in given if name in section.__dataclass_fields__)
@@ -111,7 +113,7 @@ def config_for(folder: Path, **changes: Any) -> SimpleNamespace:
     flat = SimpleNamespace(**{name: value for section in sections.values() for name, value in vars(section).items()})
     names = {
         "model": ModelConfig, "parallel": ParallelConfig, "optimizer": OptimizerConfig, "checkpoint": CheckpointConfig,
-        "batch": BatchConfig, "algorithm": AlgorithmConfig, "data": DataConfig, "rollout": RolloutConfig,
+        "batch": BatchConfig, "algorithm": AlgorithmConfig, "data": DataConfig, "rollout": RolloutConfig, "debug": DebugConfig,
     }  # fmt: skip
     return SimpleNamespace(**{name: sections[section] for name, section in names.items()}, args=flat)
 
