@@ -42,7 +42,7 @@ def served(tmp_path_factory):
         for engine in engines:
             engine.start()
         for engine in engines:
-            engine.wait_ready(240)
+            engine.wait_ready()
         yield engines, (glm, qwen), folder
     finally:
         for engine in engines:
@@ -113,7 +113,7 @@ def test_a_router_in_regular_mode_passes_the_key_and_keeps_a_routing_key_togethe
     )
     try:
         router.start()
-        router.wait_ready(60)
+        router.wait_ready()
         client = RouterClient(router.url, TOKEN)
         assert [worker["url"] for worker in sync(client.workers())] == [qwen.url]
         answer = sync(client.generate(request(prompt(1, 12), 5), routing_key="sample-1", timeout=60))

@@ -36,7 +36,7 @@ def served(tmp_path_factory):
     trained = make_checkpoint("cpu", folder / "trained", seed=2)
     try:
         engine.start()
-        engine.wait_ready(240)
+        engine.wait_ready()
         yield engine.url, trained
     finally:
         engine.stop()

@@ -66,6 +66,14 @@ def test_a_file_without_our_extras_is_grouped_by_group_index(tmp_path):
     assert replay.data_state is None
 
 
+@pytest.mark.parametrize("share, kept", [(1.0, [0, 1, 2, 3, 4]), (0.6, [0, 1, 4]), (0.4, [0, 4]), (0.01, [0])])
+def test_a_share_of_a_dump_is_its_first_and_last_groups(tmp_path, share, kept):
+    rows = [sample(index, group=index // 2, reward=0.0).to_dict() for index in range(10)]
+    torch.save({"rollout_id": 0, "samples": rows}, tmp_path / "0.pt")
+    groups = Replay(str(tmp_path / "{rollout_id}.pt"), share=share).rollout(0).samples
+    assert [[item.index for item in group] for group in groups] == [[2 * group, 2 * group + 1] for group in kept]
+
+
 def test_an_evaluation_is_kept_beside_the_rollouts(tmp_path):
     template = str(tmp_path / "{rollout_id}.pt")
     own = [sample(0, group=0, reward=1.0), sample(1, group=0, reward=0.0)]
