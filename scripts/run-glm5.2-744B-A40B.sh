@@ -240,7 +240,6 @@ FLAGS=(
    "$@"
 )
 check_flags "${FLAGS[@]}"
-# A rehearsal of the recipe on this machine alone belongs here: all flags are known, nothing has started.
 
 # ---------------------------------------------------------------------------------------------- environment and launch
 

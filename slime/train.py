@@ -2,7 +2,7 @@
 
     generate -> hand the devices to the trainer -> train -> save -> sync weights -> hand them back -> next
 
-    python3 -m slime.train FLAGS          the flags of scripts/run-*.sh; `python3 -m slime.config.help` lists them
+    python3 -m slime.train FLAGS          the flags of scripts/run-*.sh; `python3 -m slime.config --help` lists them
 """
 
 from __future__ import annotations

@@ -50,14 +50,16 @@ class Problem:
     answer: str
 
 
-def all_problems(task_name: str, *, min_operand: int, max_operand: int, num_wordings: int) -> list[Problem]:
-    """Every wording of every ordered pair of operands."""
+def all_problems(
+    task_name: str, *, min_operand: int, max_operand: int, num_wordings: int, second: list[int] | None = None
+) -> list[Problem]:
+    """Every wording of every ordered pair of operands; `second` names the second ones where they are fewer."""
     task = TASKS[task_name]
     operands = range(min_operand, max_operand + 1)
     problems = []
     for wording in WORDINGS[:num_wordings]:
         for a in operands:
-            for b in operands:
+            for b in operands if second is None else second:
                 question = wording.format(a=a, op=task.word, b=f"{b}{task.suffix}")
                 if task_name != "add":
                     question = question.replace("the sum of ", "")
@@ -143,6 +145,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sft", type=int, default=0, help="rows")
     parser.add_argument("--min-operand", type=int, default=0)
     parser.add_argument("--max-operand", type=int, default=5)
+    parser.add_argument(
+        "--second-operands", type=int, nargs="+", help="all that stand in second place (default: as many as in first place)"
+    )
     parser.add_argument("--wordings", type=int, default=2, choices=range(1, len(WORDINGS) + 1))
     parser.add_argument(
         "--examples", type=int, default=0, help="solved problems before each question of train and eval, for long prompts"
@@ -154,7 +159,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
-    problems = all_problems(args.task, min_operand=args.min_operand, max_operand=args.max_operand, num_wordings=args.wordings)
+    problems = all_problems(
+        args.task,
+        min_operand=args.min_operand,
+        max_operand=args.max_operand,
+        num_wordings=args.wordings,
+        second=args.second_operands,
+    )
     train, evaluation = split(problems, num_eval=args.eval, seed=args.seed)
     print(f"{args.task}: {len(problems)} different prompts, {len(evaluation)} of them held out")
     drawn = draw(train, args.train, seed=f"train/{args.seed}")

@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from slime.config import parse
+from tools import make_tiny_checkpoint
+from tools.tiny_tokenizer import TokenizerFacts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -410,6 +412,31 @@ def test_qwen3_4b_submits_its_recipe(desk: Desk):
     assert config.engine.groups[0].server_groups[0].num_engines == 4
     assert config.evaluation.datasets[0].max_response_len == 16384
     assert outcome.job_environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+def test_on_a_gpu_the_tiny_launcher_takes_the_sizes_that_the_kernels_accept(desk: Desk):
+    """Every step before the job counts as done, so only what would be submitted is looked at."""
+    base = desk.root / "base"
+    config = make_tiny_checkpoint.glm_config(make_tiny_checkpoint.PRESETS["h200"].size, TokenizerFacts(320, (1,), 1))
+    for folder, file, text in (
+        ("GLM-5.2-tiny-FP8", "config.json", json.dumps(config)),
+        ("GLM-5.2-tiny_torch_dist", "latest_checkpointed_iteration.txt", "release"),
+        ("GLM-5.2-tiny_warm_start", "latest_checkpointed_iteration.txt", "199"),
+    ):
+        (base / folder).mkdir()
+        (base / folder / file).write_text(text)
+    smi = desk.root / "bin" / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
+    smi.chmod(0o755)
+    outcome = desk.run("run-glm5.2-tiny.sh", "--num-rollout", "3", without=("NUM_GPUS",))
+    assert outcome.status == 0, outcome.stderr
+    parsed = parse(outcome.job)
+    mla = parsed.model.megatron
+    assert (mla["num_attention_heads"], mla["kv_lora_rank"], mla["qk_pos_emb_head_dim"]) == (64, 512, 64)
+    assert parsed.cluster.actor_num_gpus_per_node == parsed.cluster.rollout_num_gpus == 1 and parsed.cluster.colocate
+    (group,) = parsed.engine.groups[0].server_groups
+    assert (group.worker_type, group.num_gpus) == ("regular", 1)
+    assert parsed.data.num_rollout == 3 and parsed.batch.max_tokens_per_gpu == 16384
 
 
 @pytest.mark.parametrize("file", sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").rglob("*.sh")))
