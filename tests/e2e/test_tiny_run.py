@@ -95,15 +95,11 @@ def _dumped_prompts(folder: Path, rollout_id: int) -> list[str]:
     return [sample["prompt"] for sample in samples]
 
 
-def test_the_launcher_trains_saves_evaluates_outlives_an_engine_and_stops_only_what_it_started(base):
+def test_the_launcher_trains_saves_evaluates_and_stops_only_what_it_started(base):
     dumps = ("--save-debug-rollout-data", str(base / "dumps" / "{rollout_id}.pt"))
     flags = ("--check-weight-update-equal", "--num-rollout", "2", "--save-interval", "1", "--eval-interval", "2")
-    run = Launch(base, *SMALL, *dumps, *flags, "--use-fault-tolerance")
-    pid = int(run.wait_for(r"default-decode-1: ready at .* \(pid (\d+),")[1])
-    run.wait_for("evaluation before training")
-    os.killpg(pid, signal.SIGKILL)
+    run = Launch(base, *SMALL, *dumps, *flags)
     assert run.wait() == 0, run.text[-6000:]
-    assert "started again: default-decode-1" in run.text, run.text[-6000:]
     rollouts = run.rollouts()
     assert sorted(rollouts) == [1, 2]
     # The trainer computes in float32, the engine in float32 with weights rounded to FP8: 3 mantissa bits move a log-prob by
@@ -112,8 +108,7 @@ def test_the_launcher_trains_saves_evaluates_outlives_an_engine_and_stops_only_w
     assert len(re.findall(r"evaluation .* arithmetic \d", run.text)) == 2, "before and after training"
     assert (base / "GLM-5.2-tiny_slime" / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
     for engine in ("default-prefill-0", "default-decode-1"):
-        # v1 at the start, v2 for the engine that was started again, then one for each rollout.
-        assert re.search(rf"weights v4: (\d+) of \1 tensors read back equal from {engine}", run.text), engine
+        assert re.search(rf"weights v3: (\d+) of \1 tensors read back equal from {engine}", run.text), engine
     assert list((base / "run" / "tensorboard" / "grpo").glob("events.out.tfevents.*"))
     assert re.search(r"to continue from the newest checkpoint.*run-glm5.2-tiny.sh", run.text)
     assert _processes_mentioning(str(base)) == []
