@@ -217,8 +217,14 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
     ray job submit --address "$RAY_JOBS_URL" --submission-id "$RAY_JOB_ID" --runtime-env-json "$runtime_env" \
         -- "$PYTHON" -m slime.train "$@" &
     RAY_SUBMIT_PID=$!
-    wait "$RAY_SUBMIT_PID"
+    local status=0
+    wait "$RAY_SUBMIT_PID" || status=$?
+    if ((status != 0)) && ! kill -0 "$RAY_HEAD_PID" 2>/dev/null; then
+        tail -n 20 "$RAY_TEMP_DIR/head.log" >&2
+        die "Ray itself ended, and the job with it; its last lines are above, all of them in $RAY_TEMP_DIR/head.log"
+    fi
     RAY_JOB_ID="" RAY_SUBMIT_PID=""
+    return "$status"
 }
 
 print_resume() { # COMMAND
