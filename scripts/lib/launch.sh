@@ -116,7 +116,7 @@ start_ray_head() {
     require_command ray "activate the environment that scripts/setup.sh made"
     export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" NUM_GPUS="${NUM_GPUS:-8}"
     local free
-    read -ra free <<<"$(free_ports 5)"
+    read -ra free <<<"$(free_ports 6)"
     [[ -z ${RAY_PORT:-} ]] || require_free_port RAY_PORT "$RAY_PORT"
     [[ -z ${RAY_DASHBOARD_PORT:-} ]] || require_free_port RAY_DASHBOARD_PORT "$RAY_DASHBOARD_PORT"
     RAY_PORT="${RAY_PORT:-${free[0]}}" RAY_DASHBOARD_PORT="${RAY_DASHBOARD_PORT:-${free[1]}}"
@@ -131,7 +131,8 @@ start_ray_head() {
     trap 'exit 130' INT
     trap 'exit 143' TERM
     say "starting Ray on ${RAY_ADDRESS_OF_HEAD} with ${NUM_GPUS} slots, dashboard ${RAY_JOBS_URL}, logs ${RAY_TEMP_DIR}"
-    setsid ray start --head --block \
+    # With a port of its choice Ray's client server asks for it, and ends Ray when a busy machine does not answer within 30 s.
+    setsid ray start --head --block --runtime-env-agent-port "${free[5]}" \
         --node-ip-address "$MASTER_ADDR" --port "$RAY_PORT" --num-gpus "$NUM_GPUS" ${NUM_CPUS:+--num-cpus "$NUM_CPUS"} \
         --dashboard-host "${RAY_DASHBOARD_HOST:-127.0.0.1}" --dashboard-port "$RAY_DASHBOARD_PORT" \
         --ray-client-server-port "${free[2]}" --dashboard-agent-listen-port "${free[3]}" --metrics-export-port "${free[4]}" \
