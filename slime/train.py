@@ -54,6 +54,7 @@ def train(run, config: Config) -> None:
             sync = run.sync_weights()
         run.report(rollout, training, sync, seconds=time.monotonic() - started)
         run.evaluate_if_due(rollout_id, when="after training" if rollout_id + 1 == run.num_rollout else "during training")
+    run.finish_save()
     run.farewell()
 
 

@@ -117,8 +117,8 @@ class CheckpointConfig:
     """Folder for Megatron checkpoints."""
     save_interval: int | None = None
     """Save every so many rollouts (and at the end)."""
-    async_save: bool = flag(False, later="saving beside training")
-    """Write the checkpoint while training goes on."""
+    async_save: bool = False
+    """Write the checkpoint while training goes on; a failure shows at the next step, save or at the end."""
     save_hf: str | None = None
     """Also write an HF folder at every save; may hold {rollout_id}."""
     no_save_optim: bool = False

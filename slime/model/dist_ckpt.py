@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa
     FullyParallelSaveStrategyWrapper,
 )
 
+from slime.model.dist_writer import Writing  # noqa: E402
 from slime.model.geometry import megatron_values  # noqa: E402
 from slime.model.hf_config import HfConfig  # noqa: E402
 from slime.model.local import unwrap  # noqa: E402
@@ -65,22 +66,29 @@ def describe(hf: HfConfig) -> dict[str, Any]:
     return {"model_type": hf.model_type, **values}
 
 
-def save_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks, *, async_save: bool = False) -> Any:
-    """Write a sharded state dict; every rank calls it. Returns the async request, or None when everything is on disk.
+def begin_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks, *, checksums: bool = False) -> Writing:
+    """Start to write a sharded state dict as it is now; every rank calls it, and may then change the tensors.
 
-    Raises ValueError where the package psutil is missing, without which megatron-core would wait forever.
+    The small common values are on disk when it returns. Raises ValueError where the package psutil is missing, which
+    megatron-core's writers need.
     """
     if importlib.util.find_spec("psutil") is None:
-        raise ValueError(
-            "saving a checkpoint needs the package psutil, without which megatron-core's writers hang; pip install psutil"
-        )
+        raise ValueError("saving a checkpoint needs the package psutil, which megatron-core's writers use; pip install psutil")
     if ranks.rank == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
     dist.barrier()
     strategy = get_default_save_sharded_strategy("torch_dist")
     if dist.get_world_size(ranks.dp_cp_group) > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, ranks.dp_cp_group)
-    return dist_checkpointing.save(dict(state), str(folder), strategy, async_sharded_save=async_save)
+    request = dist_checkpointing.save(dict(state), str(folder), strategy, async_sharded_save=True)
+    return Writing(request, checksums=checksums)
+
+
+def save_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks) -> None:
+    """`begin_sharded`, and wait until all of it is on disk."""
+    writing = begin_sharded(state, folder, ranks)
+    writing.collect()
+    writing.finish()
 
 
 def load_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks) -> dict[str, Any]:
@@ -162,7 +170,7 @@ def write_tracker(save: str | Path, value: str) -> None:
 def read_tracker(save: str | Path) -> str | None:
     """`release`, an iteration's number, or None where there is no checkpoint."""
     path = Path(save) / TRACKER
-    return path.read_text().strip() if path.is_file() else None
+    return path.read_text(errors="replace").strip() if path.is_file() else None
 
 
 def checkpoint_folder(save: str | Path, tracker: str) -> Path:

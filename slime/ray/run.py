@@ -95,11 +95,20 @@ class Run:
                 self._tell_who_is_gone()
             self._rollout.stop()
         if self._trainers is not None:
+            if isinstance(error, Exception) and not self._trainers.has_failed:
+                self._rescue_save()
             self._trainers.stop()
         if self._placement is not None:
             self._placement.remove()
         self._tracker.close()
         ray.shutdown()
+
+    def _rescue_save(self) -> None:
+        """Engines may be gone while the trainer, which is well, has a checkpoint half-way to disk."""
+        try:
+            self.finish_save()
+        except RuntimeError as error:
+            logger.error("%s", error)
 
     def _tell_who_is_gone(self) -> None:
         """A dead server shows as a refused connection wherever it is missed next; its own log says why."""
@@ -230,9 +239,17 @@ class Run:
         started = time.monotonic()
         self._trainers.save(rollout_id, self._rollout.state())
         self._saved = rollout_id
-        logger.info("saved rollout %d under %s in %.1f s", rollout_id + 1, checkpoint.save, time.monotonic() - started)
+        done = "saved rollout %d under %s in %.1f s"
+        if checkpoint.async_save:
+            done = "rollout %d is being written under %s beside training, which waited %.1f s"
+        logger.info(done, rollout_id + 1, checkpoint.save, time.monotonic() - started)
         if checkpoint.save_hf:
             self._trainers.export_hf(checkpoint.save_hf.format(rollout_id=rollout_id))
+
+    def finish_save(self) -> None:
+        """Wait for the files of the last save, where they are written beside training."""
+        if self._config.checkpoint.async_save and self._saved is not None:
+            self._trainers.finish_save()
 
     def evaluate_if_due(self, rollout_id: int, *, when: str) -> None:
         evaluation = self._config.evaluation

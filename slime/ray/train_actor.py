@@ -110,6 +110,9 @@ class TrainActor:
     def save(self, rollout_id: int, data_state: dict | None) -> None:
         self._trainer.save(rollout_id, data_state=data_state)
 
+    def finish_save(self) -> None:
+        self._trainer.finish_save()
+
     def export_hf(self, folder: str) -> None:
         """Write the policy as a Hugging Face checkpoint (all ranks take part)."""
         self._weight_stream().save_hf(folder, origin=self._config.checkpoint.hf_checkpoint)

@@ -30,6 +30,8 @@ class TrainGroup:
             for rank, slot in enumerate(placement.trainer_slots)
         }
         self.targets: Sequence[EngineTarget] = ()
+        self.has_failed = False
+        """A call failed: ranks may hang in a collective, so no further call would be answered."""
 
     def device_kind(self) -> str:
         """ "cuda" or "host"; asked before any rank takes memory."""
@@ -51,6 +53,10 @@ class TrainGroup:
 
     def save(self, rollout_id: int, data_state: dict | None) -> None:
         self._call("save", rollout_id, data_state, doing=f"saving rollout {rollout_id}")
+
+    def finish_save(self) -> None:
+        """Wait until a save that is written beside training (--async-save) is in force."""
+        self._call("finish_save", doing="finishing the save of an earlier rollout")
 
     def export_hf(self, folder: str) -> None:
         self._call("export_hf", folder, doing=f"writing the Hugging Face checkpoint {folder}")
@@ -76,7 +82,11 @@ class TrainGroup:
             ray.kill(actor)
 
     def _call(self, method: str, *args, doing: str) -> dict[str, object]:
-        return gather({name: getattr(actor, method).remote(*args) for name, actor in self._actors.items()}, doing=doing)
+        try:
+            return gather({name: getattr(actor, method).remote(*args) for name, actor in self._actors.items()}, doing=doing)
+        except RuntimeError:
+            self.has_failed = True
+            raise
 
     @staticmethod
     def _first(results: dict[str, object]):

@@ -15,9 +15,9 @@ import logging
 import os
 import random
 import re
+import secrets
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from slime.compat.megatron import prepare
-from slime.model.dist_ckpt import TRACKER, checkpoint_folder, read_tracker, save_sharded, write_tracker
+from slime.model.dist_ckpt import TRACKER, begin_sharded, checkpoint_folder, read_tracker, write_tracker
+from slime.model.dist_writer import FileSum, Writing, crc32_of
 from slime.parallel import Ranks
 
 if TYPE_CHECKING:
@@ -46,6 +47,18 @@ MANIFEST = "slime_manifest.json"
 CHECKSUM_LIMIT = 64 * 2**30
 """Larger checkpoints are compared by size only: reading 10 TB twice would cost more than a torn file is likely."""
 _ITERATION = re.compile(r"iter_(\d{7})")
+_ASIDE = ".replaced_"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Names of the flags that chose a checkpoint, for messages that say which to give instead."""
+
+    load: str
+    step: str
+
+
+LOAD, REFERENCE = Flags("--load", "--ckpt-step"), Flags("--ref-load", "--ref-ckpt-step")
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,8 @@ class Source:
     resumes: bool
     """Optimizer, schedule, random streams and data position continue from it."""
     why: str
+    flags: Flags = LOAD
+    """The flags that named it."""
 
     def start_rollout_id(self, given: int | None) -> int:
         """An explicit --start-rollout-id wins; otherwise the rollout after the loaded one."""
@@ -81,9 +96,9 @@ def resolve(config: Config) -> Source:
     if paths.load and _is_hf(Path(paths.load)):
         return Source("hf", Path(paths.load), None, False, f"--load {paths.load} is an HF folder")
     why = f"--load {paths.load} holds no checkpoint yet, " if paths.load else ""
-    if paths.ref_load and (reference := find_weights(Path(paths.ref_load), paths.ref_ckpt_step)):
+    if paths.ref_load and (reference := find_weights(Path(paths.ref_load), paths.ref_ckpt_step, REFERENCE)):
         kind, folder = reference
-        return Source(kind, folder, None, False, f"{why}so weights come from --ref-load {paths.ref_load}")
+        return Source(kind, folder, None, False, f"{why}so weights come from --ref-load {paths.ref_load}", REFERENCE)
     if paths.ref_load:
         raise ValueError(
             f"{why}and --ref-load {paths.ref_load} has neither {TRACKER} nor a config.json; convert the model first"
@@ -95,28 +110,34 @@ def resolve(config: Config) -> Source:
     raise ValueError(f"{why}no weights to start from: give --load, --ref-load or --hf-checkpoint")
 
 
-def find_weights(path: Path, step: int | None) -> tuple[Literal["megatron", "hf"], Path] | None:
+def find_weights(path: Path, step: int | None, flags: Flags = LOAD) -> tuple[Literal["megatron", "hf"], Path] | None:
     """The Megatron iteration in `path`, or `path` itself where it is an HF folder, or None."""
-    if found := find_megatron(path, step):
+    if found := find_megatron(path, step, flags):
         return "megatron", found[0]
     return ("hf", path) if _is_hf(path) else None
 
 
-def find_megatron(path: Path, step: int | None) -> tuple[Path, int | None] | None:
-    """(folder, iteration or None for `release`): `path` may be a folder of checkpoints or one iter_0000012 itself."""
+def find_megatron(path: Path, step: int | None, flags: Flags = LOAD) -> tuple[Path, int | None] | None:
+    """(folder, iteration or None for `release`): `path` may be a folder of checkpoints or one iter_0000012 itself.
+
+    None where `path` holds no checkpoint at all. Raises ValueError, naming what could be used and how to ask for it, where it
+    holds some, but not the one that tracker or `step` name.
+    """
     match = _ITERATION.fullmatch(path.name)
     if match and path.is_dir():
         return path, int(match.group(1))
     tracker = read_tracker(path)
     if tracker is None and step is None:
+        if any(_ITERATION.fullmatch(folder.name) for folder in path.glob("iter_*")):
+            raise ValueError(f"{path} has checkpoints but no {TRACKER}, so none of them is in force; {others(path, flags)}")
         return None
     value = str(step) if step is not None else tracker
     if value != "release" and not value.isdigit():
-        raise ValueError(f"{path / TRACKER} says {value!r}, which is neither a number nor 'release'; {_others(path)}")
+        raise ValueError(f"{path / TRACKER} says {value!r}, which is neither a number nor 'release'; {others(path, flags)}")
     folder = checkpoint_folder(path, value)
     if not folder.is_dir():
-        named = f"--ckpt-step {step}" if step is not None else str(path / TRACKER)
-        raise ValueError(f"{named} points to {folder}, which does not exist; {_others(path)}")
+        named = f"{flags.step} {step}" if step is not None else str(path / TRACKER)
+        raise ValueError(f"{named} points to {folder}, which does not exist; {others(path, flags)}")
     return folder, None if value == "release" else int(value)
 
 
@@ -130,56 +151,120 @@ def whole_iterations(path: Path) -> list[int]:
     return [n for n in sorted(numbers) if (folder := checkpoint_folder(path, str(n))) and _wrong_sizes(folder) == []]
 
 
-def _others(path: Path) -> str:
+def others(path: Path, flags: Flags = LOAD) -> str:
+    """What else in `path` could be used, and the flags or the command that do it."""
     whole = whole_iterations(path)
-    if not whole:
-        return f"no whole checkpoint is in {path}"
-    return f"whole checkpoints in {path}: {', '.join(map(str, whole))}; continue from one with --ckpt-step {whole[-1]}"
+    told = [f"no whole checkpoint is in {path}"]
+    if whole:
+        numbers = ", ".join(map(str, whole))
+        told = [f"whole checkpoints in {path}: {numbers}; to use one: {flags.load} {path} {flags.step} {whole[-1]}"]
+    # Left where a save that replaces an iteration was killed between its two renames.
+    for old in sorted(path.glob(f"{_ASIDE}iter_*")):
+        place = old.with_name(old.name.removeprefix(_ASIDE))
+        if not place.exists() and not _wrong_sizes(old):
+            told.append(f"the former {place.name} is whole: mv {old} {place}")
+    return "; ".join(told)
 
 
 # --- writing ---
 
 
-def save(root: Path, iteration: int, state: Mapping[str, Any], ranks: Ranks) -> Path:
-    """Write `state` (a sharded state dict) as iteration `iteration`. Every rank calls it and gets the folder, or the same
-    ValueError.
+def begin_save(
+    root: Path, name: str, state: Mapping[str, Any], ranks: Ranks, *, tensors: Mapping[str, Any] | None = None
+) -> PendingSave:
+    """Start to write `state` (a sharded state dict) as it is now: iteration `name`, or `release`. Afterwards it may change.
 
-    On any failure (a full disk, a torn write) nothing named iter_* or the tracker has changed, and the error names the
-    checkpoint that stays in force.
+    Nothing is in force until `finish`. Every rank calls it, and gets the same ValueError if one of them cannot start. On any
+    failure (a full disk, a torn write) no checkpoint folder or tracker has changed, and the error names what stays in force.
+    tensors: for the manifest, see slime.model.conversion.
     """
-    begin = time.monotonic()
-    final, partial = checkpoint_folder(root, str(iteration)), root / f".saving_iter_{iteration:07d}"
+    pending = PendingSave(root, name, ranks, tensors)
     need = _bytes_to_write(state)
-    _together(lambda: _make_room(root, partial, need) if ranks.rank == 0 else None, root, iteration)
-    _together(lambda: save_sharded(state, partial, ranks), root, iteration, clean=partial)
-    sums = _together(lambda: _checksums(partial, ranks), root, iteration, clean=partial)
-    _together(lambda: _publish(root, partial, final, sums) if ranks.rank == 0 else None, root, iteration, clean=partial)
-    if ranks.rank == 0:
-        size = sum(entry[0] for part in sums for entry in part.values())
-        log.info("checkpoint %s: %.3f GB in %.1f s", final, size / 1e9, time.monotonic() - begin)
-    return final
+    pending.together(lambda: _make_room(root, pending.partial, need) if ranks.rank == 0 else None)
+    pending.start(state, checksums=need <= CHECKSUM_LIMIT)
+    return pending
 
 
-def _together(do: Callable[[], Any], root: Path, iteration: int, *, clean: Path | None = None) -> list[Any]:
-    """Run `do` on every rank; all results, or the same ValueError everywhere if any rank failed."""
-    try:
-        answer: tuple[Any, str | None] = (do(), None)
-    except (Exception, CheckpointException) as error:  # crosses ranks as text; all of them leave together
-        answer = (None, f"{type(error).__name__}: {_root_cause(error)}")
-    answers: list[tuple[Any, str | None]] = [(None, None)] * dist.get_world_size()
-    dist.all_gather_object(answers, answer)
-    failures = [(rank, told) for rank, (_, told) in enumerate(answers) if told]
-    if not failures:
-        return [value for value, _ in answers]
-    if clean is not None and dist.get_rank() == 0:
-        shutil.rmtree(clean, ignore_errors=True)
-    rank, told = failures[0]
-    before = read_tracker(root) if root.is_dir() else None
-    force = f"the newest checkpoint stays {checkpoint_folder(root, before)}" if before else "there is no earlier checkpoint"
-    free = f"{shutil.disk_usage(root).free / 1e9:.3f} GB free there" if root.is_dir() else "the folder does not exist"
-    raise ValueError(
-        f"saving iteration {iteration} to {root} ({free}) failed on rank {rank} of {len(answers)}: {told}; {force}"
-    )
+class PendingSave:
+    """A save whose files are being written: nothing of it is in force before `finish`. All methods are collective."""
+
+    def __init__(self, root: Path, name: str, ranks: Ranks, tensors: Mapping[str, Any] | None = None) -> None:
+        self.root, self.name, self.ranks = root, name, ranks
+        self._extra = {} if tensors is None else {"tensors": tensors}
+        self.final = checkpoint_folder(root, name)
+        # A name of its own: writers of a run that was killed may live a moment longer.
+        token: list[str] = [secrets.token_hex(4)]
+        dist.broadcast_object_list(token, src=0)
+        self.partial = root / f".saving_{self.final.name}_{token[0]}"
+        self._writing: Writing | None = None
+        self._begin = time.monotonic()
+
+    def start(self, state: Mapping[str, Any], *, checksums: bool) -> None:
+        def begin() -> None:
+            self._writing = begin_sharded(state, self.partial, self.ranks, checksums=checksums)
+
+        self.together(begin)
+
+    def is_written(self) -> bool:
+        """Every rank's files are on disk, or will never be; `finish` would not wait. Equal on all ranks."""
+        answers = [True] * self.ranks.world_size
+        dist.all_gather_object(answers, self._writing.done())
+        return all(answers)
+
+    def finish(self) -> Path:
+        """Wait for the files of all ranks, then put the checkpoint in force. Raises the same ValueError on every rank."""
+        parts = self.together(self._writing.collect)
+        self.together(self._writing.finish)
+        sums = {name: entry for part in parts for name, entry in part.items()}
+        self.together(lambda: self._publish(sums) if self.ranks.rank == 0 else None)
+        if self.ranks.rank == 0:
+            size = sum(size for size, _ in sums.values())
+            log.info("checkpoint %s: %.3f GB in %.1f s", self.final, size / 1e9, time.monotonic() - self._begin)
+        return self.final
+
+    def together(self, do: Callable[[], Any]) -> list[Any]:
+        """Run `do` on every rank; all results, or the same ValueError everywhere if any rank failed."""
+        try:
+            answer: tuple[Any, str | None] = (do(), None)
+        except (Exception, CheckpointException) as error:  # crosses ranks as text; all of them leave together
+            answer = (None, f"{type(error).__name__}: {_root_cause(error)}")
+        answers: list[tuple[Any, str | None]] = [(None, None)] * self.ranks.world_size
+        dist.all_gather_object(answers, answer)
+        failures = [(rank, told) for rank, (_, told) in enumerate(answers) if told]
+        if not failures:
+            return [value for value, _ in answers]
+        if self._writing is not None:
+            self._writing.stop()
+        if self.ranks.rank == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        rank, told = failures[0]
+        raise ValueError(self._failure(rank, told))
+
+    def _failure(self, rank: int, told: str) -> str:
+        root, what = self.root, self.name if self.name == "release" else f"iteration {self.name}"
+        before = read_tracker(root) if root.is_dir() else None
+        force = f"the newest checkpoint stays {checkpoint_folder(root, before)}" if before else "there is no earlier checkpoint"
+        free = f"{shutil.disk_usage(root).free / 1e9:.3f} GB free there" if root.is_dir() else "the folder does not exist"
+        return f"saving {what} to {root} ({free}) failed on rank {rank} of {self.ranks.world_size}: {told}; {force}"
+
+    def _publish(self, written: Mapping[str, FileSum]) -> None:
+        """written: what the writers know of their files; the rest (metadata, common values) is small."""
+        partial, final = self.partial, self.final
+        files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
+        sums = {name: written.get(name) or (path.stat().st_size, crc32_of(path)) for name, path in files.items()}
+        if absent := sorted(set(written) - set(files)):
+            raise OSError(f"{', '.join(absent)} vanished from {partial}; do all ranks see the same file system?")
+        with open(partial / MANIFEST, "w") as file:
+            json.dump({"files": sums, **self._extra}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        aside = final.with_name(f"{_ASIDE}{final.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        if final.exists():
+            final.rename(aside)
+        partial.rename(final)
+        write_tracker(final.parent, self.name)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _root_cause(error: BaseException) -> str:
@@ -205,7 +290,7 @@ def _bytes_to_write(state: Mapping[str, Any]) -> int:
 
 def _make_room(root: Path, partial: Path, need: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    for left in root.glob(".saving_iter_*"):
+    for left in root.glob(".saving_*"):
         shutil.rmtree(left)
     free = shutil.disk_usage(root).free
     # 1 MiB for metadata, common state and the manifest.
@@ -214,46 +299,13 @@ def _make_room(root: Path, partial: Path, need: int) -> None:
     partial.mkdir()
 
 
-def _checksums(folder: Path, ranks: Ranks) -> dict[str, tuple[int, int | None]]:
-    """{file: (bytes, crc32)} of this rank's share of the files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    count = sum(path.stat().st_size for path in files) <= CHECKSUM_LIMIT
-    return {
-        str(path.relative_to(folder)): (path.stat().st_size, _crc32(path) if count else None)
-        for path in files[ranks.rank :: ranks.world_size]
-    }
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _publish(root: Path, partial: Path, final: Path, sums: list[dict[str, tuple[int, int | None]]]) -> None:
-    manifest = {"files": {name: list(entry) for part in sums for name, entry in sorted(part.items())}}
-    with open(partial / MANIFEST, "w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    aside = root / f".replaced_{final.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    if final.exists():
-        final.rename(aside)
-    partial.rename(final)
-    write_tracker(root, str(int(_ITERATION.fullmatch(final.name).group(1))))
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 # --- reading ---
 
 
-def verify(folder: Path, ranks: Ranks) -> None:
+def verify(folder: Path, ranks: Ranks, flags: Flags = LOAD) -> None:
     """Compare every file with the manifest. Raises the same ValueError on every rank, naming bad files and what to use instead.
 
-    A checkpoint without a manifest (Megatron's own, or a converter's) is taken as it is, with a note.
+    A checkpoint without a manifest (of Megatron itself) is taken as it is, with a note.
     """
     if not (folder / MANIFEST).is_file():
         if ranks.rank == 0:
@@ -263,26 +315,43 @@ def verify(folder: Path, ranks: Ranks) -> None:
     if not wrong:
         wrong = _wrong_sums(folder, ranks)
     if wrong:
-        raise ValueError(f"checkpoint {folder} is damaged: {'; '.join(wrong[:8])}; {_others(folder.parent)}")
+        raise ValueError(f"checkpoint {folder} is damaged: {'; '.join(wrong[:8])}; {others(folder.parent, flags)}")
 
 
-def _manifest(folder: Path) -> dict[str, list[int | None]]:
+@dataclass(frozen=True)
+class Manifest:
+    """slime_manifest.json."""
+
+    files: dict[str, FileSum]
+    """File name -> (bytes, crc32 or None)."""
+    tensors: dict[str, dict[str, Any]]
+    """Of converted weights: name -> shape, dtype and sha256 of the whole tensor, and the HF tensors in it."""
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """None where there is none, or none that can be read."""
     try:
-        return json.loads((folder / MANIFEST).read_text())["files"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged ({error}); {_others(folder.parent)}") from error
+        read = json.loads((folder / MANIFEST).read_text())
+        files = {name: (int(size), None if crc is None else int(crc)) for name, (size, crc) in read["files"].items()}
+        return Manifest(files, {name: dict(record) for name, record in read.get("tensors", {}).items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def wrong_files(folder: Path, manifest: Manifest) -> list[str]:
+    """What differs from the manifest by name, size or checksum, read by this process alone."""
+    return _wrong_sizes(folder) or _changed(folder, list(manifest.files.items()))
 
 
 def _wrong_sizes(folder: Path) -> list[str]:
     """What differs from the manifest by name or size; a folder without a readable manifest is not whole."""
     if not (folder / MANIFEST).is_file():
         return [f"no {MANIFEST}"]
-    wrong = []
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (ValueError, KeyError):
+    manifest = read_manifest(folder)
+    if manifest is None:
         return [f"{MANIFEST} is damaged"]
-    for name, (size, _) in files.items():
+    wrong = []
+    for name, (size, _) in manifest.files.items():
         path = folder / name
         if not path.is_file():
             wrong.append(f"{name} is missing")
@@ -292,15 +361,20 @@ def _wrong_sizes(folder: Path) -> list[str]:
 
 
 def _wrong_sums(folder: Path, ranks: Ranks) -> list[str]:
-    expected = [(name, entry[1]) for name, entry in sorted(_manifest(folder).items()) if entry[1] is not None]
-    own = [
-        f"the content of {name} has changed since it was written"
-        for name, sum_ in expected[ranks.rank :: ranks.world_size]
-        if _crc32(folder / name) != sum_
-    ]
+    manifest = read_manifest(folder)
+    assert manifest is not None, "sizes are compared first"
+    own = _changed(folder, sorted(manifest.files.items())[ranks.rank :: ranks.world_size])
     shares: list[list[str]] = [[]] * ranks.world_size
     dist.all_gather_object(shares, own)
     return [line for share in shares for line in share]
+
+
+def _changed(folder: Path, files: list[tuple[str, FileSum]]) -> list[str]:
+    return [
+        f"the content of {name} has changed since it was written"
+        for name, (_, crc) in files
+        if crc is not None and crc32_of(folder / name) != crc
+    ]
 
 
 # --- random streams ---

@@ -52,7 +52,7 @@ def load(trainer: Trainer) -> LoadedState:
     start = source.start_rollout_id(config.checkpoint.start_rollout_id)
     data_state = None
     if source.kind == "megatron":
-        checkpoint.verify(source.folder, trainer.ranks)
+        checkpoint.verify(source.folder, trainer.ranks, source.flags)
     if source.resumes:
         data_state = _resume(trainer, source.folder)
     else:
@@ -66,8 +66,13 @@ def load(trainer: Trainer) -> LoadedState:
 
 
 def save(trainer: Trainer, rollout_id: int, data_state: Mapping[str, Any] | None) -> Path:
-    """Everything under iteration `rollout_id`; every rank calls it with the same data_state."""
+    """Everything under iteration `rollout_id`; every rank calls it with the same data_state.
+
+    With --async-save it returns as soon as the state may change; `finish_save` puts the checkpoint in force, and comes
+    before the next save.
+    """
     config = trainer.config
+    finish_save(trainer)
     if not config.checkpoint.save:
         raise ValueError("saving needs --save FOLDER")
     state = _sharded_state(trainer, is_loading=False)
@@ -80,7 +85,20 @@ def save(trainer: Trainer, rollout_id: int, data_state: Mapping[str, Any] | None
         "world_size": trainer.ranks.world_size,
         "skipped_steps": trainer.guard.skipped,
     }
-    return checkpoint.save(Path(config.checkpoint.save), rollout_id, state, trainer.ranks)
+    trainer.pending_save = checkpoint.begin_save(Path(config.checkpoint.save), str(rollout_id), state, trainer.ranks)
+    folder = trainer.pending_save.final
+    if not config.checkpoint.async_save:
+        finish_save(trainer)
+    return folder
+
+
+def finish_save(trainer: Trainer, *, wait: bool = True) -> None:
+    """Put a pending save in force; with wait=False only if its files are written. Raises a failed one's ValueError, once."""
+    pending = trainer.pending_save
+    if pending is None or not (wait or pending.is_written()):
+        return
+    trainer.pending_save = None
+    pending.finish()
 
 
 def _sharded_state(trainer: Trainer, *, is_loading: bool, with_random: bool = True) -> dict[str, Any]:
@@ -139,13 +157,13 @@ def _load_reference(trainer: Trainer) -> None:
     paths = trainer.config.checkpoint
     if not paths.ref_load:
         raise ValueError("--kl-coef / --use-kl-loss compare with a reference model; give --ref-load")
-    found = checkpoint.find_weights(Path(paths.ref_load), paths.ref_ckpt_step)
+    found = checkpoint.find_weights(Path(paths.ref_load), paths.ref_ckpt_step, checkpoint.REFERENCE)
     if found is None:
         raise ValueError(
             f"--ref-load {paths.ref_load} has neither {checkpoint.TRACKER} nor a config.json; convert the model first"
         )
     kind, folder = found
     if kind == "megatron":
-        checkpoint.verify(folder, trainer.ranks)
+        checkpoint.verify(folder, trainer.ranks, checkpoint.REFERENCE)
     _load_weights(trainer, kind, folder)
     trainer.snapshots.take("ref")

@@ -43,6 +43,7 @@ from slime.types.micro_batch import MicroBatch
 
 if TYPE_CHECKING:
     from slime.config import Config
+    from slime.training.checkpoint import PendingSave
 
 prepare()
 
@@ -83,6 +84,7 @@ class Trainer:
         _refuse_auxiliary_losses(self.model)
         _prepare_schedules(self.model, ranks)
         self.snapshots = Snapshots(self.model)
+        self.pending_save: PendingSave | None = None
         rules = config.optimizer
         self.guard = Guard(ranks.rank, limit=0 if rules.check_for_nan_in_loss_and_grad else rules.max_skipped_steps)
         self.optimizer = self.scheduler = None
@@ -109,6 +111,7 @@ class Trainer:
         """Old and reference log-probs, advantages, then every step of the rollout."""
         if self.optimizer is None:
             raise ValueError("this trainer was built without an optimizer (--num-rollout 0)")
+        state.finish_save(self, wait=False)
         clock = _Clock()
         if self.config.optimizer.reset_optimizer_states:
             forget_history(self.optimizer)
@@ -268,8 +271,16 @@ class Trainer:
         self.snapshots.take("ref")
 
     def save(self, rollout_id: int, *, data_state: Mapping[str, Any] | None) -> Path:
-        """The whole state under --save as iteration `rollout_id`. Raises one ValueError on all ranks; the old one stays."""
+        """The whole state under --save as iteration `rollout_id`. Raises one ValueError on all ranks; the old one stays.
+
+        With --async-save the files are written while training goes on; the checkpoint is in force after a later `train`,
+        `save` or `finish_save`, which also raises what went wrong.
+        """
         return state.save(self, rollout_id, data_state)
+
+    def finish_save(self) -> None:
+        """Wait for a save that is being written; nothing to do without one."""
+        state.finish_save(self)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(global megatron-core name, this rank's tensor) of every parameter and of the routers' expert bias."""

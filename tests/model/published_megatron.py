@@ -35,6 +35,15 @@ def split_sizes() -> str:
     return "stays a tensor" if torch.is_tensor(moved) else "works"
 
 
+def results_queue() -> str:
+    import multiprocessing
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._get_write_results_queue()
+    return f"{len(multiprocessing.active_children())} processes"
+
+
 def rng_restore() -> str:
     from megatron.core.tensor_parallel import random
 
@@ -139,6 +148,7 @@ def main() -> None:
         }
     found["te_version"] = te_version()
     found["classes_in_checkpoints"] = classes_in_checkpoints()
+    found["results_queue"] = results_queue()
     found["adam_steps"] = adam_steps(guarded)
     print("RESULT " + json.dumps(found))
 

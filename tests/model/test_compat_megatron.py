@@ -77,6 +77,10 @@ def test_classes_of_an_offloading_optimizer_are_still_saved(published: dict) -> 
     assert published["classes_in_checkpoints"] == "saved"
 
 
+def test_a_save_still_starts_a_manager_process(published: dict, guarded: dict) -> None:
+    assert (published["results_queue"], guarded["results_queue"]) == ("1 processes", "0 processes")
+
+
 def test_every_guard_names_a_test_of_this_file() -> None:
     prepare()
     for guard in guards.GUARDS:

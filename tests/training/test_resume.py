@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,11 +103,15 @@ DAMAGES = {
     "cut short": lambda folder: os.truncate(folder / "__0_0.distcp", 1000),
     "missing": lambda folder: (folder / "__0_1.distcp").unlink(),
     "one bit": lambda folder: flip(folder / "__0_0.distcp", 5000),
+    "one bit of the metadata": lambda folder: flip(folder / ".metadata", 100),
+    "the manifest": lambda folder: os.truncate(folder / MANIFEST, 200),
 }
 SAID = {
     "cut short": "__0_0.distcp has 1000 bytes instead of",
     "missing": "__0_1.distcp is missing",
     "one bit": "content of __0_0.distcp",
+    "one bit of the metadata": "content of .metadata",
+    "the manifest": f"{MANIFEST} is damaged",
 }
 
 
@@ -126,10 +131,59 @@ def test_a_damaged_checkpoint_is_named_with_the_one_to_use_instead(qwen3, saved,
     with pytest.raises(RankFailed) as told:
         run_ranks(1, run, qwen3, dict(load=str(root)), 3, False)
     assert "iter_0000001 is damaged" in str(told.value) and SAID[damage] in str(told.value)
-    assert "--ckpt-step" in str(told.value)
+    assert f"to use one: --load {root} --ckpt-step " in str(told.value)
     # What the message says works.
     loaded = run_ranks(1, run, qwen3, dict(load=str(root), ckpt_step=0), 1, False)[0][0]
     assert loaded.start_rollout_id == 1
+
+
+def test_a_damaged_reference_names_its_own_flags(qwen3, saved, tmp_path):
+    root = tmp_path / "ref"
+    shutil.copytree(saved, root)
+    (root / "iter_0000001" / "common.pt").unlink()
+    with pytest.raises(RankFailed, match=rf"common.pt is missing; .*: 0; to use one: --ref-load {root} --ref-ckpt-step 0"):
+        run_ranks(1, run, qwen3, dict(ref_load=str(root)), 1, False)
+
+
+def test_checkpoints_without_a_tracker_are_no_empty_folder(qwen3, saved, tmp_path):
+    """Starting from the reference instead would, at its first save, put a new run on top of the old one."""
+    root = tmp_path / "run"
+    shutil.copytree(saved, root)
+    (root / TRACKER).unlink()
+    with pytest.raises(ValueError, match=rf"no {TRACKER}, so none of them is in force; .*--load {root} --ckpt-step 1"):
+        resolve(config_for(qwen3, load=str(root), ref_load=str(saved)))
+    assert resolve(config_for(qwen3, load=str(root), ckpt_step=1)).folder.name == "iter_0000001"
+
+
+@pytest.mark.parametrize("moment", ["between the renames", "before the tracker"])
+def test_a_run_killed_while_it_publishes(qwen3, saved, tmp_path, monkeypatch, moment):
+    """Iteration 1 is saved again; SIGKILL comes when its old folder is aside, or when only the tracker is missing."""
+    root = tmp_path / "run"
+    shutil.copytree(saved, root)
+    (root / TRACKER).write_text("0")
+    renames = []
+    published = Path.rename  # torch's writers use it too, for their metadata
+
+    def rename(self, target):
+        published(self, target)
+        renames.extend([target] if "iter_" in target.name else [])
+        if len(renames) == (1 if moment == "between the renames" else 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(RankFailed, match="exit code -9"):
+        run_ranks(1, run, qwen3, dict(load=str(root), save=str(root)), 2, True)
+    monkeypatch.undo()
+    assert run_ranks(1, run, qwen3, dict(load=str(root)), 1, False)[0][0].start_rollout_id == 1
+    if moment == "before the tracker":
+        assert whole_iterations(root) == [0, 1]
+        return
+    (root / TRACKER).write_text("1")
+    old, new = root / ".replaced_iter_0000001", root / "iter_0000001"
+    with pytest.raises(ValueError, match=rf"iter_0000001, which does not exist; .*--ckpt-step 0; .*: mv {old} {new}"):
+        resolve(config_for(qwen3, load=str(root)))
+    old.rename(new)
+    assert run_ranks(1, run, qwen3, dict(load=str(root)), 2, False)[0][0].start_rollout_id == 2
 
 
 def test_a_tracker_without_its_folder_names_the_whole_checkpoints(qwen3, saved, tmp_path):
