@@ -3,6 +3,7 @@
 
     python tools/inspect_checkpoint.py FOLDER            # one line per kind of tensor, layers and experts folded together
     python tools/inspect_checkpoint.py FOLDER --filter indexer
+    python tools/inspect_checkpoint.py TORCH_DIST_FOLDER --verify   # reads it all: every file and tensor against the manifest
 
 Exit status 1 and one line per fault: a tensor of the index that is nowhere, one that it lacks or puts elsewhere, a file
 that is cut short, an FP8 weight without scales (or the reverse). --filter shortens the list; the whole folder is checked.
@@ -122,13 +123,36 @@ def table(tensors: list[TensorInfo]) -> list[str]:
     return [*lines, f"{total / 1e6:12.3f} MB  {len(tensors):6} tensors, {parameters:,} parameters"]
 
 
+def verify(folder: Path) -> int:
+    """Every file of a torch_dist checkpoint by size and crc32, and every tensor by shape, dtype and sha256, one at a time."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from slime.model.conversion import wrong_tensors
+    from slime.model.dist_reader import TorchDistReader
+    from slime.training.checkpoint import read_manifest, wrong_files
+
+    reader = TorchDistReader(folder)
+    manifest = read_manifest(reader.folder)
+    if manifest is None:
+        raise ValueError(f"{reader.folder} has no readable manifest, so there is nothing to compare it with")
+    faults = wrong_files(reader.folder, manifest)
+    if not faults:
+        faults = wrong_tensors(reader, manifest.tensors)
+    print("\n".join(faults), file=sys.stderr, end="\n" if faults else "")
+    told = f"{len(manifest.tensors)} tensors" if manifest.tensors else "no tensors in the manifest"
+    print(f"{reader.folder}: {len(manifest.files)} files, {told}: {f'{len(faults)} faults' if faults else 'every hash agrees'}")
+    return 1 if faults else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--filter", default="", help="only names that contain this text")
+    parser.add_argument("--verify", action="store_true", help="compare a torch_dist checkpoint with its slime_manifest.json")
     args = parser.parse_args(argv)
+    if args.verify:
+        return verify(args.folder)
     tensors, faults = read_folder(args.folder)
     print("\n".join(table([tensor for tensor in tensors if args.filter in tensor.name])))
     print("\n".join(faults), file=sys.stderr, end="\n" if faults else "")
@@ -136,4 +160,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ValueError as wrong:
+        print(f"inspect_checkpoint: {wrong}", file=sys.stderr)
+        sys.exit(1)

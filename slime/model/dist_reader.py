@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from slime.model.dist_ckpt import check_description, checkpoint_folder, read_tracker
+from slime.model.dist_ckpt import TRACKER, check_description, checkpoint_folder, read_tracker
 from slime.model.hf_config import HfConfig
 
 _EXPERT = re.compile(r"^(.*\.mlp\.experts\.linear_fc[12]\.weight)(\d+)$")
@@ -21,17 +21,19 @@ class TorchDistReader:
     """Global Megatron names, experts numbered (see slime.model.names). Keeps the last stacked tensor, since its experts come in
     a row."""
 
-    def __init__(self, folder: str | Path, hf: HfConfig) -> None:
+    def __init__(self, folder: str | Path, hf: HfConfig | None = None) -> None:
+        """folder: a checkpoint, or a folder of them with a tracker. hf: raise ValueError where it holds another model."""
         folder = Path(folder)
         if not (folder / ".metadata").is_file():
             tracker = read_tracker(folder)
             if tracker is None:
                 raise ValueError(
-                    f"{folder} is neither a torch_dist checkpoint (.metadata) nor a folder of them ({'tracker file'} missing)"
+                    f"{folder} is neither a torch_dist checkpoint (.metadata) nor a folder of them ({TRACKER} is missing)"
                 )
             folder = checkpoint_folder(folder, tracker)
         self.folder = folder
-        check_description(hf, folder)
+        if hf is not None:
+            check_description(hf, folder)
         self._storage = dcp.FileSystemReader(str(folder))
         stored = self._storage.read_metadata().state_dict_metadata
         self._sizes = {

@@ -20,7 +20,7 @@ from slime.model.export import export_weights
 from slime.model.hf_config import read_hf_config
 from slime.model.layout import merge, shard
 from slime.model.local import LocalTensor, check_shapes, local_tensors, split_of
-from slime.model.names import HfTensor, NameTable
+from slime.model.names import Entry, HfTensor, NameTable
 from slime.ops.fp8 import dequantize_blockwise
 from slime.parallel import Ranks
 
@@ -125,9 +125,18 @@ def load_hf(
 @torch.no_grad()
 def _fill(local: LocalTensor, table: NameTable, reader: SafetensorsReader, ranks: Ranks, padded_vocab: int) -> None:
     entry = table[local.name]
-    whole = merge(entry, [reader.read(tensor, local.tensor.dtype) for tensor in entry.hf])
+    copy_shard(local.tensor, entry, read_whole(entry, reader, local.tensor.dtype), ranks, padded_vocab=padded_vocab)
+
+
+def read_whole(entry: Entry, reader: SafetensorsReader, dtype: torch.dtype) -> Tensor:
+    """The whole Megatron tensor in `dtype`, unpadded; see SafetensorsReader.read."""
+    return merge(entry, [reader.read(tensor, dtype) for tensor in entry.hf]).to(dtype)
+
+
+def copy_shard(into: Tensor, entry: Entry, whole: Tensor, ranks: Ranks, *, padded_vocab: int) -> None:
+    """This rank's part of a whole Megatron tensor."""
     position, size = split_of(entry, ranks)
-    local.tensor.copy_(shard(entry, whole, position, size, padded_vocab=padded_vocab))
+    into.copy_(shard(entry, whole, position, size, padded_vocab=padded_vocab))
 
 
 class HfWriter:
