@@ -43,11 +43,12 @@ def qwen3(folder: Path, *, seed: int = 0) -> Path:
     return _random_model(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**values, **heads)), folder, seed)
 
 
-def glm(folder: Path, *, seed: int = 0) -> Path:
-    """A tiny GLM-5.2: MLA, sparse attention with shared indices (layers 1-3 and 7 compute them), 3 dense and 5 MoE layers."""
+def glm(folder: Path, *, seed: int = 0, num_layers: int = 8) -> Path:
+    """A tiny GLM-5.2: MLA, sparse attention with shared indices (layers 1-3, 7, 11 ... compute them), 3 dense, MoE layers."""
     import transformers
 
-    values = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=8, max_position_embeddings=512)
+    size = dict(hidden_size=48, intermediate_size=64, max_position_embeddings=512)
+    values = dict(vocab_size=VOCAB, num_hidden_layers=num_layers, **size)
     latent = dict(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20)
     heads = dict(num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=1e-5, pad_token_id=None)
     experts = dict(

@@ -1,0 +1,273 @@
+"""The recipe's conversion at toy size on 32 ranks; interrupted ones go on; memory is bounded; the manifest is checked."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import RankFailed, run_ranks
+
+import slime.training.checkpoint  # noqa: F401  (imported before ranks fork, which then share it)
+import slime_plugins.models.glm5.glm5  # noqa: F401
+from slime.model.conversion import WORK, Journal
+from slime.model.hf_io import SafetensorsReader
+from tools import convert_hf_to_torch_dist, convert_torch_dist_to_hf, inspect_checkpoint, make_tiny_checkpoint
+from tools.make_tiny_checkpoint import GlmSize, Preset
+
+pytestmark = pytest.mark.slow
+
+VOCAB = 320
+TOY = GlmSize(
+    num_hidden_layers=42, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_attention_heads=8, q_lora_rank=16,
+    kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=16, index_n_heads=8,
+    index_head_dim=16, num_nextn_predict_layers=0,
+)  # fmt: skip
+SMALL = GlmSize(
+    num_hidden_layers=8, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_attention_heads=8, q_lora_rank=16,
+    kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, index_n_heads=8, index_head_dim=16,
+)  # fmt: skip
+
+
+def model_args(size: GlmSize, vocab_size: int = VOCAB) -> list[str]:
+    moe = size.num_hidden_layers - size.first_k_dense_replace
+    return f"""
+    --spec slime_plugins.models.glm5.glm5 get_glm5_spec --enable-experimental --allgather-cp --num-layers
+    {size.num_hidden_layers} --hidden-size {size.hidden_size} --ffn-hidden-size {size.intermediate_size} --num-attention-heads
+    {size.num_attention_heads} --vocab-size {vocab_size} --make-vocab-size-divisible-by 16 --normalization RMSNorm
+    --qk-layernorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope
+    --no-position-embedding --rotary-base 8000000 --multi-latent-attention --q-lora-rank {size.q_lora_rank} --kv-lora-rank
+    {size.kv_lora_rank} --qk-head-dim {size.qk_nope_head_dim} --qk-pos-emb-head-dim {size.qk_rope_head_dim} --v-head-dim
+    {size.v_head_dim} --kv-channels {size.qk_nope_head_dim} --num-experts {size.n_routed_experts} --moe-layer-freq
+    [0]*{size.first_k_dense_replace}+[1]*{moe} --moe-ffn-hidden-size {size.moe_intermediate_size}
+    --moe-shared-expert-intermediate-size {size.moe_intermediate_size} --moe-router-topk {size.num_experts_per_tok}
+    --moe-router-score-function sigmoid --moe-router-pre-softmax --moe-router-topk-scaling-factor 2.5 --moe-router-dtype fp32
+    --moe-router-enable-expert-bias --moe-router-bias-update-rate 0 --moe-router-load-balancing-type seq_aux_loss
+    --moe-aux-loss-coeff 0 --moe-grouped-gemm --moe-permute-fusion
+    """.split()
+
+
+def write(folder: Path, size: GlmSize, *, fp8: bool = False) -> str:
+    make_tiny_checkpoint.write_checkpoint(folder, Preset("glm", size, 1 << 20), seed=0, fp8=fp8)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> str:
+    return write(tmp_path_factory.mktemp("small") / "hf", SMALL)
+
+
+TP2_EP4 = "--tensor-model-parallel-size 2 --expert-model-parallel-size 4 --expert-tensor-parallel-size 1".split()
+
+
+def command(size: GlmSize, layout: list[str], source: str, save: Path) -> list[str]:
+    return [*model_args(size), *layout, "--hf-checkpoint", source, "--save", str(save)]
+
+
+def convert(rank: int, argv: list[str], kill_after: int | None = None) -> tuple[list[str], str]:
+    """(HF tensors that this rank read, what it printed); rank 1 is killed at its `kill_after`-th read."""
+    reads: list[str] = []
+    published = SafetensorsReader.raw
+
+    def raw(self, name: str) -> torch.Tensor:
+        if rank == 1 and len(reads) == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        reads.append(name)
+        return published(self, name)
+
+    SafetensorsReader.raw = raw
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert convert_hf_to_torch_dist.main(argv) == 0
+    return reads, out.getvalue()
+
+
+def verify(folder: Path) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = inspect_checkpoint.main([str(folder), "--verify"])
+    return status, out.getvalue(), err.getvalue()
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "release" / "slime_manifest.json").read_text())["tensors"]
+
+
+def test_the_recipes_command_on_32_ranks(tmp_path: Path) -> None:
+    source = write(tmp_path / "hf", TOY)
+    layout = """--tensor-model-parallel-size 8 --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 40
+    --expert-model-parallel-size 16 --expert-tensor-parallel-size 1""".split()
+    done = run_ranks(32, convert, command(TOY, layout, source, tmp_path / "dist"), timeout=400)
+    # By hand: 42 attention blocks of 10 tensors (2 norms, 8 of MLA; o_proj), 12 with 5 of the indexer, 3 dense MLPs of 3,
+    # 39 MoE layers of 16 x 3 + 3 shared + router and bias, embedding, last norm, head.
+    names = 42 * 9 + 12 * 5 + 3 * 3 + 39 * (16 * 3 + 3 + 2) + 3
+    assert f"{names} tensors, 0 FP8 scales: each accounted for once" in done[0][1]
+    assert {name for reads, _ in done for name in reads} == set(SafetensorsReader(source).names())
+    # An expert is on one rank of the 32; nobody else reads it.
+    assert sum(reads.count("model.layers.41.mlp.experts.7.up_proj.weight") for reads, _ in done) == 1
+    status, told, _ = verify(tmp_path / "dist")
+    assert status == 0 and "every hash agrees" in told
+    assert {name for record in manifest(tmp_path / "dist").values() for name in record["hf"]} == set(
+        SafetensorsReader(source).names()
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        convert_torch_dist_to_hf.main(
+            ["--input-dir", str(tmp_path / "dist"), "--output-dir", str(tmp_path / "back"), "--origin-hf-dir", source]
+        )
+    before, after = SafetensorsReader(source), SafetensorsReader(tmp_path / "back")
+    assert sorted(before.names()) == sorted(after.names()) and len(before.names()) == names
+    assert [name for name in before.names() if not torch.equal(before.raw(name), after.raw(name))] == []
+
+
+@pytest.fixture
+def interrupted(small: str, tmp_path: Path) -> tuple[Path, dict[int, set[str]]]:
+    """A conversion on four ranks of which rank 1 was killed at its 60th read: (save folder, finished tensors by rank)."""
+    save = tmp_path / "dist"
+    with pytest.raises(RankFailed, match="rank 1 of 4 died with exit code -9"):
+        run_ranks(4, convert, command(SMALL, TP2_EP4, small, save), 60)
+    finished = {}
+    for rank in range(4):
+        lines = (save / WORK / f"rank_{rank:05d}.jsonl").read_text().split("\n")[:-1]
+        finished[rank] = {json.loads(line)["name"] for line in lines}
+    assert len(finished[1]) > 20 and not (save / "release").exists()
+    return save, finished
+
+
+def test_an_interrupted_conversion_reads_only_what_is_missing(small: str, interrupted, tmp_path: Path) -> None:
+    save, finished = interrupted
+    straight = run_ranks(4, convert, command(SMALL, TP2_EP4, small, tmp_path / "straight"))
+    done = run_ranks(4, convert, command(SMALL, TP2_EP4, small, save))
+    assert "going on with the conversion that was interrupted" in done[0][1]
+    hf_of = {name: set(record["hf"]) for name, record in manifest(save).items()}
+    for rank, (reads, _) in enumerate(done):
+        had = set().union(*(hf_of[name] for name in finished[rank]))
+        assert not had & set(reads), rank
+        assert had | set(reads) == set(straight[rank][0]) and len(reads) == len(straight[rank][0]) - len(had)
+    assert manifest(save) == manifest(tmp_path / "straight") and verify(save)[0] == 0
+    assert not (save / WORK).exists() and not list(save.glob(".saving*"))
+
+
+CHANGES = {
+    "flags": (["--make-vocab-size-divisible-by", "32"], 4, "flags (16 -> 32)"),
+    "ranks": ([], 8, "ranks (4 -> 8)"),
+    "source": ([], 4, "source files (model-00001-of-00001.safetensors)"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_source_layout_or_flag_starts_anew_and_says_so(small: str, interrupted, change: str) -> None:
+    save, _ = interrupted
+    flags, world, told = CHANGES[change]
+    argv = command(SMALL, TP2_EP4, small, save)
+    if flags:
+        argv[argv.index(flags[0]) + 1] = flags[1]
+    if change == "source":
+        file = next(Path(small).glob("*.safetensors"))
+        told = told.replace("model-00001-of-00001.safetensors", file.name)
+        os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))
+    reads, said = run_ranks(world, convert, argv)[0]
+    assert "starting anew: an interrupted conversion in" in said and f"differs in {told}" in said
+    assert "rank 0 read" in said and "had 0 from before" in said and verify(save)[0] == 0
+
+
+def test_damaged_work_is_read_again_and_a_torn_line_is_no_line(tmp_path: Path) -> None:
+    tensors = {name: torch.randn(5, 3).to(torch.bfloat16) for name in "abc"}
+    with Journal(tmp_path, 0) as journal:
+        for name, tensor in tensors.items():
+            journal.note(name, tensor, f"sha of {name}")
+    data, lines = tmp_path / "rank_00000.bin", tmp_path / "rank_00000.jsonl"
+    assert data.stat().st_size == 3 * 30
+    with open(data, "r+b") as file:  # one bit of b
+        file.seek(31)
+        file.write(bytes([data.read_bytes()[31] ^ 1]))
+    os.truncate(lines, lines.stat().st_size - 5)
+    with Journal(tmp_path, 0) as journal:
+        into = torch.zeros(5, 3, dtype=torch.bfloat16)
+        assert journal.take("a", into) == "sha of a" and torch.equal(into, tensors["a"])
+        assert journal.take("b", into) is None and journal.take("c", into) is None
+        assert journal.take("a", torch.zeros(5, 3)) is None  # another dtype
+        journal.note("c", tensors["c"], "again")
+    with Journal(tmp_path, 0) as journal:
+        assert journal.take("c", into) == "again" and torch.equal(into, tensors["c"])
+
+
+def test_a_changed_tensor_or_file_is_named_by_verify(small: str, tmp_path: Path) -> None:
+    save = tmp_path / "dist"
+    run_ranks(1, convert, command(SMALL, [], small, save))
+    path = save / "release" / "slime_manifest.json"
+    right = json.loads(path.read_text())
+    wrong = json.loads(path.read_text())
+    wrong["tensors"]["decoder.final_layernorm.weight"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(wrong))
+    status, told, faults = verify(save)
+    assert status == 1 and "1 faults" in told
+    assert faults == "decoder.final_layernorm.weight has other values than model.norm.weight when they were converted\n"
+    path.write_text(json.dumps(right))
+    file = save / "release" / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    status, _, faults = verify(save)
+    assert status == 1 and faults == "the content of __0_0.distcp has changed since it was written\n"
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_a_rank_holds_its_shard_and_one_tensor_more(tmp_path: Path, fp8: bool) -> None:
+    """Every allocation of torch is recorded. The embedding (4 MB) is the largest tensor; a rank's shard is about 9 MB."""
+    size = GlmSize(num_hidden_layers=8, hidden_size=512, intermediate_size=512, moe_intermediate_size=128, index_head_dim=64)
+    folder = tmp_path / "hf"
+    vocab = 4096
+    source = write(folder, size, fp8=fp8)
+    _widen(folder, vocab)
+
+    def measure(rank: int) -> tuple[int, int]:
+        from torch.profiler import ProfilerActivity, profile
+
+        argv = [*model_args(size, vocab), *TP2_EP4, "--hf-checkpoint", source, "--save", str(tmp_path / "dist")]
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            convert(rank, argv)
+        live = peak = 0
+        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+        own = sum(json.loads(line)["bytes"] for line in journals[rank].read_text().splitlines())
+        return peak, own
+
+    # The work folder goes at the end; a link to each journal stays.
+    journals = [tmp_path / f"journal_{rank}" for rank in range(4)]
+    published = convert_hf_to_torch_dist.shutil.rmtree
+
+    def keep(path, **rest):
+        for rank, journal in enumerate(journals):
+            os.link(Path(path) / f"rank_{rank:05d}.jsonl", journal)
+        published(path, **rest)
+
+    convert_hf_to_torch_dist.shutil.rmtree = keep
+    try:
+        figures = run_ranks(4, measure)
+    finally:
+        convert_hf_to_torch_dist.shutil.rmtree = published
+    largest = vocab * size.hidden_size * 2
+    for peak, own in figures:
+        print(peak, own, largest)
+        assert own > 1.5 * largest
+        assert own <= peak <= own + 1.1 * largest
+
+
+def _widen(folder: Path, vocab: int) -> None:
+    """Give the checkpoint a vocabulary that makes the embedding its largest tensor."""
+    from safetensors.torch import load_file, save_file
+
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        for name in [name for name in tensors if name in ("model.embed_tokens.weight", "lm_head.weight")]:
+            tensors[name] = torch.randn(vocab, tensors[name].shape[1]).to(torch.bfloat16)
+        save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": vocab}))
