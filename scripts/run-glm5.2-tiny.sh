@@ -17,10 +17,11 @@ source "${SCRIPT_DIR}/lib/launch.sh"
 NUM_DEVICES=$({ nvidia-smi -L 2>/dev/null || true; } | { grep -c '^GPU ' || true; })
 if ((NUM_DEVICES == 0)); then
    export GLM52_TINY=cpu NUM_GPUS=2
-   DATA_ARGS=() MAX_TOKENS=512 PROMPTS=32
+   # Sequences have about 24 tokens, three times the keys that sparse attention keeps.
+   TINY_MODEL=(--index-topk 8) DATA_ARGS=() MAX_TOKENS=512 PROMPTS=32
 else
    export GLM52_TINY=h200 NUM_GPUS="${NUM_GPUS:-$((NUM_DEVICES > 1 ? 2 : 1))}"
-   DATA_ARGS=(--examples 120) MAX_TOKENS=16384 PROMPTS=16
+   TINY_MODEL=() DATA_ARGS=(--examples 120) MAX_TOKENS=16384 PROMPTS=16
 fi
 source "${SCRIPT_DIR}/models/glm5.2-tiny.sh"
 
@@ -37,28 +38,6 @@ run_python() { PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" "${PYTH
 # Two pipeline stages on two slots. Each starts on a layer that computes its own indices: layers 1, 2, 3 and 7 of 8 do.
 PIPELINE_ARGS=(--pipeline-model-parallel-size "${NUM_GPUS}")
 ((NUM_GPUS == 1)) || PIPELINE_ARGS+=(--decoder-first-pipeline-num-layers 6 --decoder-last-pipeline-num-layers 2)
-
-# 1. A random checkpoint pair in the Hugging Face format of zai-org/GLM-5.2 and GLM-5.2-FP8, and arithmetic prompts.
-if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny-FP8/config.json ]]; then
-   say "1/4 writing a tiny GLM-5.2 checkpoint pair and its data"
-   run_python "${PROJECT_ROOT}/tools/make_tiny_checkpoint.py" --preset "${GLM52_TINY}" --seed "${SEED}" \
-      --output-bf16 "${BASE_DIR}/GLM-5.2-tiny" --output-fp8 "${BASE_DIR}/GLM-5.2-tiny-FP8"
-   run_python "${PROJECT_ROOT}/tools/make_arithmetic_data.py" --output "${BASE_DIR}/arithmetic" --seed "${SEED}" \
-      --task add --max-operand 4 --train 4096 --eval 12 --sft 16384 --label-noise 0.5 "${DATA_ARGS[@]}"
-fi
-
-# 2. BF16 Hugging Face -> Megatron torch_dist, the command of the 744B recipe with smaller numbers.
-if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny_torch_dist/latest_checkpointed_iteration.txt ]]; then
-   say "2/4 converting it to torch_dist on ${NUM_GPUS} ranks"
-   PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" PYTHONWARNINGS=ignore "${PYTHON}" -m torch.distributed.run --nproc-per-node "${NUM_GPUS}" --standalone \
-      "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
-      --tensor-model-parallel-size 1 \
-      "${PIPELINE_ARGS[@]}" \
-      --expert-model-parallel-size 1 \
-      --expert-tensor-parallel-size 1 \
-      --hf-checkpoint "${BASE_DIR}/GLM-5.2-tiny/" \
-      --save "${BASE_DIR}/GLM-5.2-tiny_torch_dist/"
-fi
 
 PERF_ARGS=(
    --tensor-model-parallel-size 1
@@ -96,8 +75,8 @@ ENVIRONMENT=(
    "TOKENIZERS_PARALLELISM=false"
 )
 
-# 3. The warm start: supervised training, no engines. About half of its answers are wrong on purpose, so that the model learns the form
-#    of an answer and a bias towards the right one, and reinforcement learning has something left to do.
+# The warm start: supervised training, no engines. Half of its answers are not in the box that the grader reads and some are wrong,
+# on purpose: the model learns to answer at all, and always boxing the right answer is left to reinforcement learning.
 WARM_START="${BASE_DIR}/GLM-5.2-tiny_warm_start"
 SFT_ARGS=(
    --hf-checkpoint "${BASE_DIR}/GLM-5.2-tiny-FP8"
@@ -113,7 +92,7 @@ SFT_ARGS=(
    --prompt-data "${BASE_DIR}/arithmetic/sft.jsonl"
    --input-key messages
    --loss-mask-type qwen
-   --num-rollout "${SFT_STEPS:-200}"
+   --num-rollout "${SFT_STEPS:-160}"
    --rollout-batch-size 64
    --global-batch-size 64
 
@@ -126,7 +105,7 @@ SFT_ARGS=(
    --adam-beta2 0.98
 )
 
-# 4. Reinforcement learning.
+# Reinforcement learning.
 CKPT_ARGS=(
    --hf-checkpoint "${BASE_DIR}/GLM-5.2-tiny-FP8"
    --ref-load "${WARM_START}"
@@ -235,11 +214,37 @@ FLAGS=(
    "${MISC_ARGS[@]}"
    "$@"
 )
-check_flags "${FLAGS[@]}"
+# A typo is answered before anything is made; the checkpoint that the flags must agree with is there after step 1.
+check_flags_alone "${FLAGS[@]}"
 
+# 1. A random checkpoint pair in the Hugging Face format of zai-org/GLM-5.2 and GLM-5.2-FP8, and arithmetic prompts.
+if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny-FP8/config.json ]]; then
+   say "1/4 writing a tiny GLM-5.2 checkpoint pair and its data"
+   run_python "${PROJECT_ROOT}/tools/make_tiny_checkpoint.py" --preset "${GLM52_TINY}" --seed "${SEED}" \
+      "${TINY_MODEL[@]}" --output-bf16 "${BASE_DIR}/GLM-5.2-tiny" --output-fp8 "${BASE_DIR}/GLM-5.2-tiny-FP8"
+   run_python "${PROJECT_ROOT}/tools/make_arithmetic_data.py" --output "${BASE_DIR}/arithmetic" --seed "${SEED}" \
+      --task add --max-operand 3 --train 4096 --eval 8 --sft 16384 --label-noise 0.2 --plain-share 0.5 "${DATA_ARGS[@]}"
+fi
+
+# 2. BF16 Hugging Face -> Megatron torch_dist, the command of the 744B recipe with smaller numbers.
+if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny_torch_dist/latest_checkpointed_iteration.txt ]]; then
+   say "2/4 converting it to torch_dist on ${NUM_GPUS} ranks"
+   PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" PYTHONWARNINGS=ignore "${PYTHON}" -m torch.distributed.run --nproc-per-node "${NUM_GPUS}" --standalone \
+      "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
+      --tensor-model-parallel-size 1 \
+      "${PIPELINE_ARGS[@]}" \
+      --expert-model-parallel-size 1 \
+      --expert-tensor-parallel-size 1 \
+      --hf-checkpoint "${BASE_DIR}/GLM-5.2-tiny/" \
+      --save "${BASE_DIR}/GLM-5.2-tiny_torch_dist/"
+fi
+
+check_flags "${FLAGS[@]}"
 start_ray_head
+
+# 3. The warm start, and 4. reinforcement learning: two jobs of one Ray cluster.
 if [[ ! -f ${WARM_START}/latest_checkpointed_iteration.txt ]]; then
-   say "3/4 warm start: supervised training (sft_loss) on answers of which about half are wrong"
+   say "3/4 warm start: supervised training (sft_loss) on answers of which half lack the box and a fifth is wrong"
    submit_job "$(runtime_env_json "${ENVIRONMENT[@]}" "SLIME_RUN_DIR=${RUN_DIR}/warm_start" "TENSORBOARD_DIR=${RUN_DIR}/tensorboard/warm_start")" \
       "${SFT_FLAGS[@]}"
 fi

@@ -8,8 +8,8 @@ with the answer in the form that the grader of `--rm-type math` wants). A prompt
 its operands do, in another wording or the other order. The same arguments give the same bytes on every machine.
 
 How hard it is: the number of different problems grows with --max-operand squared; `add` is learned first, `add-mod` (only the
-last digit counts) and `mul` later. --label-noise makes a share of the SFT answers wrong, for a warm start that leaves more to
-learn.
+last digit counts) and `mul` later. A warm start that leaves something to learn: --label-noise makes a share of the SFT answers
+wrong, --plain-share gives a share of them without the box that the grader reads.
 """
 
 from __future__ import annotations
@@ -107,24 +107,25 @@ def prompt_row(problem: Problem, *, task: str, index: int, part: str, before: st
     }
 
 
-def sft_row(problem: Problem, *, answer: str) -> dict[str, object]:
+def sft_row(problem: Problem, *, answer: str, boxed: bool = True) -> dict[str, object]:
     return {
         "messages": [
             {"role": "user", "content": problem.question},
-            {"role": "assistant", "content": f"\\boxed{{{answer}}}"},
+            {"role": "assistant", "content": f"\\boxed{{{answer}}}" if boxed else answer},
         ],
         "label": problem.answer,
     }
 
 
-def sft_rows(problems: list[Problem], *, label_noise: float, seed: int) -> list[dict[str, object]]:
-    """A share `label_noise` of the answers is another problem's."""
+def sft_rows(problems: list[Problem], *, label_noise: float, plain_share: float, seed: int) -> list[dict[str, object]]:
+    """A share `label_noise` of the answers is another problem's, and a share `plain_share` is given without the box."""
     generator = random.Random(f"noise/{seed}")
     answers = sorted({problem.answer for problem in problems})
     rows = []
     for problem in problems:
         noisy = generator.random() < label_noise
-        rows.append(sft_row(problem, answer=generator.choice(answers) if noisy else problem.answer))
+        answer = generator.choice(answers) if noisy else problem.answer
+        rows.append(sft_row(problem, answer=answer, boxed=generator.random() >= plain_share))
     return rows
 
 
@@ -153,6 +154,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--examples", type=int, default=0, help="solved problems before each question of train and eval, for long prompts"
     )
     parser.add_argument("--label-noise", type=float, default=0.0, help="share of wrong answers in sft.jsonl, 0 to 1")
+    parser.add_argument("--plain-share", type=float, default=0.0, help="share of answers in sft.jsonl without \\boxed{}, 0 to 1")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -175,7 +177,8 @@ def main(argv: list[str] | None = None) -> None:
         _write(args.output / f"{part}.jsonl", made)
     if args.sft:
         warm = draw(train, args.sft, seed=f"sft/{args.seed}")
-        _write(args.output / "sft.jsonl", sft_rows(warm, label_noise=args.label_noise, seed=args.seed))
+        rows = sft_rows(warm, label_noise=args.label_noise, plain_share=args.plain_share, seed=args.seed)
+        _write(args.output / "sft.jsonl", rows)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
     python tools/make_tiny_checkpoint.py --preset cpu --seed 0 --output-bf16 DIR/GLM-5.2-tiny --output-fp8 DIR/GLM-5.2-tiny-FP8
     python tools/make_tiny_checkpoint.py --preset cpu --output DIR            # DIR/bf16 and DIR/fp8
+    python tools/make_tiny_checkpoint.py --preset cpu --index-topk 8 --output DIR       # another number of keys per query
 
 Every mechanism of the 744B model is there with small numbers: MLA with a query latent, sparse attention with an indexer on the
 computing layers and index sharing between (freq 4, offset 3), a sigmoid router with a float32 selection bias, a shared expert,
@@ -431,6 +432,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-fp8", type=Path, help="directory of its block-FP8 twin")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-hidden-layers", type=int, help="replace the preset's number of layers")
+    parser.add_argument("--index-topk", type=int, help="replace the preset's number of keys that sparse attention keeps")
     parser.add_argument("--max-shard-bytes", type=int, help="replace the preset's size of one safetensors file")
     args = parser.parse_args(argv)
     if args.output is not None:
@@ -438,6 +440,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         args.output_fp8 = args.output_fp8 or args.output / "fp8"
     if args.output_bf16 is None and args.output_fp8 is None:
         parser.error("say where to write: --output DIR, or --output-bf16 DIR and/or --output-fp8 DIR")
+    if args.index_topk is not None and PRESETS[args.preset].family != "glm":
+        parser.error(f"--index-topk: preset {args.preset} has no sparse attention")
     return args
 
 
@@ -446,6 +450,8 @@ def main(argv: list[str] | None = None) -> None:
     preset = PRESETS[args.preset]
     if args.num_hidden_layers is not None:
         preset = replace(preset, size=replace(preset.size, num_hidden_layers=args.num_hidden_layers))
+    if args.index_topk is not None:
+        preset = replace(preset, size=replace(preset.size, index_topk=args.index_topk))
     if args.max_shard_bytes is not None:
         preset = replace(preset, max_shard_bytes=args.max_shard_bytes)
     for directory, fp8 in ((args.output_bf16, False), (args.output_fp8, True)):

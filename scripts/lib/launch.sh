@@ -4,6 +4,7 @@
 #   source "${SCRIPT_DIR}/lib/launch.sh"
 #   require_env BASE_DIR "..."; require_dir "$HF_CHECKPOINT" "..."        # one clear line each, before anything starts
 #   check_flags "${FLAGS[@]}"                                             # parsed in a fraction of a second, without torch
+#   check_flags_alone "${FLAGS[@]}"                                       # the same where the launcher makes the checkpoint first
 #   start_ray_head; join_workers                                          # stopped again on any exit, by process id
 #   submit_job "$(runtime_env_json NAME=VALUE ...)" "${FLAGS[@]}"
 #   print_resume "bash scripts/run-x.sh"
@@ -79,7 +80,16 @@ check_hostfile() { # NODES-WANTED
 
 check_flags() { # FLAGS...
     [[ $REHEARSE != 1 ]] || return 0 # the rehearsal lists them together with everything else
-    PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m slime.config --check "$@" || die "the flags above are wrong; nothing was started"
+    parse_flags --check "$@"
+}
+
+check_flags_alone() { # FLAGS...   before the files that they name are there
+    [[ $REHEARSE != 1 ]] || return 0
+    parse_flags --door rehearse --check "$@"
+}
+
+parse_flags() {
+    PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m slime.config "$@" || die "the flags above are wrong; nothing was started"
 }
 
 count_nvlinks() {

@@ -368,6 +368,12 @@ def test_a_typo_is_refused_before_ray_starts(desk: Desk):
     assert "unknown flag --num-rolout; did you mean --num-rollout?" in outcome.stderr
 
 
+def test_the_tiny_launcher_answers_a_typo_before_it_makes_its_checkpoint(desk: Desk):
+    outcome = desk.run("run-glm5.2-tiny.sh", "--rolout-batch-size", "8", BASE_DIR=str(desk.root / "new"))
+    assert outcome.status == 1 and "did you mean --rollout-batch-size?" in outcome.stderr
+    assert [path.name for path in (desk.root / "new").iterdir()] == ["run"]
+
+
 def test_a_port_in_use_is_named(desk: Desk):
     import socket
 

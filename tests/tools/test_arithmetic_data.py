@@ -43,6 +43,11 @@ def test_the_sft_answer_is_what_the_grader_wants_and_noise_is_the_share_asked_fo
     tool.main(["--output", str(tmp_path), "--sft", "500", "--label-noise", "0.5"])
     wrong = [not grade_math(row["messages"][-1]["content"], row["label"]) for row in rows(tmp_path / "sft.jsonl")]
     assert 0.38 < sum(wrong) / 500 < 0.52  # a noisy answer is right by chance once in eleven
+    tool.main(["--output", str(tmp_path), "--sft", "500", "--plain-share", "0.5"])
+    answers = [(row["messages"][-1]["content"], row["label"]) for row in rows(tmp_path / "sft.jsonl")]
+    plain = [answer for answer, label in answers if answer == label]
+    assert 0.42 < len(plain) / 500 < 0.58 and not any(grade_math(answer, answer) for answer in plain)
+    assert sum(bool(grade_math(answer, label)) for answer, label in answers) == 500 - len(plain)
 
 
 def test_the_prompt_file_reads_as_dapo_math_17k_does(tmp_path):
