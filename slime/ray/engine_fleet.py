@@ -142,13 +142,16 @@ class EngineFleet:
 
     def obituaries(self) -> list[str]:
         """Why engines or the router are gone; empty while all live."""
-        gone = [text for texts in self._dead_engines().values() for text in texts]
+        return [text for texts in (*self._dead_engines().values(), self._dead_router()) for text in texts]
+
+    def _dead_router(self) -> list[str]:
+        """Why the router is gone; empty while it lives."""
         if self.router is not None:
             try:
                 self.router.check()
             except EngineDied as died:
-                gone.append(str(died))
-        return gone
+                return [str(died)]
+        return []
 
     def _dead_engines(self) -> dict[str, list[str]]:
         """Label -> why its processes are gone, of the engines that lack one."""
@@ -182,9 +185,8 @@ class EngineFleet:
 
         A restarted engine holds the checkpoint's weights. Requests that wait for a dead partner are aborted on the others.
         """
-        dead = self._dead_engines()
-        router_died = self.router is not None and not self.router.is_alive()
-        for text in self.obituaries():
+        dead, router_died = self._dead_engines(), self._dead_router()
+        for text in (*(text for texts in dead.values() for text in texts), *router_died):
             logger.error("%s", text)
         if not dead and not router_died:
             return []
