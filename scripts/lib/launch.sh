@@ -141,24 +141,33 @@ start_ray_head() {
     trap 'exit 130' INT
     trap 'exit 143' TERM
     say "starting Ray on ${RAY_ADDRESS_OF_HEAD} with ${NUM_GPUS} slots, dashboard ${RAY_JOBS_URL}, logs ${RAY_TEMP_DIR}"
+    local attempt
+    for attempt in 1 2 3; do
+        launch_ray_head "${free[@]:2}"
+        wait_for_jobs_api && return 0
+        # Ray allows its parts 30 s to find each other, which a busy machine can miss.
+        say "Ray ended while starting (attempt $attempt of 3)"
+        stop_ray_head
+    done
+    tail -n 20 "$RAY_TEMP_DIR/head.log" >&2
+    die "Ray ended while starting; its last lines are above, all of them in $RAY_TEMP_DIR/head.log"
+}
+
+launch_ray_head() { # CLIENT-PORT AGENT-PORT METRICS-PORT ENVIRONMENT-PORT
     # With a port of its choice Ray's client server asks for it, and ends Ray when a busy machine does not answer within 30 s.
-    setsid ray start --head --block --runtime-env-agent-port "${free[5]}" \
+    setsid ray start --head --block --runtime-env-agent-port "$4" \
         --node-ip-address "$MASTER_ADDR" --port "$RAY_PORT" --num-gpus "$NUM_GPUS" ${NUM_CPUS:+--num-cpus "$NUM_CPUS"} \
         --dashboard-host "${RAY_DASHBOARD_HOST:-127.0.0.1}" --dashboard-port "$RAY_DASHBOARD_PORT" \
-        --ray-client-server-port "${free[2]}" --dashboard-agent-listen-port "${free[3]}" --metrics-export-port "${free[4]}" \
+        --ray-client-server-port "$1" --dashboard-agent-listen-port "$2" --metrics-export-port "$3" \
         --min-worker-port 0 --max-worker-port 0 \
         --temp-dir "$RAY_TEMP_DIR" --disable-usage-stats >"$RAY_TEMP_DIR/head.log" 2>&1 &
     RAY_HEAD_PID=$!
-    wait_for_jobs_api
 }
 
-wait_for_jobs_api() {
+wait_for_jobs_api() { # status 1 when the head ends before it answers
     local second
     for ((second = 0; second < ${RAY_START_TIMEOUT:-120}; second++)); do
-        if ! kill -0 "$RAY_HEAD_PID" 2>/dev/null; then
-            tail -n 20 "$RAY_TEMP_DIR/head.log" >&2
-            die "Ray ended while starting; its last lines are above, all of them in $RAY_TEMP_DIR/head.log"
-        fi
+        kill -0 "$RAY_HEAD_PID" 2>/dev/null || return 1
         if ray job list --address "$RAY_JOBS_URL" >/dev/null 2>"$RAY_TEMP_DIR/jobs-api.log"; then return 0; fi
         sleep 1
     done
@@ -248,6 +257,19 @@ session_members() { # SESSION-LEADER -> process ids of its session
     ps -e -o pid=,sid= | awk -v sid="$1" '$2 == sid { print $1 }'
 }
 
+stop_ray_head() {
+    kill -TERM "$RAY_HEAD_PID" 2>/dev/null || true
+    local second rest
+    for ((second = 0; second < 20; second++)); do
+        kill -0 "$RAY_HEAD_PID" 2>/dev/null || break
+        sleep 0.5
+    done
+    # Members of the session that we made are ours by construction, also when their leader is gone.
+    rest=$(session_members "$RAY_HEAD_PID")
+    # shellcheck disable=SC2086
+    [[ -z $rest ]] || kill -KILL $rest 2>/dev/null || true
+}
+
 # Stops what this launcher started, by process id: the job's cluster here and the Ray processes on the workers. Nothing else.
 cleanup() {
     local status=$? entry
@@ -261,17 +283,7 @@ cleanup() {
         # A job that still runs gets its time to stop engines; it would outlive the cluster otherwise.
         [[ -z $RAY_JOB_ID ]] || timeout 30 ray job stop --address "$RAY_JOBS_URL" "$RAY_JOB_ID" >/dev/null 2>&1
         [[ -z $RAY_SUBMIT_PID ]] || kill -TERM "$RAY_SUBMIT_PID" 2>/dev/null
-        kill -TERM "$RAY_HEAD_PID" 2>/dev/null
-        local second
-        for ((second = 0; second < 20; second++)); do
-            kill -0 "$RAY_HEAD_PID" 2>/dev/null || break
-            sleep 0.5
-        done
-        # Members of the session that we made are ours by construction, also when their leader is gone.
-        local rest
-        rest=$(session_members "$RAY_HEAD_PID")
-        # shellcheck disable=SC2086
-        [[ -z $rest ]] || kill -KILL $rest 2>/dev/null
+        stop_ray_head
         say "the Ray cluster of this run is stopped; its logs: $RAY_TEMP_DIR"
     fi
     wait
