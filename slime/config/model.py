@@ -40,12 +40,16 @@ class ParallelConfig:
     decoder_last_pipeline_num_layers: int | None = None
     """Layers of the last stage when stages differ."""
     pipeline_model_parallel_layout: str | None = None
-    """Megatron's layout string, one letter per layer and | between stages."""
+    """Megatron's layout string, one letter per layer and | between stages; or a plain list of layers per stage, 10,12,8,8, in
+    the order in which a token passes the stages (a multiple of the stages: virtual ones)."""
     allgather_cp: bool = False
     """Contiguous context-parallel shards with gathered keys: the layout of sparse attention."""
     dsa_core_axis: Literal["queries", "heads"] = "queries"
     """What sparse attention's core is split by between tensor-parallel ranks: its queries (each rank all heads of its rows), or
     its heads, as the projections are; heads is for comparison."""
+    dsa_send_indices: bool = False
+    """Sparse attention's selected keys travel with the hidden states to the next pipeline stage, which may then start on a
+    layer that shares them; off, every stage must start on a layer that computes its own."""
     distributed_timeout_minutes: int = 10
     """A collective that takes longer fails."""
     virtual_pipeline_model_parallel_size: int | None = derived(None)

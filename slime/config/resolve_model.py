@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from slime.config import hf_check
@@ -245,15 +247,32 @@ def _stages(v: Values, mega: dict[str, Any], pp: int) -> None:
             first is None and last is None,
             "--decoder-first/last-pipeline-num-layers need --pipeline-model-parallel-size above 1",
         )
-        for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+        for name in (
+            "num_layers_per_virtual_pipeline_stage",
+            "num_virtual_stages_per_pipeline_rank",
+            "pipeline_model_parallel_layout",
+        ):
             v.require(v[name] is None, f"--{name.replace('_', '-')} needs --pipeline-model-parallel-size above 1")
         return
     layers = mega.get("num_layers")
-    if layers is None or v["pipeline_model_parallel_layout"] is not None:
+    v.require(
+        not v["dsa_send_indices"] or v["tensor_model_parallel_size"] == 1 or v["dsa_core_axis"] == "queries",
+        "--dsa-send-indices needs --dsa-core-axis queries: by heads every tensor-parallel rank would send every index",
+    )
+    if v["pipeline_model_parallel_layout"] is not None:
         v.require(
-            v["pipeline_model_parallel_layout"] is None or (first is None and last is None),
+            first is None and last is None,
             "--pipeline-model-parallel-layout and --decoder-first/last-pipeline-num-layers exclude each other",
         )
+        for name in ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"):
+            v.require(
+                v[name] is None,
+                f"--{name.replace('_', '-')} and --pipeline-model-parallel-layout exclude each other: "
+                "a layout of twice as many stages has two chunks per stage",
+            )
+        _layout(v, layers, pp)
+        return
+    if layers is None:
         return
     rest, stages = layers - (first or 0) - (last or 0), pp - (first is not None) - (last is not None)
     v.require(
@@ -277,3 +296,36 @@ def _stages(v: Values, mega: dict[str, Any], pp: int) -> None:
     if chunks is not None and chunks > 1:
         v.require(per_stage % chunks == 0, f"{per_stage} layers of a stage do not divide into {chunks} chunks")
         v.derive("virtual_pipeline_model_parallel_size", chunks, f"each stage has {per_stage} layers in {chunks} chunks")
+
+
+def _layout(v: Values, layers: int | None, pp: int) -> None:
+    """--pipeline-model-parallel-layout: a plain list becomes Megatron's string; more stages than ranks are virtual ones."""
+    text = v["pipeline_model_parallel_layout"].replace(" ", "")
+    if re.fullmatch(r"\d+(,\d+)*", text):
+        sizes = [int(size) for size in text.split(",")]
+        v.require(
+            layers is None or sum(sizes) == layers,
+            f"--pipeline-model-parallel-layout {text} places {sum(sizes)} layers, the model has {layers}",
+        )
+        v.require(0 not in sizes, f"--pipeline-model-parallel-layout {text} has a stage without layers")
+        text = layout_string(sizes, mtp=v["mtp_num_layers"] or 0)
+        v.derive("pipeline_model_parallel_layout", text, "Megatron's spelling of the listed layers per stage")
+    stages = len(unrolled_layout(text).split("|"))
+    v.require(
+        stages % pp == 0,
+        f"--pipeline-model-parallel-layout has {stages} stages, no multiple of --pipeline-model-parallel-size {pp}",
+    )
+    if stages > pp:
+        v.derive("virtual_pipeline_model_parallel_size", stages // pp, f"the layout has {stages} stages for {pp} ranks")
+
+
+def layout_string(sizes: Sequence[int], *, mtp: int = 0) -> str:
+    """[10, 8] -> Et*10|t*8L: embedding before the first layer, `mtp` prediction layers and the loss after the last."""
+    return "E" + "|".join(f"t*{size}" for size in sizes) + "m" * mtp + "L"
+
+
+def unrolled_layout(text: str) -> str:
+    """The layout string with its multiplications written out, as megatron-core reads them."""
+    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
+        text = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), text)
+    return text

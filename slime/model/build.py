@@ -21,7 +21,8 @@ from slime.model.geometry import differences  # noqa: E402
 from slime.model.hf_config import HfConfig  # noqa: E402
 from slime.model.local import local_tensors  # noqa: E402
 from slime.model.names import NameTable  # noqa: E402
-from slime.model.spec import decoder_spec  # noqa: E402
+from slime.model.relay import Relay, describe, relay_indices  # noqa: E402
+from slime.model.spec import decoder_spec, stage_layers  # noqa: E402
 from slime.model.transformer_config import transformer_config  # noqa: E402
 from slime.parallel import Ranks  # noqa: E402
 
@@ -46,9 +47,19 @@ def build_model(
     chunks = [
         _chunk(config, megatron, hf, ranks, vp_stage) for vp_stage in (range(ranks.vpp_size) if ranks.vpp_size else [None])
     ]
+    if config.parallel.dsa_send_indices and hf.has_indexer:
+        _send_indices(chunks, config, hf, ranks)
     mark_sharded(chunks, NameTable.for_model(hf, with_mtp=False), ranks)
     freeze(chunks, config.model)
     return chunks
+
+
+def _send_indices(chunks: list[GPTModel], config: object, hf: HfConfig, ranks: Ranks) -> None:
+    for chunk in chunks:
+        relay = Relay.for_chunk(hf, stage_layers(chunk.config, chunk.vp_stage))
+        relay_indices(chunk.decoder, relay, ranks)
+        if relay.sends is not None and ranks.is_dense_source:
+            logger.info("model: %s", describe(relay, ranks, config.batch.max_tokens_per_gpu))
 
 
 def mark_sharded(chunks: list[GPTModel], table: NameTable, ranks: Ranks) -> None:

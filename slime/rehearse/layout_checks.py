@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slime.config.resolve_model import layout_string
 from slime.model.names import Entry
 from slime.rehearse.findings import Findings
 from slime.rehearse.flops import ModelWork, model_work
 from slime.rehearse.reading import Reading
 from slime.rehearse.shares import Grid
-from slime.rehearse.stages import Split, balance, best_list, computing_layers, layout_text, legal_first_last, wrong_starts
+from slime.rehearse.stages import Split, balance, best_list, computing_layers, legal_first_last, wrong_starts
 from slime.rehearse.weight_map import fp8_block_is_local
 
 
@@ -236,20 +237,33 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
     work = model_work(reading.table, hf, length)
     recompute = reading.config.model.megatron.get("recompute_granularity") == "full"
     costs, head = layer_costs(work, recompute=recompute)
-    options, best = (), None
+    options, best, sends = (), None, reading.config.parallel.dsa_send_indices
     if 1 < pp <= hf.num_layers:
-        options, best = tuple(legal_first_last(hf, pp, costs, head)), best_list(hf, pp, costs, head)
+        options = tuple(legal_first_last(hf, pp, costs, head, any_start=sends))
+        best = best_list(hf, pp, costs, head, any_start=sends)
     if reading.chunks is None:
         if pp > 1:
             findings.unchecked("layout", "stage starts: the layers do not divide over the stages", "", _advice(options, best))
         return Balance(length, (), (), options, best, tuple(computing_layers(hf)), tuple(costs), head)
-    for chunk in wrong_starts(hf, reading.chunks):
+    shared_starts = wrong_starts(hf, reading.chunks)
+    for chunk in () if sends else shared_starts:
         findings.violation(
             "layout",
             f"pipeline stage {chunk.pp_rank} starts at layer {chunk.layers.start + 1}, which reuses the indices of layer "
             f"{hf.index_source(chunk.layers.start) + 1} on an earlier stage",
             f"computing layers: {computing_layers(hf)}",
-            _advice(options, best),
+            _advice(options, best) + "; or pass --dsa-send-indices, which lifts the rule",
+        )
+    if sends and shared_starts:
+        rows = reading.config.batch.max_tokens_per_gpu
+        row_bytes = 4 * hf["index_topk"] // (1 if reading.grid is None else reading.grid.tp)
+        findings.ok(
+            "layout",
+            "indices travel with the hidden states into stages on layers "
+            + ", ".join(str(chunk.layers.start + 1) for chunk in shared_starts),
+            f"{row_bytes * rows / 2**20:.1f} MiB per rank and micro-batch at each border"
+            if rows
+            else f"{row_bytes:,} bytes per row and rank at each border",
         )
     if empty := [chunk.pp_rank for chunk in reading.chunks if not len(chunk.layers) and pp > 1]:
         findings.violation(
@@ -262,11 +276,12 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
         per_rank[chunk.pp_rank] += sum(costs[layer] for layer in chunk.layers)
     per_rank[reading.chunks[-1].pp_rank] += head
     result = Balance(length, tuple(sizes), tuple(per_rank), options, best, tuple(computing_layers(hf)), tuple(costs), head)
-    if not wrong_starts(hf, reading.chunks) and pp > 1:
+    if (sends or not shared_starts) and pp > 1:
         starts = ", ".join(str(chunk.layers.start + 1) for chunk in reading.chunks)
         findings.ok(
             "layout",
-            f"stages start on layers {starts}" + (", all of them computing layers" if hf.has_indexer else ""),
+            f"stages start on layers {starts}"
+            + (", all of them computing layers" if hf.has_indexer and not shared_starts else ""),
             f"stage balance {result.value:.1%} by training FLOPs at {length:,} tokens",
         )
     return result
@@ -285,5 +300,5 @@ def _advice(options: tuple[Split, ...], best: Split | None) -> str:
         listed = ", ".join(f"{a}/{b} ({split.balance:.0%})" for split in options[:4] for a, b in [split.first_last])
         said.append(f"--decoder-first/last-pipeline-num-layers, best balanced first: {listed}")
     if best is not None:
-        said.append(f"or --pipeline-model-parallel-layout '{layout_text(best.sizes)}' ({best.balance:.0%})")
+        said.append(f"or --pipeline-model-parallel-layout '{layout_string(best.sizes)}' ({best.balance:.0%})")
     return "; ".join(said)

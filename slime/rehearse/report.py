@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from slime.config.resolve_model import layout_string
 from slime.rehearse.cost import rates_shown
 from slime.rehearse.result import Rehearsal
-from slime.rehearse.stages import Split, layout_text
+from slime.rehearse.stages import Split
 
 
 def as_text(done: Rehearsal) -> str:
@@ -48,7 +49,7 @@ def _stages(done: Rehearsal) -> list[str]:
         lines.append(f"  and {len(balance.first_last) - 5} more pairs, all in --json")
     if balance.best is not None:
         lines.append(
-            f"  best list: {','.join(map(str, balance.best.sizes))}: {balance.best.balance:.1%}   --pipeline-model-parallel-layout '{layout_text(balance.best.sizes)}'"
+            f"  best list: {','.join(map(str, balance.best.sizes))}: {balance.best.balance:.1%}   --pipeline-model-parallel-layout '{layout_string(balance.best.sizes)}'"
         )
     return lines
 
@@ -113,7 +114,7 @@ def as_json(done: Rehearsal) -> dict[str, object]:
             "costs": list(balance.costs),
             "computing_layers": list(balance.computing),
             "legal_first_last": [_split(split) for split in balance.first_last],
-            "best": None if balance.best is None else {**_split(balance.best), "layout": layout_text(balance.best.sizes)},
+            "best": None if balance.best is None else {**_split(balance.best), "layout": layout_string(balance.best.sizes)},
         },
         "memory": [
             {

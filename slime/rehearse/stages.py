@@ -6,10 +6,10 @@ megatron-core knows the same answer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from slime.config.resolve_model import unrolled_layout
 from slime.model.hf_config import HfConfig
 
 
@@ -70,9 +70,7 @@ def _chunk_sizes(cut: Cut) -> list[int]:
 
 
 def _from_layout(cut: Cut) -> list[Chunk]:
-    text = cut.layout.replace(",", "").replace(" ", "")
-    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
-        text = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), text)
+    text = unrolled_layout(cut.layout.replace(",", "").replace(" ", ""))
     if unknown := sorted(set(text) - set("EtLm|")):
         raise ValueError(
             f"--pipeline-model-parallel-layout has {''.join(unknown)!r}; it is made of E (embedding), t (layer), L (loss), m, | and *"
@@ -96,12 +94,6 @@ def _from_layout(cut: Cut) -> list[Chunk]:
         chunks.append(Chunk(number % cut.pp_size, number // cut.pp_size, range(start, start + size)))
         start += size
     return chunks
-
-
-def layout_text(sizes: Sequence[int]) -> str:
-    """The --pipeline-model-parallel-layout value of a per-stage list: [10, 8] -> Et*10|t*8L."""
-    parts = [f"t*{size}" for size in sizes]
-    return "E" + "|".join(parts) + "L"
 
 
 def wrong_starts(hf: HfConfig, chunks: Iterable[Chunk]) -> list[Chunk]:
@@ -142,8 +134,13 @@ def stage_costs(sizes: Sequence[int], layer_costs: Sequence[float], head_cost: f
     return costs
 
 
-def legal_first_last(hf: HfConfig, pp_size: int, layer_costs: Sequence[float], head_cost: float) -> list[Split]:
-    """Every (first, last) pair for which stages divide and start on computing layers, best balanced first."""
+def legal_first_last(
+    hf: HfConfig, pp_size: int, layer_costs: Sequence[float], head_cost: float, *, any_start: bool = False
+) -> list[Split]:
+    """Every (first, last) pair for which stages divide and start on computing layers, best balanced first.
+
+    any_start: indices travel between stages (--dsa-send-indices), so that every layer may begin one.
+    """
     found = []
     if pp_size < 2:
         return found
@@ -153,7 +150,7 @@ def legal_first_last(hf: HfConfig, pp_size: int, layer_costs: Sequence[float], h
             if (stages and (rest % stages or not rest)) or (not stages and rest):
                 continue
             sizes = (first, *([rest // stages] * stages if stages else []), last)
-            if _starts_are_legal(hf, sizes):
+            if any_start or _starts_are_legal(hf, sizes):
                 found.append(Split(sizes, balance(stage_costs(sizes, layer_costs, head_cost))))
     return sorted(found, key=lambda split: (-split.balance, split.sizes))
 
@@ -166,13 +163,15 @@ def _starts_are_legal(hf: HfConfig, sizes: Sequence[int]) -> bool:
     return not hf.has_indexer or all(hf.runs_indexer(layer) for layer in starts)
 
 
-def best_list(hf: HfConfig, pp_size: int, layer_costs: Sequence[float], head_cost: float) -> Split | None:
+def best_list(
+    hf: HfConfig, pp_size: int, layer_costs: Sequence[float], head_cost: float, *, any_start: bool = False
+) -> Split | None:
     """The per-stage list whose slowest stage is fastest; among those the one with the least sum of squares. None when none is legal.
 
     Dynamic programming over legal cut positions: best[stage][position] = (greatest cost, sum of squares) of the stages up to there.
     """
     num_layers = hf.num_layers
-    cuts = [layer for layer in range(1, num_layers) if not hf.has_indexer or hf.runs_indexer(layer)]
+    cuts = [layer for layer in range(1, num_layers) if any_start or not hf.has_indexer or hf.runs_indexer(layer)]
     prefix = [0.0]
     for cost in layer_costs:
         prefix.append(prefix[-1] + cost)

@@ -26,6 +26,7 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func  # noqa: E402
 
 from slime.batch.layout import SequenceLayout  # noqa: E402
+from slime.config.resolve_model import layout_string  # noqa: E402
 from slime.device import get_device  # noqa: E402
 from slime.model.build import build_model, own_vocabulary, padded_vocab_size  # noqa: E402
 from slime.model.geometry import megatron_values  # noqa: E402
@@ -53,15 +54,17 @@ PARALLEL = {
     "distributed_timeout_minutes": 2,
     "allgather_cp": True,
     "dsa_core_axis": "queries",
+    "dsa_send_indices": False,
 }
 SHORT = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "cp": "context_parallel_size",
          "ep": "expert_model_parallel_size", "vpp": "virtual_pipeline_model_parallel_size",
          "first": "decoder_first_pipeline_num_layers", "last": "decoder_last_pipeline_num_layers",
-         "axis": "dsa_core_axis"}  # fmt: skip
+         "axis": "dsa_core_axis", "send_indices": "dsa_send_indices"}  # fmt: skip
 
 
 def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
-    """A config with the sections that the model room reads; layout: tp=2, pp=2, first=2, recompute=True, zigzag=True ..."""
+    """A config with the sections that the model room reads; layout: tp=2, pp=2, first=2, layers=(3, 4), recompute=True,
+    zigzag=True, axis="heads", send_indices=True ..."""
     values = megatron_values(hf)
     if hf.num_experts:
         # finalize_model_grads moves the selection bias by this rate at every step, 0.001 unless told otherwise.
@@ -69,7 +72,11 @@ def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
     if layout.pop("recompute", False):
         values.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     zigzag = layout.pop("zigzag", False)
+    sizes = layout.pop("layers", None)
     parallel = {**PARALLEL, **{SHORT[key]: value for key, value in layout.items()}, "allgather_cp": not zigzag}
+    if sizes:
+        parallel["pipeline_model_parallel_layout"] = layout_string(sizes)
+        parallel["virtual_pipeline_model_parallel_size"] = len(sizes) // layout["pp"] if len(sizes) > layout["pp"] else None
     parallel["sequence_parallel"] = parallel["tensor_model_parallel_size"] > 1
     model = SimpleNamespace(
         megatron=values, swiglu=True, params_dtype="fp32", bf16=False, multi_latent_attention=hf.is_mla,
@@ -79,7 +86,8 @@ def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
         only_train_params_name_list=None, freeze_params_name_list=None,
     )  # fmt: skip
     args = SimpleNamespace(hf_checkpoint=folder, **parallel)
-    return SimpleNamespace(parallel=SimpleNamespace(**parallel), model=model, args=args)
+    batch = SimpleNamespace(max_tokens_per_gpu=None)
+    return SimpleNamespace(parallel=SimpleNamespace(**parallel), model=model, batch=batch, args=args)
 
 
 def build(
@@ -143,7 +151,7 @@ def step(
     own = micro_batches[ranks.dp_rank :: ranks.dp_size]
     vocabulary = own_vocabulary(padded_vocab_size(config, hf), hf, ranks)
     log_probs: list[torch.Tensor] = []
-    streams: list[PackedSeqParams] = []
+    streams: list[tuple[int, PackedSeqParams]] = []
 
     def forward(iterator: object, model: torch.nn.Module):
         samples = next(iterator)
@@ -152,7 +160,8 @@ def step(
         tokens = layout.take(torch.cat(samples), 0)
         targets = layout.take(torch.cat([torch.cat([s[1:], s[:1]]) for s in samples]), 0)
         params = packed(layout)
-        streams.append(params)
+        # Virtual stages take turns, so the order of calls is not the order of micro-batches.
+        streams.append((next(number for number, batch in enumerate(own) if batch is samples), params))
         out = model(tokens[None], None, None, packed_seq_params=params)
 
         def loss(logits: torch.Tensor):
@@ -200,9 +209,9 @@ def _result(wrapped: list, ranks: Ranks, hf: HfConfig, log_probs: list, streams:
             if replica == 0 and (getattr(parameter, "tensor_model_parallel", False) or ranks.tp_rank == 0):
                 norm_share += parameter.main_grad.double().square().sum().item()
     indices = {}
-    for number, params in enumerate(streams):
+    for number, params in streams:
         for layer, picked in params._slime_stream.indices.items():
-            indices[(number, layer)] = picked
+            assert torch.equal(indices.setdefault((number, layer), picked), picked), f"layer {layer} was sent as something else"
     return StepResult(log_probs, grads, indices, norm_share)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model.parity import StepResult, run_step, samples_of, whole_grads, worst_difference
+from model.parity import StepResult, build, run_step, samples_of, whole_grads, worst_difference
 from model.reference import make_reference
 from ranks import run_ranks
 
@@ -30,6 +30,15 @@ GLM_LAYOUTS = [
     (2, {"tp": 2, "axis": "heads"}),
     (4, {"tp": 4, "recompute": True}),
     (8, {"tp": 2, "pp": 2, "cp": 2, "first": 6}),
+]
+# The tiny model computes indices on layers 1, 2, 3 and 7: these cuts begin stages on shared layers 4, 5 and 6, some of them
+# behind a stage that computes none itself.
+SENDING_LAYOUTS = [
+    (2, {"pp": 2}),
+    (4, {"pp": 4, "layers": (3, 1, 1, 3), "recompute": True}),
+    (2, {"pp": 2, "vpp": 2, "recompute": True}),
+    (2, {"pp": 2, "layers": (3, 1, 1, 3)}),
+    (8, {"tp": 2, "pp": 2, "cp": 2, "layers": (5, 3)}),
 ]
 DENSE_LAYOUTS = [
     (2, {"tp": 2}),
@@ -112,6 +121,23 @@ def _same_selection(reference: StepResult, results: list[StepResult], dp: int, l
 @pytest.mark.parametrize(("world", "layout"), GLM_LAYOUTS, ids=[str(layout) for _, layout in GLM_LAYOUTS])
 def test_glm_is_the_same_model_under(world: int, layout: dict, glm: str) -> None:
     _check(glm, world, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "layout"), SENDING_LAYOUTS, ids=[str(layout) for _, layout in SENDING_LAYOUTS])
+def test_indices_travel_to_stages_that_begin_on_shared_layers(world: int, layout: dict, glm: str) -> None:
+    _check(glm, world, {**layout, "send_indices": True})
+
+
+@pytest.mark.slow
+def test_listed_layers_per_stage_are_where_the_list_says(glm: str) -> None:
+    _check(glm, 4, {"pp": 4, "layers": (1, 1, 4, 2)})
+
+    def built(rank: int) -> list[int]:
+        (chunk,), *_ = build(rank, 4, glm, pp=4, layers=(1, 1, 4, 2))
+        return [layer.layer_number for layer in chunk.decoder.layers]
+
+    assert run_ranks(4, built) == [[1], [2], [3, 4, 5, 6], [7, 8]]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from slime.config.resolve_model import layout_string
 from slime.model.names import NameTable
 from slime.rehearse.cost import Rates, sync_bytes
 from slime.rehearse.flops import active_parameters, core, mean_selected, model_work
@@ -22,7 +23,7 @@ from slime.rehearse.memory import (
     transients,
 )
 from slime.rehearse.shares import Grid, stage_shares
-from slime.rehearse.stages import Cut, balance, best_list, cut_layers, layout_text, legal_first_last, stage_costs, wrong_starts
+from slime.rehearse.stages import Cut, balance, best_list, cut_layers, legal_first_last, stage_costs, wrong_starts
 from slime.rehearse.weight_map import build_weight_map, checkpoint_bytes
 
 HF = known_config("/any/GLM-5.2-FP8")
@@ -165,10 +166,10 @@ def test_wrong_starts_and_layout_strings() -> None:
     assert [chunk.layers.start + 1 for chunk in cut_layers(STOCK)] == [1, 15, 23, 31, 39, 47, 55, 63]
     assert not wrong_starts(HF, cut_layers(STOCK))
     assert [chunk.layers.start + 1 for chunk in wrong_starts(HF, cut_layers(Cut(78, 6)))] == [14, 40, 53, 66]
-    text = layout_text((10, 12, 8, 12, 8, 12, 8, 8))
+    text = layout_string((10, 12, 8, 12, 8, 12, 8, 8))
     assert [len(chunk.layers) for chunk in cut_layers(Cut(78, 8, layout=text))] == [10, 12, 8, 12, 8, 12, 8, 8]
     with pytest.raises(ValueError, match="places 77 layers"):
-        cut_layers(Cut(78, 8, layout=layout_text((9, 12, 8, 12, 8, 12, 8, 8))))
+        cut_layers(Cut(78, 8, layout=layout_string((9, 12, 8, 12, 8, 12, 8, 8))))
 
 
 def test_each_tensor_is_sent_once_and_pairs_stay_together() -> None:

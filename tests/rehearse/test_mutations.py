@@ -175,7 +175,12 @@ VARIANTS: dict[str, Edit] = {
     "explicit list": lambda r: (
         r.without("--decoder-first-pipeline-num-layers")
         .without("--decoder-last-pipeline-num-layers")
-        .with_flag("--pipeline-model-parallel-layout", "Et*10|t*12|t*8|t*12|t*8|t*12|t*8|t*8L")
+        .with_flag("--pipeline-model-parallel-layout", "10,12,8,12,8,12,8,8")
+    ),
+    "stages on shared layers, indices sent": lambda r: (
+        r.with_flag("--decoder-first-pipeline-num-layers", "15")
+        .with_flag("--decoder-last-pipeline-num-layers", "15")
+        .with_flag("--dsa-send-indices")
     ),
     "pp 4, dp 2": lambda r: r.with_flag("--pipeline-model-parallel-size", "4"),
     "tp 8, cp 4": lambda r: r.with_flag("--tensor-model-parallel-size", "8").with_flag("--context-parallel-size", "4"),

@@ -4,9 +4,9 @@ layers.
     --spec slime_plugins.models.glm5.glm5 get_glm5_spec
 
 Every dimension comes from config.json of --hf-checkpoint, `index_topk` too. A *computing* layer runs its indexer; a *shared*
-one uses the indices of the nearest computing layer before it, which must be on the same (virtual) pipeline stage. The indexer
-gets no gradient and is not given to the optimizer: the selection is discrete, and weight decay alone would shrink it step by
-step.
+one uses the indices of the nearest computing layer before it, which must be on the same (virtual) pipeline stage unless
+--dsa-send-indices lets them travel (slime.model.relay). The indexer gets no gradient and is not given to the optimizer: the
+selection is discrete, and weight decay alone would shrink it step by step.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 def get_glm5_spec(args: object, config: MLATransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Layer specs of this rank's (virtual) pipeline stage.
 
-    args: slime's flat view; hf_checkpoint, allgather_cp and dsa_core_axis are read. config: megatron-core's.
-    Raises ValueError when the stage starts on a shared layer.
+    args: slime's flat view; hf_checkpoint, allgather_cp and dsa_* are read. config: megatron-core's.
+    Raises ValueError when the stage starts on a shared layer and indices do not travel.
     """
     hf = read_hf_config(args.hf_checkpoint)
     if not hf.has_indexer:
@@ -48,7 +48,8 @@ def get_glm5_spec(args: object, config: MLATransformerConfig, vp_stage: int | No
         )
     first = get_transformer_layer_offset(config, vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage))
-    check_stage_start(hf, layers, stage=_stage_number(config, vp_stage), num_stages=_num_stages(config))
+    if not args.dsa_send_indices:
+        check_stage_start(hf, layers, stage=_stage_number(config, vp_stage), num_stages=_num_stages(config))
     computing = [layer for layer in layers if hf.runs_indexer(layer)]
     logger.info(
         "glm5: layers %d-%d, indexer on %s; indexer parameters are frozen and not in the optimizer",
@@ -106,12 +107,13 @@ def _advice(hf: HfConfig, num_stages: int) -> str:
     if not splits:
         return (
             f"No first/last split of {hf.num_layers} layers over {num_stages} stages does; change "
-            "--pipeline-model-parallel-size."
+            "--pipeline-model-parallel-size, list the layers of each stage with --pipeline-model-parallel-layout, or pass "
+            "--dsa-send-indices."
         )
     listed = ", ".join(f"{first}/{last}" for first, last in splits[:4])
     return (
         f"Legal --decoder-first-pipeline-num-layers/--decoder-last-pipeline-num-layers with {num_stages} "
-        f"stages, best balanced first: {listed}"
+        f"stages, best balanced first: {listed}; or pass --dsa-send-indices, which lifts the rule"
     )
 
 
