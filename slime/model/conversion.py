@@ -226,10 +226,17 @@ def _differences(before: dict[str, Any] | None, plan: dict[str, Any]) -> Iterato
             names = sorted(name for name in {*old, *value} if old.get(name) != value.get(name))
             yield f"source {key} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
         elif isinstance(value, list) and isinstance(old, list):
-            gone, new = [word for word in old if word not in value], [word for word in value if word not in old]
-            yield f"{key} ({' '.join(gone) or '-'} -> {' '.join(new) or '-'})"
+            gone, new = (
+                [flag for flag in _flags(one) if flag not in _flags(other)] for one, other in ((old, value), (value, old))
+            )
+            yield f"{key} ({' '.join(gone) or 'none'} -> {' '.join(new) or 'none'})"
         else:
             yield f"{key} ({old} -> {value})"
+
+
+def _flags(words: list[str]) -> list[str]:
+    """Each flag with its values."""
+    return [f"--{flag}".strip() for flag in f" {' '.join(words)}".split(" --")[1:]]
 
 
 # --- what was converted ---

@@ -1,4 +1,4 @@
-"""The recipe's conversion at toy size on 32 ranks; interrupted ones go on; memory is bounded; the manifest is checked."""
+"""An interrupted conversion goes on, or says why it starts anew; the manifest is checked against the written tensors."""
 
 from __future__ import annotations
 
@@ -17,17 +17,12 @@ import slime.training.checkpoint  # noqa: F401  (imported before ranks fork, whi
 import slime_plugins.models.glm5.glm5  # noqa: F401
 from slime.model.conversion import WORK, Journal
 from slime.model.hf_io import SafetensorsReader
-from tools import convert_hf_to_torch_dist, convert_torch_dist_to_hf, inspect_checkpoint, make_tiny_checkpoint
+from tools import convert_hf_to_torch_dist, inspect_checkpoint, make_tiny_checkpoint
 from tools.make_tiny_checkpoint import GlmSize, Preset
 
 pytestmark = pytest.mark.slow
 
 VOCAB = 320
-TOY = GlmSize(
-    num_hidden_layers=42, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_attention_heads=8, q_lora_rank=16,
-    kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=16, index_n_heads=8,
-    index_head_dim=16, num_nextn_predict_layers=0,
-)  # fmt: skip
 SMALL = GlmSize(
     num_hidden_layers=8, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_attention_heads=8, q_lora_rank=16,
     kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, index_n_heads=8, index_head_dim=16,
@@ -98,32 +93,6 @@ def manifest(folder: Path) -> dict:
     return json.loads((folder / "release" / "slime_manifest.json").read_text())["tensors"]
 
 
-def test_the_recipes_command_on_32_ranks(tmp_path: Path) -> None:
-    source = write(tmp_path / "hf", TOY)
-    layout = """--tensor-model-parallel-size 8 --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 40
-    --expert-model-parallel-size 16 --expert-tensor-parallel-size 1""".split()
-    done = run_ranks(32, convert, command(TOY, layout, source, tmp_path / "dist"), timeout=400)
-    # By hand: 42 attention blocks of 10 tensors (2 norms, 8 of MLA; o_proj), 12 with 5 of the indexer, 3 dense MLPs of 3,
-    # 39 MoE layers of 16 x 3 + 3 shared + router and bias, embedding, last norm, head.
-    names = 42 * 9 + 12 * 5 + 3 * 3 + 39 * (16 * 3 + 3 + 2) + 3
-    assert f"{names} tensors, 0 FP8 scales: each accounted for once" in done[0][1]
-    assert {name for reads, _ in done for name in reads} == set(SafetensorsReader(source).names())
-    # An expert is on one rank of the 32; nobody else reads it.
-    assert sum(reads.count("model.layers.41.mlp.experts.7.up_proj.weight") for reads, _ in done) == 1
-    status, told, _ = verify(tmp_path / "dist")
-    assert status == 0 and "every hash agrees" in told
-    assert {name for record in manifest(tmp_path / "dist").values() for name in record["hf"]} == set(
-        SafetensorsReader(source).names()
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
-        convert_torch_dist_to_hf.main(
-            ["--input-dir", str(tmp_path / "dist"), "--output-dir", str(tmp_path / "back"), "--origin-hf-dir", source]
-        )
-    before, after = SafetensorsReader(source), SafetensorsReader(tmp_path / "back")
-    assert sorted(before.names()) == sorted(after.names()) and len(before.names()) == names
-    assert [name for name in before.names() if not torch.equal(before.raw(name), after.raw(name))] == []
-
-
 @pytest.fixture
 def interrupted(small: str, tmp_path: Path) -> tuple[Path, dict[int, set[str]]]:
     """A conversion on four ranks of which rank 1 was killed at its 60th read: (save folder, finished tensors by rank)."""
@@ -153,7 +122,11 @@ def test_an_interrupted_conversion_reads_only_what_is_missing(small: str, interr
 
 
 CHANGES = {
-    "flags": (["--make-vocab-size-divisible-by", "32"], 4, "flags (16 -> 32)"),
+    "flags": (
+        ["--make-vocab-size-divisible-by", "32"],
+        4,
+        "flags (--make-vocab-size-divisible-by 16 -> --make-vocab-size-divisible-by 32)",
+    ),
     "ranks": ([], 8, "ranks (4 -> 8)"),
     "source": ([], 4, "source files (model-00001-of-00001.safetensors)"),
 }
@@ -214,60 +187,3 @@ def test_a_changed_tensor_or_file_is_named_by_verify(small: str, tmp_path: Path)
     file.write_bytes(data)
     status, _, faults = verify(save)
     assert status == 1 and faults == "the content of __0_0.distcp has changed since it was written\n"
-
-
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-def test_a_rank_holds_its_shard_and_one_tensor_more(tmp_path: Path, fp8: bool) -> None:
-    """Every allocation of torch is recorded. The embedding (4 MB) is the largest tensor; a rank's shard is about 9 MB."""
-    size = GlmSize(num_hidden_layers=8, hidden_size=512, intermediate_size=512, moe_intermediate_size=128, index_head_dim=64)
-    folder = tmp_path / "hf"
-    vocab = 4096
-    source = write(folder, size, fp8=fp8)
-    _widen(folder, vocab)
-
-    def measure(rank: int) -> tuple[int, int]:
-        from torch.profiler import ProfilerActivity, profile
-
-        argv = [*model_args(size, vocab), *TP2_EP4, "--hf-checkpoint", source, "--save", str(tmp_path / "dist")]
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            convert(rank, argv)
-        live = peak = 0
-        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            live += event.nbytes()
-            peak = max(peak, live)
-        own = sum(json.loads(line)["bytes"] for line in journals[rank].read_text().splitlines())
-        return peak, own
-
-    # The work folder goes at the end; a link to each journal stays.
-    journals = [tmp_path / f"journal_{rank}" for rank in range(4)]
-    published = convert_hf_to_torch_dist.shutil.rmtree
-
-    def keep(path, **rest):
-        for rank, journal in enumerate(journals):
-            os.link(Path(path) / f"rank_{rank:05d}.jsonl", journal)
-        published(path, **rest)
-
-    convert_hf_to_torch_dist.shutil.rmtree = keep
-    try:
-        figures = run_ranks(4, measure)
-    finally:
-        convert_hf_to_torch_dist.shutil.rmtree = published
-    largest = vocab * size.hidden_size * 2
-    for peak, own in figures:
-        print(peak, own, largest)
-        assert own > 1.5 * largest
-        assert own <= peak <= own + 1.1 * largest
-
-
-def _widen(folder: Path, vocab: int) -> None:
-    """Give the checkpoint a vocabulary that makes the embedding its largest tensor."""
-    from safetensors.torch import load_file, save_file
-
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(path)
-        for name in [name for name in tensors if name in ("model.embed_tokens.weight", "lm_head.weight")]:
-            tensors[name] = torch.randn(vocab, tensors[name].shape[1]).to(torch.bfloat16)
-        save_file(tensors, path, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": vocab}))

@@ -29,10 +29,11 @@ Pieces = dict[tuple[str, str], tuple[torch.Tensor, int, int]]
 LAYOUTS = {
     "1x1x1": (1, {}),
     "2x2x2": (8, dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2,
-                      decoder_first_pipeline_num_layers=6, expert_model_parallel_size=2)),
+                      decoder_first_pipeline_num_layers=6, expert_model_parallel_size=2, expert_tensor_parallel_size=1)),
     "1x4x1": (4, dict(pipeline_model_parallel_size=4, decoder_first_pipeline_num_layers=2,
                       decoder_last_pipeline_num_layers=2)),
-    "4x1x4": (4, dict(tensor_model_parallel_size=4, sequence_parallel=True, expert_model_parallel_size=4)),
+    "4x1x4": (4, dict(tensor_model_parallel_size=4, sequence_parallel=True, expert_model_parallel_size=4,
+                      expert_tensor_parallel_size=1)),
     "CP2 EP2": (2, dict(context_parallel_size=2, allgather_cp=True, expert_model_parallel_size=2)),
     "PP2 VPP2": (2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
     "DP2": (2, {}),
@@ -120,7 +121,7 @@ def written(deep, tmp_path_factory) -> tuple[Path, dict]:
     """Saved under TP2 x PP2 x EP2 on eight ranks, after a step."""
     root = tmp_path_factory.mktemp("written") / "run"
     world, layout = LAYOUTS["2x2x2"]
-    state = wholes(deep, run_ranks(world, train_and_save, deep, root, layout))
+    state = wholes(deep, run_ranks(world, train_and_save, deep, root, layout, timeout=400))
     moved = [key for key in state if key[0] == "exp_avg_sq" and state[key].any()]
     assert len(moved) > 100 and {key[0] for key in state} == set(KINDS)
     assert any(".mlp.experts." in name for _, name in moved)
@@ -131,7 +132,7 @@ def written(deep, tmp_path_factory) -> tuple[Path, dict]:
 def test_what_eight_ranks_saved_is_the_same_under_another_layout(deep, written, layout):
     root, state = written
     world, changes = LAYOUTS[layout]
-    expect_equal(state, wholes(deep, run_ranks(world, load, deep, root, changes)))
+    expect_equal(state, wholes(deep, run_ranks(world, load, deep, root, changes, timeout=400)))
 
 
 def test_one_rank_takes_it_and_gives_it_back(deep, written, tmp_path):
@@ -139,7 +140,7 @@ def test_one_rank_takes_it_and_gives_it_back(deep, written, tmp_path):
     root, state = written
     expect_equal(state, wholes(deep, run_ranks(1, load, deep, root, {}, tmp_path / "one")))
     world, changes = LAYOUTS["4x1x4"]
-    expect_equal(state, wholes(deep, run_ranks(world, load, deep, tmp_path / "one", changes)))
+    expect_equal(state, wholes(deep, run_ranks(world, load, deep, tmp_path / "one", changes, timeout=400)))
 
 
 @pytest.mark.parametrize("layouts", [("PP2 VPP2", "1x1x1"), ("1x1x1", "PP2 VPP2"), ("DP2", "PP2 VPP2")], ids=" to ".join)
