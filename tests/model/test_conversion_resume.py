@@ -15,7 +15,7 @@ from ranks import RankFailed, run_ranks
 
 import slime.training.checkpoint  # noqa: F401  (imported before ranks fork, which then share it)
 import slime_plugins.models.glm5.glm5  # noqa: F401
-from slime.model.conversion import WORK, Journal
+from slime.model.conversion import WORK, Journal, open_work, plan_of
 from slime.model.hf_io import SafetensorsReader
 from tools import convert_hf_to_torch_dist, inspect_checkpoint, make_tiny_checkpoint
 from tools.make_tiny_checkpoint import GlmSize, Preset
@@ -121,31 +121,30 @@ def test_an_interrupted_conversion_reads_only_what_is_missing(small: str, interr
     assert not (save / WORK).exists() and not list(save.glob(".saving*"))
 
 
-CHANGES = {
-    "flags": (
-        ["--make-vocab-size-divisible-by", "32"],
-        4,
-        "flags (--make-vocab-size-divisible-by 16 -> --make-vocab-size-divisible-by 32)",
-    ),
-    "ranks": ([], 8, "ranks (4 -> 8)"),
-    "source": ([], 4, "source files (model-00001-of-00001.safetensors)"),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_another_source_layout_or_flag_starts_anew_and_says_so(small: str, interrupted, change: str) -> None:
+def test_another_flag_starts_anew_and_says_so(small: str, interrupted) -> None:
     save, _ = interrupted
-    flags, world, told = CHANGES[change]
     argv = command(SMALL, TP2_EP4, small, save)
-    if flags:
-        argv[argv.index(flags[0]) + 1] = flags[1]
-    if change == "source":
-        file = next(Path(small).glob("*.safetensors"))
-        told = told.replace("model-00001-of-00001.safetensors", file.name)
-        os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))
-    reads, said = run_ranks(world, convert, argv)[0]
-    assert "starting anew: an interrupted conversion in" in said and f"differs in {told}" in said
+    argv[argv.index("--make-vocab-size-divisible-by") + 1] = "32"
+    _, said = run_ranks(4, convert, argv)[0]
+    assert "starting anew: an interrupted conversion in" in said
+    assert "differs in flags (--make-vocab-size-divisible-by 16 -> --make-vocab-size-divisible-by 32)" in said
     assert "rank 0 read" in said and "had 0 from before" in said and verify(save)[0] == 0
+
+
+def test_another_source_or_number_of_ranks_is_another_plan(tmp_path: Path) -> None:
+    source, save = tmp_path / "hf", tmp_path / "dist"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (source / name).write_text("{}")
+    assert open_work(save, plan_of(source, ["--a", "1"], 4))[1] == ""
+    assert "going on" in open_work(save, plan_of(source, ["--a", "1"], 4))[1]
+    (save / WORK / "rank_00000.bin").write_text("finished")
+    assert "differs in ranks (4 -> 8)" in open_work(save, plan_of(source, ["--a", "1"], 8))[1]
+    assert not (save / WORK / "rank_00000.bin").exists()
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    assert "differs in source files (model.safetensors)" in open_work(save, plan_of(source, ["--a", "1"], 8))[1]
+    (source / "config.json").write_text("{ }")
+    assert "differs in source index (config.json)" in open_work(save, plan_of(source, ["--a", "1"], 8))[1]
 
 
 def test_damaged_work_is_read_again_and_a_torn_line_is_no_line(tmp_path: Path) -> None:
