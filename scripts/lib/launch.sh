@@ -168,10 +168,12 @@ wait_for_jobs_api() { # status 1 when the head ends before it answers
     local second
     for ((second = 0; second < ${RAY_START_TIMEOUT:-120}; second++)); do
         kill -0 "$RAY_HEAD_PID" 2>/dev/null || return 1
-        if ray job list --address "$RAY_JOBS_URL" >/dev/null 2>"$RAY_TEMP_DIR/jobs-api.log"; then return 0; fi
+        # The job server answers before this node has joined, and a head whose node does not join ends itself.
+        if grep -q 'runtime started' "$RAY_TEMP_DIR/head.log" &&
+            ray job list --address "$RAY_JOBS_URL" >/dev/null 2>"$RAY_TEMP_DIR/jobs-api.log"; then return 0; fi
         sleep 1
     done
-    tail -n 5 "$RAY_TEMP_DIR/jobs-api.log" >&2
+    tail -n 5 "$RAY_TEMP_DIR/head.log" "$RAY_TEMP_DIR/jobs-api.log" >&2 || true
     die "Ray's job server at $RAY_JOBS_URL did not answer within ${RAY_START_TIMEOUT:-120} s; see $RAY_TEMP_DIR/head.log"
 }
 

@@ -29,7 +29,7 @@ if sys.argv[1] == "start":
     if os.environ.get("RAY_START_FAILS"):
         print("cannot bind")
         sys.exit(1)
-    print("the head's last words", flush=True)
+    print("Ray runtime started. The head's last words.", flush=True)
     time.sleep(120)
 if sys.argv[1:3] == ["job", "list"] and os.environ.get("RAY_START_FAILS"):
     sys.exit(1)
@@ -400,7 +400,7 @@ def test_a_head_that_dies_ends_the_launch_with_its_last_lines(desk: Desk, free_p
 def test_a_head_that_dies_under_the_job_is_told_with_its_last_lines(desk: Desk, free_ports: dict[str, str]):
     outcome = desk.run("run-glm5.2-744B-A40B.sh", HEAD_DIES_WITH_THE_JOB="1", **free_ports, without=("HOSTFILE",))
     assert outcome.status == 1
-    assert "the head's last words" in outcome.stderr and "Ray itself ended, and the job with it" in outcome.stderr
+    assert "The head's last words" in outcome.stderr and "Ray itself ended, and the job with it" in outcome.stderr
 
 
 def test_a_node_that_does_not_join_is_named_and_the_others_are_stopped(desk: Desk, free_ports: dict[str, str]):
