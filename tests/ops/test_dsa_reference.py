@@ -71,6 +71,15 @@ def test_sparse_mla_never_reads_what_no_row_lists():
     assert torch.equal(kv.grad[0], torch.zeros(8))
 
 
+def test_a_second_derivative_is_refused_not_guessed():
+    q, kv = torch.randn(3, 2, 4, requires_grad=True), torch.randn(5, 4)
+    indices = torch.randint(0, 5, (3, 4), dtype=torch.int32)
+    out, _ = torch_ops.sparse_mla(q, kv, indices, scale=1.0, v_dim=3)
+    grad, = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_sparse_mla_refuses_shapes_that_disagree():
     with pytest.raises(ValueError, match="want q"):
         torch_ops.sparse_mla(torch.zeros(2, 1, 8), torch.zeros(4, 9), torch.zeros(2, 3, dtype=torch.int32), scale=1.0, v_dim=8)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from slime.ops import cuda_build
 from slime_plugins.models.glm5.ops import torch_ops
@@ -87,6 +88,7 @@ class _SparseMLA(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out, _):
         q, kv, indices, out, lse = ctx.saved_tensors
         grad_q, grad_kv = sparse_mla_backward(q, kv, indices, out, lse, _rows(grad_out), ctx.scale)

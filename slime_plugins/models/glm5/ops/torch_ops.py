@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 24  # floats of the largest temporary: bounds memory whatever t and T are (64 MB in float32)
 
@@ -49,6 +50,7 @@ class _SparseMLA(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out, _):
         q, kv, indices, out, lse = ctx.saved_tensors
         grad_q = torch.empty_like(q)
@@ -179,6 +181,7 @@ class _IndexScores(torch.autograd.Function):
         return scores
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, k, gates, indices = ctx.saved_tensors
         grad_q, grad_gates = torch.empty_like(q), torch.empty_like(gates)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -20,6 +21,7 @@ class _Rope(torch.autograd.Function):
         return _rotate(x, cos, sin, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _rotate(grad, *ctx.saved_tensors, True), None, None
 
@@ -78,6 +80,7 @@ class _RMSNorm(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         flat, weight, scale = ctx.saved_tensors
         n, d = flat.shape
