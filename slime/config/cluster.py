@@ -82,6 +82,8 @@ class EngineConfig:
     """Hook of every rank after a version was written."""
     check_weight_update_equal: bool = False
     """Read the weights back from every engine after a sync; unless they equal what was sent, the run stops, engines paused."""
+    rehearsed: str | None = None
+    """Report of a rehearsal (--rehearse --json FILE); the run stops when its first weight stream is not the rehearsed one."""
     use_fault_tolerance: bool = False
     """Watch the engines while they generate, start those that die again, and repeat what they broke."""
     rollout_health_check_interval: float = 30.0

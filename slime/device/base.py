@@ -18,7 +18,9 @@ class MemoryUse:
     used: int
     """Held by live tensors (cuda) or resident (host)."""
     peak: int
-    """Largest `used` since start."""
+    """Largest `used` since start or the last `reset_peak`."""
+    peak_reserved: int
+    """The same of what the allocator holds, blocks that it caches included (host: as `peak`)."""
     free: int
     """Free on the whole device, other processes included."""
     total: int
@@ -60,6 +62,10 @@ class Device(ABC):
     @abstractmethod
     def memory(self) -> MemoryUse:
         """Memory now."""
+
+    @abstractmethod
+    def reset_peak(self) -> None:
+        """Let `peak` count from here."""
 
     @abstractmethod
     def empty_cache(self) -> None:

@@ -51,7 +51,16 @@ class CudaDevice(Device):
 
     def memory(self) -> MemoryUse:
         free, total = torch.cuda.mem_get_info()
-        return MemoryUse(used=torch.cuda.memory_allocated(), peak=torch.cuda.max_memory_allocated(), free=free, total=total)
+        return MemoryUse(
+            used=torch.cuda.memory_allocated(),
+            peak=torch.cuda.max_memory_allocated(),
+            peak_reserved=torch.cuda.max_memory_reserved(),
+            free=free,
+            total=total,
+        )
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
 
     def empty_cache(self) -> None:
         # Shared memory that its receivers have let go of is cached only after it was collected.

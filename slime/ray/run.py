@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -27,6 +28,7 @@ from slime.ray.rollout_actor import RolloutActor, RolloutSide
 from slime.ray.train_group import TrainGroup
 from slime.rollout.reports import Report
 from slime.types import RolloutBatch
+from slime.weights.digest import KEY_VARIABLE, rehearsed_digest
 from slime.weights.protocol import SyncReport, sync_weights
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Run:
         self._saved: int | None = None
         self._steps_done = 0
         self._released = False
+        self._rehearsed: str | None = None
         self.lease: Lease = FreeLease()
         self.start_rollout_id = 0
         self.num_rollout = config.data.num_rollout or 0
@@ -128,6 +131,8 @@ class Run:
     def start(self) -> None:
         """Engines and trainer, one after another where they share GPUs; then the data position, and the first weights."""
         config, started = self._config, time.monotonic()
+        if config.engine.rehearsed:  # before anything starts: the file may be wrong
+            self._rehearsed = rehearsed_digest(config.engine.rehearsed, key=os.environ.get(KEY_VARIABLE))
         self._tracker = _open_tracker(config)
         self._placement = place(
             num_trainer=self._num_trainer_slots(), num_engine=self._num_engine_slots(), colocate=config.cluster.colocate
@@ -165,6 +170,18 @@ class Run:
         with self.lease.syncing():
             report = self.sync_weights()
         logger.info("%s", report.line())
+        self._compare_with_rehearsal(report)
+
+    def _compare_with_rehearsal(self, first: SyncReport) -> None:
+        if self._rehearsed is None:
+            return
+        if first.stream.digest != self._rehearsed:
+            raise ValueError(
+                f"the weight stream of this run ({first.stream.digest[:16]}, {first.stream.buckets} buckets) is not the one of --rehearsed "
+                f"{self._config.engine.rehearsed} ({self._rehearsed[:16]}): model, layout, serving checkpoint or bucket size changed since; "
+                "rehearse these flags again"
+            )
+        logger.info("the weight stream is the rehearsed one (%s)", self._rehearsed[:16])
 
     def _release_engines(self) -> None:
         if self._config.cluster.offload_rollout and not self._released:
@@ -282,6 +299,7 @@ class Run:
                 self._tracker.write(step_metrics, self._steps_done + step)
             self._steps_done += len(training.per_step)
             metrics.update(trained)
+            self._write_memory()
         if sync is not None:
             metrics["perf/update_weights_time"] = sync.pause_seconds
             metrics["perf/update_weights_wire_bytes"] = float(sync.stream.nbytes)
@@ -301,6 +319,15 @@ class Run:
             step_seconds=seconds,
         )
         logger.info("%s", line.text())
+
+    def _write_memory(self) -> None:
+        """Measured peaks of every trainer rank, for `python3 -m slime.rehearse --measured`; replaced after every rollout."""
+        rows = [vars(row) for row in self._trainers.memory()]
+        file = _run_folder(self._config) / "memory.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps({"ranks": rows}, indent=1) + "\n")
+        part.replace(file)
 
     def farewell(self) -> None:
         """Where things are, and how to go on."""

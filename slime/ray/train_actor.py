@@ -30,6 +30,21 @@ class EngineTarget:
     """Processes of the engine that each expect a copy of the payload."""
 
 
+@dataclass(frozen=True)
+class RankMemory:
+    """Measured bytes of one trainer rank; the rehearsal's memory model predicts the same phases."""
+
+    rank: int
+    stage: int
+    device: str
+    micro_batch_tokens: int
+    """Rows of the rank's longest micro-batch."""
+    micro_batches: int
+    """Most of one step."""
+    peaks: dict[str, dict[str, int]]
+    """Phase -> {"tensors", "reserved"} (slime.device.PhasePeak)."""
+
+
 @ray.remote
 class TrainActor:
     """Holds a `Trainer`. All methods are called on all ranks alike; rank 0 also serves the rendezvous store."""
@@ -95,20 +110,26 @@ class TrainActor:
         from slime.training.trainer import Trainer
 
         hf_config = self._hf_config = read_hf_config(self._config.checkpoint.hf_checkpoint)
+        self._device.reset_peak()
+        before = self._device.memory()
         model = build_model(self._config, hf_config, self._ranks, self._device)
         needs_ref = self._config.algorithm.use_kl_loss or self._config.algorithm.kl_coef != 0
         self._trainer = Trainer(self._config, self._device, self._ranks, model, ref=needs_ref)
+        self._trainer.peaks.note("start", before)
+        self._trainer.peaks.note("load", self._device.memory())
         parameters = sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
         return {"rank": self._rank, "parameters": parameters, "ranks": str(self._ranks)}
 
     def load(self):
-        return self._trainer.load()
+        with self._trainer.peaks("load"):
+            return self._trainer.load()
 
     def train(self, batch: RolloutBatch, steps: Sequence[StepPlan]):
         return self._trainer.train(batch, list(steps))
 
     def save(self, rollout_id: int, data_state: dict | None) -> None:
-        self._trainer.save(rollout_id, data_state=data_state)
+        with self._trainer.peaks("checkpoint"):
+            self._trainer.save(rollout_id, data_state=data_state)
 
     def finish_save(self) -> None:
         self._trainer.finish_save()
@@ -128,16 +149,30 @@ class TrainActor:
         logger.debug("sleep %s: %.2f GB in %.2f s", what, report.nbytes / 1e9, report.seconds)
 
     def wake(self) -> None:
-        report = self._device.wake()
+        with self._trainer.peaks("hand-over"):
+            report = self._device.wake()
         logger.debug("wake: %.2f GB in %.2f s", report.nbytes / 1e9, report.seconds)
 
     def stream(self, version: int, targets: Sequence[EngineTarget]) -> StreamReport:
         """Send all weights to the engines, bucket by bucket; each bucket is on every rank when it is sent."""
-        return self._weight_stream().send(version, targets)
+        with self._trainer.peaks("weight sync"):
+            return self._weight_stream().send(version, targets)
 
     def check_weights(self, version: int, targets: Sequence[EngineTarget]) -> list[str]:
         """Compare what the engines of this rank hold with what it sent to them; a log line per engine."""
         return self._weight_stream().check(version, targets)
+
+    def memory(self) -> RankMemory:
+        """Peaks of this rank so far, for the file that a rehearsal reads (`--measured`)."""
+        trainer = self._trainer
+        return RankMemory(
+            self._rank,
+            self._ranks.pp_rank,
+            self._device.kind,
+            trainer.largest_micro_batch,
+            trainer.most_micro_batches,
+            {phase: {"tensors": peak.tensors, "reserved": peak.reserved} for phase, peak in trainer.peaks.phases.items()},
+        )
 
     def _weight_stream(self):
         from slime.ray.weight_stream import WeightStream

@@ -10,7 +10,7 @@ import ray
 from slime.config import Config
 from slime.ray.calls import gather
 from slime.ray.placement import TRAINER_SHARE, Placement
-from slime.ray.train_actor import EngineTarget, TrainActor
+from slime.ray.train_actor import EngineTarget, RankMemory, TrainActor
 from slime.weights.protocol import StreamReport
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,9 @@ class TrainGroup:
         for lines in answers.values():
             for line in lines:
                 logger.info("%s", line)
+
+    def memory(self) -> list[RankMemory]:
+        return list(self._call("memory", doing="reading its memory peaks").values())
 
     def sleep(self, what: str) -> None:
         self._call("sleep", what, doing=f"putting the trainer's {what} to sleep")

@@ -21,6 +21,7 @@ from slime.parallel import Ranks
 from slime.ray.train_actor import EngineTarget
 from slime.types.weight_bucket import WeightBucket
 from slime.weights.buckets import fill_buckets, unpack_bucket
+from slime.weights.digest import StreamDigest
 from slime.weights.protocol import StreamReport
 from slime.weights.quantize import WireFormat
 from slime.weights.read_back import Expected, verdict
@@ -72,6 +73,7 @@ class WeightStream:
         self._open_groups(targets)
         buckets = self._buckets_of_all(self._wire)
         count = nbytes = tensors = 0
+        digest = StreamDigest()
         keeps = self._read_back and any(self._posts(target) for target in targets)
         self._expected = Expected(self._wire.fp8_block or 1) if keeps else None
         with asyncio.Runner() as runner:
@@ -82,13 +84,14 @@ class WeightStream:
                         self._expected.add(unpack_bucket(bucket))
                     for target in targets:
                         self._deliver(bucket, target, clients.get(target.name), runner)
+                    digest.add((meta.name, meta.shape, meta.nbytes) for meta in bucket.metas)
                     count, nbytes, tensors = count + 1, nbytes + bucket.nbytes, tensors + len(bucket.metas)
                     del bucket  # the last one would be held while the cache is emptied
             finally:
                 for client in clients.values():
                     runner.run(client.close())
         self._device.empty_cache()
-        return StreamReport(count, nbytes, tensors)
+        return StreamReport(count, nbytes, tensors, digest.hex())
 
     def check(self, version: int, targets: Sequence[EngineTarget]) -> list[str]:
         """Read what the last `send` gave to this rank's engines back; a log line each. No collective, engines still paused.

@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from slime.batch.pack import pack
 from slime.compat.megatron import prepare
-from slime.device import Device
+from slime.device import Device, Peaks
 from slime.model.local import local_tensors
 from slime.parallel import Ranks
 from slime.training import state
@@ -69,6 +69,11 @@ class Trainer:
         """model: this rank's chunks as built (no DDP yet). ref: keep the weights of --ref-load beside them."""
         self.config, self.device, self.ranks = config, device, ranks
         self.model = list(model)
+        self.peaks = Peaks(device)
+        self.largest_micro_batch = 0
+        """Rows of a rank's longest micro-batch so far, padding included."""
+        self.most_micro_batches = 0
+        """Of one step on one rank."""
         self.keeps_reference = ref or config.algorithm.use_kl_loss or config.algorithm.kl_coef != 0
         self.objective = Objective.from_config(config, ranks)
         self._hooks = {
@@ -122,7 +127,7 @@ class Trainer:
             if self.config.debug.save_debug_train_data:
                 save_train_data(self.config.debug.save_debug_train_data, columns, batch, self.ranks)
         per_step = []
-        with clock("actor_train"):
+        with clock("actor_train"), self.peaks("train"):
             for plan in steps:
                 per_step.append(self._step(batch, plan, columns, num_steps=len(steps)))
         metrics = self._from_last_stage(metrics)
@@ -144,11 +149,11 @@ class Trainer:
         if passes.ref:
             if "ref" not in self.snapshots:
                 raise ValueError("--kl-coef / --use-kl-loss compare with a reference model; give --ref-load")
-            with clock("ref_log_probs"), self.snapshots.playing("ref"):
+            with clock("ref_log_probs"), self.peaks("log-probs"), self.snapshots.playing("ref"):
                 reference, _ = self._log_probs(batch, steps, "ref_")
             columns.ref_log_probs = reference
         if passes.old:
-            with clock("log_probs"):
+            with clock("log_probs"), self.peaks("log-probs"):
                 columns.old_log_probs, columns.entropy = self._log_probs(batch, steps, "")
         rules = self.config.algorithm
         if not self.ranks.is_last_stage:
@@ -189,7 +194,10 @@ class Trainer:
             multiple=self.ranks.tp_size * self.config.batch.data_pad_size_multiplier,
             columns=columns,
         )
-        return [make(positions) for positions in plan.micro_batches[self.ranks.dp_rank]]
+        micro_batches = [make(positions) for positions in plan.micro_batches[self.ranks.dp_rank]]
+        self.most_micro_batches = max(self.most_micro_batches, len(micro_batches))
+        self.largest_micro_batch = max(self.largest_micro_batch, *(micro.tokens.numel() for micro in micro_batches))
+        return micro_batches
 
     # --- a step ---
 

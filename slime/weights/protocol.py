@@ -42,6 +42,8 @@ class StreamReport:
     nbytes: int
     """Bytes of one copy of the model as it travelled."""
     tensors: int
+    digest: str = ""
+    """Of names, shapes, formats, order and buckets (slime.weights.digest)."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def started(monkeypatch):
         config = SimpleNamespace(
             cluster=cluster,
             debug=debug,
-            engine=SimpleNamespace(check_weight_update_equal=False),
+            engine=SimpleNamespace(check_weight_update_equal=False, rehearsed=None),
             data=SimpleNamespace(num_rollout=1),
             checkpoint=SimpleNamespace(save=None),
         )
