@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from slime.rehearse.options import Options
 from slime.rehearse.report import as_json, as_text
-from slime.rehearse.result import Options, rehearse
+from slime.rehearse.result import rehearse
 
 OWN = {
     "--json": ("FILE", "write everything as JSON"),
@@ -28,6 +29,7 @@ OWN = {
     "--rate": ("NAME=VALUE", "replace an assumed rate; may be repeated"),
     "--assume": ("NAME=VALUE", "replace an assumption of the memory model; may be repeated"),
     "--runtime-env": ("JSON", "environment of the job as the launcher passes it to Ray"),
+    "--measured": ("FILE", "memory.json of a run of these flags: its peaks stand beside the predicted ones"),
     "--expect-digest": ("HEX", "the weight map must have this digest (or begin with it)"),
     "--quick": ("", "flags, files, layout and engines alone"),
     "--no-ranks": ("", "leave out building all ranks"),
@@ -56,33 +58,64 @@ def split_own(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
                 inline = argv[position]
                 position += 1
             value = inline
-        if name in own and name not in REPEATED:
+        if name in own and name not in REPEATED and OWN[name][0]:
             raise ValueError(f"{name} is given twice")
         own.setdefault(name, []).append(value)
     return own, rest
 
 
-def options_of(own: dict[str, list[str]]) -> Options:
-    def one(name: str) -> str | None:
-        return own[name][0] if name in own else None
+def _one(own: dict[str, list[str]], name: str) -> str | None:
+    return own[name][0] if name in own else None
 
-    env = None
-    if text := one("--runtime-env"):
+
+def job_environment(own: dict[str, list[str]]) -> dict[str, str] | None:
+    """The variables of --runtime-env, with or without Ray's `env_vars` around them."""
+    text = _one(own, "--runtime-env")
+    if text is None:
+        return None
+    try:
         raw = json.loads(text)
-        env = {str(key): str(value) for key, value in raw.get("env_vars", raw).items()}
+        return {str(key): str(value) for key, value in raw.get("env_vars", raw).items()}
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"--runtime-env wants a JSON object of variables ({error})") from None
+
+
+def _number(own: dict[str, list[str]], name: str, kind: type) -> float | int | None:
+    text = _one(own, name)
+    try:
+        value = None if text is None else kind(text)
+    except ValueError:
+        raise ValueError(f"{name} wants a number, got {text!r}") from None
+    if value is not None and value <= 0:
+        raise ValueError(f"{name} must be above 0, got {text}")
+    return value
+
+
+def options_of(own: dict[str, list[str]]) -> Options:
     return Options(
-        gpu_memory_gb=float(one("--gpu-memory") or 80),
-        checkpoint_index=one("--checkpoint-index"),
-        hostfile=one("--hostfile") or os.environ.get("HOSTFILE"),
-        engine_version=one("--engine-version"),
-        length=int(one("--sequence-tokens")) if one("--sequence-tokens") else None,
+        gpu_memory_gb=_number(own, "--gpu-memory", float) or 80.0,
+        checkpoint_index=_one(own, "--checkpoint-index"),
+        hostfile=_one(own, "--hostfile") or os.environ.get("HOSTFILE"),
+        engine_version=_one(own, "--engine-version"),
+        length=_number(own, "--sequence-tokens", int),
         rates=tuple(own.get("--rate", ())),
         assume=tuple(own.get("--assume", ())),
-        env=env,
+        env=job_environment(own),
         build_ranks="--no-ranks" not in own,
         quick="--quick" in own,
-        expect_digest=one("--expect-digest"),
+        expect_digest=_one(own, "--expect-digest"),
+        measured=_one(own, "--measured"),
     )
+
+
+def check_outputs(own: dict[str, list[str]]) -> None:
+    """A report that cannot be written is said before the work, not after it."""
+    for name in ("--json", "--html", "--weight-map"):
+        file = _one(own, name)
+        if file is None:
+            continue
+        if not file or Path(file).is_dir() or not os.access(Path(file).absolute().parent, os.W_OK):
+            raise ValueError(f"{name} {file or repr(file)} cannot be written; name a file in an existing folder")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -93,10 +126,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         own, flags = split_own(argv)
+        check_outputs(own)
         if "--preflight" in own:
             from slime.rehearse.preflight import main as preflight
 
-            return preflight(flags, json_file=own.get("--json", [None])[0])
+            return preflight(flags, json_file=_one(own, "--json"), env=job_environment(own))
         options = options_of(own)
         done = rehearse(flags, options)
     except ValueError as error:

@@ -59,6 +59,8 @@ class SyncBytes:
     rest: int
     per_gpu: int
     """What one engine GPU ends up with."""
+    draft_per_gpu: int
+    """What the draft model (MTP layer) takes beside it where engines speculate."""
     per_engine: int
     all_engines: int
     lower_bound_s: float
@@ -104,20 +106,17 @@ def sync_bytes(
     if not receivers:
         return None
     block, kept = fp8_format(hf)
-    experts = rest = 0
+    # (of the MTP layer, of a routed expert) -> bytes
+    nbytes = {(mtp, expert): 0 for mtp in (False, True) for expert in (False, True)}
     for entry in table.entries:
-        if entry.name.startswith("mtp."):
-            continue
         for tensor in entry.hf:
             fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
-            nbytes = wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32)
-            if entry.expert is None:
-                rest += nbytes
-            else:
-                experts += nbytes
+            kind = entry.name.startswith("mtp."), entry.expert is not None
+            nbytes[kind] += wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32)
     first = receivers[0]
-    own_experts = experts // (first.ep_size if first.ep_size > 1 else first.tp_size)
-    own_rest = rest // (first.tp_size // first.dp_size)
+    expert_ranks, rest_ranks = first.ep_size if first.ep_size > 1 else first.tp_size, first.tp_size // first.dp_size
+    experts, rest = nbytes[False, True], nbytes[False, False]
+    own_experts, own_rest = experts // expert_ranks, rest // rest_ranks
     per_gpu = own_experts + own_rest
     gb = 1e9
     bound = own_experts / gb / rates.nic_gb_per_s
@@ -130,6 +129,7 @@ def sync_bytes(
         experts=experts,
         rest=rest,
         per_gpu=per_gpu,
+        draft_per_gpu=nbytes[True, True] // expert_ranks + nbytes[True, False] // rest_ranks,
         per_engine=per_gpu * first.num_gpus,
         all_engines=sum(per_gpu * engine.num_gpus for engine in receivers),
         lower_bound_s=bound,

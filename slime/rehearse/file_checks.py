@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from slime.rehearse.findings import Findings
+from slime.rehearse.plugin_checks import check_plugins
 from slime.rehearse.reading import Reading
 from slime.rehearse.weight_map import checkpoint_bytes
 
@@ -25,15 +26,7 @@ def check_files(reading: Reading, findings: Findings, *, checkpoint_index: str |
     _check_index(reading, findings, checkpoint_index)
     _check_save(reading, findings)
     _check_hosts(reading, findings, hostfile)
-    for path in ("rollout_function_path", "custom_generate_function_path", "custom_rm_path", "dynamic_sampling_filter_path"):
-        value = getattr(config.rollout, path)
-        if value and "." not in value:
-            findings.violation(
-                "files",
-                f"--{path.replace('_', '-')} {value} is no dotted path of a function",
-                "",
-                "write package.module.function",
-            )
+    check_plugins(config, findings)
 
 
 def _check_prompts(reading: Reading, findings: Findings) -> None:
@@ -51,16 +44,20 @@ def _check_prompts(reading: Reading, findings: Findings) -> None:
         elif not file.exists():
             findings.unchecked("files", f"{flag} {file} is not on this machine")
         elif file.suffix == ".jsonl":
-            _check_jsonl(flag, file, input_key, label_key, findings)
+            _check_rows(f"{flag} {file}", _jsonl_rows(flag, file, findings), input_key, label_key, file, findings)
         else:
-            _check_parquet(flag, file, input_key, label_key, findings)
+            _check_rows(f"{flag} {file}", _parquet_rows(flag, file, findings), input_key, label_key, file, findings)
 
 
-def _check_jsonl(flag: str, file: Path, input_key: str, label_key: str | None, findings: Findings) -> None:
-    lines = _first_and_last(file)
+Rows = list[tuple[str, dict]]
+
+
+def _jsonl_rows(flag: str, file: Path, findings: Findings) -> Rows | None:
+    """First and last row; None after a violation."""
+    lines, rows = _first_and_last(file), []
     if not lines:
         findings.violation("files", f"{flag} {file} is empty", "", "write the prompts, one JSON object per line")
-        return
+        return None
     for where, line in lines:
         try:
             row = json.loads(line)
@@ -71,22 +68,76 @@ def _check_jsonl(flag: str, file: Path, input_key: str, label_key: str | None, f
                 line[:80],
                 "repair the line (a torn download?)",
             )
-            return
-        _check_columns(f"{flag} {file}: the {where} line", set(row), input_key, label_key, findings)
-    findings.ok(
-        "files", f"{flag}: first and last line of {file} have the columns asked for", f"{file.stat().st_size / 1e6:.1f} MB"
-    )
-
-
-def _check_columns(where: str, found: set[str], input_key: str, label_key: str | None, findings: Findings) -> None:
-    for name, key in (("--input-key", input_key), ("--label-key", label_key)):
-        if key is not None and key not in found:
+            return None
+        if not isinstance(row, dict):
             findings.violation(
                 "files",
-                f"{where} has no {key!r}",
-                f"columns: {', '.join(sorted(found))}",
-                f"pass {name} with one of those columns",
+                f"{flag} {file}: the {where} line is a {type(row).__name__}, not a JSON object",
+                line[:80],
+                "write one object per line, with the prompt under --input-key",
             )
+            return None
+        rows.append((f"the {where} line", row))
+    return rows
+
+
+def _parquet_rows(flag: str, file: Path, findings: Findings) -> Rows | None:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        findings.unchecked("files", f"{flag} {file}: pyarrow is not installed here")
+        return None
+    try:
+        table = parquet.ParquetFile(file)
+        last = table.num_row_groups - 1
+        ends = [table.read_row_group(group).to_pylist() for group in (0, last)] if last >= 0 else []
+    except (ArrowException, OSError) as error:
+        findings.violation("files", f"{flag} {file} is no parquet file", str(error)[:120], "download or convert it again")
+        return None
+    rows = [("the first row", ends[0][0]), ("the last row", ends[-1][-1])] if ends and ends[0] and ends[-1] else []
+    if not rows:
+        findings.violation("files", f"{flag} {file} is empty", "", "write the prompts, one per row")
+        return None
+    return rows
+
+
+def _check_rows(where: str, rows: Rows | None, input_key: str, label_key: str | None, file: Path, findings: Findings) -> None:
+    """Columns that are asked for, and a prompt of a kind that can be used."""
+    sound = rows is not None
+    for place, row in rows or ():
+        for name, key in (("--input-key", input_key), ("--label-key", label_key)):
+            if key is not None and key not in row:
+                sound = False
+                findings.violation(
+                    "files",
+                    f"{where}: {place} has no {key!r}",
+                    f"columns: {', '.join(sorted(row))}",
+                    f"pass {name} with one of those columns",
+                )
+        if input_key in row and (problem := _prompt_problem(row[input_key])):
+            sound = False
+            findings.violation(
+                "files",
+                f"{where}: {place} has {problem} under {input_key!r}",
+                repr(row[input_key])[:80],
+                "a prompt is a text, or a list of messages with role and content",
+            )
+    if sound:
+        findings.ok(
+            "files",
+            f"{where}: first and last row have the columns asked for, and prompts",
+            f"{file.stat().st_size / 1e6:.1f} MB",
+        )
+
+
+def _prompt_problem(prompt: object) -> str:
+    """Why the value is no prompt; empty when it is one."""
+    if isinstance(prompt, str):
+        return "" if prompt.strip() else "an empty text"
+    if isinstance(prompt, list) and prompt:
+        odd = [one for one in prompt if not isinstance(one, dict) or not {"role", "content"} <= set(one)]
+        return "a message without role and content" if odd else ""
+    return "an empty list" if prompt == [] else f"a {type(prompt).__name__}"
 
 
 def _first_and_last(file: Path) -> list[tuple[str, str]]:
@@ -99,17 +150,6 @@ def _first_and_last(file: Path) -> list[tuple[str, str]]:
     if not first:
         return []
     return [("first", first.decode("utf-8", "replace")), ("last", (rest[-1] if rest else first).decode("utf-8", "replace"))]
-
-
-def _check_parquet(flag: str, file: Path, input_key: str, label_key: str | None, findings: Findings) -> None:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        findings.unchecked("files", f"{flag} {file}: pyarrow is not installed here")
-        return
-    schema = parquet.read_schema(file)
-    _check_columns(f"{flag} {file}", set(schema.names), input_key, label_key, findings)
-    findings.ok("files", f"{flag}: the columns of {file} are read", ", ".join(schema.names))
 
 
 def _check_index(reading: Reading, findings: Findings, given: str | None) -> None:
@@ -176,7 +216,7 @@ def _check_index(reading: Reading, findings: Findings, given: str | None) -> Non
 
 
 def _check_save(reading: Reading, findings: Findings) -> None:
-    """Write access and room for two checkpoints where --save is on this machine."""
+    """Write access and room for a checkpoint where --save is on this machine."""
     folder = reading.config.checkpoint.save
     if not folder:
         return
@@ -195,8 +235,13 @@ def _check_save(reading: Reading, findings: Findings) -> None:
     free = shutil.disk_usage(existing).free
     need = 0
     if reading.table is not None:
-        parameters = reading.table.num_parameters(mtp=False)
-        need = parameters * (2 if reading.config.checkpoint.no_save_optim else 14)
+        # bf16 (or float32) weights, and with the optimizer master weights and two moments, as they are kept
+        fp32, optimizer = reading.config.model.params_dtype == "fp32", reading.config.optimizer
+        moments = 8
+        if optimizer.use_precision_aware_optimizer:
+            moments = sum({"fp32": 4, "bf16": 2}[kind] for kind in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
+        state = 0 if reading.config.checkpoint.no_save_optim else moments + (0 if fp32 else 4)
+        need = reading.table.num_parameters(mtp=False) * ((4 if fp32 else 2) + state)
     findings.check(
         free >= need,
         "files",

@@ -1,19 +1,19 @@
 """Bytes of one GPU through a whole iteration, per pipeline stage, and of one node's main memory. Pure arithmetic.
 
 Every term is a function of shapes; nothing is fitted. What a caching allocator, communication libraries and the CUDA context add is one
-printed number (`Assumed.overhead_gb`), to be replaced by a measurement: `compare` sets predictions beside measured peaks.
+printed number (`Assumed.overhead_gb`). `slime.rehearse.measured` sets predictions beside the peaks that a run measured; a trainer on a CPU
+has a model of its own, `slime.rehearse.host_memory`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from slime.model.hf_config import HfConfig
 from slime.rehearse.shares import Grid, StageShare
 
 GB = 1e9
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,14 @@ class Assumed:
     """CUDA context, NCCL buffers, allocator slack of one process while it owns the GPU."""
     sleeping_trainer_gb: float = 4.0
     """What stays of a trainer that handed its memory back."""
+    sleeping_engine_gb: float = 3.0
+    """What stays of an engine rank that handed its memory back: context, communication buffers, graphs."""
     engine_overhead_gb: float = 8.0
     """Context, DeepEP buffers, CUDA graphs, activations of an engine rank."""
     host_process_gb: float = 0.43
-    """A training rank on a CPU before it holds a model (imports, 0.33), and what the allocator keeps beside the tensors (0.10)."""
+    """A training rank on a CPU before it holds a model: Python, torch, megatron-core, Ray."""
+    host_libraries_gb: float = 0.115
+    """What its first pass adds beside tensors: code of the operators, communication, blocks that the allocator keeps."""
     mem_fraction_static: float = 0.8
     """Share of the GPU for weights and KV cache where --sglang-mem-fraction-static does not say."""
 
@@ -54,8 +58,6 @@ class TrainShapes:
     log_probs_chunk: int
     core_axis: str = "queries"
     """What tensor-parallel ranks share the sparse core by (--dsa-core-axis)."""
-    offload_train: bool = True
-    """The trainer gives its memory back while the engines own the GPU."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,9 @@ def stage_memory(
     engine: EngineRank | None,
     gpu_bytes: float,
     assumed: Assumed,
+    shares_gpu: bool,
 ) -> StageMemory:
-    """All phases of one rank of a stage. With offloaded training, trainer and engine own the GPU in turn."""
+    """All phases of one rank of a stage, in the order of an iteration. shares_gpu: trainer and engine own the GPU in turn."""
     overhead = int(assumed.overhead_gb * GB)
     weights = share.parameters * shapes.param_bytes
     gradients = share.trained * shapes.grad_bytes
@@ -171,66 +174,39 @@ def stage_memory(
     moving = transients(hf, grid, shapes, share)
     forward_only = {name: count for name, count in moving.items() if "gradient" not in name}
     base = {"weights": weights, "optimizer on GPU": on_gpu, "overhead": overhead}
-    phases = [Phase("load", {**base, "gradients": gradients, "one layer being read": weights // max(len(share.layers), 1)})]
-    phases.append(Phase("log-probs", {**base, "gradients": gradients, "index selection": holders, **forward_only}))
-    phases.append(
-        Phase(
-            "train",
-            {**base, "gradients": gradients, "stored layer inputs": stored * kept, "index selection": holders * kept, **moving},
-        )
-    )
-    resting = int(assumed.sleeping_trainer_gb * GB)
-    sync = {"trainer weights": weights, "overhead": overhead, "bucket, as trained and on the wire": 3 * bucket_bytes}
+    if shares_gpu:
+        base["sleeping engine"] = int(assumed.sleeping_engine_gb * GB)
+    awake = {**base, "gradients": gradients}
+    phases = [
+        Phase("load", {**awake, "one layer being read": weights // max(len(share.layers), 1)}),
+        Phase("hand-over", awake),
+        Phase("log-probs", {**awake, "index selection": holders, **forward_only}),
+        Phase("train", {**awake, "stored layer inputs": stored * kept, "index selection": holders * kept, **moving}),
+    ]
+    sync = {"weights": weights, "overhead": overhead, "bucket, as trained and on the wire": 3 * bucket_bytes}
     if engine is not None:
-        if shapes.offload_train:
+        if shares_gpu:
             sync["engine weights"] = engine.weights
         phases.append(Phase("weight sync", sync))
-        room = int(gpu_bytes * engine.mem_fraction)
-        phases.append(
-            Phase(
-                "rollout",
-                {
-                    "engine weights": engine.weights,
-                    "draft weights": engine.draft_weights,
-                    "KV cache": max(0, room - engine.weights - engine.draft_weights),
-                    "engine overhead": int(assumed.engine_overhead_gb * GB),
-                    "sleeping trainer": resting if shapes.offload_train else weights,
-                },
-            )
-        )
-    phases.append(Phase("checkpoint", {**base, "staging of one shard": weights // max(len(share.layers), 1)}))
+        rollout = {
+            "engine weights": engine.weights,
+            "draft weights": engine.draft_weights,
+            "KV cache": max(0, int(gpu_bytes * engine.mem_fraction) - engine.weights - engine.draft_weights),
+            "engine overhead": int(assumed.engine_overhead_gb * GB),
+        }
+        if shares_gpu:
+            rollout["sleeping trainer"] = int(assumed.sleeping_trainer_gb * GB)
+        phases.append(Phase("rollout", rollout))
+    phases.append(Phase("checkpoint", {**awake, "staging of one shard": weights // max(len(share.layers), 1)}))
     return StageMemory(share, tuple(phases), state if shapes.optimizer_on_host else 0)
 
 
-# slime_plugins/models/glm5/ops/torch_ops.py bounds its temporaries to this many bytes each.
-HOST_CORE_CHUNK = 4 * (1 << 24)
+def kv_bytes_per_token(hf: HfConfig, *, fp8: bool, tp: int = 1, drafts: bool = False) -> int:
+    """Of one engine rank: sparse attention keeps a 656-byte latent (or 576 bf16 values) a layer and 132 bytes a computing layer.
 
-
-def host_training(share: StageShare, hf: HfConfig, grid: Grid, shapes: TrainShapes, assumed: Assumed) -> Phase:
-    """Peak of a training rank on a CPU, as the resident memory of its process. Full recomputation.
-
-    Other than on a GPU: gloo gathers updated parameters through a copy of one buffer, and the reference of the sparse core gathers keys.
+    drafts: the MTP layer, which runs an indexer of its own, keeps a cache too.
     """
-    parts = {
-        "process": int(assumed.host_process_gb * GB),
-        "weights": share.parameters * shapes.param_bytes,
-        "gradients": share.trained * shapes.grad_bytes,
-        "optimizer": optimizer_bytes(share, grid, shapes),
-        "gathered parameters": max(share.experts, share.trained - share.experts) * shapes.param_bytes,
-        "stored layer inputs": checkpointed_input(hf, grid, shapes) * len(share.layers) * in_flight(share.stage, grid, shapes),
-        "index selection": index_holder(hf, grid, shapes) * share.computing * in_flight(share.stage, grid, shapes),
-    }
-    if hf.has_indexer:
-        latent = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
-        # Gathered keys, their gradient and its sum in the core; scores before and after the gates in the indexer: never both at once.
-        keys = 3 * min(shapes.tokens * hf["index_topk"] * latent * 4, HOST_CORE_CHUNK)
-        scores = 2 * min(shapes.tokens // grid.tp * hf["index_n_heads"] * shapes.stream * 4, HOST_CORE_CHUNK)
-        parts["sparse core or indexer"] = max(keys, scores)
-    return Phase("train", parts)
-
-
-def kv_bytes_per_token(hf: HfConfig, *, fp8: bool, tp: int = 1) -> int:
-    """Of one engine rank: sparse attention keeps a 656-byte latent (or 576 bf16 values) a layer and 132 bytes a computing layer."""
+    layers = hf.num_layers + (hf.num_mtp_layers if drafts else 0)
     if hf.has_indexer:
         latent = (
             hf["kv_lora_rank"] + hf["kv_lora_rank"] // 128 * 4 + 2 * hf["qk_rope_head_dim"]
@@ -238,45 +214,10 @@ def kv_bytes_per_token(hf: HfConfig, *, fp8: bool, tp: int = 1) -> int:
             else 2 * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"])
         )
         computing = sum(hf.runs_indexer(layer) for layer in range(hf.num_layers))
-        return hf.num_layers * latent + computing * (hf["index_head_dim"] + 4)
+        computing += layers - hf.num_layers
+        return layers * latent + computing * (hf["index_head_dim"] + 4)
     size = 1 if fp8 else 2
     if hf.is_mla:
-        return hf.num_layers * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"]) * size
+        return layers * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"]) * size
     groups = max(1, hf["num_key_value_heads"] // tp)
-    return hf.num_layers * 2 * groups * hf.head_dim * size
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A predicted peak beside a measured one."""
-
-    name: str
-    predicted: int
-    measured: int
-
-    @property
-    def error(self) -> float:
-        return (self.predicted - self.measured) / self.measured
-
-    def line(self) -> str:
-        return f"{self.name}: predicted {self.predicted / GIB:.3f} GiB, measured {self.measured / GIB:.3f} GiB, error {self.error:+.1%}"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Peak bytes that a run reported, by (stage, phase): `{(0, "train"): 1_234_567_890}`."""
-
-    peaks: Mapping[tuple[int, str], int] = field(default_factory=dict)
-
-
-def compare(measured: Measured, predicted: Sequence[StageMemory]) -> list[Comparison]:
-    """Prediction and measurement side by side, for every stage and phase that was measured. Raises ValueError for an unknown one."""
-    lines = []
-    for (stage, name), peak in sorted(measured.peaks.items()):
-        known = [phase.name for phase in predicted[stage].phases] if stage < len(predicted) else []
-        if name not in known:
-            raise ValueError(
-                f"measured stage {stage} phase {name!r} was not predicted; stages 0-{len(predicted) - 1}, phases {known}"
-            )
-        lines.append(Comparison(f"stage {stage} {name}", predicted[stage].phase(name).total, peak))
-    return lines
+    return layers * 2 * groups * hf.head_dim * size

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import ipaddress
 import os
 import platform
 import shutil
 import socket
+import struct
 import subprocess
 import time
 import uuid
@@ -19,6 +22,9 @@ from slime.rehearse.findings import Findings
 
 PACKAGES = ("torch", "megatron-core", "sglang", "ray", "transformers", "numpy", "sglang-router")
 PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+NO_PROXY = ("no_proxy", "NO_PROXY")
+SIOCGIFADDR = 0x8915
+"""Linux: the IPv4 address of an interface."""
 MAX_SKEW_SECONDS = 1.0
 MIN_SHM_GB = 16.0
 MIN_DISK_GB = 20.0
@@ -36,12 +42,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    address: str
-    """As Ray knows the node."""
+    name: str
+    """The node's address; behind it its name where several nodes share an address."""
     host: str
     gpus: tuple[Gpu, ...]
-    interfaces: tuple[str, ...]
-    ib_devices: tuple[str, ...]
+    interfaces: Mapping[str, str]
+    """Network interface -> its IPv4 address, "" without one."""
+    ib_devices: Mapping[str, str]
+    """RDMA device -> state of its ports ("ACTIVE" when all are)."""
     clock_offset: float
     """Seconds ahead of the driver, half the round trip taken off."""
     shared: Mapping[str, str]
@@ -50,10 +58,15 @@ class NodeFacts:
     disk_free_gb: float
     busy_ports: tuple[int, ...]
     proxies: Mapping[str, str]
+    """Proxy variables that are set, `no_proxy` among them."""
     packages: Mapping[str, str]
     python: str
     unreachable: Mapping[str, str] = field(default_factory=dict)
-    """Other node's address -> the error of connecting to it."""
+    """Other node's name -> the error of connecting to it."""
+
+    @property
+    def address(self) -> str:
+        return self.name.split()[0]
 
 
 @dataclass(frozen=True)
@@ -68,20 +81,20 @@ class Wanted:
     ports: tuple[int, ...]
 
 
-def gather(address: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts:
+def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts:
     """Everything of this node but its clock and its reach, which take two. seed_path: path -> file that the driver wrote there."""
     return NodeFacts(
-        address=address,
+        name=name,
         host=socket.gethostname(),
         gpus=_gpus(),
-        interfaces=tuple(name for _, name in socket.if_nameindex()),
-        ib_devices=_listed("/sys/class/infiniband"),
+        interfaces={interface: _ipv4_of(interface) for _, interface in socket.if_nameindex()},
+        ib_devices=rdma_devices(Path("/sys/class/infiniband")),
         clock_offset=0.0,
         shared={path: try_shared(path, seed_path.get(path)) for path in wanted.paths},
         shm_free_gb=_free_gb("/dev/shm"),
         disk_free_gb=_free_gb("/tmp"),
         busy_ports=tuple(port for port in wanted.ports if _is_busy(port)),
-        proxies={name: os.environ[name] for name in PROXIES if os.environ.get(name)},
+        proxies={name: os.environ[name] for name in PROXIES + NO_PROXY if os.environ.get(name)},
         packages={name: _version(name) for name in PACKAGES},
         python=platform.python_version(),
     )
@@ -101,8 +114,24 @@ def _gpus() -> tuple[Gpu, ...]:
     return tuple(Gpu(name, driver, int(total), int(free)) for name, driver, total, free in rows)
 
 
-def _listed(folder: str) -> tuple[str, ...]:
-    return tuple(sorted(os.listdir(folder))) if os.path.isdir(folder) else ()
+def _ipv4_of(interface: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        try:
+            answer = fcntl.ioctl(any_socket.fileno(), SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return ""
+    return socket.inet_ntoa(answer[20:24])
+
+
+def rdma_devices(folder: Path) -> dict[str, str]:
+    """Name -> "ACTIVE", or the states of the ports that are not (the kernel writes "4: ACTIVE")."""
+    if not folder.is_dir():
+        return {}
+    found = {}
+    for device in sorted(folder.iterdir()):
+        states = {file.read_text().partition(":")[2].strip() for file in device.glob("ports/*/state")}
+        found[device.name] = ", ".join(sorted(states - {"ACTIVE"})) or "ACTIVE"
+    return found
 
 
 def _free_gb(path: str) -> float:
@@ -149,14 +178,14 @@ def listen() -> socket.socket:
     return one
 
 
-def reach(targets: Mapping[str, int], timeout: float = 5.0) -> dict[str, str]:
-    """Address -> error, for those that cannot be connected to."""
+def reach(targets: Mapping[str, tuple[str, int]], timeout: float = 5.0) -> dict[str, str]:
+    """Name -> error, for those whose (address, port) cannot be connected to."""
     failed = {}
-    for address, port in targets.items():
+    for name, target in targets.items():
         try:
-            socket.create_connection((address, port), timeout=timeout).close()
+            socket.create_connection(target, timeout=timeout).close()
         except OSError as error:
-            failed[address] = str(error)
+            failed[name] = str(error)
     return failed
 
 
@@ -172,15 +201,25 @@ def clock_offset(ask: Callable[[], float]) -> float:
     return best[1]
 
 
-def judge(nodes: Sequence[NodeFacts], wanted: Wanted, findings: Findings) -> None:
-    """One finding per question over all nodes; a violation names the bad ones."""
+def judge(nodes: Sequence[NodeFacts], wanted: Wanted, findings: Findings, *, silent: Mapping[str, str] | None = None) -> None:
+    """One finding per question over all nodes; a violation names the bad ones. silent: node -> why it gave no answer."""
+    silent = silent or {}
+    count = len(nodes) + len(silent)
     findings.check(
-        len(nodes) == wanted.num_nodes,
+        count == wanted.num_nodes,
         "nodes",
-        f"{len(nodes)} nodes are in the Ray cluster",
-        wrong=f"{len(nodes)} nodes are in the Ray cluster, the run wants {wanted.num_nodes}",
-        values=", ".join(node.address for node in nodes[:40]),
+        f"{count} nodes are in the Ray cluster",
+        wrong=f"{count} nodes are in the Ray cluster, the run wants {wanted.num_nodes}",
+        values=", ".join([*(node.name for node in nodes), *silent][:40]),
         fix="join the missing nodes, or remove the extra ones",
+    )
+    findings.check(
+        not silent,
+        "nodes",
+        "every node answers",
+        wrong=f"{len(silent)} of {count} nodes did not answer",
+        values="; ".join(f"{name}: {why}" for name, why in list(silent.items())[:8]),
+        fix="look into Ray's logs on the named nodes (a broken environment, a full disk?), or drain them",
     )
     questions: list[tuple[str, Callable[[NodeFacts], str], str]] = [
         (
@@ -191,16 +230,16 @@ def judge(nodes: Sequence[NodeFacts], wanted: Wanted, findings: Findings) -> Non
         ("GPU memory free", _memory_problem, "end what else uses the GPUs (nvidia-smi names it)"),
         (
             "the network interface is there",
-            lambda node: (
-                ""
-                if not wanted.interface or wanted.interface in node.interfaces
-                else f"no {wanted.interface}; has {', '.join(node.interfaces)}"
-            ),
+            lambda node: _interface_problem(node, wanted.interface),
             "set SOCKET_IFNAME",
         ),
         (
-            "the RDMA devices are there",
-            lambda node: ", ".join(sorted(set(wanted.ib_devices) - set(node.ib_devices))),
+            "the RDMA devices are there and active",
+            lambda node: ", ".join(
+                f"{name} {node.ib_devices.get(name, 'missing')}"
+                for name in wanted.ib_devices
+                if node.ib_devices.get(name) != "ACTIVE"
+            ),
             "set IB_DEVICES to devices that every node has",
         ),
         (
@@ -227,13 +266,13 @@ def judge(nodes: Sequence[NodeFacts], wanted: Wanted, findings: Findings) -> Non
         ),
     ]
     for name, problem, fix in questions:
-        bad = {node.address: text for node in nodes if (text := problem(node))}
+        bad = {node.name: text for node in nodes if (text := problem(node))}
         findings.check(
             not bad,
             "nodes",
             name,
             wrong=f"{name}: not on {len(bad)} of {len(nodes)} nodes",
-            values="; ".join(f"{address}: {text}" for address, text in list(bad.items())[:8]),
+            values="; ".join(f"{node}: {text}" for node, text in list(bad.items())[:8]),
             fix=fix,
         )
     _judge_packages(nodes, findings)
@@ -265,23 +304,48 @@ def _room_problem(node: NodeFacts) -> str:
     return ", ".join(said)
 
 
+def _interface_problem(node: NodeFacts, interface: str | None) -> str:
+    if not interface:
+        return ""
+    if interface not in node.interfaces:
+        return f"no {interface}; has {', '.join(node.interfaces)}"
+    return "" if node.interfaces[interface] else f"{interface} has no IPv4 address"
+
+
 def _proxy_problem(node: NodeFacts, nodes: Sequence[NodeFacts]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in node.proxies.items())
+    """A proxy that would get requests to some other node."""
+    proxies = {name: value for name, value in node.proxies.items() if name in PROXIES}
+    rules = ",".join(value for name, value in node.proxies.items() if name in NO_PROXY)
+    caught = [other.address for other in nodes if not bypasses(other.address, rules)]
+    if not proxies or not caught:
+        return ""
+    return ", ".join(f"{name}={value}" for name, value in proxies.items()) + f" for {caught[0]}"
+
+
+def bypasses(address: str, rules: str) -> bool:
+    """Does no_proxy (addresses, networks, name endings, *) cover the address?"""
+    for rule in (part.strip() for part in rules.split(",")):
+        if rule == "*" or rule == address or (rule and address.endswith("." + rule.lstrip("."))):
+            return True
+        try:
+            if ipaddress.ip_address(address) in ipaddress.ip_network(rule, strict=False):
+                return True
+        except ValueError:
+            continue
+    return False
 
 
 def _judge_packages(nodes: Sequence[NodeFacts], findings: Findings) -> None:
     wrong = []
     for package in (*PACKAGES, "python"):
-        found = {node.address: node.python if package == "python" else node.packages.get(package, "-") for node in nodes}
+        found = {node.name: node.python if package == "python" else node.packages.get(package, "-") for node in nodes}
         usual = Counter(found.values()).most_common(1)
-        wrong += [
-            f"{address}: {package} {has}, the others {usual[0][0]}" for address, has in found.items() if has != usual[0][0]
-        ]
+        wrong += [f"{name}: {package} {has}, the others {usual[0][0]}" for name, has in found.items() if has != usual[0][0]]
     findings.check(
         not wrong,
         "nodes",
         "package versions are equal on all nodes",
-        wrong=f"package versions differ on {len({text.split(':')[0] for text in wrong})} nodes",
+        wrong=f"package versions differ on {len({text.split(': ')[0] for text in wrong})} nodes",
         values="; ".join(wrong[:8]),
         fix="run scripts/setup.sh on the named nodes",
     )

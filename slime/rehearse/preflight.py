@@ -11,40 +11,66 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from slime.engine.ports import FIRST_PORT
 from slime.rehearse.findings import Findings
 from slime.rehearse.node_facts import NodeFacts, Wanted, clock_offset, gather, judge, listen, reach
 from slime.rehearse.reading import Reading, read
 
+ANSWER_SECONDS = 120.0
+"""A node that says nothing for so long is named as silent."""
+JOIN_SECONDS = 60.0
+INTERFACE_VARIABLES = ("SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
-def wanted_of(reading: Reading) -> Wanted:
-    """The run's needs, from its flags and from SOCKET_IFNAME."""
+
+def wanted_of(reading: Reading, env: Mapping[str, str]) -> Wanted:
+    """The run's needs, from its flags and from the interface that `env` names (this process's and the job's variables)."""
     config = reading.config
     cluster = config.cluster
     devices = str(config.engine.sglang.get("disaggregation_ib_device", ""))
     folders = {
         str(Path(path).parent)
-        for path in (config.checkpoint.hf_checkpoint, config.checkpoint.save, config.checkpoint.load)
+        for path in (config.checkpoint.hf_checkpoint, config.checkpoint.save, config.checkpoint.load, config.data.prompt_data)
         if path
     }
-    needed = max(cluster.actor_num_nodes * cluster.actor_num_gpus_per_node, cluster.rollout_num_gpus or 0)
-    if not cluster.colocate:
-        needed = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node + (cluster.rollout_num_gpus or 0)
+    trainer, engines = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node, cluster.rollout_num_gpus or 0
+    needed = max(trainer, engines) if cluster.colocate else trainer + engines
     return Wanted(
-        num_nodes=max(1, needed // max(cluster.num_gpus_per_node, 1)),
+        num_nodes=max(1, -(-needed // max(cluster.num_gpus_per_node, 1))),
         gpus_per_node=min(cluster.num_gpus_per_node, max(needed, 1)),
-        interface=os.environ.get("SOCKET_IFNAME"),
+        interface=next((env[name] for name in INTERFACE_VARIABLES if env.get(name)), None),
         ib_devices=tuple(name for name in re.split(r"[,\s]+", devices) if name and not name.startswith("{")),
         paths=tuple(sorted(folders)),
-        ports=(15000, 15001),
+        ports=(FIRST_PORT, FIRST_PORT + 1),
     )
 
 
-def ask_nodes(wanted: Wanted) -> list[NodeFacts]:
-    """Facts of every live node of the cluster that `ray` is connected to."""
+def node_names(nodes: Sequence[Mapping[str, object]]) -> list[str]:
+    """Addresses; where several Ray nodes have the same one, with what tells them apart."""
+    addresses = Counter(node["NodeManagerAddress"] for node in nodes)
+    names = []
+    for node in nodes:
+        address, name = str(node["NodeManagerAddress"]), str(node.get("NodeName") or "")
+        apart = name if name and name != address else str(node["NodeID"])[:8]
+        names.append(f"{address} ({apart})" if addresses[address] > 1 else address)
+    return names
+
+
+def _wait_for_nodes(count: int) -> None:
+    """Nodes that a launcher has just started join one after another; those that do not come are told by the verdict."""
+    import ray
+
+    deadline = time.monotonic() + JOIN_SECONDS
+    while sum(node["Alive"] for node in ray.nodes()) < count and time.monotonic() < deadline:
+        time.sleep(1.0)
+
+
+def ask_nodes(wanted: Wanted) -> tuple[list[NodeFacts], dict[str, str]]:
+    """(facts of every live node of the cluster that `ray` is connected to, the nodes that gave no answer and why)."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -59,39 +85,57 @@ def ask_nodes(wanted: Wanted) -> list[NodeFacts]:
         def clock(self) -> float:
             return time.time()
 
-        def facts(self, address: str, wanted: Wanted, seeds: dict[str, str]) -> NodeFacts:
-            return gather(address, wanted, seeds)
+        def facts(self, name: str, wanted: Wanted, seeds: dict[str, str]) -> NodeFacts:
+            return gather(name, wanted, seeds)
 
-        def reach(self, targets: dict[str, int]) -> dict[str, str]:
+        def reach(self, targets: dict[str, tuple[str, int]]) -> dict[str, str]:
             return reach(targets)
 
     nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"])
-    scouts = {
-        node["NodeManagerAddress"]: Scout.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
-        for node in nodes
-    }
+    scouts = {}
+    for name, node in zip(node_names(nodes), nodes, strict=True):
+        only_there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        scouts[name] = Scout.options(scheduling_strategy=only_there).remote()
+    silent: dict[str, str] = {}
+
+    def answers(asked: dict) -> dict:
+        """Name -> answer, of those that answer in time; the others are silent from here on."""
+        done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
+        found = {}
+        for name, ref in asked.items():
+            if ref not in done:
+                silent[name] = f"no answer within {ANSWER_SECONDS:g} s"
+                continue
+            try:
+                found[name] = ray.get(ref)
+            except ray.exceptions.RayError as error:
+                silent[name] = str(error).strip().splitlines()[-1][:200]
+        return found
+
     seeds = _seed(wanted.paths)
     try:
-        ports = dict(zip(scouts, ray.get([scout.port.remote() for scout in scouts.values()]), strict=True))
-        facts = ray.get([scout.facts.remote(address, wanted, seeds) for address, scout in scouts.items()])
-        offsets = [clock_offset(lambda scout=scout: ray.get(scout.clock.remote())) for scout in scouts.values()]
-        cut_off = ray.get(
-            [
-                scout.reach.remote({other: port for other, port in ports.items() if other != address})
-                for address, scout in scouts.items()
-            ]
+        ports = answers({name: scout.port.remote() for name, scout in scouts.items()})
+        facts = answers({name: scouts[name].facts.remote(name, wanted, seeds) for name in ports})
+        offsets = {name: clock_offset(lambda name=name: ray.get(scouts[name].clock.remote())) for name in facts}
+        targets = {name: (_control_address(fact, wanted), ports[name]) for name, fact in facts.items()}
+        cut_off = answers(
+            {
+                name: scouts[name].reach.remote({other: target for other, target in targets.items() if other != name})
+                for name in facts
+            }
         )
     finally:
         for seed in seeds.values():
             Path(seed).unlink(missing_ok=True)
         for scout in scouts.values():
             ray.kill(scout)
-    return [
-        replace(fact, clock_offset=offset, unreachable=missing)
-        for fact, offset, missing in zip(facts, offsets, cut_off, strict=True)
-    ]
+    answered = [replace(facts[name], clock_offset=offsets[name], unreachable=cut_off[name]) for name in cut_off]
+    return answered, silent
+
+
+def _control_address(fact: NodeFacts, wanted: Wanted) -> str:
+    """Where the others connect to: the named interface's address, which is not always the one that Ray uses."""
+    return fact.interfaces.get(wanted.interface or "", "") or fact.address
 
 
 def _seed(paths: Sequence[str]) -> dict[str, str]:
@@ -107,35 +151,38 @@ def _seed(paths: Sequence[str]) -> dict[str, str]:
     return seeds
 
 
-def main(argv: Sequence[str], *, json_file: str | None = None) -> int:
-    """Exit status 0 when every node is fit, else 1."""
+def main(argv: Sequence[str], *, json_file: str | None = None, env: Mapping[str, str] | None = None) -> int:
+    """Exit status 0 when every node is fit, else 1. env: the job's variables, as the launcher passes them."""
     import ray
 
     findings = Findings()
-    wanted = wanted_of(read(argv, Findings()))
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS", "auto"),
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}},
-    )
+    wanted = wanted_of(read(argv, Findings()), {**(env or {}), **os.environ})
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    root = Path(__file__).resolve().parents[2]
     try:
-        nodes = ask_nodes(wanted)
+        # The node's own variable first: its packages are what is asked for.
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(["${PYTHONPATH}", str(root)])}},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--preflight: no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it first") from None
+    try:
+        _wait_for_nodes(wanted.num_nodes)
+        nodes, silent = ask_nodes(wanted)
     finally:
         ray.shutdown()
-    judge(nodes, wanted, findings)
+    judge(nodes, wanted, findings, silent=silent)
     for finding in findings.items:
         sys.stdout.write(finding.line() + "\n")
     if json_file:
-        Path(json_file).write_text(
-            json.dumps(
-                {
-                    "nodes": [{**vars(node), "gpus": [vars(gpu) for gpu in node.gpus]} for node in nodes],
-                    "findings": [vars(finding) for finding in findings.items],
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        told = {
+            "nodes": [{**vars(node), "gpus": [vars(gpu) for gpu in node.gpus]} for node in nodes],
+            "silent": silent,
+            "findings": [vars(finding) for finding in findings.items],
+        }
+        Path(json_file).write_text(json.dumps(told, indent=1) + "\n")
     sys.stdout.write("every node is fit\n" if findings.launchable else "NOT FIT: see the nodes named above\n")
     return 0 if findings.launchable else 1

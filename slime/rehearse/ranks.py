@@ -19,6 +19,7 @@ from pathlib import Path
 from slime.rehearse.findings import Findings
 from slime.rehearse.reading import Reading
 from slime.rehearse.shares import StageShare
+from slime.rehearse.weight_map import model_order
 
 
 @dataclass(frozen=True)
@@ -161,3 +162,25 @@ def check_ranks(
         fix="report it with this output",
     )
     return built
+
+
+def check_order(reading: Reading, built: BuiltRanks | None, findings: Findings) -> None:
+    """The weight map assumes an order of dense parameters within a stage; the built ranks have one."""
+    if built is None or built.errors:
+        return
+    entries, aliases = {entry.name: entry for entry in reading.table.entries}, reading.table.aliases
+    for stage, order in built.orders.items():
+        dense = [name for name, experts in order if not experts and name not in aliases]
+        assumed = sorted(dense, key=lambda name: model_order(entries[name]))
+        if dense != assumed:
+            at = next(number for number, pair in enumerate(zip(dense, assumed, strict=True)) if pair[0] != pair[1])
+            findings.violation(
+                "weights",
+                f"stage {stage} registers {dense[at]} where the weight map has {assumed[at]}",
+                f"parameter {at} of {len(dense)}",
+                "this is a defect of the weight map; please report it",
+            )
+            return
+    findings.ok(
+        "weights", "the built ranks register their parameters in the order of the weight map", f"{len(built.orders)} stages"
+    )

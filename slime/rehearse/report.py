@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from slime.config.resolve_model import layout_string
+from slime.rehearse.budget import Budget
 from slime.rehearse.cost import rates_shown
 from slime.rehearse.result import Rehearsal
 from slime.rehearse.stages import Split
+from slime.weights.digest import KEY_VARIABLE, sign
 
 
 def as_text(done: Rehearsal) -> str:
@@ -16,6 +20,7 @@ def as_text(done: Rehearsal) -> str:
     for title, part in (
         ("stages", _stages(done)),
         ("memory per GPU, GB", _memory(done)),
+        ("prediction and measurement, GB", _measured(done)),
         ("cost of one rollout", _cost(done)),
         ("engine options", list(done.engines.renames)),
     ):
@@ -55,24 +60,44 @@ def _stages(done: Rehearsal) -> list[str]:
 
 
 def _memory(done: Rehearsal) -> list[str]:
-    if not done.memory:
+    if done.budget is None:
         return []
-    names = [phase.name for phase in done.memory[0].phases]
+    names = [phase.name for phase in done.budget.stages[0].phases]
     lines = ["stage  layers  params B  " + "  ".join(name.rjust(max(7, len(name))) for name in names) + "  host GB/node"]
     per_node = done.reading.config.cluster.actor_num_gpus_per_node
-    for stage in done.memory:
+    for stage in done.budget.stages:
         share = stage.share
         cells = "  ".join(f"{stage.phase(name).total / 1e9:.1f}".rjust(max(7, len(name))) for name in names)
         lines.append(
             f"{share.stage:5d}  {len(share.layers):6d}  {share.parameters / 1e9:8.3f}  {cells}  {stage.host_optimizer * per_node / 1e9:12.0f}"
         )
-    for role, tokens in (done.kv_tokens or {}).items():
-        lines.append(f"KV cache of a {role} GPU: {tokens:,} tokens")
-    for fit in done.fits:
+    for cache in done.budget.caches:
+        batch = (
+            f"; an engine of {cache.gpus} GPUs holds {cache.at_once:,} samples of {cache.longest:,}" if cache.longest else ""
+        )
+        lines.append(f"KV cache of a {cache.role} GPU: {cache.tokens:,} tokens of {cache.bytes_per_token:,} bytes{batch}")
+    for fit in done.budget.fits:
         word = "fits" if fit.fits else "does not fit"
         lines.append(
             f"training on {fit.nodes} nodes (CP {fit.cp}, DP {fit.dp}, EP {fit.ep}): {fit.peak_gb:.1f} GB per GPU, {word} {done.options.gpu_memory_gb:g} GB; "
             f"{fit.host_gb_per_node:.0f} GB of optimizer per node"
+        )
+    lines.append("assumed: " + ", ".join(f"{name} {value:g}" for name, value in done.budget.assumed.items()))
+    return lines
+
+
+def _measured(done: Rehearsal) -> list[str]:
+    if done.budget is None or done.budget.measured is None:
+        return []
+    seen = done.budget.measured
+    lines = [
+        f"{seen.num_ranks} ranks on {seen.device}, largest micro-batch {seen.micro_batch_tokens:,} tokens per rank, "
+        f"up to {seen.micro_batches} in a step",
+        "stage  phase          predicted  measured   error",
+    ]
+    for row in done.budget.comparisons:
+        lines.append(
+            f"{row.stage:5d}  {row.phase:12s}  {row.predicted / 1e9:10.3f}  {row.measured / 1e9:8.3f}  {row.error:+6.1%}"
         )
     return lines
 
@@ -88,8 +113,44 @@ def _cost(done: Rehearsal) -> list[str]:
     lines.append(
         f"  {'sum':22s} {cost.seconds:8.1f} s   {cost.gpu_hours:.1f} GPU-hours per rollout; {cost.dominant.name} dominates"
     )
+    if cost.sync is not None:
+        sync = cost.sync
+        lines.append(
+            f"  bytes of a weight sync: experts {sync.experts / 1e9:.2f} GB, the rest {sync.rest / 1e9:.2f} GB; land on a GPU {sync.per_gpu / 1e9:.2f} GB, "
+            f"in an engine {sync.per_engine / 1e12:.2f} TB, in all engines {sync.all_engines / 1e12:.2f} TB"
+        )
     lines.append("  assumed: " + ", ".join(f"{name} {value:g}" for name, value in rates_shown(done.rates).items()))
     return lines
+
+
+def _memory_json(budget: Budget) -> dict[str, object]:
+    seen = budget.measured
+    return {
+        "stages": [
+            {
+                "stage": m.share.stage,
+                "parameters": m.share.parameters,
+                "dense": m.share.dense,
+                "experts": m.share.experts,
+                "frozen": m.share.frozen,
+                "host_optimizer_per_rank": m.host_optimizer,
+                "phases": {phase.name: dict(phase.parts) for phase in m.phases},
+            }
+            for m in budget.stages
+        ],
+        "kv_cache": [{**vars(cache), "longest_at_once_per_engine": cache.at_once} for cache in budget.caches],
+        "node_counts": [vars(fit) for fit in budget.fits],
+        "assumed": dict(budget.assumed),
+        "measured": None
+        if seen is None
+        else {
+            "device": seen.device,
+            "ranks": seen.num_ranks,
+            "micro_batch_tokens": seen.micro_batch_tokens,
+            "micro_batches": seen.micro_batches,
+            "peaks": [{**vars(row), "error": round(row.error, 6)} for row in budget.comparisons],
+        },
+    }
 
 
 def _split(split: Split) -> dict[str, object]:
@@ -116,20 +177,7 @@ def as_json(done: Rehearsal) -> dict[str, object]:
             "legal_first_last": [_split(split) for split in balance.first_last],
             "best": None if balance.best is None else {**_split(balance.best), "layout": layout_string(balance.best.sizes)},
         },
-        "memory": [
-            {
-                "stage": m.share.stage,
-                "parameters": m.share.parameters,
-                "dense": m.share.dense,
-                "experts": m.share.experts,
-                "frozen": m.share.frozen,
-                "host_optimizer_per_rank": m.host_optimizer,
-                "phases": {phase.name: dict(phase.parts) for phase in m.phases},
-            }
-            for m in done.memory
-        ],
-        "node_counts": [vars(fit) for fit in done.fits],
-        "kv_tokens_per_gpu": dict(done.kv_tokens or {}),
+        "memory": None if done.budget is None else _memory_json(done.budget),
         "cost": None
         if cost is None
         else {
@@ -164,6 +212,8 @@ def as_json(done: Rehearsal) -> dict[str, object]:
             "buckets": len(weights.bucket_bytes),
             "bytes": weights.nbytes,
             "digest": weights.digest,
+            "stream_digest": weights.stream_digest,
+            "signature": sign(weights.stream_digest, key) if (key := os.environ.get(KEY_VARIABLE)) else None,
             "bytes_per_source": {str(rank): count for rank, count in weights.source_bytes.items()},
         },
         "ranks": None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from slime.model.names import Entry, NameTable
@@ -74,14 +75,6 @@ class StageShare:
         return self.parameters - self.frozen
 
 
-def stage_of(entry: Entry, chunks: Sequence[Chunk]) -> int:
-    """Pipeline rank that holds an entry of the main model."""
-    layer = layer_of(entry)
-    if layer is None:
-        return 0 if entry.name.startswith("embedding.") else chunks[-1].pp_rank
-    return next(chunk.pp_rank for chunk in chunks if layer in chunk.layers)
-
-
 def local_numel(entry: Entry, grid: Grid, *, padded_vocab: int | None = None) -> int:
     """Numbers of one entry on one rank that holds a part of it."""
     total = 1
@@ -94,43 +87,68 @@ def local_numel(entry: Entry, grid: Grid, *, padded_vocab: int | None = None) ->
     return total // (grid.etp if entry.expert is not None else grid.tp)
 
 
-def stage_shares(table: NameTable, chunks: Sequence[Chunk], grid: Grid, *, padded_vocab: int | None = None) -> list[StageShare]:
-    """One share per pipeline rank, trained and frozen parameters apart (expert biases are buffers and not counted)."""
-    by_layer = {layer: chunk.pp_rank for chunk in chunks for layer in chunk.layers}
+@dataclass(frozen=True)
+class StageParts:
+    """The tensors of one stage, alike ones counted: what `stage_shares` needs of a table, whatever the grid."""
+
+    layers: tuple[int, ...]
+    computing: int
+    kinds: Mapping[Entry, int]
+    """One entry of each size and cut -> how many there are."""
+
+
+def stage_parts(table: NameTable, chunks: Sequence[Chunk], pp: int) -> list[StageParts]:
+    """Trained and frozen parameters; expert biases are buffers and not counted."""
+    owner = {layer: chunk.pp_rank for chunk in chunks for layer in chunk.layers}
     last = chunks[-1].pp_rank
-    dense, experts, frozen = ([0] * grid.pp for _ in range(3))
-    computing: list[set[int]] = [set() for _ in range(grid.pp)]
+    counts: list[Counter] = [Counter() for _ in range(pp)]
+    first: dict[tuple, Entry] = {}
+    computing: list[set[int]] = [set() for _ in range(pp)]
     for entry in table.entries:
         if entry.float32 or entry.name.startswith("mtp."):
             continue
         layer = layer_of(entry)
-        stage = by_layer[layer] if layer is not None else (0 if entry.name.startswith("embedding.") else last)
-        numel = local_numel(entry, grid, padded_vocab=padded_vocab)
-        if entry.expert is not None:
-            experts[stage] += numel
-            continue
-        dense[stage] += numel
-        if is_indexer(entry):
-            frozen[stage] += numel
+        stage = owner[layer] if layer is not None else (0 if entry.name.startswith("embedding.") else last)
+        frozen = is_indexer(entry)
+        kind = (entry.shape, entry.split, entry.expert is not None, frozen)
+        first.setdefault(kind, entry)
+        counts[stage][kind] += 1
+        if frozen:
             computing[stage].add(layer)
-    if table.aliases and grid.pp > 1:
+    if table.aliases and pp > 1:
         # Tied weights: the last stage has a copy of the embedding.
-        dense[last] += next(
-            local_numel(e, grid, padded_vocab=padded_vocab) for e in table.entries if e.name.startswith("embedding.")
-        )
+        embedding = next(entry for entry in table.entries if entry.name.startswith("embedding."))
+        counts[last][embedding.shape, embedding.split, False, False] += 1
     return [
-        StageShare(
-            stage=stage,
-            layers=tuple(layer for layer, owner in sorted(by_layer.items()) if owner == stage),
-            computing=len(computing[stage]),
-            dense=dense[stage],
-            experts=experts[stage] // grid.ep,
-            frozen=frozen[stage],
-            has_embedding=stage == 0,
-            has_head=stage == last,
+        StageParts(
+            tuple(layer for layer, owning in sorted(owner.items()) if owning == stage),
+            len(computing[stage]),
+            {first[kind]: count for kind, count in counts[stage].items()},
         )
-        for stage in range(grid.pp)
+        for stage in range(pp)
     ]
+
+
+def shares_of(parts: Sequence[StageParts], grid: Grid, *, padded_vocab: int | None = None) -> list[StageShare]:
+    """One share per pipeline rank."""
+    shares = []
+    for stage, part in enumerate(parts):
+        dense = experts = frozen = 0
+        for entry, count in part.kinds.items():
+            numel = local_numel(entry, grid, padded_vocab=padded_vocab) * count
+            if entry.expert is not None:
+                experts += numel
+            else:
+                dense += numel
+                frozen += numel if is_indexer(entry) else 0
+        ends = stage == 0, stage == len(parts) - 1
+        shares.append(StageShare(stage, part.layers, part.computing, dense, experts // grid.ep, frozen, *ends))
+    return shares
+
+
+def stage_shares(table: NameTable, chunks: Sequence[Chunk], grid: Grid, *, padded_vocab: int | None = None) -> list[StageShare]:
+    """One share per pipeline rank, trained and frozen parameters apart."""
+    return shares_of(stage_parts(table, chunks, grid.pp), grid, padded_vocab=padded_vocab)
 
 
 _INDEXER = (

@@ -7,6 +7,7 @@ from html import escape
 
 from slime.rehearse.cost import Cost
 from slime.rehearse.layout_checks import Balance
+from slime.rehearse.measured import Comparison
 from slime.rehearse.memory import StageMemory
 from slime.rehearse.result import Rehearsal
 from slime.rehearse.stages import Split, balance
@@ -41,7 +42,7 @@ def rank_grid(done: Rehearsal) -> str:
     per_stage = grid.ranks_per_stage
     cell = max(5.0, min(26.0, 860 / per_stage))
     body = []
-    for memory in done.memory:
+    for memory in done.budget.stages:
         stage, y = memory.share.stage, 22 + memory.share.stage * 30
         # Training tells stages apart; rollout and weight sync are mostly the engine's and alike everywhere.
         peak = memory.phase("train")
@@ -141,6 +142,22 @@ def memory_bars(memory: Sequence[StageMemory], limit_gb: float) -> str:
         body.append(_box(820, 10 + number * 16, 11, 11, colours[name]))
         body.append(_text(836, 20 + number * 16, name, size=11))
     return _svg(1040, int(max(y, 26 + 16 * len(names))), body, "memory by phase and stage")
+
+
+def measured_bars(rows: Sequence[Comparison]) -> str:
+    """A pair of bars per stage and phase: predicted above, measured below."""
+    top = max(max(row.predicted, row.measured) for row in rows)
+    body, y = [_box(150, 2, 11, 11, PARTS[0]), _text(166, 12, "predicted", size=11)], 24.0
+    body += [_box(240, 2, 11, 11, PARTS[1]), _text(256, 12, "measured", size=11)]
+    for row in rows:
+        body.append(_text(0, y + 14, f"stage {row.stage} {row.phase}", size=11))
+        for place, (name, count) in enumerate((("predicted", row.predicted), ("measured", row.measured))):
+            body.append(_box(150, y + 9 * place, 560 * count / top, 9, PARTS[place], f"{name}: {count / 1e9:.3f} GB"))
+        width = 560 * max(row.predicted, row.measured) / top
+        words = f"{row.predicted / 1e9:.2f} / {row.measured / 1e9:.2f} GB, {row.error:+.1%}"
+        body.append(_text(158 + width, y + 14, words, size=11, colour="#555"))
+        y += 24
+    return _svg(960, int(y), body, "predicted and measured memory")
 
 
 def weight_flow(done: Rehearsal) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
@@ -19,6 +20,7 @@ from slime.model.names import Entry, HfTensor, NameTable
 from slime.rehearse.flops import layer_of
 from slime.rehearse.shares import Grid
 from slime.rehearse.stages import Chunk
+from slime.weights.digest import StreamDigest
 
 SCALE_BYTES = 4
 
@@ -66,6 +68,14 @@ class WeightMap:
         return digest.hexdigest()
 
     @property
+    def stream_digest(self) -> str:
+        """What a run compares with its real buckets: names, shapes, bytes and buckets, without holders and engines."""
+        digest = StreamDigest()
+        for _, bucket in groupby(self.rows, key=lambda row: row.bucket):
+            digest.add((row.name, row.shape, row.nbytes) for row in bucket)
+        return digest.hex()
+
+    @property
     def nbytes(self) -> int:
         return sum(row.nbytes for row in self.rows)
 
@@ -106,8 +116,9 @@ def build_weight_map(
     rows: list[Row] = []
     buckets: list[int] = []
     source_bytes: Counter[int] = Counter()
+    partners = Counter(entry.together for entry in table.entries if entry.together)
     for source, stage, entries in _sources(table, grid, chunks):
-        for bucket in _bucketed(_groups(entries, table), limit_bytes, block, kept):
+        for bucket in _bucketed(_groups(entries, partners), limit_bytes, block, kept):
             number = len(buckets)
             buckets.append(sum(nbytes for _, _, nbytes, _ in bucket))
             source_bytes[source] += buckets[-1]
@@ -151,9 +162,9 @@ _IN_LAYER = (
     "self_attention.linear_qkv.weight",
     "self_attention.linear_qkv.bias",
     "self_attention.linear_qkv.layer_norm_weight",
-    "self_attention.linear_proj.weight",
     "self_attention.q_layernorm.weight",
     "self_attention.k_layernorm.weight",
+    "self_attention.linear_proj.weight",
     "self_attention.wq_b.weight",
     "self_attention.wk.weight",
     "self_attention.k_norm.weight",
@@ -187,9 +198,8 @@ def model_order(entry: Entry) -> tuple[int, int, int, int]:
     return int(entry.float32), layer, _PLACE[suffix], entry.expert or 0
 
 
-def _groups(entries: Iterable[Entry], table: NameTable) -> Iterator[list[tuple[Entry, HfTensor]]]:
-    """Tensors that must share a bucket; a fused pair is sent when its last member comes."""
-    partners = Counter(entry.together for entry in table.entries if entry.together)
+def _groups(entries: Iterable[Entry], partners: Mapping[str, int]) -> Iterator[list[tuple[Entry, HfTensor]]]:
+    """Tensors that must share a bucket; a fused pair is sent when its last member comes. partners: how many there are of each."""
     waiting: dict[str, list[tuple[Entry, HfTensor]]] = {}
     arrived: Counter[str] = Counter()
     for entry in entries:
@@ -231,18 +241,24 @@ class _Describer:
     """Rows with their words; the few different sentences are made once."""
 
     def __init__(self, grid: Grid, hf: HfConfig, engines: Sequence[EngineSpec], block: int | None):
-        self._grid, self._hf, self._engines, self._block = grid, hf, engines, block
+        self._grid, self._engines, self._block = grid, engines, block
+        self._num_experts = hf.num_experts
+        self._said: dict[tuple[int | None, str, bool], tuple[str, str]] = {}
 
     def row(self, entry: Entry, tensor: HfTensor, nbytes: int, fp8: bool, stage: int, source: int, bucket: int) -> Row:
+        kind = entry.expert, entry.split, len(tensor.shape) < 2
+        if kind not in self._said:
+            self._said[kind] = self._holders(entry), self._kept_by(entry, tensor)
+        holders, engines = self._said[kind]
         return Row(
             tensor.name,
             tensor.shape,
             fp8,
             stage,
-            self._holders(entry),
+            holders,
             source,
             bucket,
-            self._kept_by(entry, tensor),
+            engines,
             self._blocks(entry, fp8),
             nbytes,
         )
@@ -250,7 +266,7 @@ class _Describer:
     def _holders(self, entry: Entry) -> str:
         grid = self._grid
         if entry.expert is not None:
-            shard = entry.expert // (self._hf.num_experts // grid.ep)
+            shard = entry.expert // (self._num_experts // grid.ep)
             return f"ep {shard}/{grid.ep} x{grid.edp}" + (f" etp {entry.split}/{grid.etp}" if grid.etp > 1 else "")
         replicas = grid.cp * grid.dp
         if entry.split == "none" or grid.tp == 1:
@@ -262,7 +278,7 @@ class _Describer:
         for engine in self._engines:
             if entry.expert is not None and engine.ep_size > 1:
                 ranks = engine.tp_size // engine.ep_size
-                first = entry.expert // (self._hf.num_experts // engine.ep_size) * ranks
+                first = entry.expert // (self._num_experts // engine.ep_size) * ranks
                 words.append(f"{engine.engine_id}:{first}" + (f"-{first + ranks - 1}" if ranks > 1 else ""))
             else:
                 cut = engine.tp_size // engine.dp_size

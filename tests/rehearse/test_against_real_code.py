@@ -119,13 +119,14 @@ def test_the_weight_map_is_the_stream_tensor_by_tensor(tiny: Path, layout: dict,
         stream = WeightStream(chunks, hf, ranks, HostDevice(), limit_bytes=limit)
         buckets = [[(meta.name, meta.nbytes) for meta in bucket.metas] for bucket in stream._buckets_of_all(stream._wire)]
         dense = [place.rank for place in stream._places if place.is_dense_source]
-        return buckets, dense, [place.rank for place in stream._places if place.is_expert_source]
+        return stream.send(1, []).digest, buckets, dense, [place.rank for place in stream._places if place.is_expert_source]
 
-    real, dense, experts = run_ranks(4, send)[0]
+    digest, real, dense, experts = run_ranks(4, send)[0]
     chunks = cut_layers(Cut(8, grid.pp, first=layout.get("first")))
     found = build_weight_map(NameTable.for_model(hf), hf, grid, chunks, [], limit_bytes=limit)
     with_experts = {chunk.pp_rank for chunk in chunks if any(hf.is_moe_layer(layer) for layer in chunk.layers)}
     sources = dense + [rank for rank in experts if rank // grid.ranks_per_stage in with_experts]
+    assert found.stream_digest == digest, "the digest of the run's own buckets"
     assert not found.problems and len(real) == len(found.bucket_bytes) > 3
     order = [
         row.source

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,11 +13,10 @@ from slime.model.names import NameTable
 from slime.rehearse.cost import Rates, sync_bytes
 from slime.rehearse.flops import active_parameters, core, mean_selected, model_work
 from slime.rehearse.known_models import known_config
+from slime.rehearse.measured import Measured, compare, read_measured
 from slime.rehearse.memory import (
-    Measured,
     TrainShapes,
     checkpointed_input,
-    compare,
     in_flight,
     index_holder,
     kv_bytes_per_token,
@@ -116,6 +117,7 @@ def test_activations_of_the_first_stage() -> None:
 
 def test_kv_cache_bytes() -> None:
     assert kv_bytes_per_token(HF, fp8=True) == 51_168 + 2_772
+    assert kv_bytes_per_token(HF, fp8=True, drafts=True) == 51_168 + 2_772 + 788
     assert kv_bytes_per_token(HF, fp8=False) == 89_856 + 2_772
     assert kv_bytes_per_token(known_config("/any/Qwen3-4B"), fp8=False) == 36 * 2 * 8 * 128 * 2
 
@@ -128,6 +130,8 @@ def test_weight_sync_bytes() -> None:
     assert sync.experts == 75 * 256 * 37_757_952
     assert (round(sync.experts / 1e9, 2), round(sync.rest / 1e9, 2), round(sync.per_gpu / 1e9, 2)) == (724.95, 20.63, 31.96)
     assert round(sync.per_engine / 1e12, 2) == 2.05 and round(sync.all_engines / 1e12, 2) == 8.18
+    # The MTP layer's 256 experts over 64 GPUs; its other tensors on each of them.
+    assert sync.draft_per_gpu == 4 * 37_757_952 + (10_032_632_960 - 256 * 37_757_952)
     assert round(sync.lower_bound_s, 2) == 0.28
 
 
@@ -189,12 +193,29 @@ def test_each_tensor_is_sent_once_and_pairs_stay_together() -> None:
     assert len(senders) == 8 + 8 * 32 - 8, "dense and expert sources of a stage share their first rank"
 
 
-def test_measured_peaks_stand_beside_predictions() -> None:
+def test_measured_peaks_stand_beside_predictions(tmp_path: Path) -> None:
     from slime.rehearse.memory import Phase, StageMemory
 
     share = stage_shares(TABLE, cut_layers(STOCK), GRID)[0]
-    predicted = [StageMemory(share, (Phase("train", {"weights": 900, "rest": 150}),), 0)]
-    line = compare(Measured({(0, "train"): 1000}), predicted)[0]
-    assert line.error == pytest.approx(0.05)
+    phases = (Phase("load", {"weights": 700, "overhead": 80}), Phase("train", {"weights": 900, "rest": 70, "overhead": 80}))
+    predicted = [StageMemory(share, phases, 0)]
+
+    def row(rank: int, **peaks: int) -> dict:
+        sizes = {name: {"tensors": count, "reserved": 2 * count} for name, count in peaks.items()}
+        return {"rank": rank, "stage": 0, "device": "host", "micro_batch_tokens": 90 + rank, "micro_batches": 3, "peaks": sizes}
+
+    file = tmp_path / "memory.json"
+    file.write_text(json.dumps({"ranks": [row(0, train=900, load=800), row(1, train=1000)]}))
+    measured = read_measured(str(file))
+    assert measured == Measured("host", 2, 1, 91, 3, {(0, "train"): 1000, (0, "load"): 800})
+    load, train = compare(measured, predicted)
+    assert (load.error, train.error) == (pytest.approx(-0.025), pytest.approx(0.05))
+    # The allocator of a GPU does not see contexts and libraries.
+    assert compare(replace(measured, device="cuda"), predicted)[1].error == pytest.approx(-0.03)
     with pytest.raises(ValueError, match="not predicted"):
-        compare(Measured({(0, "rollout"): 1}), predicted)
+        compare(replace(measured, peaks={(0, "rollout"): 1}), predicted)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="is not a run's memory.json"):
+        read_measured(str(file))
+    with pytest.raises(ValueError, match="cannot be read .No such file"):
+        read_measured(str(tmp_path / "none.json"))

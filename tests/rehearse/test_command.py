@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from slime.rehearse.command import main, split_own
+from slime.weights.digest import KEY_VARIABLE, rehearsed_digest
 from tests.rehearse.recipes import ROOT, Recipe
 
 VOID = {"meta", "br"}
@@ -73,9 +76,9 @@ def test_the_page_is_whole_and_loads_nothing(flagship: Recipe, tmp_path: Path, c
     assert read.titles == [
         "rank grid by stage and memory",
         "stage balance",
+        "memory by phase and stage",
         "iteration timeline",
         "weight flow",
-        "memory by phase and stage",
     ]
     assert page.read_text().count("<title>rank ") == 256 + 1, "a hint per rank, and the title of the grid"
     result = json.loads(data.read_text())
@@ -108,12 +111,106 @@ def test_violations_end_with_status_1_and_appear_on_the_page(
     assert read.open == [] and "<b>" not in page.read_text() and "EP 48" in page.read_text()
 
 
+def test_a_measured_run_stands_beside_the_prediction(flagship: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A made-up file of 256 GPU ranks: 20.0 GB of tensors while training on every rank, a little more on rank 255."""
+    memory, page, data = tmp_path / "memory.json", tmp_path / "r.html", tmp_path / "r.json"
+    ranks = [
+        {
+            "rank": rank,
+            "stage": rank // 32,
+            "device": "cuda",
+            "micro_batch_tokens": 4096,
+            "micro_batches": 2,
+            "peaks": {
+                "start": {"tensors": 0, "reserved": 0},
+                "train": {"tensors": 20_000_000_000 + rank // 255, "reserved": 21_000_000_000},
+            },
+        }
+        for rank in range(256)
+    ]
+    memory.write_text(json.dumps({"ranks": ranks}))
+    own = ["--no-ranks", "--html", str(page), "--json", str(data), "--measured", str(memory), "--engine-version", "0.5.23"]
+    argv = flagship.written(tmp_path)
+    assert main([*own, *argv]) == 0
+    told = json.loads(data.read_text())["memory"]["measured"]
+    assert [row["stage"] for row in told["peaks"]] == list(range(8)) and {row["phase"] for row in told["peaks"]} == {"train"}
+    assert told["peaks"][7]["measured"] == 20_000_000_001 and told["micro_batch_tokens"] == 4096
+    # Stage 3: 2.9496 billion parameters in bf16 with fp32 gradients but for two indexers of 9,371,648, and what 4096 tokens add.
+    stage = told["peaks"][3]
+    assert 0 < stage["predicted"] - (6 * 2_949_632_512 - 4 * 2 * 9_371_648) < 2.5e9
+    assert stage["error"] == pytest.approx((stage["predicted"] - 20e9) / 20e9, abs=1e-6)
+    out = capsys.readouterr().out
+    assert "-- prediction and measurement, GB" in out and "predictions are off by up to" in out
+    assert "predicted and measured memory" in page.read_text() and f"{stage['error']:+.1%}" in page.read_text()
+
+    memory.write_text(json.dumps({"ranks": ranks[:8]}))
+    assert main([*own, *argv]) == 1
+    assert "is of 8 ranks in 1 stages, the flags make 256 in 8" in capsys.readouterr().out
+    assert main([*own[:-3], str(tmp_path / "none"), *argv]) == 2, "a file that is not there"
+
+
+def test_a_report_holds_the_stream_that_a_run_compares_itself_with(
+    flagship: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    report, argv = tmp_path / "r.json", flagship.written(tmp_path)
+    own = ["--no-ranks", "--engine-version", "0.5.23"]
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    assert main([*own, "--json", str(report), *argv]) == 0
+    digest = json.loads(report.read_text())["weights"]["stream_digest"]
+    assert rehearsed_digest(str(report), key="secret") == rehearsed_digest(str(report), key=None) == digest
+    with pytest.raises(ValueError, match="is not signed with this SLIME_REHEARSAL_KEY"):
+        rehearsed_digest(str(report), key="another")
+    assert main([*own, *argv, "--rehearsed", str(report)]) == 0
+    # The engines' layout does not change what the trainer sends; the trainer's does.
+    smaller = flagship.with_flag("--update-weight-buffer-size", "1073741824").written(tmp_path)
+    assert main([*own, *smaller, "--rehearsed", str(report)]) == 1
+    assert "the weight stream is not that of --rehearsed" in capsys.readouterr().out
+    report.write_text("{}")
+    with pytest.raises(ValueError, match="is no complete rehearsal report"):
+        rehearsed_digest(str(report), key=None)
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def test_a_browser_shows_the_page(flagship: Recipe, tmp_path: Path) -> None:
+    """Headless, with the network off: every picture has a size, and nothing was asked for."""
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"no browser here ({', '.join(BROWSERS)}); the page's structure is tested without one")
+    page = tmp_path / "r.html"
+    assert main(["--no-ranks", "--html", str(page), "--engine-version", "0.5.23", *flagship.written(tmp_path)]) == 0
+    probe = (
+        "<script>addEventListener('load', () => { document.title = JSON.stringify({"
+        "svg: [...document.querySelectorAll('svg')].map(one => one.getBoundingClientRect().height > 50), "
+        "loads: performance.getEntriesByType('resource').length, fits: document.documentElement.scrollWidth <= innerWidth}) })</script>"
+    )
+    page.write_text(page.read_text().replace("</body>", probe + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--window-size=1160,900"]
+    child = subprocess.run(
+        [browser, *flags, "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    told = json.loads(re.search(r"<title>(\{.*?\})</title>", child.stdout)[1])
+    assert told == {"svg": [True] * 5, "loads": 0, "fits": True}, child.stderr[-1000:]
+
+
 def test_own_flags_are_taken_out_and_checked() -> None:
     own, rest = split_own(["--lr", "1", "--json", "a", "--rate=peak_tflops=500", "--rate", "x=1", "--rehearse"])
     assert rest == ["--lr", "1"] and own == {"--json": ["a"], "--rate": ["peak_tflops=500", "x=1"], "--rehearse": [""]}
     assert main(["--rate", "speed=3", "--lr", "1e-6"]) == 2, "a rate that does not exist"
     with pytest.raises(ValueError, match="--json wants a value"):
         split_own(["--json"])
+    for wrong in (
+        ["--gpu-memory", "lots"],
+        ["--gpu-memory", "0"],
+        ["--json", "/no/such/folder/r.json"],
+        ["--runtime-env", "[1"],
+    ):
+        assert main([*wrong, "--lr", "1e-6"]) == 2, wrong
+    assert split_own(["--preflight", "--preflight"])[0] == {"--preflight": ["", ""]}, "a launcher and its user may both say so"
 
 
 def test_flags_and_layout_need_no_heavy_import(flagship: Recipe, tmp_path: Path) -> None:

@@ -105,6 +105,14 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
     "save interval 0": (flag("--save-interval", "0"), "--save-interval must be above 0"),
     "prompts in csv": (flag("--prompt-data", "/data/prompts.csv"), "neither .jsonl nor .parquet"),
     "reward path without a module": (flag("--custom-rm-path", "grade"), "no dotted path"),
+    "reward module that is not there": (
+        flag("--custom-rm-path", "slime.rollout.rm_hub.grade_fast.grade"),
+        "there is no module slime.rollout.rm_hub.grade_fast",
+    ),
+    "filter that its module does not have": (
+        flag("--dynamic-sampling-filter-path", "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward"),
+        "defines no check_reward",
+    ),
     "groups of 192": (yaml("num_gpus: 192", "num_gpus: 128"), "64 + 128 = 192, but rollout has 256"),
     "group no multiple of its engines": (yaml("num_gpus: 192", "num_gpus: 176"), "no multiple of num_gpus_per_engine 64"),
     "one engine of 256": (
@@ -229,10 +237,10 @@ def test_a_legal_variant_passes(name: str, flagship: Recipe, tmp_path: Path) -> 
 
 def test_node_counts_that_would_fit(flagship: Recipe, tmp_path: Path) -> None:
     """32 nodes fit 80 GB, 8 nodes only 141: they hold four times the experts per GPU: 16 layers x 32 experts alone are 19.3 B x 6 bytes."""
-    fits = {fit.nodes: fit for fit in run(flagship, tmp_path, quick=False).fits}
-    assert fits[32].fits and (fits[32].cp, fits[32].ep) == (8, 32) and fits[32].peak_gb == pytest.approx(46.2, abs=0.1)
+    fits = {fit.nodes: fit for fit in run(flagship, tmp_path, quick=False).budget.fits}
+    assert fits[32].fits and (fits[32].cp, fits[32].ep) == (8, 32) and fits[32].peak_gb == pytest.approx(49.2, abs=0.1)
     assert not fits[8].fits and (fits[8].cp, fits[8].ep) == (2, 8) and fits[8].peak_gb > 16 * 32 * 37_748_736 * 6 / 1e9
-    larger = {fit.nodes: fit.fits for fit in run(flagship, tmp_path, quick=False, gpu_memory_gb=141).fits}
+    larger = {fit.nodes: fit.fits for fit in run(flagship, tmp_path, quick=False, gpu_memory_gb=141).budget.fits}
     assert larger[8] and not larger[4]
 
 
@@ -324,6 +332,15 @@ def test_files_that_are_there_are_read(flagship: Recipe, tmp_path: Path) -> None
     found = "\n".join(violations(run(recipe, tmp_path)))
     assert "the last line has no 'label'" in found and "columns: answer, prompt" in found
 
+    assert "first and last row have the columns" not in "\n".join(f.what for f in run(recipe, tmp_path).findings.of("ok"))
+
+    prompts.write_text('[1]\n{"prompt": [{"role": "user"}], "label": "2"}\n')
+    assert "the first line is a list, not a JSON object" in "\n".join(violations(run(recipe, tmp_path)))
+    prompts.write_text('{"prompt": "", "label": "2"}\n{"prompt": [{"role": "user"}], "label": "2"}\n')
+    found = "\n".join(violations(run(recipe, tmp_path)))
+    assert "the first line has an empty text under 'prompt'" in found
+    assert "the last line has a message without role and content" in found
+
     prompts.write_text('{"prompt": "1+1", "label": "2"}\n{"prompt": "2+')
     assert "the last line is not JSON" in "\n".join(violations(run(recipe, tmp_path)))
 
@@ -347,3 +364,33 @@ def test_a_checkpoint_index_is_checked_name_by_name(flagship: Recipe, tmp_path: 
     file.write_text(json.dumps(index))
     found = "\n".join(violations(run(flagship, tmp_path, checkpoint_index=str(file))))
     assert f"1 tensors are missing from {file} [{lost}]" in found and stray in found
+
+
+def test_a_parquet_file_is_read_at_both_ends(flagship: Recipe, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    file = tmp_path / "p.parquet"
+    recipe = flagship.with_flag("--prompt-data", f"{file}@[0:2]")
+    rows = [{"prompt": "1+1", "label": "2"}, {"prompt": "2+2", "label": "4"}, {"prompt": "", "label": "6"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=2)
+    assert "the last row has an empty text under 'prompt'" in "\n".join(violations(run(recipe, tmp_path)))
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:2]), file)
+    assert not violations(run(recipe, tmp_path))
+    file.write_bytes(b"PAR1 torn")
+    assert "is no parquet file" in "\n".join(violations(run(recipe, tmp_path)))
+
+
+def test_a_save_folder_without_room_or_permission_is_caught(
+    flagship: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GLM-5.2: 743,377,000,704 parameters x (2 + 12) bytes = 10.4 TB."""
+    from slime.rehearse import file_checks
+
+    recipe = flagship.with_flag("--save", str(tmp_path / "run"))
+    monkeypatch.setattr(file_checks.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10_000_000_000_000}))
+    [found] = violations(run(recipe, tmp_path))
+    assert "has no room for one checkpoint" in found and "free 10000.0 GB, one checkpoint 10407.3 GB" in found
+    assert not violations(run(recipe.with_flag("--no-save-optim"), tmp_path))
+    monkeypatch.setattr(file_checks.os, "access", lambda folder, mode: False)
+    assert "cannot be written by this user" in violations(run(recipe, tmp_path))[0]

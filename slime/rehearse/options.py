@@ -1,0 +1,26 @@
+"""What the rehearsal itself was told; everything else is a flag of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    gpu_memory_gb: float = 80.0
+    checkpoint_index: str | None = None
+    hostfile: str | None = None
+    engine_version: str | None = None
+    length: int | None = None
+    """Tokens of the sequence for FLOPs; None takes the longest that the flags allow."""
+    rates: tuple[str, ...] = ()
+    assume: tuple[str, ...] = ()
+    env: Mapping[str, str] | None = None
+    """The launcher's environment of the job."""
+    build_ranks: bool = True
+    quick: bool = False
+    """Flags, files, layout and engines alone."""
+    expect_digest: str | None = None
+    measured: str | None = None
+    """memory.json of a run."""
