@@ -227,7 +227,7 @@ if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny-FP8/config.json ]]; then
 fi
 
 # 2. BF16 Hugging Face -> Megatron torch_dist, the command of the 744B recipe with smaller numbers.
-if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny_torch_dist/latest_checkpointed_iteration.txt ]]; then
+if [[ $REHEARSE != 1 && ! -f ${BASE_DIR}/GLM-5.2-tiny_torch_dist/latest_checkpointed_iteration.txt ]]; then
    say "2/4 converting it to torch_dist on ${NUM_GPUS} ranks"
    PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" PYTHONWARNINGS=ignore "${PYTHON}" -m torch.distributed.run --nproc-per-node "${NUM_GPUS}" --standalone \
       "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
@@ -243,7 +243,7 @@ check_flags "${FLAGS[@]}"
 start_ray_head
 
 # 3. The warm start, and 4. reinforcement learning: two jobs of one Ray cluster.
-if [[ ! -f ${WARM_START}/latest_checkpointed_iteration.txt ]]; then
+if [[ $REHEARSE != 1 && $PREFLIGHT != 1 && ! -f ${WARM_START}/latest_checkpointed_iteration.txt ]]; then
    say "3/4 warm start: supervised training (sft_loss) on answers of which half lack the box and a fifth is wrong"
    submit_job "$(runtime_env_json "${ENVIRONMENT[@]}" "SLIME_RUN_DIR=${RUN_DIR}/warm_start" "TENSORBOARD_DIR=${RUN_DIR}/tensorboard/warm_start")" \
       "${SFT_FLAGS[@]}"

@@ -20,6 +20,8 @@
 #   PYTHON              interpreter of the job                          (default python3)
 #   REHEARSE            1, or --rehearse as an argument of the launcher: nothing is started and nothing needs to be there; the flags
 #                       are proven on this machine instead (python3 -m slime.rehearse, whose own flags may follow, e.g. --html FILE)
+#   PREFLIGHT           1, or --preflight as an argument: the Ray cluster is started and every node is asked what it has and whom it
+#                       reaches; the bad ones are named, the cluster is stopped, and no job is run
 
 PROJECT_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
 PYTHON="${PYTHON:-python3}"
@@ -28,9 +30,10 @@ RAY_WORKERS=()   # "address pid", one per worker that we started
 RAY_JOB_ID=""
 RAY_SUBMIT_PID=""
 
-REHEARSE="${REHEARSE:-0}"
+REHEARSE="${REHEARSE:-0}" PREFLIGHT="${PREFLIGHT:-0}"
 for argument in "$@"; do # those of the launcher that sources this file
     [[ $argument != --rehearse ]] || REHEARSE=1
+    [[ $argument != --preflight ]] || PREFLIGHT=1
 done
 # Launchers write generated files into RUN_DIR, and the cluster's folder may not exist here.
 if [[ $REHEARSE == 1 && -z ${RUN_DIR:-} ]]; then
@@ -79,12 +82,12 @@ check_hostfile() { # NODES-WANTED
 }
 
 check_flags() { # FLAGS...
-    [[ $REHEARSE != 1 ]] || return 0 # the rehearsal lists them together with everything else
+    [[ $REHEARSE != 1 && $PREFLIGHT != 1 ]] || return 0 # the rehearsal lists them together with everything else
     parse_flags --check "$@"
 }
 
 check_flags_alone() { # FLAGS...   before the files that they name are there
-    [[ $REHEARSE != 1 ]] || return 0
+    [[ $REHEARSE != 1 && $PREFLIGHT != 1 ]] || return 0
     parse_flags --door rehearse --check "$@"
 }
 
@@ -232,6 +235,11 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
     shift
     if [[ $REHEARSE == 1 ]]; then
         PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m slime.rehearse --runtime-env "$runtime_env" "$@"
+        exit
+    fi
+    if [[ $PREFLIGHT == 1 ]]; then
+        RAY_ADDRESS="$RAY_ADDRESS_OF_HEAD" PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:$PYTHONPATH}" \
+            "$PYTHON" -m slime.rehearse --preflight --runtime-env "$runtime_env" "$@"
         exit
     fi
     RAY_JOB_ID="slime-$(date +%Y%m%d-%H%M%S)-$$"

@@ -98,8 +98,11 @@ def _dumped_prompts(folder: Path, rollout_id: int) -> list[str]:
 def test_the_launcher_trains_saves_evaluates_and_stops_only_what_it_started(base):
     dumps = ("--save-debug-rollout-data", str(base / "dumps" / "{rollout_id}.pt"))
     flags = ("--check-weight-update-equal", "--num-rollout", "2", "--save-interval", "1", "--eval-interval", "2")
-    run = Launch(base, *SMALL, *dumps, *flags)
+    rehearsal = base / "rehearsal.json"
+    _rehearse(base, rehearsal, *flags)
+    run = Launch(base, *SMALL, *dumps, *flags, "--rehearsed", str(rehearsal))
     assert run.wait() == 0, run.text[-6000:]
+    assert "the weight stream is the rehearsed one" in run.text
     rollouts = run.rollouts()
     assert sorted(rollouts) == [1, 2]
     # The trainer computes in float32, the engine in float32 with weights rounded to FP8: 3 mantissa bits move a log-prob by
@@ -112,6 +115,24 @@ def test_the_launcher_trains_saves_evaluates_and_stops_only_what_it_started(base
     assert list((base / "run" / "tensorboard" / "grpo").glob("events.out.tfevents.*"))
     assert re.search(r"to continue from the newest checkpoint.*run-glm5.2-tiny.sh", run.text)
     assert _processes_mentioning(str(base)) == []
+
+
+def test_the_rehearsal_predicted_the_memory_of_the_run(base):
+    # Needs the run of the test above, whose ranks measured their peaks.
+    report = base / "measured.json"
+    _rehearse(base, report, "--measured", str(base / "run" / "memory.json"))
+    peaks = json.loads(report.read_text())["memory"]["measured"]["peaks"]
+    assert {(row["stage"], row["phase"]) for row in peaks} >= {(s, p) for s in (0, 1) for p in ("load", "log-probs", "train")}
+    for stage in (0, 1):
+        rows = [row for row in peaks if row["stage"] == stage]
+        predicted, measured = (max(row[kind] for row in rows) for kind in ("predicted", "measured"))
+        assert abs(predicted / measured - 1) < 0.10, rows
+        assert abs(next(row["error"] for row in rows if row["phase"] == "train")) < 0.10, rows
+
+
+def _rehearse(base: Path, report: Path, *flags: str) -> None:
+    run = Launch(base, *SMALL, *flags, "--rehearse", "--no-ranks", "--json", str(report))
+    assert run.wait() == 0, run.text[-6000:]
 
 
 def test_a_second_run_resumes_with_the_next_prompts_and_a_dead_engine_ends_it_with_its_name(base):
