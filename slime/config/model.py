@@ -47,6 +47,9 @@ class ParallelConfig:
     dsa_core_axis: Literal["queries", "heads"] = "queries"
     """What sparse attention's core is split by between tensor-parallel ranks: its queries (each rank all heads of its rows), or
     its heads, as the projections are; heads is for comparison."""
+    dsa_move_cost: int = 20480
+    """Rows of the indexer with long contexts are scored by tensor- or context-parallel ranks whose rows have short ones; what
+    moving a row may cost, in keys scored. 0 moves whenever it evens the ranks, -1 never."""
     dsa_send_indices: bool = False
     """Sparse attention's selected keys travel with the hidden states to the next pipeline stage, which may then start on a
     layer that shares them; off, every stage must start on a layer that computes its own."""

@@ -42,6 +42,8 @@ class Stream:
     """T rows in all, of which this context-parallel rank holds t. Rows of `gather`ed tensors are in stream order."""
 
     total: int
+    bounds: tuple[int, ...]
+    """Where samples begin in the whole stream, and its end: [0, ..., T]."""
     rows: Tensor
     """int64 [t]: place of each local row in the whole stream."""
     starts: Tensor
@@ -55,6 +57,8 @@ class Stream:
     are this tensor-parallel rank's slice of the t local ones, or all of them where the core is split by heads."""
     tables: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Rotary cos and sin by table."""
+    derived: dict[object, object] = field(default_factory=dict)
+    """What layers work out once per micro-batch, under keys of their own."""
 
     @property
     def positions(self) -> Tensor:
@@ -117,7 +121,7 @@ def make_stream(
         order = torch.argsort(torch.cat([_rows(share) for share in own])).to(device)
     rows = _rows(segments).to(device)
     starts = torch.cat([torch.full((s.end - s.begin,), s.sample) for s in segments]).to(device)
-    return Stream(total, rows, starts, tuple(segments), cp_group if size > 1 else None, order)
+    return Stream(total, tuple(bounds), rows, starts, tuple(segments), cp_group if size > 1 else None, order)
 
 
 def _rows(segments: Sequence[Segment]) -> Tensor:

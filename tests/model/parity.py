@@ -54,12 +54,13 @@ PARALLEL = {
     "distributed_timeout_minutes": 2,
     "allgather_cp": True,
     "dsa_core_axis": "queries",
+    "dsa_move_cost": 20480,
     "dsa_send_indices": False,
 }
 SHORT = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "cp": "context_parallel_size",
          "ep": "expert_model_parallel_size", "vpp": "virtual_pipeline_model_parallel_size",
          "first": "decoder_first_pipeline_num_layers", "last": "decoder_last_pipeline_num_layers",
-         "axis": "dsa_core_axis", "send_indices": "dsa_send_indices"}  # fmt: skip
+         "axis": "dsa_core_axis", "send_indices": "dsa_send_indices", "move_cost": "dsa_move_cost"}  # fmt: skip
 
 
 def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:

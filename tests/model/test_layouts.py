@@ -3,6 +3,7 @@ step."""
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from model.reference import make_reference
 from ranks import run_ranks
 
 from slime.model.hf_config import read_hf_config
+from slime_plugins.models.glm5.balance import deal_rows
 
 # Lengths several times and below index_topk (16); one sample longer than half the stream, one shorter than CP.
 LENGTHS = ((70, 33, 1, 90), (3, 150, 20))
@@ -30,6 +32,12 @@ GLM_LAYOUTS = [
     (2, {"tp": 2, "axis": "heads"}),
     (4, {"tp": 4, "recompute": True}),
     (8, {"tp": 2, "pp": 2, "cp": 2, "first": 6}),
+]
+# move_cost 0: the indexer scores rows on other ranks wherever that evens them; the default moves none of so short samples.
+DEALT_LAYOUTS = [
+    (4, {"cp": 4, "move_cost": 0}),
+    (4, {"tp": 2, "cp": 2, "move_cost": 0, "recompute": True}),
+    (2, {"tp": 2, "axis": "heads", "move_cost": 0}),
 ]
 # The tiny model computes indices on layers 1, 2, 3 and 7: these cuts begin stages on shared layers 4, 5 and 6, some of them
 # behind a stage that computes none itself.
@@ -120,6 +128,15 @@ def _same_selection(reference: StepResult, results: list[StepResult], dp: int, l
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "layout"), GLM_LAYOUTS, ids=[str(layout) for _, layout in GLM_LAYOUTS])
 def test_glm_is_the_same_model_under(world: int, layout: dict, glm: str) -> None:
+    _check(glm, world, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "layout"), DEALT_LAYOUTS, ids=[str(layout) for _, layout in DEALT_LAYOUTS])
+def test_rows_scored_by_other_ranks_get_the_same_selection(world: int, layout: dict, glm: str) -> None:
+    for lengths in LENGTHS:
+        total = sum(lengths) + -sum(lengths) % world
+        assert deal_rows([0, *accumulate(lengths), *([total] if total > sum(lengths) else [])], world, move_cost=0)
     _check(glm, world, layout)
 
 

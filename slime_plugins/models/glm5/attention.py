@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,8 @@ from slime.model.attention import LatentAttention, MlaShape  # noqa: E402
 from slime.model.hf_config import HfConfig  # noqa: E402
 from slime.model.layers import DuplicatedLinear, LayerNorm  # noqa: E402
 from slime.model.stream import Stream  # noqa: E402
-from slime_plugins.models.glm5.exchange import heads_to_queries, queries_to_heads, whole_weight  # noqa: E402
+from slime_plugins.models.glm5.balance import deal_rows  # noqa: E402
+from slime_plugins.models.glm5.exchange import Traffic, heads_to_queries, queries_to_heads, whole_weight  # noqa: E402
 from slime_plugins.models.glm5.ops import get_ops  # noqa: E402
 
 KEY_NORM_EPS = 1e-6  # fixed in the released model, whatever rms_norm_eps says
@@ -50,6 +52,7 @@ class SparseLatentAttention(LatentAttention):
 
     core_axis: what the core is split by inside the tensor-parallel group. "queries": a rank has all heads of its slice of the
     rows, and the only copy of their indices. "heads": a rank has its heads of all rows, and a copy of every index.
+    move_cost: of slime_plugins.models.glm5.balance.deal_rows, for the indexer's rows.
     """
 
     def __init__(
@@ -60,12 +63,14 @@ class SparseLatentAttention(LatentAttention):
         indexer: IndexerShape,
         index_source: int,
         core_axis: str = "queries",
+        move_cost: int = -1,
         **kwargs: object,
     ) -> None:
         super().__init__(config, layer_number, shape, **kwargs)
         self.indexer_shape, self.index_source = indexer, index_source
         self.rows_are_split = self.tp_size > 1 and config.sequence_parallel
         self.by_queries = self.rows_are_split and core_axis == "queries"
+        self.move_cost, self.sharing_group = move_cost, kwargs["pg_collection"].tp_cp
         if self.runs_indexer:
             self.wq_b = DuplicatedLinear(shape.q_latent, indexer.heads * indexer.width, config=config)
             self.wk = DuplicatedLinear(config.hidden_size, indexer.width, config=config)
@@ -131,7 +136,8 @@ class SparseLatentAttention(LatentAttention):
         """Score and select for this rank's slice of the rows: int32 [t / tp, topk], or [t, topk] where the core is split by
         heads.
 
-        Each query is scored once in the whole TP x CP group: a rank has its own rows of q and gates, and everybody's keys.
+        Each query is scored once in the whole TP x CP group, mostly by its owner, who has its q and gates, and everybody's
+        keys; where contexts are long some rows are scored by a rank with shorter ones.
         """
         index, mine = self.indexer_shape, self._slice(stream)
         ops = get_ops(hidden.device.type)
@@ -144,8 +150,21 @@ class SparseLatentAttention(LatentAttention):
         query = self._rotate(query, cos[mine], sin[mine])
         key = self._rotate(key, cos[mine], sin[mine]).squeeze(1)
         keys = stream.gather(self.whole_sequence(key))
-        picked = ops.index_topk(query, keys, gates, stream.starts[mine], stream.ends[mine], topk=index.topk)
+        select = functools.partial(_select, ops.index_topk, keys, index.topk)
+        rows = (query, gates, stream.starts[mine], stream.ends[mine])
+        traffic = self._traffic(stream)
+        picked = select(*rows) if traffic is None else traffic.select(select, *rows, stream.bounds)
         return self._everyone(picked) if self.rows_are_split and not self.by_queries else picked
+
+    def _traffic(self, stream: Stream) -> Traffic | None:
+        """Which rows are scored on another rank of the TP x CP group than their own; None when none is, on any rank."""
+        if "indexer traffic" not in stream.derived:
+            ranks = dist.get_world_size(self.sharing_group)
+            moves = _dealt(stream.bounds, ranks, move_cost=self.move_cost)
+            share = stream.total // ranks
+            made = Traffic.of(moves, share, self.sharing_group, stream.rows.device) if moves else None
+            stream.derived["indexer traffic"] = made
+        return stream.derived["indexer traffic"]
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The first rope_width dimensions turn (rope first here, last in the attention's heads)."""
@@ -164,5 +183,12 @@ class SparseLatentAttention(LatentAttention):
         dist.all_gather_into_tensor(whole, picked.contiguous(), group=self.tp_group)
         return whole
 
+
+def _select(index_topk, keys: Tensor, topk: int, query: Tensor, gates: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    return index_topk(query, keys, gates, starts, ends, topk=topk)
+
+
+# A batch's log-prob and training passes ask for the same streams again.
+_dealt = functools.lru_cache(maxsize=1024)(deal_rows)
 
 __all__ = ["IndexerShape", "SparseLatentAttention"]

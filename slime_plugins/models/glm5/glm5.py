@@ -65,6 +65,7 @@ def get_glm5_spec(args: object, config: MLATransformerConfig, vp_stage: int | No
                 "indexer": indexer,
                 "index_source": hf.index_source(layer) + 1,
                 "core_axis": args.dsa_core_axis,
+                "move_cost": args.dsa_move_cost,
                 "contiguous_cp": True,
             },
         )
