@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OF_OTHER_PROGRAMS = {
     "--help", "--logdir", "--address", "--working-dir", "--head", "--extra-index-url",
     "--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port",  # torchrun
+    "--cubin",  # nvcc
 }  # fmt: skip
 MEANT_WRONG = {"--rolout-batch-size", "--x", "--y", "--prompt"}
 """The answer to a typo, shown; and `--x`, `--y` for any flags."""
