@@ -163,6 +163,15 @@ class EngineFleet:
                 found.setdefault(label, []).append(text)
         return found
 
+    def end_hopeless_requests(self) -> None:
+        """Stop the router when the last engine of a kind has died: its partner would keep every request waiting for minutes."""
+        dead = self._dead_engines()
+        alive = {(engine.spec.model, engine.spec.role) for engine in self.engines if engine.label not in dead}
+        lost = [e.label for e in self.engines if e.label in dead and (e.spec.model, e.spec.role) not in alive]
+        if lost and self.router is not None and self.router.is_alive():
+            logger.error("%s died and nobody can take its place: ending all requests", ", ".join(lost))
+            self.router.stop()
+
     def missed_checks(self, timeout: float) -> dict[str, str | None]:
         """Asks every engine to generate a token: label -> why it did not within `timeout` seconds, None where it did."""
 

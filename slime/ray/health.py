@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -11,6 +12,8 @@ logger = logging.getLogger(__name__)
 
 # A loaded server may miss one check; one that misses three in a row has stopped working.
 _STRIKES = 3
+# How often processes are looked after, which costs nothing.
+_LOOK_SECONDS = 5.0
 
 
 class Strikes:
@@ -30,20 +33,22 @@ class Strikes:
 
 
 class HealthWatch:
-    """`with HealthWatch(...)`: a thread asks every `interval` seconds, the first time after `first_wait` more.
+    """`with HealthWatch(...)`: a thread looks every few seconds and asks every `interval`, first after `first_wait` more.
 
     `ask` gives for each engine why it did not answer (None: it did); `end` kills one, whose requests then fail at once.
     """
 
     def __init__(
         self,
+        look: Callable[[], None],
         ask: Callable[[], Mapping[str, str | None]],
         end: Callable[[str], None],
         *,
         interval: float,
         first_wait: float,
     ):
-        self._ask, self._end, self._interval, self._first_wait = ask, end, interval, first_wait
+        self._look, self._ask, self._end = look, ask, end
+        self._interval, self._first_wait = interval, first_wait
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="engine-health", daemon=True)
 
@@ -57,8 +62,12 @@ class HealthWatch:
 
     def _watch(self) -> None:
         strikes = Strikes()
-        self._leave.wait(self._first_wait)
-        while not self._leave.wait(self._interval):
+        next_check = time.monotonic() + self._first_wait + self._interval
+        while not self._leave.wait(min(_LOOK_SECONDS, self._interval)):
+            self._look()
+            if time.monotonic() < next_check:
+                continue
+            next_check = time.monotonic() + self._interval
             missed = self._ask()
             for engine in strikes.count(missed):
                 logger.error("engine %s missed %d health checks in a row (%s): ending it", engine, _STRIKES, missed[engine])

@@ -115,6 +115,7 @@ class RolloutActor:
         if not engine.use_fault_tolerance or self._config.debug.debug_train_only:
             return nullcontext()
         return HealthWatch(
+            self._fleet.end_hopeless_requests,
             partial(self._fleet.missed_checks, engine.rollout_health_check_timeout),
             self._fleet.end_engine,
             interval=engine.rollout_health_check_interval,

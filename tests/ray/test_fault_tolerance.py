@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from slime.ray.engine_fleet import EngineFleet
 from slime.ray.health import HealthWatch, Strikes
 from slime.ray.run import Run
 
@@ -107,9 +108,34 @@ def test_three_missed_checks_in_a_row_are_one_end():
 
 
 def test_the_watch_ends_the_engine_that_stopped_answering_and_leaves_with_the_block():
-    ended = threading.Event()
-    watch = HealthWatch(lambda: {"a": None, "b": "no answer within 1 s"}, lambda label: ended.set() if label == "b" else None,
-                        interval=0.001, first_wait=0.0)  # fmt: skip
+    ended, looks = threading.Event(), []
+    missed = {"a": None, "b": "no answer within 1 s"}
+    watch = HealthWatch(
+        lambda: looks.append(1),
+        lambda: missed,
+        lambda label: ended.set() if label == "b" else None,
+        interval=0.001,
+        first_wait=0.0,
+    )
     with watch:
         assert ended.wait(30)
+    assert len(looks) >= 3
     assert not watch._thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    "dead, hopeless",
+    [([], False), (["decode-1"], False), (["decode-1", "decode-2"], True), (["prefill-0"], True)],
+)
+def test_requests_are_ended_when_the_last_engine_of_a_kind_has_died(dead, hopeless):
+    fleet = EngineFleet(None, None, None, "token")
+    labels = ("prefill-0", "decode-1", "decode-2")
+    fleet.engines = [
+        SimpleNamespace(label=label, spec=SimpleNamespace(model="default", role=label.split("-")[0])) for label in labels
+    ]
+    fleet._dead_engines = lambda: {label: ["killed"] for label in dead}
+    stops = []
+    fleet.router = SimpleNamespace(is_alive=lambda: not stops, stop=lambda: stops.append(1))
+    fleet.end_hopeless_requests()
+    fleet.end_hopeless_requests()
+    assert len(stops) == hopeless
