@@ -40,7 +40,8 @@ def pack(
     lengths = [len(batch.tokens[position]) for position in positions]
     layout = make(lengths, cp_rank=cp_rank, cp_size=cp_size, multiple=multiple)
     tokens = _join([batch.tokens[position] for position in positions], np.int64)
-    following = _join([np.append(batch.tokens[position][1:], 0) for position in positions], np.int64)
+    following = _join([_shifted(batch.tokens[position], 1) for position in positions], np.int64)
+    second = _join([_shifted(batch.tokens[position], 2) for position in positions], np.int64)
     within = _join([np.arange(length) for length in lengths], np.int64)
     responses = [int(batch.response_lengths[position]) for position in positions]
     # The row of token j - 1 predicts token j, so a response of R tokens ends one row before its sample does.
@@ -48,6 +49,8 @@ def pack(
         np.arange(start + length - response - 1, start + length - 1)
         for start, length, response in zip(layout.starts, lengths, responses, strict=True)
     ]
+    # The row of token j - 2 guesses token j; no row of the sample guesses its second token.
+    draft_rows = [np.where(row > start, row - 1, -1) for start, row in zip(layout.starts, rows, strict=True)]
     given: dict[str, Column] = dict(columns or {})
     for name in ("rollout_log_probs", "teacher_log_probs"):
         column = getattr(batch, name)
@@ -59,7 +62,9 @@ def pack(
         tokens=layout.take(tokens, 0)[None],
         position_ids=layout.take(within, 0)[None],
         targets=layout.take(following, 0),
+        draft_targets=layout.take(second, 0),
         response_rows=_join(rows, np.int64),
+        draft_rows=_join(draft_rows, np.int64),
         segments=_join([np.full(response, number) for number, response in enumerate(responses)], np.int64),
         loss_mask=_join([batch.loss_masks[position] for position in positions], np.float32),
         loss_weight=_join(
@@ -69,6 +74,11 @@ def pack(
         denominator=denominator,
         **{name: _join_column(name, column, positions, responses) for name, column in given.items()},
     )
+
+
+def _shifted(tokens: np.ndarray, by: int) -> np.ndarray:
+    """Each row's token `by` places on in the same sample, 0 where it has ended."""
+    return np.append(tokens[by:], np.zeros(min(by, len(tokens)), np.int64))
 
 
 def _join(pieces: Sequence[np.ndarray], dtype: type) -> Tensor:

@@ -129,12 +129,12 @@ class ModelConfig:
     """The sparse-attention indexer is not trained, which is this project's default."""
     qwen_gdn_backend: Literal["fla", "flashqla"] = flag("fla", later="Qwen's gated delta-net layers")
     """Kernels of Qwen's gated delta-net layers."""
-    mtp_num_layers: int | None = flag(None, later="training the multi-token-prediction layer")
-    """Multi-token-prediction layers to build."""
-    mtp_loss_scaling_factor: float = flag(0.2, later="training the multi-token-prediction layer")
-    """Weight of their loss."""
-    enable_mtp_training: bool = flag(False, later="training the multi-token-prediction layer")
-    """Train them."""
+    mtp_num_layers: int | None = None
+    """1 converts the checkpoint's multi-token-prediction layer too, and builds it where --enable-mtp-training trains it."""
+    mtp_loss_scaling_factor: float = 0.2
+    """Weight of its loss beside the policy's."""
+    enable_mtp_training: bool = False
+    """Train it, and send it to the engines' draft model."""
     megatron_deepgemm_forward_layers: tuple[int, ...] | None = flag(None, later="DeepGEMM forward in the trainer")
     """Layers (0-based) whose forward uses the engine's kernels."""
     megatron_deepgemm_forward_modules: tuple[str, ...] | None = flag(None, later="DeepGEMM forward in the trainer")

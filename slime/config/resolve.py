@@ -47,6 +47,7 @@ def resolve(start: Mapping[str, object], *, given: Iterable[str], door: str, fac
     resolve_model.dtype_and_optimizer(v)
     resolve_model.shape(v)
     resolve_model.checkpoint_fields(v)
+    resolve_model.mtp(v)
     v.stop_if_wrong()
     if door != "convert":
         resolve_rollout.debug_modes(v)

@@ -180,6 +180,28 @@ def checkpoint_fields(v: Values) -> None:
         )
 
 
+def mtp(v: Values) -> None:
+    """The multi-token-prediction layer is converted with --mtp-num-layers 1, and built for training where it is trained."""
+    layers = v["mtp_num_layers"]
+    v.require(
+        layers or not v["enable_mtp_training"],
+        "--enable-mtp-training trains the layer that --mtp-num-layers 1 builds; pass both",
+    )
+    if not layers:
+        return
+    v.require(layers == 1, f"--mtp-num-layers {layers}: one multi-token-prediction layer can be built; pass 1 or leave it out")
+    if v.facts.hf_config is not None:
+        held = hf_check.text_config(v.facts.hf_config).get("num_nextn_predict_layers") or 0
+        v.require(
+            held == 1,
+            f"--mtp-num-layers {layers}: {v['hf_checkpoint']}/config.json has num_nextn_predict_layers {held}; "
+            "leave --mtp-num-layers and --enable-mtp-training out",
+        )
+    v.require(v["mtp_loss_scaling_factor"] > 0, "--mtp-loss-scaling-factor must be above 0; leave out --enable-mtp-training")
+    if v.door != "convert" and not v["enable_mtp_training"]:
+        v.derive("mtp_num_layers", None, "without --enable-mtp-training nothing would use the layer")
+
+
 def layout(v: Values) -> None:
     """Sizes must multiply up to the ranks, and layers must divide over stages."""
     mega: dict[str, Any] = v["model.megatron"]

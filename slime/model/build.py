@@ -14,15 +14,17 @@ from slime.compat.megatron import prepare
 prepare()
 
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from slime.device import Device  # noqa: E402
 from slime.model.geometry import differences  # noqa: E402
 from slime.model.hf_config import HfConfig  # noqa: E402
 from slime.model.local import local_tensors  # noqa: E402
+from slime.model.mtp import MtpGPTModel, mtp_block_spec  # noqa: E402
 from slime.model.names import NameTable  # noqa: E402
 from slime.model.relay import Relay, describe, relay_indices  # noqa: E402
-from slime.model.spec import decoder_spec, stage_layers  # noqa: E402
+from slime.model.spec import decoder_spec, mtp_layer_spec, stage_layers  # noqa: E402
 from slime.model.transformer_config import transformer_config  # noqa: E402
 from slime.parallel import Ranks  # noqa: E402
 
@@ -44,12 +46,13 @@ def build_model(
             logger.info("model: %s", note)
     if lines := differences(vars(megatron), config.model, hf):
         raise ValueError("MODEL_ARGS and the checkpoint describe different models:\n  " + "\n  ".join(lines))
+    _check_mtp(config.model, hf)
     chunks = [
         _chunk(config, megatron, hf, ranks, vp_stage) for vp_stage in (range(ranks.vpp_size) if ranks.vpp_size else [None])
     ]
     if config.parallel.dsa_send_indices and hf.has_indexer:
         _send_indices(chunks, config, hf, ranks)
-    mark_sharded(chunks, NameTable.for_model(hf, with_mtp=False), ranks)
+    mark_sharded(chunks, trained_table(config.model, hf), ranks)
     freeze(chunks, config.model)
     return chunks
 
@@ -60,6 +63,25 @@ def _send_indices(chunks: list[GPTModel], config: object, hf: HfConfig, ranks: R
         relay_indices(chunk.decoder, relay, ranks)
         if relay.sends is not None and ranks.is_dense_source:
             logger.info("model: %s", describe(relay, ranks, config.batch.max_tokens_per_gpu))
+
+
+def trained_table(model: object, hf: HfConfig) -> NameTable:
+    """Names of what is built: the multi-token-prediction layer is among them with --mtp-num-layers. model: its section."""
+    return NameTable.for_model(hf, with_mtp=bool(model.mtp_num_layers))
+
+
+def _check_mtp(model: object, hf: HfConfig) -> None:
+    if not model.mtp_num_layers:
+        return
+    if model.mtp_num_layers != 1 or hf.num_mtp_layers != 1:
+        raise ValueError(
+            f"--mtp-num-layers {model.mtp_num_layers}: {hf.source} has {hf.num_mtp_layers} multi-token-prediction layers "
+            "(num_nextn_predict_layers), and exactly one can be built; leave the flag out for a model without"
+        )
+    if hf.get("tie_word_embeddings", False):
+        raise ValueError(f"--mtp-num-layers 1: {hf.source} ties embedding and output layer, which megatron-core cannot do here")
+    if model.custom_model_provider_path:
+        raise ValueError("--mtp-num-layers builds into this project's model; leave out --custom-model-provider-path")
 
 
 def mark_sharded(chunks: list[GPTModel], table: NameTable, ranks: Ranks) -> None:
@@ -115,7 +137,8 @@ def _chunk(config: object, megatron: TransformerConfig, hf: HfConfig, ranks: Ran
         spec = load_attribute(*config.model.spec)(config.args, megatron, vp_stage)
     else:
         spec = decoder_spec(megatron, hf, contiguous_cp=config.parallel.allgather_cp, vp_stage=vp_stage)
-    return GPTModel(
+    drafts = bool(last and config.model.mtp_num_layers)
+    return (MtpGPTModel if drafts else GPTModel)(
         config=megatron,
         transformer_layer_spec=spec,
         vocab_size=padded_vocab_size(config, hf),
@@ -125,8 +148,23 @@ def _chunk(config: object, megatron: TransformerConfig, hf: HfConfig, ranks: Ran
         parallel_output=True,
         share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
         position_embedding_type="none",  # rotary tables belong to the attention modules, which know the packed positions
+        mtp_block_spec=mtp_block_spec(_mtp_layer_spec(config, megatron, hf)) if drafts else None,
         vp_stage=vp_stage,
     )
+
+
+def _mtp_layer_spec(config: object, megatron: TransformerConfig, hf: HfConfig) -> ModuleSpec:
+    if not config.model.spec:
+        return mtp_layer_spec(megatron, hf, contiguous_cp=config.parallel.allgather_cp)
+    module, function = config.model.spec
+    try:
+        make = load_attribute(module, "get_mtp_layer_spec")
+    except ValueError as missing:
+        raise ValueError(
+            f"--mtp-num-layers 1: the module of --spec {module} {function} must define get_mtp_layer_spec(args, config), "
+            "which gives the decoder layer inside the multi-token-prediction layer"
+        ) from missing
+    return make(config.args, megatron)
 
 
 def freeze(chunks: list[GPTModel], model: object) -> None:

@@ -32,7 +32,7 @@ def export_weights(
     waiting: dict[str, NamedTensors] = {}
     arrived: Counter[str] = Counter()
     for local in local_tensors(chunks, ranks):
-        if local.name in table.aliases and not (ranks.is_first_stage and ranks.pp_size == 1):
+        if local.is_copy or (local.name in table.aliases and not (ranks.is_first_stage and ranks.pp_size == 1)):
             continue
         entry = table[local.name]
         if experts is not None and experts != (entry.expert is not None):

@@ -34,6 +34,11 @@ class LocalTensor:
     def is_expert(self) -> bool:
         return ".mlp.experts." in self.name
 
+    @property
+    def is_copy(self) -> bool:
+        """A later pipeline stage's copy of the embedding, which megatron-core marks and keeps in step with the first's."""
+        return getattr(self.parameter, "shared", False)
+
 
 def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
     """The GPTModel inside DDP and other wrappers."""

@@ -151,7 +151,7 @@ def _mtp_layer(hf: HfConfig, number: int) -> Iterator[Entry]:
     ours, theirs = f"mtp.layers.{number}.", f"model.layers.{layer}."
     yield _plain(f"{ours}enorm.weight", f"{theirs}enorm.weight", (hidden,))
     yield _plain(f"{ours}hnorm.weight", f"{theirs}hnorm.weight", (hidden,))
-    yield _plain(f"{ours}eh_proj.weight", f"{theirs}eh_proj.weight", (hidden, 2 * hidden), split="rows")
+    yield _plain(f"{ours}eh_proj.weight", f"{theirs}eh_proj.weight", (hidden, 2 * hidden))
     yield from _layer(hf, layer, f"{ours}transformer_layer.")
     yield _plain(f"{ours}final_layernorm.weight", f"{theirs}shared_head.norm.weight", (hidden,))
 

@@ -74,11 +74,18 @@ def decoder_spec(
             f"{hf.source} is a sparse-attention model ({hf.model_type}); pass --spec "
             "slime_plugins.models.glm5.glm5 get_glm5_spec"
         )
+    layers = [_layer_spec(config, hf, layer, contiguous_cp) for layer in stage_layers(config, vp_stage)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def mtp_layer_spec(config: TransformerConfig, hf: HfConfig, *, contiguous_cp: bool) -> ModuleSpec:
+    """The decoder layer inside the multi-token-prediction layer of those families."""
+    return _layer_spec(config, hf, hf.num_layers, contiguous_cp)
+
+
+def _layer_spec(config: TransformerConfig, hf: HfConfig, layer: int, contiguous_cp: bool) -> ModuleSpec:
     if hf.is_mla:
         attention = ModuleSpec(LatentAttention, params={"shape": MlaShape.for_model(hf), "contiguous_cp": contiguous_cp})
     else:
         attention = ModuleSpec(GroupedQueryAttention, params={"shape": GqaShape.for_model(hf), "contiguous_cp": contiguous_cp})
-    layers = [
-        layer_spec(config, hf, layer, attention, norm_in_attention=not hf.is_mla) for layer in stage_layers(config, vp_stage)
-    ]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return layer_spec(config, hf, layer, attention, norm_in_attention=not hf.is_mla)

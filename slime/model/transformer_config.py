@@ -79,8 +79,9 @@ def transformer_config(
         dtype = params_dtype(config, device)
         if config.model.params_dtype == "auto" and not config.model.bf16:
             notes.append(f"params_dtype {dtype}: {device.default_params_dtype_reason}")
-    values.update(_parallel_values(parallel))
+    values.update(_parallel_values(parallel, mtp=bool(model.mtp_num_layers)))
     values.update(
+        mtp_num_layers=model.mtp_num_layers or None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -142,7 +143,7 @@ def _recompute(values: dict[str, object], notes: list[str]) -> None:
     values["recompute_modules"] = kept
 
 
-def _parallel_values(parallel: object) -> dict[str, object]:
+def _parallel_values(parallel: object, *, mtp: bool) -> dict[str, object]:
     tp, vpp = parallel.tensor_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     values = {
         "tensor_model_parallel_size": tp,
@@ -156,7 +157,21 @@ def _parallel_values(parallel: object) -> dict[str, object]:
         "num_layers_in_last_pipeline_stage": parallel.decoder_last_pipeline_num_layers,
     }
     if parallel.pipeline_model_parallel_layout:
-        values["pipeline_model_parallel_layout"] = parallel.pipeline_model_parallel_layout
+        values["pipeline_model_parallel_layout"] = _with_mtp(parallel.pipeline_model_parallel_layout, mtp)
     # With interleaving, batched point-to-point gave a wrong loss on gloo (6.4027 against 6.4511), overlapped is exact.
     values.update(overlap_p2p_comm=vpp is not None, batch_p2p_comm=vpp is None)
     return values
+
+
+def _with_mtp(layout: str, mtp: bool) -> str:
+    """The layout string with the multi-token-prediction layer (m) where it belongs: just before the loss (L)."""
+    if not mtp:
+        return layout
+    if "m" not in layout:
+        return layout.replace("L", "mL")
+    if "mL" not in layout:
+        raise ValueError(
+            f"--pipeline-model-parallel-layout {layout}: the multi-token-prediction layer (m) shares the output layer's stage; "
+            "write mL, or leave m out and it is added"
+        )
+    return layout

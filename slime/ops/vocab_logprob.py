@@ -155,11 +155,13 @@ class _LinearLogProb(torch.autograd.Function):
         hidden, weight, local_targets, lse, entropy = ctx.saved_tensors
         grad_log_prob, grad_entropy = grad_log_prob.contiguous(), grad_entropy.contiguous()
         grad_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device)
-        grad_weight = torch.empty_like(weight)
+        trains_weight = ctx.needs_input_grad[1]
+        grad_weight = torch.empty_like(weight) if trains_weight else None
         row_chunks = _chunks(hidden.shape[0], ctx.chunk_size, DEFAULT_ROWS)
         for cols in _vocab_tiles(weight.shape[0]):
             one_chunk = len(row_chunks) == 1  # its product is the whole sum: no fp32 buffer
-            grad_tile = grad_weight[cols] if one_chunk else torch.zeros_like(weight[cols], dtype=lse.dtype)
+            if trains_weight:
+                grad_tile = grad_weight[cols] if one_chunk else torch.zeros_like(weight[cols], dtype=lse.dtype)
             for rows in row_chunks:
                 logits = _product(hidden[rows], weight[cols])
                 grad_logits = torch.empty(logits.shape, dtype=hidden.dtype, device=hidden.device)
@@ -168,11 +170,13 @@ class _LinearLogProb(torch.autograd.Function):
                 _grad_logits(logits, grad_logits, targets, lse[rows], entropy[rows], *slopes, ctx.temperature)
                 del logits
                 _add_product(grad_hidden[rows], grad_logits, weight[cols])
+                if not trains_weight:
+                    continue
                 if one_chunk:
                     torch.mm(grad_logits.t(), hidden, out=grad_tile)
                 else:
                     _add_product(grad_tile, grad_logits.t(), hidden[rows])
-            if not one_chunk:
+            if trains_weight and not one_chunk:
                 grad_weight[cols] = grad_tile
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None, None
 

@@ -186,5 +186,6 @@ class TrainActor:
                 self._device,
                 limit_bytes=limit,
                 read_back=self._config.engine.check_weight_update_equal,
+                with_mtp=bool(self._config.model.mtp_num_layers),
             )
         return self._stream

@@ -58,10 +58,14 @@ class WeightStream:
         *,
         limit_bytes: int,
         read_back: bool = False,
+        with_mtp: bool = False,
     ):
-        """read_back: a rank that posts to engines keeps a bounded copy of what it sent, for `check`."""
+        """read_back: a rank that posts to engines keeps a bounded copy of what it sent, for `check`.
+
+        with_mtp: the model has its multi-token-prediction layer, which goes to the engines' draft model and into exports.
+        """
         self._model, self._ranks, self._device = model, ranks, device
-        self._table = NameTable.for_model(hf_config, with_mtp=False)
+        self._table, self._with_mtp = NameTable.for_model(hf_config, with_mtp=with_mtp), with_mtp
         self._places: list[_Place] | None = None
         self._wire = WireFormat.of_checkpoint(hf_config)
         self._limit_bytes, self._read_back = limit_bytes, read_back
@@ -109,12 +113,12 @@ class WeightStream:
         return lines
 
     def save_hf(self, folder: str, *, origin: str) -> None:
-        """The policy as a Hugging Face checkpoint in the trained dtype, written by rank 0; the MTP layers, which are not
-        trained, are left out and no longer announced."""
+        """The policy as a Hugging Face checkpoint in the trained dtype, written by rank 0; an MTP layer that is not trained is
+        left out and no longer announced."""
         wire = WireFormat(self._wire.dtype, None, frozenset(), self._wire.float32_names)
         tensors = (named for bucket in self._buckets_of_all(wire) for named in unpack_bucket(bucket))
         if self._ranks.rank == 0:
-            write_hf(folder, tensors, origin=origin, table=self._table, mtp_kept=False)
+            write_hf(folder, tensors, origin=origin, table=self._table, mtp_kept=self._with_mtp)
         else:
             for _ in tensors:
                 pass

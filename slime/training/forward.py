@@ -15,7 +15,9 @@ from torch.nn import Module
 from slime.batch.layout import SequenceLayout
 from slime.compat.megatron import prepare
 from slime.device import Device
-from slime.ops.vocab_logprob import vocab_parallel_log_prob
+from slime.model.local import unwrap
+from slime.model.mtp import Draft, MtpGPTModel
+from slime.ops.vocab_logprob import linear_log_prob, vocab_parallel_log_prob
 from slime.parallel import Ranks
 from slime.types.micro_batch import MicroBatch
 
@@ -24,8 +26,9 @@ prepare()
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
-LossFunction = Callable[[MicroBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(micro-batch, logits [1, t, v/tp]) -> (scalar to differentiate, values to add up over micro-batches)."""
+LossFunction = Callable[[MicroBatch, Tensor, Draft | None], tuple[Tensor, dict[str, Tensor]]]
+"""(micro-batch, logits [1, t, v/tp], what a multi-token-prediction layer in training made or None) -> (scalar to differentiate,
+values to add up over micro-batches)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Pipeline:
     def _run(self, micro_batches: Sequence[MicroBatch], finish: Callable, *, forward_only: bool) -> list[Any]:
         def step(iterator, chunk):
             micro = next(iterator).to(self.device.torch_device)
-            return run_chunk(chunk, micro), partial(finish, micro)
+            return run_chunk(chunk, micro, train=not forward_only), partial(finish, micro)
 
         # Every virtual stage walks through the same micro-batches by itself.
         iterators = [iter(micro_batches) for _ in self.chunks]
@@ -71,17 +74,26 @@ class Pipeline:
         )
 
 
-def run_chunk(chunk: Module, micro: MicroBatch) -> Tensor:
-    """One model chunk on one packed stream -> logits [1, t, v/tp] on the last stage, hidden states elsewhere."""
+def run_chunk(chunk: Module, micro: MicroBatch, *, train: bool = False) -> Tensor | tuple[Tensor, Draft]:
+    """One model chunk on one packed stream -> logits [1, t, v/tp] on the last stage, hidden states elsewhere.
+
+    train: a chunk with a multi-token-prediction layer gives (logits, Draft).
+    """
     bounds, longest = micro.layout.cu_seqlens, micro.layout.max_seqlen
     packed = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
-    return chunk(input_ids=micro.tokens, position_ids=micro.position_ids, attention_mask=None, packed_seq_params=packed)
+    following = {"labels": micro.targets[None]} if train and isinstance(unwrap(chunk), MtpGPTModel) else {}
+    return chunk(
+        input_ids=micro.tokens, position_ids=micro.position_ids, attention_mask=None, packed_seq_params=packed, **following
+    )
 
 
-def _differentiate(loss: LossFunction, micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    value, report = loss(micro, logits)
+def _differentiate(
+    loss: LossFunction, micro: MicroBatch, output: Tensor | tuple[Tensor, Draft]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    logits, draft = output if isinstance(output, tuple) else (output, None)
+    value, report = loss(micro, logits, draft)
     # megatron-core divides by nothing when the model config says calculate_per_token_loss; the token count is only its
     # bookkeeping.
     return value, torch.zeros((), dtype=torch.int, device=logits.device), report
@@ -113,6 +125,24 @@ def response_log_probs(
     both = torch.stack([log_probs, entropy], dim=1)
     whole = _Whole.apply(both, micro.layout, ranks.cp_group if ranks.cp_size > 1 else None)[micro.response_rows]
     return whole[:, 0], whole[:, 1]
+
+
+def draft_log_probs(micro: MicroBatch, draft: Draft, ranks: Ranks, *, vocabulary: range, chunk_size: int) -> Tensor:
+    """Log-probability that the multi-token-prediction layer gives to every response token from two rows before it.
+
+    -> [r] fp32, whole and differentiable as in response_log_probs; 0 for a token that no row guesses.
+    """
+    local, _ = linear_log_prob(
+        draft.hidden,
+        draft.weight[: len(vocabulary)],
+        micro.draft_targets,
+        group=ranks.tp_group if ranks.tp_size > 1 else None,
+        vocab_start=vocabulary.start,
+        chunk_size=chunk_size,
+    )
+    whole = _Whole.apply(local, micro.layout, ranks.cp_group if ranks.cp_size > 1 else None)
+    # The row before a sample's first is another sample's: clamped, then left out.
+    return torch.where(micro.draft_rows >= 0, whole[micro.draft_rows.clamp(min=0)], 0.0)
 
 
 def _own_columns(rows: Tensor, count: int) -> Tensor:

@@ -18,8 +18,9 @@ from slime.algorithms.kl import approx_kl
 from slime.algorithms.sft import nll
 from slime.model.build import own_vocabulary, padded_vocab_size
 from slime.model.hf_config import read_hf_config
+from slime.model.mtp import Draft
 from slime.parallel import Ranks
-from slime.training.forward import response_log_probs
+from slime.training.forward import draft_log_probs, response_log_probs
 from slime.training.hooks import load_hook
 from slime.types.micro_batch import MicroBatch
 
@@ -59,10 +60,22 @@ class Objective:
             custom_reducer=load_hook("--custom-pg-loss-reducer-function-path", rules.custom_pg_loss_reducer_function_path),
         )
 
-    def __call__(self, micro: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, micro: MicroBatch, logits: Tensor, draft: Draft | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """draft: of a multi-token-prediction layer in training; its loss is added, and reported as mtp_loss."""
         if self.config.batch.recompute_loss_function:
-            return torch.utils.checkpoint.checkpoint(self._value, micro, logits, use_reentrant=False)
-        return self._value(micro, logits)
+            return torch.utils.checkpoint.checkpoint(self._with_draft, micro, logits, draft, use_reentrant=False)
+        return self._with_draft(micro, logits, draft)
+
+    def _with_draft(self, micro: MicroBatch, logits: Tensor, draft: Draft | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Plain cross entropy of the response tokens two rows on, weighted and masked like the policy's own."""
+        loss, values = self._value(micro, logits)
+        if draft is None:
+            return loss, values
+        chunk_size = self.config.batch.log_probs_chunk_size
+        mtp_loss = total(
+            micro, nll(draft_log_probs(micro, draft, self.ranks, vocabulary=self.vocabulary, chunk_size=chunk_size))
+        )
+        return loss + self.config.model.mtp_loss_scaling_factor * mtp_loss, values | _report({"mtp_loss": mtp_loss})
 
     def log_probs(self, micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(log-probs [r], entropy [r]) of the response tokens at the objective's temperature."""

@@ -216,7 +216,7 @@ class Trainer:
         values = self.pipeline.train(micro_batches, self.objective)
         if values:
             ids = [tuple(int(batch.sample_ids[p]) for p in micro.positions) for micro in micro_batches]
-            self.guard.note_loss([value["loss"] for value in values], ids)
+            self.guard.note_loss([value["loss"] + value.get("mtp_loss", 0.0) for value in values], ids)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         samples = [int(batch.sample_ids[p]) for p in plan.positions]

@@ -26,8 +26,14 @@ class MicroBatch:
     """int64 [1, t]: 0-based within each sample, 0 on padding."""
     targets: Tensor
     """int64 [t]: the token after this row's in the same sample; 0 on padding and on a sample's last row."""
+    draft_targets: Tensor
+    """int64 [t]: the token two after this row's in the same sample, which the multi-token-prediction layer guesses; 0 where
+    there is none."""
     response_rows: Tensor
     """int64 [r]: the stream row whose logits predict each response token."""
+    draft_rows: Tensor
+    """int64 [r]: the stream row from which the multi-token-prediction layer guesses each response token; -1 where the sample
+    has none (its second token)."""
     segments: Tensor
     """int64 [r]: which of `positions` each response token belongs to, 0-based."""
     loss_mask: Tensor

@@ -35,6 +35,8 @@ def test_two_samples_by_hand():
     assert micro.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
     assert micro.targets.tolist() == a[1:] + [0] + b[1:] + [0, 0]
     assert micro.response_rows.tolist() == [1, 4, 5]
+    assert micro.draft_targets.tolist() == [a[2], 0, 0, b[2], b[3], 0, 0, 0]
+    assert micro.draft_rows.tolist() == [0, 3, 4]
     assert micro.segments.tolist() == [0, 1, 1]
     assert micro.loss_weight.tolist() == [0.5, 0.25, 0.25]
     assert micro.layout.cu_seqlens.tolist() == [0, 3, 7, 8]
@@ -67,7 +69,14 @@ def test_the_row_that_predicts_each_response_token_has_it_as_target_in_every_lay
     whole_tokens = sum(micro.layout.spread(micro.tokens[0]) for micro in micros)
     assert torch.equal(whole_tokens, torch.from_numpy(np.concatenate([batch.tokens[p] for p in order])))
     expected = np.concatenate([batch.tokens[p][-batch.response_lengths[p] :] for p in order])
+    drafts = sum(micro.layout.spread(micro.draft_targets) for micro in micros)
+    samples = np.repeat(np.arange(len(order)), [len(batch.tokens[p]) for p in order])
     for micro in micros:
+        guessed = micro.draft_rows >= 0
+        assert torch.equal(drafts[micro.draft_rows[guessed]], torch.from_numpy(expected)[guessed])
+        # Two tokens on in the same sample; only a sample's second token, after a prompt of one, is guessed by nobody.
+        assert np.array_equal(samples[micro.draft_rows[guessed]], micro.segments[guessed].numpy())
+        assert int((~guessed).sum()) == sum(prompts[p] == 1 for p in order)
         assert torch.equal(whole_targets[micro.response_rows], torch.from_numpy(expected))
         assert torch.equal(
             micro.rollout_log_probs, torch.from_numpy(np.concatenate([batch.rollout_log_probs[p] for p in order]))

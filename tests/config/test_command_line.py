@@ -190,6 +190,7 @@ def test_the_conversion_door_takes_the_model_alone():
     ]
     config = parse([*words, "--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "2"], door="convert")
     assert (config.checkpoint.save, config.parallel.world_size, config.parallel.data_parallel_size) == ("/out", None, None)
+    assert parse([*words, "--mtp-num-layers", "1"], door="convert").model.mtp_num_layers == 1
     with pytest.raises(ConfigError, match="--colocate has no meaning for a conversion"):
         parse([*words, "--colocate"], door="convert")
 

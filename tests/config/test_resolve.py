@@ -57,6 +57,8 @@ TP2PP2CP2 = [
         (["--pipeline-model-parallel-layout", "E|(tt|)*4L", "--pipeline-model-parallel-size", "2"],
          "parallel", "virtual_pipeline_model_parallel_size", 3, "6 stages for 2 ranks"),
         (["--use-rotary-position-embeddings"], "model", "position_embedding_type", "rope", "older spelling"),
+        (["--mtp-num-layers", "1"], "model", "mtp_num_layers", None, "without --enable-mtp-training"),
+        (["--mtp-num-layers", "1", "--enable-mtp-training"], "model", "mtp_num_layers", 1, None),
     ],
 )  # fmt: skip
 def test_derived_values_and_why(words: list[str], section: str, name: str, value: object, because: str | None):
@@ -137,6 +139,8 @@ def test_derived_values_and_why(words: list[str], section: str, name: str, value
         (["--bf16", "--params-dtype", "fp32"], "contradict"),
         (["--min-lr", "1"], "--min-lr 1.0 is above --lr 1e-06"),
         (["--num-layers-per-virtual-pipeline-stage", "3", "--pipeline-model-parallel-size", "2"], "not divide the 4 layers"),
+        (["--enable-mtp-training"], "pass both"),
+        (["--mtp-num-layers", "2", "--enable-mtp-training"], "one multi-token-prediction layer can be built"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(words: list[str], said: str):

@@ -84,7 +84,7 @@ def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
         spec=GLM_SPEC if hf.has_indexer else None, custom_model_provider_path=None, padded_vocab_size=None,
         make_vocab_size_divisible_by=16, seq_length=4096, rotary_base=hf.rope_theta, vocab_size=hf["vocab_size"],
         untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
-        only_train_params_name_list=None, freeze_params_name_list=None,
+        only_train_params_name_list=None, freeze_params_name_list=None, mtp_num_layers=None,
     )  # fmt: skip
     args = SimpleNamespace(hf_checkpoint=folder, **parallel)
     batch = SimpleNamespace(max_tokens_per_gpu=None)

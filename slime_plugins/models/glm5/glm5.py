@@ -55,22 +55,29 @@ def get_glm5_spec(args: object, config: MLATransformerConfig, vp_stage: int | No
         "glm5: layers %d-%d, indexer on %s; indexer parameters are frozen and not in the optimizer",
         layers.start, layers.stop - 1, computing,
     )  # fmt: skip
-    shape, indexer = MlaShape.for_model(hf), IndexerShape.for_model(hf)
-    specs = []
-    for layer in layers:
-        attention = ModuleSpec(
-            SparseLatentAttention,
-            params={
-                "shape": shape,
-                "indexer": indexer,
-                "index_source": hf.index_source(layer) + 1,
-                "core_axis": args.dsa_core_axis,
-                "move_cost": args.dsa_move_cost,
-                "contiguous_cp": True,
-            },
-        )
-        specs.append(layer_spec(config, hf, layer, attention, norm_in_attention=False))
+    specs = [_layer_spec(args, config, hf, layer) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+
+
+def get_mtp_layer_spec(args: object, config: MLATransformerConfig) -> ModuleSpec:
+    """The decoder layer inside the multi-token-prediction layer: after the last one, with an indexer and experts of its own."""
+    hf = read_hf_config(args.hf_checkpoint)
+    return _layer_spec(args, config, hf, hf.num_layers)
+
+
+def _layer_spec(args: object, config: MLATransformerConfig, hf: HfConfig, layer: int) -> ModuleSpec:
+    attention = ModuleSpec(
+        SparseLatentAttention,
+        params={
+            "shape": MlaShape.for_model(hf),
+            "indexer": IndexerShape.for_model(hf),
+            "index_source": hf.index_source(layer) + 1,
+            "core_axis": args.dsa_core_axis,
+            "move_cost": args.dsa_move_cost,
+            "contiguous_cp": True,
+        },
+    )
+    return layer_spec(config, hf, layer, attention, norm_in_attention=False)
 
 
 def check_stage_start(hf: HfConfig, layers: range, *, stage: int, num_stages: int) -> None:
