@@ -75,7 +75,7 @@ def test_the_row_that_predicts_each_response_token_has_it_as_target_in_every_lay
         guessed = micro.draft_rows >= 0
         assert torch.equal(drafts[micro.draft_rows[guessed]], torch.from_numpy(expected)[guessed])
         # Two tokens on in the same sample; only a sample's second token, after a prompt of one, is guessed by nobody.
-        assert np.array_equal(samples[micro.draft_rows[guessed]], micro.segments[guessed].numpy())
+        assert np.array_equal(samples[micro.draft_rows[guessed].numpy()], micro.segments[guessed].numpy())
         assert int((~guessed).sum()) == sum(prompts[p] == 1 for p in order)
         assert torch.equal(whole_targets[micro.response_rows], torch.from_numpy(expected))
         assert torch.equal(

@@ -188,7 +188,8 @@ def test_the_conversion_door_takes_the_model_alone():
         "--decoder-last-pipeline-num-layers",
         "2",
     ]
-    config = parse([*words, "--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "2"], door="convert")
+    words += ["--pipeline-model-parallel-size", "2", "--tensor-model-parallel-size", "2"]
+    config = parse(words, door="convert")
     assert (config.checkpoint.save, config.parallel.world_size, config.parallel.data_parallel_size) == ("/out", None, None)
     assert parse([*words, "--mtp-num-layers", "1"], door="convert").model.mtp_num_layers == 1
     with pytest.raises(ConfigError, match="--colocate has no meaning for a conversion"):
