@@ -58,6 +58,10 @@ def main(argv: list[str]) -> int:
     reader = SafetensorsReader(config.checkpoint.hf_checkpoint)
     chunks = build_model(config, hf, ranks, device, dtype=torch.float32 if hf.is_float32 else torch.bfloat16, weights_only=True)
     say(f"{hf.model_type}: {table.num_parameters(mtp=False):,} parameters on {world_size} ranks ({device.reason})")
+    if hf.num_mtp_layers:
+        size = f"{table.num_parameters(mtp=True):,} parameters"
+        kept = "converted too" if config.model.mtp_num_layers else "left out; pass --mtp-num-layers 1 to train it"
+        say(f"multi-token-prediction layer ({size}): {kept}")
     say(_coverage(table, reader))
     work = _open_work(folder.parent, reader.folder, argv, world_size, say)
     filled = fill(chunks, table, reader, ranks, work, padded_vocab=padded_vocab_size(config, hf), progress=_progress(rank))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 
 from slime.compat.megatron import prepare
 
@@ -37,6 +38,7 @@ from slime.parallel import Ranks  # noqa: E402
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "slime_model"
+_MTP = "mtp.layers."
 
 
 def sharding_metadata(ranks: Ranks) -> dict[str, Any]:
@@ -94,6 +96,7 @@ def save_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks) -> 
 def load_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks) -> dict[str, Any]:
     """Fill a sharded state dict from `folder`, whatever layout wrote it. Raises ValueError listing tensors it does not hold."""
     check_finished(folder)
+    _check_mtp(state, folder, ranks)
     strategy = get_default_load_sharded_strategy(str(folder))
     if dist.get_world_size(ranks.dp_cp_group) > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, ranks.dp_cp_group)
@@ -105,6 +108,20 @@ def load_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks) -> 
             f"{folder} lacks {len(absent)} tensors of this model: {', '.join(absent[:10])}{' ...' if len(absent) > 10 else ''}"
         )
     return loaded
+
+
+def _check_mtp(state: Mapping[str, Any], folder: str | Path, ranks: Ranks) -> None:
+    """megatron-core would fail on the missing layer while it puts gate and up projections together, naming dictionaries."""
+    wants = any(key.startswith(_MTP) for part in state.values() if isinstance(part, Mapping) for key in part)
+    held = FileSystemReader(str(folder)).read_metadata().state_dict_metadata if wants else {_MTP: None}
+    lacking = [False] * ranks.world_size
+    # Only the last stage has the layer; the others would wait for it in the load.
+    dist.all_gather_object(lacking, not any(key.startswith(_MTP) for key in held))
+    if any(lacking):
+        raise ValueError(
+            f"{folder} holds no multi-token-prediction layer, which --enable-mtp-training trains: convert the model again with "
+            "--mtp-num-layers 1 and start from there, or leave out --mtp-num-layers and --enable-mtp-training"
+        )
 
 
 def save_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slime.config import resolve_model, resolve_rollout
 from slime.config.command_line import CommandLine, parse_words
@@ -27,6 +27,7 @@ RULES: tuple[Callable[[Values], None], ...] = (
     resolve_model.dtype_and_optimizer,
     resolve_model.shape,
     resolve_model.checkpoint_fields,
+    resolve_model.mtp,
     resolve_rollout.debug_modes,
     resolve_rollout.placement,
     resolve_model.layout,
@@ -56,12 +57,24 @@ class Reading:
 def read(argv: Sequence[str], findings: Findings) -> Reading:
     words = _words(argv, findings)
     values, notes = _resolved(words, findings)
-    config = _build(values, notes=tuple(notes), door="rehearse")
+    config = _without_mtp(_build(values, notes=tuple(notes), door="rehearse"), findings)
     hf, stored = _hf_config(config, findings)
     if hf is not None:
         _compare(config, hf, findings)
     table = NameTable.for_model(hf) if hf is not None and hf.model_type in FAMILIES else None
     return Reading(config, hf, stored, table, _grid(config), _chunks(config, findings))
+
+
+def _without_mtp(config: Config, findings: Findings) -> Config:
+    """The main model is proven; what a trained multi-token-prediction layer adds to the last stage is not counted."""
+    if not config.model.mtp_num_layers:
+        return config
+    findings.unchecked(
+        "layout",
+        "the multi-token-prediction layer is not counted: its parameters, the last stage's copy of the embedding (with "
+        "more than one stage), their memory and their share of a weight push come on top",
+    )
+    return replace(config, model=replace(config.model, mtp_num_layers=None))
 
 
 def _words(argv: Sequence[str], findings: Findings) -> CommandLine:

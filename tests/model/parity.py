@@ -65,14 +65,14 @@ SHORT = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size
 
 def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
     """A config with the sections that the model room reads; layout: tp=2, pp=2, first=2, layers=(3, 4), recompute=True,
-    zigzag=True, axis="heads", send_indices=True ..."""
+    zigzag=True, mtp=True, axis="heads", send_indices=True ..."""
     values = megatron_values(hf)
     if hf.num_experts:
         # finalize_model_grads moves the selection bias by this rate at every step, 0.001 unless told otherwise.
         values.update(moe_router_dtype="fp32", moe_router_bias_update_rate=0.0)
     if layout.pop("recompute", False):
         values.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    zigzag = layout.pop("zigzag", False)
+    zigzag, mtp = layout.pop("zigzag", False), layout.pop("mtp", False)
     sizes = layout.pop("layers", None)
     parallel = {**PARALLEL, **{SHORT[key]: value for key, value in layout.items()}, "allgather_cp": not zigzag}
     if sizes:
@@ -84,7 +84,8 @@ def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
         spec=GLM_SPEC if hf.has_indexer else None, custom_model_provider_path=None, padded_vocab_size=None,
         make_vocab_size_divisible_by=16, seq_length=4096, rotary_base=hf.rope_theta, vocab_size=hf["vocab_size"],
         untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
-        only_train_params_name_list=None, freeze_params_name_list=None, mtp_num_layers=None,
+        only_train_params_name_list=None, freeze_params_name_list=None,
+        mtp_num_layers=1 if mtp else None,
     )  # fmt: skip
     args = SimpleNamespace(hf_checkpoint=folder, **parallel)
     batch = SimpleNamespace(max_tokens_per_gpu=None)

@@ -68,10 +68,12 @@ def tiny_pair(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "layout", [{"tp": 2, "pp": 2, "first": 6, "ep": 2}, {"pp": 2, "first": 6, "ep": 2}], ids=["tp2 pp2 ep2", "pp2 ep2 dp2"]
+    "layout",
+    [{"tp": 2, "pp": 2, "first": 6, "ep": 2, "mtp": True}, {"pp": 2, "first": 6, "ep": 2}],
+    ids=["tp2 pp2 ep2, mtp", "pp2 ep2 dp2"],
 )
 def test_every_engine_gets_every_tensor_once_and_bit_for_bit(tiny_pair, layout):
-    bf16, fp8 = str(tiny_pair / "bf16"), str(tiny_pair / "fp8")
+    bf16, fp8, mtp = str(tiny_pair / "bf16"), str(tiny_pair / "fp8"), layout.get("mtp", False)
     # One engine over the devices of ranks 0 and 1, one over those of 2 and 3, and one of two processes elsewhere.
     engines = [RecordingEngine() for _ in range(3)]
     shared = [(0, 1), (2, 3), ()]
@@ -79,7 +81,7 @@ def test_every_engine_gets_every_tensor_once_and_bit_for_bit(tiny_pair, layout):
 
     def send(rank: int) -> tuple[int, int]:
         chunks, ranks, _, _ = build(rank, 4, bf16, **layout)
-        stream = WeightStream(chunks, read_hf_config(fp8), ranks, HostDevice(), limit_bytes=200_000)
+        stream = WeightStream(chunks, read_hf_config(fp8), ranks, HostDevice(), limit_bytes=200_000, with_mtp=mtp)
         report = stream.send(1, targets)
         return report.buckets, report.tensors
 
@@ -88,7 +90,7 @@ def test_every_engine_gets_every_tensor_once_and_bit_for_bit(tiny_pair, layout):
     hf = read_hf_config(fp8)
     wire, reader = WireFormat.of_checkpoint(hf), SafetensorsReader(bf16)
     expected = {}
-    for tensor in NameTable.for_model(hf, with_mtp=False).hf_tensors():
+    for tensor in NameTable.for_model(hf, with_mtp=mtp).hf_tensors():
         expected.update(wire.encode(tensor.name, reader.read(tensor, torch.float32)))
     assert reports[0][1] == len(expected) and reports[0][0] > 5, "several buckets"
     for engine in engines:

@@ -193,6 +193,7 @@ VARIANTS: dict[str, Edit] = {
     "pp 4, dp 2": lambda r: r.with_flag("--pipeline-model-parallel-size", "4"),
     "tp 8, cp 4": lambda r: r.with_flag("--tensor-model-parallel-size", "8").with_flag("--context-parallel-size", "4"),
     "cp 4, dp 2": lambda r: r.with_flag("--context-parallel-size", "4"),
+    "the draft layer trains": lambda r: r.with_flag("--mtp-num-layers", "1").with_flag("--enable-mtp-training"),
     "ep 16": lambda r: r.with_flag("--expert-model-parallel-size", "16"),
     "16 nodes": lambda r: (
         r.with_flag("--actor-num-nodes", "16")

@@ -243,3 +243,20 @@ def test_the_layer_is_the_same_under(name, glm_mtp, alone):
         assert values == pytest.approx(expected, rel=3e-6)
     worst, where = worst_difference(grads, whole_grads(read_hf_config(glm_mtp), [result for _, result in results]))
     assert worst < 5e-5, f"{where}: {worst:.1e}"
+
+
+def train(rank: int, folder: Path, changes: dict) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    trainer = tiny.start(tiny.config_for(folder, clip_grad=0.0, loss_type="sft_loss", **changes))
+    batch = samples()
+    reports = [trainer.train(batch, tiny.plans(batch, trainer.config, 1)).metrics for _ in range(4)]
+    return reports, {name: weight.clone() for name, weight in trainer.named_weights()}
+
+
+def test_the_draft_learns_and_the_policy_does_not_notice(glm_mtp):
+    mtp = {name: value for name, value in MTP.items() if name != "loss_type"}
+    ((reports, weights),) = run_ranks(1, train, glm_mtp, mtp)
+    losses = [report["train/mtp_loss"] for report in reports]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0], losses
+    ((_, alone),) = run_ranks(1, train, glm_mtp, {})
+    assert {name for name in weights if name not in alone} == {name for name in weights if name.startswith("mtp.")}
+    assert all(torch.equal(weights[name], weight) for name, weight in alone.items())

@@ -132,7 +132,7 @@ def start(config: SimpleNamespace, *, load: bool = True) -> Trainer:
     trainer = Trainer(config, device, ranks, chunks)
     if load:
         reader = SafetensorsReader(config.checkpoint.hf_checkpoint)
-        table = NameTable.for_model(hf, with_mtp=False)
+        table = NameTable.for_model(hf)
         load_hf(chunks, table, reader, ranks, padded_vocab=padded_vocab_size(config, hf))
         if trainer.optimizer is not None:
             trainer.optimizer.reload_model_params()
