@@ -271,7 +271,7 @@ def _root_cause(error: BaseException) -> str:
     # megatron-core's own exception lists a rank -> (exception, traceback) table; its last line is the cause.
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     told = lines[-1].strip() if lines else "no message"
-    # torch's file writer may swallow the system's reason and report only that its position is wrong; which of the two comes first is chance.
+    # torch's file writer may swallow the system's reason and report only that its position is wrong: either may come first.
     if any(sign in told for sign in ("inline_container", "unexpected pos", "File too large", "No space left", "Disk quota")):
         return f"a file could not be written to its end, as on a full disk or at a quota ({told})"
     return told

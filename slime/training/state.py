@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from slime.compat.megatron import prepare
 from slime.model.build import padded_vocab_size
 from slime.model.dist_ckpt import (
@@ -108,12 +110,26 @@ def _sharded_state(trainer: Trainer, *, is_loading: bool, with_random: bool = Tr
         state["optimizer"] = trainer.optimizer.sharded_state_dict(
             dict(state), is_loading=is_loading, metadata=sharding_metadata(trainer.ranks)
         )
+        if not is_loading:
+            _agree_on_step(state["optimizer"])
         # Not sharded: in a load it stays out of the request and is read from the checkpoint's common values.
         if not is_loading:
             state["opt_param_scheduler"] = trainer.scheduler.state_dict()
     if with_random:
         state |= checkpoint.random_state(trainer.ranks)
     return state
+
+
+def _agree_on_step(optimizer: dict[Any, Any]) -> None:
+    """One Adam step count in all parameter groups on all ranks. A rank without parameters in a group (experts, in a stage of
+    dense layers) has not counted, and the values of rank 0 are the ones that are written."""
+    parts = [optimizer] if "optimizer" in optimizer else optimizer.values()
+    groups = [group for part in parts for group in part.get("optimizer", {}).get("param_groups", ())]
+    counted: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(counted, max((int(group.get("step") or 0) for group in groups), default=0))
+    if any(counted):
+        for group in groups:
+            group["step"] = max(counted)
 
 
 def _resume(trainer: Trainer, folder: Path) -> dict[str, Any] | None:

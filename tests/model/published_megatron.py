@@ -107,7 +107,15 @@ def adam_steps(guarded: bool) -> str:
     inner.load_state_dict(state)
     one_step()
     counted = sorted({int(moments["step"].item()) for moments in inner.optimizer.state.values()})
-    return f"fresh {fresh}, step {counted}"
+    inner.optimizer.state.clear()
+    for group in inner.optimizer.param_groups:
+        group["params"] = []
+    try:
+        inner.state_dict()
+        empty = "saves"
+    except AssertionError:
+        empty = "cannot be saved"
+    return f"fresh {fresh}, empty {empty}, step {counted}"
 
 
 def te_version() -> str:

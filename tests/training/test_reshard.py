@@ -1,4 +1,4 @@
-"""A checkpoint of one layout is the same training state under any other: every parameter, fp32 main parameter and moment.
+"""A checkpoint of one layout is the same training state under any other: every parameter, fp32 main parameter, moment, step.
 
 The states are read from the live trainers, rank by rank, and put together by global name with the weight table: no
 checkpoint code takes part in the comparison.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from ranks import run_ranks
 from tiny import config_for, plans, rollout, start
@@ -21,14 +22,20 @@ from slime.training.optimizer import parts_of
 
 pytestmark = pytest.mark.slow
 
-KINDS = ("weight", "param", "exp_avg", "exp_avg_sq")
+KINDS = ("weight", "param", "exp_avg", "exp_avg_sq", "step")
 Pieces = dict[tuple[str, str], tuple[torch.Tensor, int, int]]
 """(kind, global name) -> (this rank's tensor, NaN where another data-parallel rank owns it; position, size of the split)."""
 
 LAYOUTS = {
     "one rank": (1, {}),
+    "2x2x2": (8, dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2,
+                      decoder_first_pipeline_num_layers=6, expert_model_parallel_size=2, expert_tensor_parallel_size=1)),
+    "1x4x1": (4, dict(pipeline_model_parallel_size=4, decoder_first_pipeline_num_layers=2,
+                      decoder_last_pipeline_num_layers=2)),
+    "4x1x4": (4, dict(tensor_model_parallel_size=4, sequence_parallel=True, expert_model_parallel_size=4,
+                      expert_tensor_parallel_size=1)),
     "PP2 VPP2": (2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
-}
+}  # fmt: skip
 
 
 def pieces(trainer) -> Pieces:
@@ -87,9 +94,12 @@ def train_and_save(rank: int, folder: Path, root: Path, layout: dict) -> Pieces:
     return pieces(trainer)
 
 
-def load(rank: int, folder: Path, root: Path, layout: dict) -> Pieces:
-    trainer = start(config_for(folder, params_dtype="bf16", load=str(root), **layout), load=False)
+def load(rank: int, folder: Path, root: Path, layout: dict, save: Path | None = None) -> Pieces:
+    files = dict(load=str(root)) | (dict(save=str(save)) if save else {})
+    trainer = start(config_for(folder, params_dtype="bf16", **files, **layout), load=False)
     assert trainer.load().start_rollout_id == 1
+    if save:
+        trainer.save(0, data_state=None)
     return pieces(trainer)
 
 
@@ -103,3 +113,37 @@ def test_virtual_stages_are_no_part_of_a_checkpoint(qwen3, tmp_path, layouts):
     (world, before), (other, after) = (LAYOUTS[name] for name in layouts)
     state = wholes(qwen3, run_ranks(world, train_and_save, qwen3, tmp_path / "run", before))
     expect_equal(state, wholes(qwen3, run_ranks(other, load, qwen3, tmp_path / "run", after)))
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory) -> Path:
+    """Twelve layers, so that four stages can each start on a layer that computes its own indices (1, 3, 7, 11)."""
+    return tiny.glm(tmp_path_factory.mktemp("deep"), num_layers=12)
+
+
+@pytest.fixture(scope="module")
+def written(deep, tmp_path_factory) -> tuple[Path, dict]:
+    """Saved under TP2 x PP2 x EP2 on eight ranks, after a step."""
+    root = tmp_path_factory.mktemp("written") / "run"
+    world, layout = LAYOUTS["2x2x2"]
+    state = wholes(deep, run_ranks(world, train_and_save, deep, root, layout, timeout=400))
+    moved = [key for key in state if key[0] == "exp_avg_sq" and state[key].any()]
+    assert len(moved) > 100 and {key[0] for key in state} == set(KINDS)
+    assert any(".mlp.experts." in name for _, name in moved)
+    assert all((state[key] == 1).all() for key in state if key[0] == "step")
+    return root, state
+
+
+@pytest.mark.parametrize("layout", ["4x1x4", "one rank"])
+def test_what_eight_ranks_saved_is_the_same_under_another_layout(deep, written, layout):
+    root, state = written
+    world, changes = LAYOUTS[layout]
+    expect_equal(state, wholes(deep, run_ranks(world, load, deep, root, changes, timeout=400)))
+
+
+def test_a_first_stage_without_experts_takes_it_and_gives_it_back(deep, written, tmp_path):
+    """Rank 0, whose common values are the ones that are written, has two dense layers: no expert parameter counts its steps."""
+    root, state = written
+    world, changes = LAYOUTS["1x4x1"]
+    expect_equal(state, wholes(deep, run_ranks(world, load, deep, root, changes, tmp_path / "again", timeout=400)))
+    expect_equal(state, wholes(deep, run_ranks(1, load, deep, tmp_path / "again", {}, timeout=400)))

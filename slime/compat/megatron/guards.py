@@ -75,7 +75,7 @@ def _quiet_rng_tracker() -> None:
 
 
 def _steps_of_torch_adam() -> None:
-    """Three faults of DistributedOptimizer with torch.optim.AdamW inside, see the reasons in GUARDS."""
+    """Four faults of DistributedOptimizer with torch.optim.AdamW inside, see the reasons in GUARDS."""
     if _has_transformer_engine() or importlib.util.find_spec("apex") is not None:
         return
     import torch
@@ -85,6 +85,13 @@ def _steps_of_torch_adam() -> None:
     published_set = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def state_dict(self):
+        if self.optimizer is not None and not any(group["params"] for group in self.optimizer.param_groups):
+            # Of a stage without experts, say: no parameter knows the step; slime.training.state asks the other ranks.
+            rest = {key: value for key, value in self.optimizer.state_dict().items() if key != "state"}
+            for group in rest["param_groups"]:
+                del group["params"]
+                group["step"] = group.get("step", 0)
+            return {"optimizer": rest}
         if self.optimizer is not None and not self.optimizer.state:
             for group in self.optimizer.param_groups:
                 for param in group["params"]:
@@ -198,8 +205,9 @@ GUARDS: tuple[Guard, ...] = (
     ),
     Guard(
         name="adam_steps",
-        reason="DistributedOptimizer over torch AdamW: a fresh optimizer cannot be saved; one shared `step` tensor after a "
-        "load counts once per parameter; the reshardable loaders miss `step`",
+        reason="DistributedOptimizer over torch AdamW: neither a fresh optimizer nor one without parameters (experts, in a "
+        "stage that has none) can be saved; one shared `step` tensor after a load counts once per parameter; the reshardable "
+        "loaders miss `step`",
         place="optimizer/distrib_optimizer.py:641, 825, 911",
         first=(0, 16, 0),
         last=(0, 19, 99),
