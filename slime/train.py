@@ -1,6 +1,8 @@
-"""The loop: read this first.
+"""The loop: read this first. One iteration:
 
     generate -> hand the devices to the trainer -> train -> save -> sync weights -> hand them back -> next
+
+Command line:
 
     python3 -m slime.train FLAGS          the flags of scripts/run-*.sh; `python3 -m slime.config --help` lists them
 """

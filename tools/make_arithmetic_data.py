@@ -154,7 +154,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--examples", type=int, default=0, help="solved problems before each question of train and eval, for long prompts"
     )
     parser.add_argument("--label-noise", type=float, default=0.0, help="share of wrong answers in sft.jsonl, 0 to 1")
-    parser.add_argument("--plain-share", type=float, default=0.0, help="share of answers in sft.jsonl without \\boxed{}, 0 to 1")
+    parser.add_argument(
+        "--plain-share", type=float, default=0.0, help="share of answers in sft.jsonl without \\boxed{}, 0 to 1"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 

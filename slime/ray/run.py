@@ -177,9 +177,9 @@ class Run:
             return
         if first.stream.digest != self._rehearsed:
             raise ValueError(
-                f"the weight stream of this run ({first.stream.digest[:16]}, {first.stream.buckets} buckets) is not the one of --rehearsed "
-                f"{self._config.engine.rehearsed} ({self._rehearsed[:16]}): model, layout, serving checkpoint or bucket size changed since; "
-                "rehearse these flags again"
+                f"the weight stream of this run ({first.stream.digest[:16]}, {first.stream.buckets} buckets) is not "
+                f"the one of --rehearsed {self._config.engine.rehearsed} ({self._rehearsed[:16]}): "
+                "model, layout, serving checkpoint or bucket size changed since; rehearse these flags again"
             )
         logger.info("the weight stream is the rehearsed one (%s)", self._rehearsed[:16])
 

@@ -1,4 +1,4 @@
-"""Memory of the whole run: every stage through an iteration, the engines' cache, other numbers of nodes, and a measured run beside it."""
+"""Memory of the whole run: stages in an iteration, the engines' cache, other numbers of nodes, a measured run beside it."""
 
 from __future__ import annotations
 
@@ -199,8 +199,8 @@ def _judge_cache(reading: Reading, engines: EnginePlan, rank: EngineRank, limit_
         rank.weights + rank.draft_weights < room and (longest is None or tokens >= longest or rank.role == "prefill"),
         "memory",
         f"{rank.role}: {tokens:,} tokens of KV cache per GPU",
-        values=f"weights {rank.weights / 1e9:.2f} GB, {rank.kv_bytes_per_token:,} bytes per token, mem fraction {rank.mem_fraction:g}"
-        + batch,
+        values=f"weights {rank.weights / 1e9:.2f} GB, {rank.kv_bytes_per_token:,} bytes per token, "
+        f"mem fraction {rank.mem_fraction:g}{batch}",
         wrong=f"{rank.role}: the KV cache holds {tokens:,} tokens per GPU, a sample may have {longest or 0:,}",
         fix="raise --sglang-mem-fraction-static, more GPUs per engine, or shorter responses",
     )
@@ -268,7 +268,8 @@ def _beside_measured(
         (measured.num_ranks, measured.num_stages) == (grid.world, grid.pp),
         "memory",
         f"--measured {options.measured} is of {grid.world} ranks in {grid.pp} stages",
-        wrong=f"--measured {options.measured} is of {measured.num_ranks} ranks in {measured.num_stages} stages, the flags make {grid.world} in {grid.pp}",
+        wrong=f"--measured {options.measured} is of {measured.num_ranks} ranks in {measured.num_stages} stages, "
+        f"the flags make {grid.world} in {grid.pp}",
         fix="pass the flags of the run that wrote the file",
     ):
         return budget

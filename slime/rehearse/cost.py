@@ -1,4 +1,4 @@
-"""What one rollout costs: FLOPs, bytes, and a step time by phase. Rates are assumptions, printed with the result and replaceable."""
+"""What one rollout costs: FLOPs, bytes, and a step time by phase. Rates are assumptions, printed and replaceable."""
 
 from __future__ import annotations
 
@@ -176,14 +176,16 @@ def predict(
     forward, training = work.forward, work.training(recompute=recompute)
     usable = shape.trainer_gpus * rates.peak_tflops * 1e12 * rates.training_mfu
     evenness = balance(stage_cost) if stage_cost else 1.0
-    busy = evenness * (1 - bubble(grid.pp, max(shape.micro_batches, 1)))
+    idle = bubble(grid.pp, max(shape.micro_batches, 1))
+    busy = evenness * (1 - idle)
     passes = int(shape.needs_old_log_probs) + int(shape.needs_reference)
     decode = shape.longest_response / rates.tokens_per_decode_step * rates.decode_step_ms / 1e3
     phases = [
         CostPhase(
             "rollout",
             decode,
-            f"longest response {shape.longest_response:,} tokens, {rates.tokens_per_decode_step:g} per {rates.decode_step_ms:g} ms",
+            f"longest response {shape.longest_response:,} tokens, "
+            f"{rates.tokens_per_decode_step:g} per {rates.decode_step_ms:g} ms",
         )
     ]
     moved = trainer_bytes_per_gpu / 1e9 / rates.host_link_gb_per_s
@@ -200,7 +202,7 @@ def predict(
         CostPhase(
             "train",
             tokens * training / usable / busy,
-            f"{tokens:,} tokens x {training / 1e9:.0f} GF, stages {evenness:.0%} even, bubble {bubble(grid.pp, max(shape.micro_batches, 1)):.0%}",
+            f"{tokens:,} tokens x {training / 1e9:.0f} GF, stages {evenness:.0%} even, bubble {idle:.0%}",
         )
     )
     if optimizer_bytes_per_node:
@@ -213,7 +215,8 @@ def predict(
             CostPhase(
                 "weight sync",
                 sync.as_built_s,
-                f"{(sync.experts + sync.rest) / 1e9:.0f} GB broadcast one source after another; well scheduled {sync.lower_bound_s:.2f} s",
+                f"{(sync.experts + sync.rest) / 1e9:.0f} GB broadcast one source after another; "
+                f"well scheduled {sync.lower_bound_s:.2f} s",
             )
         )
     if shape.colocate:

@@ -33,7 +33,7 @@ class EnginePlan:
 def check_engines(
     reading: Reading, findings: Findings, *, version: str | None, env: Mapping[str, str] | None = None
 ) -> EnginePlan:
-    """All engines, with what is wrong about each. `env`: the launcher's variables, where its file was given; else this process's."""
+    """All engines, with what is wrong about each. env: the launcher's variables if its file was given, else this process's."""
     config = reading.config
     found = version or _installed(findings)
     if config.debug.debug_train_only:
@@ -192,7 +192,8 @@ def _check_sizes(spec: EngineSpec, reading: Reading, findings: Findings) -> None
             "engines",
             f"{where}: FP8 blocks of experts lie inside one rank",
             values=f"{share} ranks share an expert",
-            wrong=f"{where}: {share} ranks share an expert of width {width}, {width // max(share, 1)} each, which cuts FP8 blocks of {block}",
+            wrong=f"{where}: {share} ranks share an expert of width {width}, {width // max(share, 1)} each, "
+            f"which cuts FP8 blocks of {block}",
             fix=f"raise ep_size to {spec.tp_size}, so that experts stay whole",
         )
     if block and attention_tp > 1:
@@ -201,7 +202,8 @@ def _check_sizes(spec: EngineSpec, reading: Reading, findings: Findings) -> None
             rows % block == 0,
             "engines",
             f"{where}: FP8 blocks of attention lie inside one rank",
-            wrong=f"{where}: attention over {attention_tp} ranks leaves {rows} columns of o_proj each, which cuts FP8 blocks of {block}",
+            wrong=f"{where}: attention over {attention_tp} ranks leaves {rows} columns of o_proj each, "
+            f"which cuts FP8 blocks of {block}",
             fix="raise --sglang-dp-size (attention data parallelism)",
         )
 
@@ -261,7 +263,8 @@ def _check_dispatch(spec: EngineSpec, findings: Findings, env: Mapping[str, str]
         "engines",
         f"{where}: {DISPATCH_VARIABLE} {limit} covers the largest decode batch",
         values=values,
-        wrong=f"{where}: {DISPATCH_VARIABLE} is {limit}, below the largest decode batch; graph capture would fail in DeepEP's buffer",
+        wrong=f"{where}: {DISPATCH_VARIABLE} is {limit}, below the largest decode batch; "
+        "graph capture would fail in DeepEP's buffer",
         fix=f"set {DISPATCH_VARIABLE}={_round_up(need)}, or lower cuda_graph_max_bs to {max(limit // drafts, 1)}",
     )
 

@@ -1,8 +1,9 @@
 """Floating-point operations of one token: linear layers, the attention core over the keys it reads, the indexer.
 
-A multiply-add counts as two. Formulas: `forward = 2 x active parameters + core + indexer`; backward doubles the linear part, costs the
-sparse core its five products (S again, dP, dQ, dK, dV), and the indexer nothing, because it has no gradient. With full recomputation
-every layer's forward runs twice; the output layer's does not. The context of a token is averaged over a causal sequence of `length`.
+A multiply-add counts as two. `forward = 2 x active parameters + core + indexer`. Backward doubles the linear part, costs the
+sparse core its five products (S again, dP, dQ, dK, dV), and the indexer nothing, because it has no gradient. With full
+recomputation every layer's forward runs twice; the output layer's does not. The context of a token is averaged over a causal
+sequence of `length`.
 """
 
 from __future__ import annotations

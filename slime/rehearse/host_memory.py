@@ -1,7 +1,7 @@
 """Bytes of a training rank on a CPU through an iteration, as the resident memory of its process. Full recomputation.
 
-Other than on a GPU: nothing sleeps, the optimizer stays, gloo gathers updated parameters through a copy of one buffer, and the torch
-reference of the sparse core gathers keys in bounded pieces.
+Other than on a GPU: nothing sleeps, the optimizer stays, gloo gathers updated parameters through a copy of one buffer, and the
+torch reference of the sparse core gathers keys in bounded pieces.
 """
 
 from __future__ import annotations

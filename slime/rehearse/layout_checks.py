@@ -215,10 +215,11 @@ def _check_batch(reading: Reading, grid: Grid, findings: Findings) -> None:
         if longest and longest > capacity:
             findings.unchecked(
                 "batch",
-                f"samples of up to {longest:,} tokens are longer than a micro-batch of {capacity:,}; such a sample is trained alone and needs "
-                f"{longest / capacity:.1f} times the memory of this report",
+                f"samples of up to {longest:,} tokens are longer than a micro-batch of {capacity:,}; "
+                f"such a sample is trained alone and needs {longest / capacity:.1f} times the memory of this report",
                 "",
-                f"raise --max-tokens-per-gpu to {-(-longest // grid.cp):,}, or lower --rollout-max-response-len / --rollout-max-prompt-len",
+                f"raise --max-tokens-per-gpu to {-(-longest // grid.cp):,}, "
+                "or lower --rollout-max-response-len / --rollout-max-prompt-len",
             )
 
 

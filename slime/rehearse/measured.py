@@ -1,7 +1,7 @@
 """Peaks that a run measured, beside the predicted ones.
 
-A run writes `memory.json` into its run folder after every rollout (SLIME_RUN_DIR, RUN_DIR of a launcher): each trainer rank's largest memory in
-every phase. On a CPU that is the resident memory of the process, on a GPU the bytes of live tensors.
+A run writes `memory.json` into its run folder (SLIME_RUN_DIR, RUN_DIR of a launcher) after every rollout: each trainer rank's
+largest memory in every phase. On a CPU that is the resident memory of the process, on a GPU the bytes of live tensors.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class Comparison:
         return (self.predicted - self.measured) / self.measured
 
     def line(self) -> str:
-        return f"stage {self.stage} {self.phase}: predicted {self.predicted / 1e9:.3f} GB, measured {self.measured / 1e9:.3f} GB, error {self.error:+.1%}"
+        return (
+            f"stage {self.stage} {self.phase}: predicted {self.predicted / 1e9:.3f} GB, "
+            f"measured {self.measured / 1e9:.3f} GB, error {self.error:+.1%}"
+        )
 
 
 def read_measured(path: str) -> Measured:

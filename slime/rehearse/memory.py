@@ -1,8 +1,8 @@
 """Bytes of one GPU through a whole iteration, per pipeline stage, and of one node's main memory. Pure arithmetic.
 
-Every term is a function of shapes; nothing is fitted. What a caching allocator, communication libraries and the CUDA context add is one
-printed number (`Assumed.overhead_gb`). `slime.rehearse.measured` sets predictions beside the peaks that a run measured; a trainer on a CPU
-has a model of its own, `slime.rehearse.host_memory`.
+Every term is a function of shapes; nothing is fitted. What a caching allocator, communication libraries and the CUDA context
+add is one printed number (`Assumed.overhead_gb`). `slime.rehearse.measured` sets predictions beside the peaks that a run
+measured. A trainer on a CPU has a model of its own, `slime.rehearse.host_memory`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class StageMemory:
 
 
 def optimizer_bytes(share: StageShare, grid: Grid, shapes: TrainShapes, *, trained_only: bool = True) -> int:
-    """State of one rank: dense parameters are spread over data- and context-parallel ranks, experts over expert-data-parallel ones."""
+    """State of one rank. Dense parameters are spread over data- and context-parallel ranks, experts over their own replicas."""
     dense = share.dense - (share.frozen if trained_only else 0)
     return dense * shapes.optimizer_bytes // (grid.dp * grid.cp) + share.experts * shapes.optimizer_bytes // grid.edp
 
@@ -202,7 +202,7 @@ def stage_memory(
 
 
 def kv_bytes_per_token(hf: HfConfig, *, fp8: bool, tp: int = 1, drafts: bool = False) -> int:
-    """Of one engine rank: sparse attention keeps a 656-byte latent (or 576 bf16 values) a layer and 132 bytes a computing layer.
+    """Of one engine rank. Sparse attention keeps 656 bytes (or 576 bf16 values) a layer and 132 bytes a computing layer.
 
     drafts: the MTP layer, which runs an indexer of its own, keeps a cache too.
     """

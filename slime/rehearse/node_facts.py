@@ -82,7 +82,7 @@ class Wanted:
 
 
 def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts:
-    """Everything of this node but its clock and its reach, which take two. seed_path: path -> file that the driver wrote there."""
+    """Everything of this node but its clock and its reach, which take two. seed_path: path -> the driver's file there."""
     return NodeFacts(
         name=name,
         host=socket.gethostname(),
@@ -156,7 +156,7 @@ def _version(package: str) -> str:
 
 
 def try_shared(path: str, seed: str | None) -> str:
-    """Read the driver's file, write one, rename it (checkpoints are completed by a rename), and delete it. Returns the error, or ""."""
+    """Read the driver's file, write one, rename it (a rename completes a checkpoint), delete it. Returns the error, or ""."""
     try:
         if seed is not None and not Path(seed).exists():
             return f"the file that the driver wrote there ({seed}) is not visible"

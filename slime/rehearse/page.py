@@ -13,17 +13,25 @@ from slime.rehearse.result import Rehearsal
 from slime.rehearse.svg import balance_bars, measured_bars, memory_bars, rank_grid, timeline, weight_flow
 
 STYLE = """
-body { font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif; margin: 24px auto; max-width: 1080px; color: #222; background: #fff; padding: 0 16px }
+body { font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #222; background: #fff }
+body { margin: 24px auto; max-width: 1080px; padding: 0 16px }
 h1 { font-size: 22px; margin: 0 0 4px } h2 { font-size: 17px; margin: 32px 0 8px; border-bottom: 1px solid #ddd }
 .verdict { font-size: 16px; padding: 8px 12px; border-radius: 6px; display: inline-block }
 .good { background: #dff0e2 } .bad { background: #f6dcda }
-table { border-collapse: collapse; width: 100% } td, th { padding: 3px 8px; vertical-align: top; border-bottom: 1px solid #eee; text-align: left }
-table.numbers { width: auto } table.numbers td, table.numbers th { text-align: right; font-variant-numeric: tabular-nums; padding: 2px 12px }
+table { border-collapse: collapse; width: 100% }
+td, th { padding: 3px 8px; vertical-align: top; border-bottom: 1px solid #eee; text-align: left }
+table.numbers { width: auto }
+table.numbers td, table.numbers th { text-align: right; font-variant-numeric: tabular-nums; padding: 2px 12px }
 th { font-weight: 600; color: #555 } td.off { color: #a11; font-weight: 600 }
-td.mark { white-space: nowrap; font-weight: 600 } .violation { color: #a11 } .unchecked { color: #9a6b00 } .ok { color: #2a7a3a }
-.values, .note { color: #666 } .fix { color: #134d8a } pre { background: #f6f6f6; padding: 10px; overflow-x: auto; font-size: 12px }
+td.mark { white-space: nowrap; font-weight: 600 }
+.violation { color: #a11 } .unchecked { color: #9a6b00 } .ok { color: #2a7a3a }
+.values, .note { color: #666 } .fix { color: #134d8a }
+pre { background: #f6f6f6; padding: 10px; overflow-x: auto; font-size: 12px }
 svg { max-width: 100%; height: auto; display: block; margin: 6px 0 }
-@media print { body { margin: 0; max-width: none } svg, tr { break-inside: avoid } h2 { break-after: avoid } pre { white-space: pre-wrap } }
+@media print {
+  body { margin: 0; max-width: none } pre { white-space: pre-wrap }
+  svg, tr { break-inside: avoid } h2 { break-after: avoid }
+}
 """
 
 
@@ -62,8 +70,8 @@ def _layout(done: Rehearsal) -> list[str]:
         return parts
     parts += [
         "<h2>Stage balance</h2>",
-        f"<p>Training FLOPs per token at sequences of {balance.length:,} tokens: linear layers, sparse core, indexer, recomputation, output layer. "
-        "The slowest stage decides.</p>",
+        f"<p>Training FLOPs per token at sequences of {balance.length:,} tokens: linear layers, sparse core, indexer, "
+        "recomputation, output layer. The slowest stage decides.</p>",
         balance_bars(balance),
     ]
     if balance.first_last:
@@ -165,6 +173,7 @@ def _findings(title: str, items: list[Finding]) -> list[str]:
         values = f' <span class="values">[{escape(item.values)}]</span>' if item.values else ""
         fix = f'<br><span class="fix">fix: {escape(item.fix)}</span>' if item.fix else ""
         rows.append(
-            f'<tr><td class="mark {item.severity}">{item.severity}</td><td>{escape(item.area)}</td><td>{escape(item.what)}{values}{fix}</td></tr>'
+            f'<tr><td class="mark {item.severity}">{item.severity}</td><td>{escape(item.area)}</td>'
+            f"<td>{escape(item.what)}{values}{fix}</td></tr>"
         )
     return [f"<h2>{escape(title)} ({len(items)})</h2>", "<table>", *rows, "</table>"]

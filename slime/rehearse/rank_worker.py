@@ -1,4 +1,4 @@
-"""Build training ranks for real, on the meta device with a fake process group, and say what each holds. Runs as a child process:
+"""Build training ranks for real, on the meta device with a fake process group; say what each holds. Runs as a child process:
 
 python3 -m slime.rehearse.rank_worker PICKLED-JOB        -> one JSON line per rank, then one with the process's peak memory
 """

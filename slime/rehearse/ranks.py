@@ -1,4 +1,4 @@
-"""The model, rank by rank: every rank is built for real (layer spec, megatron-core, meta device) and the parts must add up exactly.
+"""The model, rank by rank: each is built for real (layer spec, megatron-core, meta device) and the parts must add up exactly.
 
 Building needs torch and megatron-core and happens in child processes, so that their memory and patches stay theirs.
 """
@@ -90,7 +90,7 @@ def _start(path: Path) -> subprocess.Popen:
 
 
 def _summed(rows: list[dict], num_ranks: int, seconds: float, peak: int) -> BuiltRanks:
-    """Each tensor once: a replicated one from tensor-parallel rank 0, shards from all of them, experts from every expert shard."""
+    """Each tensor once: a replicated one from tensor-parallel rank 0, shards from all, experts from every expert shard."""
     errors = [f"rank {row['rank']}: {row['error']}" for row in rows if "error" in row]
     built = sorted((row for row in rows if "error" not in row), key=lambda row: row["rank"])
     unique = 0

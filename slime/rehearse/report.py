@@ -34,7 +34,8 @@ def as_text(done: Rehearsal) -> str:
 def verdict(done: Rehearsal) -> str:
     violations, unchecked = len(done.findings.of("violation")), len(done.findings.of("unchecked"))
     if violations:
-        return f"NOT LAUNCHABLE: {violations} violation{'s' if violations > 1 else ''} ({unchecked} points could not be checked from here)"
+        counted = f"{violations} violation{'s' if violations > 1 else ''}"
+        return f"NOT LAUNCHABLE: {counted} ({unchecked} points could not be checked from here)"
     return f"launchable: {len(done.findings.of('ok'))} checks passed, {unchecked} points could not be checked from here"
 
 
@@ -43,18 +44,21 @@ def _stages(done: Rehearsal) -> list[str]:
     if balance is None or len(balance.sizes) < 2:
         return []
     lines = [
-        f"layers {'/'.join(map(str, balance.sizes))}: stages are {balance.value:.1%} even by training FLOPs at {balance.length:,} tokens "
+        f"layers {'/'.join(map(str, balance.sizes))}: "
+        f"stages are {balance.value:.1%} even by training FLOPs at {balance.length:,} tokens "
         f"({sum(balance.sizes) / len(balance.sizes) / max(balance.sizes):.1%} by layers)"
     ]
     for split in balance.first_last[:5]:
         lines.append(
-            f"  legal: --decoder-first-pipeline-num-layers {split.sizes[0]} --decoder-last-pipeline-num-layers {split.sizes[-1]}: {split.balance:.1%}"
+            f"  legal: --decoder-first-pipeline-num-layers {split.sizes[0]} "
+            f"--decoder-last-pipeline-num-layers {split.sizes[-1]}: {split.balance:.1%}"
         )
     if len(balance.first_last) > 5:
         lines.append(f"  and {len(balance.first_last) - 5} more pairs, all in --json")
     if balance.best is not None:
         lines.append(
-            f"  best list: {','.join(map(str, balance.best.sizes))}: {balance.best.balance:.1%}   --pipeline-model-parallel-layout '{layout_string(balance.best.sizes)}'"
+            f"  best list: {','.join(map(str, balance.best.sizes))}: {balance.best.balance:.1%}   "
+            f"--pipeline-model-parallel-layout '{layout_string(balance.best.sizes)}'"
         )
     return lines
 
@@ -69,7 +73,8 @@ def _memory(done: Rehearsal) -> list[str]:
         share = stage.share
         cells = "  ".join(f"{stage.phase(name).total / 1e9:.1f}".rjust(max(7, len(name))) for name in names)
         lines.append(
-            f"{share.stage:5d}  {len(share.layers):6d}  {share.parameters / 1e9:8.3f}  {cells}  {stage.host_optimizer * per_node / 1e9:12.0f}"
+            f"{share.stage:5d}  {len(share.layers):6d}  {share.parameters / 1e9:8.3f}  {cells}  "
+            f"{stage.host_optimizer * per_node / 1e9:12.0f}"
         )
     for cache in done.budget.caches:
         batch = (
@@ -79,7 +84,8 @@ def _memory(done: Rehearsal) -> list[str]:
     for fit in done.budget.fits:
         word = "fits" if fit.fits else "does not fit"
         lines.append(
-            f"training on {fit.nodes} nodes (CP {fit.cp}, DP {fit.dp}, EP {fit.ep}): {fit.peak_gb:.1f} GB per GPU, {word} {done.options.gpu_memory_gb:g} GB; "
+            f"training on {fit.nodes} nodes (CP {fit.cp}, DP {fit.dp}, EP {fit.ep}): "
+            f"{fit.peak_gb:.1f} GB per GPU, {word} {done.options.gpu_memory_gb:g} GB; "
             f"{fit.host_gb_per_node:.0f} GB of optimizer per node"
         )
     lines.append("assumed: " + ", ".join(f"{name} {value:g}" for name, value in done.budget.assumed.items()))
@@ -107,7 +113,8 @@ def _cost(done: Rehearsal) -> list[str]:
     if cost is None:
         return []
     lines = [
-        f"{cost.tokens:,} tokens, {cost.flops_per_token_forward / 1e9:.1f} GF forward and {cost.flops_per_token_training / 1e9:.1f} GF training per token"
+        f"{cost.tokens:,} tokens, {cost.flops_per_token_forward / 1e9:.1f} GF forward "
+        f"and {cost.flops_per_token_training / 1e9:.1f} GF training per token"
     ]
     lines += [f"  {phase.name:22s} {phase.seconds:8.1f} s   {phase.why}" for phase in cost.phases]
     lines.append(
@@ -116,7 +123,8 @@ def _cost(done: Rehearsal) -> list[str]:
     if cost.sync is not None:
         sync = cost.sync
         lines.append(
-            f"  bytes of a weight sync: experts {sync.experts / 1e9:.2f} GB, the rest {sync.rest / 1e9:.2f} GB; land on a GPU {sync.per_gpu / 1e9:.2f} GB, "
+            f"  bytes of a weight sync: experts {sync.experts / 1e9:.2f} GB, the rest {sync.rest / 1e9:.2f} GB; "
+            f"land on a GPU {sync.per_gpu / 1e9:.2f} GB, "
             f"in an engine {sync.per_engine / 1e12:.2f} TB, in all engines {sync.all_engines / 1e12:.2f} TB"
         )
     lines.append("  assumed: " + ", ".join(f"{name} {value:g}" for name, value in rates_shown(done.rates).items()))

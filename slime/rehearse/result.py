@@ -140,8 +140,10 @@ def _check_weights(done: Rehearsal) -> None:
         gathered = sum(row.block == "gather" for row in weights.rows)
         findings.ok(
             "weights",
-            f"each of {len(weights.rows):,} tensors is in one bucket, fused pairs together; {mtp:,} of the MTP layer stay as the engines loaded them",
-            f"{len(weights.bucket_bytes):,} buckets, {weights.nbytes:,} bytes, {gathered} FP8 tensors gathered first, digest {weights.digest[:16]}",
+            f"each of {len(weights.rows):,} tensors is in one bucket, fused pairs together; "
+            f"{mtp:,} of the MTP layer stay as the engines loaded them",
+            f"{len(weights.bucket_bytes):,} buckets, {weights.nbytes:,} bytes, {gathered} FP8 tensors gathered first, "
+            f"digest {weights.digest[:16]}",
         )
     if report := done.reading.config.engine.rehearsed:
         _compare_with_report(weights, report, findings)

@@ -1,4 +1,4 @@
-"""What one rank of a pipeline stage holds: numbers of parameters, by how they are cut. Pure arithmetic on the weight-name table."""
+"""How many parameters one rank of a pipeline stage holds, by how they are cut. Pure arithmetic on the weight-name table."""
 
 from __future__ import annotations
 

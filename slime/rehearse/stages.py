@@ -1,7 +1,7 @@
 """Which layers a pipeline stage holds, which cuts are legal for index sharing, and which of them are balanced. Pure arithmetic.
 
-Layers are 0-based. megatron-core's own rules are followed (a test compares every case with its functions), so that a laptop without
-megatron-core knows the same answer.
+Layers are 0-based. megatron-core's own rules are followed (a test compares every case with its functions), so that a laptop
+without megatron-core knows the same answer.
 """
 
 from __future__ import annotations
@@ -73,12 +73,14 @@ def _from_layout(cut: Cut) -> list[Chunk]:
     text = unrolled_layout(cut.layout.replace(",", "").replace(" ", ""))
     if unknown := sorted(set(text) - set("EtLm|")):
         raise ValueError(
-            f"--pipeline-model-parallel-layout has {''.join(unknown)!r}; it is made of E (embedding), t (layer), L (loss), m, | and *"
+            f"--pipeline-model-parallel-layout has {''.join(unknown)!r}; "
+            "it is made of E (embedding), t (layer), L (loss), m, | and *"
         )
     parts = text.split("|")
     if len(parts) % cut.pp_size:
         raise ValueError(
-            f"--pipeline-model-parallel-layout has {len(parts)} stages, no multiple of --pipeline-model-parallel-size {cut.pp_size}"
+            f"--pipeline-model-parallel-layout has {len(parts)} stages, "
+            f"no multiple of --pipeline-model-parallel-size {cut.pp_size}"
         )
     if text.count("t") != cut.num_layers:
         raise ValueError(
@@ -166,9 +168,9 @@ def _starts_are_legal(hf: HfConfig, sizes: Sequence[int]) -> bool:
 def best_list(
     hf: HfConfig, pp_size: int, layer_costs: Sequence[float], head_cost: float, *, any_start: bool = False
 ) -> Split | None:
-    """The per-stage list whose slowest stage is fastest; among those the one with the least sum of squares. None when none is legal.
+    """The per-stage list whose slowest stage is fastest; of several the one with the least sum of squares. None: none is legal.
 
-    Dynamic programming over legal cut positions: best[stage][position] = (greatest cost, sum of squares) of the stages up to there.
+    Dynamic programming over legal cut positions: best[stage][position] = (greatest cost, sum of squares) of the stages so far.
     """
     num_layers = hf.num_layers
     cuts = [layer for layer in range(1, num_layers) if any_start or not hf.has_indexer or hf.runs_indexer(layer)]

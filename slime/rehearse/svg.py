@@ -33,7 +33,10 @@ def _text(x: float, y: float, words: str, *, anchor: str = "start", size: int = 
 
 def _box(x: float, y: float, width: float, height: float, colour: str, hint: str = "") -> str:
     inside = f"<title>{escape(hint)}</title>" if hint else ""
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.2f}" height="{height:.1f}" fill="{colour}" stroke="#fff" stroke-width="0.5">{inside}</rect>'
+    return (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.2f}" height="{height:.1f}" '
+        f'fill="{colour}" stroke="#fff" stroke-width="0.5">{inside}</rect>'
+    )
 
 
 def rank_grid(done: Rehearsal) -> str:
@@ -60,7 +63,8 @@ def rank_grid(done: Rehearsal) -> str:
                     cell - 1,
                     25,
                     colour,
-                    f"rank {rank}: {where}; {memory.share.parameters / 1e9:.3f} B parameters, {peak.total / 1e9:.1f} GB while training",
+                    f"rank {rank}: {where}; {memory.share.parameters / 1e9:.3f} B parameters, "
+                    f"{peak.total / 1e9:.1f} GB while training",
                 )
             )
         body.append(_text(158 + per_stage * cell, y + 17, f"{peak.total / 1e9:.1f} GB while training"))
@@ -213,8 +217,8 @@ def weight_flow(done: Rehearsal) -> str:
 def _ribbon(x1: float, y1: float, x2: float, y2: float, width: float, colour: str) -> str:
     middle = (x1 + x2) / 2
     return (
-        f'<path d="M{x1:.1f},{y1:.1f} C{middle:.1f},{y1:.1f} {middle:.1f},{y2:.1f} {x2:.1f},{y2:.1f}" fill="none" stroke="{colour}" '
-        f'stroke-opacity="0.7" stroke-width="{max(width, 1):.1f}"/>'
+        f'<path d="M{x1:.1f},{y1:.1f} C{middle:.1f},{y1:.1f} {middle:.1f},{y2:.1f} {x2:.1f},{y2:.1f}" '
+        f'fill="none" stroke="{colour}" stroke-opacity="0.7" stroke-width="{max(width, 1):.1f}"/>'
     )
 
 

@@ -1,9 +1,9 @@
 """Where every Hugging Face tensor lives in the trainer, how it travels, and which engine ranks keep it. Pure arithmetic.
 
-One row per tensor, in the order in which the weight stream sends it. The stream's rules are those of `slime.ray.weight_stream`: first the
-dense weights, one source rank per pipeline stage, then the routed experts, one source per stage and expert shard; inside a source the
-model's own order of parameters, buffers last; tensors that an engine fuses travel together; buckets are filled up to
---update-weight-buffer-size. A test compares rows and buckets with the real stream of a small model.
+One row per tensor, in the order in which the weight stream sends it. The stream's rules are those of `slime.ray.weight_stream`:
+first the dense weights, one source rank per pipeline stage, then the routed experts, one source per stage and expert shard;
+inside a source the model's own order of parameters, buffers last; tensors that an engine fuses travel together; buckets are
+filled up to --update-weight-buffer-size. A test compares rows and buckets with the real stream of a small model.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class Row:
     nbytes: int
 
     def canonical(self) -> str:
-        shape = "x".join(map(str, self.shape))
-        return f"{self.name}\t{shape}\t{'fp8' if self.fp8 else '-'}\t{self.stage}\t{self.holders}\t{self.source}\t{self.bucket}\t{self.engines}\t{self.block}\t{self.nbytes}"
+        shape, fp8 = "x".join(map(str, self.shape)), "fp8" if self.fp8 else "-"
+        trainer = f"{self.name}\t{shape}\t{fp8}\t{self.stage}\t{self.holders}\t{self.source}"
+        return f"{trainer}\t{self.bucket}\t{self.engines}\t{self.block}\t{self.nbytes}"
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def model_order(entry: Entry) -> tuple[int, int, int, int]:
 
 
 def _groups(entries: Iterable[Entry], partners: Mapping[str, int]) -> Iterator[list[tuple[Entry, HfTensor]]]:
-    """Tensors that must share a bucket; a fused pair is sent when its last member comes. partners: how many there are of each."""
+    """Tensors that must share a bucket; a fused pair is sent when its last member comes. partners: how many each has."""
     waiting: dict[str, list[tuple[Entry, HfTensor]]] = {}
     arrived: Counter[str] = Counter()
     for entry in entries:

@@ -1,7 +1,7 @@
 """The digest of a weight stream: which tensors travel, in which order, shape and format, in which bucket.
 
-A rehearsal computes it from arithmetic, a run from the buckets that it really sent; equal digests mean that the run moves the weights as
-rehearsed. No torch: a rehearsal runs without it.
+A rehearsal computes it from arithmetic, a run from the buckets that it really sent; equal digests mean that the run moves the
+weights as rehearsed. No torch: a rehearsal runs without it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def sign(digest: str, key: str) -> str:
 
 
 def rehearsed_digest(report: str, *, key: str | None) -> str:
-    """The stream digest in a rehearsal's JSON report. Raises ValueError for a file that is none, or is not signed with `key`."""
+    """The stream digest in a rehearsal's JSON report. Raises ValueError for another file, or one not signed with `key`."""
     try:
         told = json.loads(Path(report).read_text())
         launchable, weights = told["launchable"], told["weights"]

@@ -75,7 +75,7 @@ def test_a_second_derivative_is_refused_not_guessed():
     q, kv = torch.randn(3, 2, 4, requires_grad=True), torch.randn(5, 4)
     indices = torch.randint(0, 5, (3, 4), dtype=torch.int32)
     out, _ = torch_ops.sparse_mla(q, kv, indices, scale=1.0, v_dim=3)
-    grad, = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -89,8 +89,10 @@ def topk_by_hand(q, k, gates, starts, ends, topk):
     """One row at a time in float64, Python's stable sort by descending score."""
     picked = []
     for i in range(len(q)):
-        scores = {j: sum(g * max(0.0, float(head @ k[j])) for g, head in zip(gates[i].tolist(), q[i], strict=True))
-                  for j in range(int(starts[i]), int(ends[i]))}
+        scores = {
+            j: sum(g * max(0.0, float(head @ k[j])) for g, head in zip(gates[i].tolist(), q[i], strict=True))
+            for j in range(int(starts[i]), int(ends[i]))
+        }
         best = sorted(sorted(scores, key=lambda j: -scores[j])[:topk])
         picked.append(best + [-1] * (topk - len(best)))
     return torch.tensor(picked, dtype=torch.int32)

@@ -34,14 +34,14 @@ def test_log_prob_with_targets_of_another_rank_and_a_broadcast_gradient():
     targets = torch.randint(0, 2000, (300,), device="cuda")  # this rank holds 500 .. 1500
     options = dict(vocab_start=500, temperature=0.7, chunk_size=128, with_entropy=True)
     log_prob, entropy = vocab_parallel_log_prob(logits, targets, **options)
-    grad, = torch.autograd.grad(log_prob.sum() + entropy.sum(), logits)
+    (grad,) = torch.autograd.grad(log_prob.sum() + entropy.sum(), logits)
     wide = logits.detach().double().requires_grad_()
     x, local = wide / 0.7, targets - 500
     held = (local >= 0) & (local < 1000)
     want = torch.where(held, x.gather(1, local.clamp(0, 999)[:, None])[:, 0], 0.0) - torch.logsumexp(x, -1)
     log_p = torch.log_softmax(x, -1)
     want_entropy = -(log_p.exp() * log_p).sum(-1)
-    want_grad, = torch.autograd.grad(want.sum() + want_entropy.sum(), wide)
+    (want_grad,) = torch.autograd.grad(want.sum() + want_entropy.sum(), wide)
     assert error(log_prob, want) < 1e-6 and error(entropy, want_entropy) < 1e-6 and error(grad, want_grad) < 4e-3
 
 

@@ -23,9 +23,9 @@ def test_values_and_gradients_are_those_of_a_dense_softmax(chunk_size, temperatu
     targets = torch.randint(50, (7,))
     weights = torch.randn(2, 7)
     got = vocab_parallel_log_prob(logits, targets, temperature=temperature, chunk_size=chunk_size, with_entropy=True)
-    grad, = torch.autograd.grad((weights[0] * got[0] + weights[1] * got[1]).sum(), logits)
+    (grad,) = torch.autograd.grad((weights[0] * got[0] + weights[1] * got[1]).sum(), logits)
     want = dense(logits, targets, temperature)
-    want_grad, = torch.autograd.grad((weights[0] * want[0] + weights[1] * want[1]).sum(), logits)
+    (want_grad,) = torch.autograd.grad((weights[0] * want[0] + weights[1] * want[1]).sum(), logits)
     for g, w in zip((*got, grad), (*want, want_grad), strict=True):
         torch.testing.assert_close(g.double(), w.double(), rtol=1e-5, atol=1e-5)
 
@@ -49,7 +49,7 @@ def test_masked_columns_have_probability_zero_and_no_nan():
     logits.requires_grad_()
     targets = torch.tensor([0, 1, 3])
     log_prob, entropy = vocab_parallel_log_prob(logits, targets, with_entropy=True)
-    grad, = torch.autograd.grad((log_prob + entropy).sum(), logits)
+    (grad,) = torch.autograd.grad((log_prob + entropy).sum(), logits)
     want = dense(logits[:, :4].detach(), targets, 1.0)
     torch.testing.assert_close(log_prob.double(), want[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(entropy.double(), want[1], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The arithmetic of the rehearsal against the code that it speaks for: megatron-core's cuts, the weight stream, ranks that are built."""
+"""The arithmetic of the rehearsal against the code that it speaks for: megatron-core's cuts, the weight stream, built ranks."""
 
 from __future__ import annotations
 

@@ -97,7 +97,8 @@ def test_peak_memory_is_within_10_percent(size: dict, tokens: int, tmp_path: Pat
         if name in peaks:
             measured, wanted = peaks[name].tensors - before, predicted.phase(name).total
             print(
-                f"{share.parameters:,} parameters, {tokens} tokens, {name}: predicted {wanted / 1e9:.3f}, measured {measured / 1e9:.3f} GB"
+                f"{share.parameters:,} parameters, {tokens} tokens, {name}: "
+                f"predicted {wanted / 1e9:.3f}, measured {measured / 1e9:.3f} GB"
             )
             assert abs(wanted / measured - 1) < 0.10
     assert "train" in peaks

@@ -135,7 +135,7 @@ def test_a_measured_run_stands_beside_the_prediction(flagship: Recipe, tmp_path:
     told = json.loads(data.read_text())["memory"]["measured"]
     assert [row["stage"] for row in told["peaks"]] == list(range(8)) and {row["phase"] for row in told["peaks"]} == {"train"}
     assert told["peaks"][7]["measured"] == 20_000_000_001 and told["micro_batch_tokens"] == 4096
-    # Stage 3: 2.9496 billion parameters in bf16 with fp32 gradients but for two indexers of 9,371,648, and what 4096 tokens add.
+    # Stage 3: 2.9496 billion parameters in bf16, fp32 gradients but for two indexers of 9,371,648, and what 4096 tokens add.
     stage = told["peaks"][3]
     assert 0 < stage["predicted"] - (6 * 2_949_632_512 - 4 * 2 * 9_371_648) < 2.5e9
     assert stage["error"] == pytest.approx((stage["predicted"] - 20e9) / 20e9, abs=1e-6)
@@ -183,7 +183,8 @@ def test_a_browser_shows_the_page(flagship: Recipe, tmp_path: Path) -> None:
     probe = (
         "<script>addEventListener('load', () => { document.title = JSON.stringify({"
         "svg: [...document.querySelectorAll('svg')].map(one => one.getBoundingClientRect().height > 50), "
-        "loads: performance.getEntriesByType('resource').length, fits: document.documentElement.scrollWidth <= innerWidth}) })</script>"
+        "loads: performance.getEntriesByType('resource').length, "
+        "fits: document.documentElement.scrollWidth <= innerWidth}) })</script>"
     )
     page.write_text(page.read_text().replace("</body>", probe + "</body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--window-size=1160,900"]
@@ -232,7 +233,7 @@ def test_flags_and_layout_need_no_heavy_import(flagship: Recipe, tmp_path: Path)
 
 @pytest.mark.slow
 def test_the_launcher_rehearses_from_an_empty_machine(tmp_path: Path) -> None:
-    """bash run-glm5.2-744B-A40B.sh --rehearse: nothing is set, nothing is there, all 256 ranks are built, nothing is started."""
+    """bash run-glm5.2-744B-A40B.sh --rehearse: nothing is set or there, all 256 ranks are built, nothing is started."""
     import os
 
     env = {key: value for key, value in os.environ.items() if key not in ("BASE_DIR", "MASTER_ADDR", "HOSTFILE")}

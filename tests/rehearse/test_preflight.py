@@ -181,7 +181,7 @@ sys.exit(status)
 
 @pytest.mark.slow
 def test_bad_nodes_of_a_real_cluster_are_named(tmp_path: Path) -> None:
-    """Four Ray nodes on this machine. Each answers through a real actor; what the operating system tells it is changed on three."""
+    """Four Ray nodes on this machine. Each answers through a real actor; what the system tells it is changed on three."""
     shared, report = tmp_path / "shared", tmp_path / "report.json"
     shared.mkdir()
 
