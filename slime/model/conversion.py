@@ -5,7 +5,8 @@
     <save>/.converting/rank_00003.jsonl  a line for each: name, place, checksum, and the sha256 of the whole tensor
 
 A tensor's line is written after its bytes, and its bytes are compared with the line's checksum before they are taken, so
-neither a kill nor a power failure can bring half a tensor back. In memory are the rank's own tensors and one whole HF tensor.
+neither a kill nor a power failure can bring half a tensor back. In memory are the rank's own tensors and one whole HF tensor
+(14 bytes per element while FP8 is de-quantised).
 """
 
 from __future__ import annotations

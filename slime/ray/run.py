@@ -90,7 +90,8 @@ class Run:
         # No cluster was named: a local one with as many logical device slots as the run wants.
         slots = max(self._num_trainer_slots(), self._num_engine_slots(), 1)
         logger.info("RAY_ADDRESS is not set: starting a local Ray with %d device slots", slots)
-        ray.init(num_gpus=slots, num_cpus=slots + 4, include_dashboard=False, logging_level=logging.WARNING)
+        # "local": without it Ray would join any cluster that runs on this machine, and refuse to change its size.
+        ray.init("local", num_gpus=slots, num_cpus=slots + 4, include_dashboard=False, logging_level=logging.WARNING)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if self._rollout is not None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,49 @@ def test_a_changed_tensor_or_file_is_named_by_verify(small: str, tmp_path: Path)
     file.write_bytes(data)
     status, _, faults = verify(save)
     assert status == 1 and faults == "the content of __0_0.distcp has changed since it was written\n"
+
+
+def test_a_rank_holds_its_shard_and_less_than_one_tensor_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every allocation of torch in a conversion from FP8 is recorded, from the model's first to the last file's end."""
+    size = GlmSize(num_hidden_layers=8, hidden_size=512, intermediate_size=512, moe_intermediate_size=128, index_head_dim=64)
+    vocab = 4096
+    source = write(tmp_path / "hf", size, fp8=True)
+    _widen(tmp_path / "hf", vocab)
+    # safetensors maps its files, which torch records as allocations of their sizes.
+    mapped = {file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors")}
+
+    def measure(rank: int) -> tuple[int, int]:
+        from torch.profiler import ProfilerActivity, profile
+
+        filled: list[int] = []
+        published = Journal.__exit__
+
+        def leave(journal: Journal, *exc: object) -> None:
+            published(journal, *exc)
+            filled.append(journal._data.stat().st_size)
+
+        monkeypatch.setattr(Journal, "__exit__", leave)
+        argv = [*model_args(size, vocab), *TP2_EP4, "--hf-checkpoint", source, "--save", str(tmp_path / "dist")]
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            convert(rank, argv)
+        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if abs(e.nbytes()) not in mapped]
+        return max(accumulate(changes)), filled[0]
+
+    largest = vocab * size.hidden_size * 2  # the embedding, and the head
+    for peak, own in run_ranks(4, measure, timeout=400):
+        assert own > 2 * largest
+        assert own <= peak <= own + largest
+
+
+def _widen(folder: Path, vocab: int) -> None:
+    """Give the checkpoint a vocabulary that makes the embedding its largest tensor."""
+    from safetensors.torch import load_file, save_file
+
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        for name in [name for name in tensors if name in ("model.embed_tokens.weight", "lm_head.weight")]:
+            tensors[name] = torch.randn(vocab, tensors[name].shape[1]).to(torch.bfloat16)
+        save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": vocab}))
