@@ -52,6 +52,7 @@ def build_model(
     ]
     if config.parallel.dsa_send_indices and hf.has_indexer:
         _send_indices(chunks, config, hf, ranks)
+    _check_recomputation(chunks, megatron)
     mark_sharded(chunks, trained_table(config.model, hf), ranks)
     freeze(chunks, config.model)
     return chunks
@@ -82,6 +83,20 @@ def _check_mtp(model: object, hf: HfConfig) -> None:
         raise ValueError(f"--mtp-num-layers 1: {hf.source} ties embedding and output layer, which megatron-core cannot do here")
     if model.custom_model_provider_path:
         raise ValueError("--mtp-num-layers builds into this project's model; leave out --custom-model-provider-path")
+
+
+def _check_recomputation(chunks: list[GPTModel], megatron: TransformerConfig) -> None:
+    """Uniform recomputation walks through a chunk in equal strides, and past its end where they do not fit."""
+    stride = megatron.recompute_num_layers
+    if megatron.recompute_granularity != "full" or megatron.recompute_method != "uniform":
+        return
+    for chunk in chunks:
+        if len(chunk.decoder.layers) % stride:
+            raise ValueError(
+                f"--recompute-method uniform --recompute-num-layers {stride}: this pipeline stage has "
+                f"{len(chunk.decoder.layers)} layers, no multiple of it; pass 1, a divisor of every stage's layers, or "
+                "--recompute-method block"
+            )
 
 
 def mark_sharded(chunks: list[GPTModel], table: NameTable, ranks: Ranks) -> None:

@@ -34,10 +34,11 @@ _NEEDS_OTHER_PACKAGES = {
     "moe_shared_expert_overlap": "it needs two CUDA streams inside TransformerEngine's linears",
 }
 
-# Selective recomputation of modules that keep nothing worth recomputing here.
+# Selective recomputation of modules that keep nothing worth recomputing here, or cannot be.
 _NOTHING_TO_RECOMPUTE = {
     "core_attn": "attention here never holds a score matrix",
     "mla_up_proj": "keys and values are not expanded (sparse attention), or SDPA keeps them",
+    "layernorm": "megatron-core drops a norm's output by TransformerEngine's checkpoint",
     "moe_act": "the grouped experts keep it; recompute the module 'moe' to save that memory",
 }
 

@@ -10,6 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slime.model.local import local_tensors
+from slime.parallel import Ranks
+
+TOLD_RANKS = 8  # ranks spelled out in a message; a NaN in a forward pass reaches all of them
+
 
 class NonFiniteGradient(RuntimeError):
     """A step that could not be taken; every rank raises it together."""
@@ -51,9 +56,9 @@ class Guard:
     def __post_init__(self) -> None:
         self._own = Finding(self.rank)
 
-    def scan(self, chunks: Sequence[torch.nn.Module]) -> None:
+    def scan(self, chunks: Sequence[torch.nn.Module], ranks: Ranks) -> None:
         """Look at this rank's gradients before they are summed with others', where the culprit can still be told."""
-        self._own = Finding(self.rank, parameter=_first_bad_parameter(chunks))
+        self._own = Finding(self.rank, parameter=_first_bad_parameter(chunks, ranks))
 
     def note_loss(self, losses: Sequence[Tensor], samples: Sequence[tuple[int, ...]]) -> None:
         """losses: one scalar per micro-batch on the last stage; samples: the sample ids of each."""
@@ -73,7 +78,10 @@ class Guard:
             return True
         found: list[Finding] = [Finding(-1)] * dist.get_world_size()
         dist.all_gather_object(found, self._own)
-        told = "; ".join(str(finding) for finding in found if finding.is_bad)
+        bad_ranks = [finding for finding in found if finding.is_bad]
+        told = "; ".join(str(finding) for finding in bad_ranks[:TOLD_RANKS])
+        if len(bad_ranks) > TOLD_RANKS:
+            told += f"; and {len(bad_ranks) - TOLD_RANKS} more ranks"
         if not told:
             told = "every rank's own gradient is finite, so the sum over ranks overflowed"
         culprits = next((finding.samples for finding in found if finding.samples), tuple(all_samples))
@@ -93,16 +101,20 @@ class Guard:
         return False
 
 
-def _first_bad_parameter(chunks: Sequence[torch.nn.Module]) -> str | None:
-    for number, chunk in enumerate(chunks):
-        # One sum per buffer: any NaN or infinity survives it, and it needs no memory. Not in float64: torch would first copy
-        # the whole buffer to 8 bytes a number. A float32 sum that overflows on finite gradients only leads to the exact look
-        # below.
-        buffers = [*chunk.buffers, *chunk.expert_parallel_buffers]
-        if all(math.isfinite(float(buffer.grad_data.sum(dtype=torch.float32))) for buffer in buffers):
-            continue
-        for name, parameter in chunk.module.named_parameters():
-            gradient = getattr(parameter, "main_grad", None)
-            if gradient is not None and not bool(torch.isfinite(gradient).all()):
-                return name if len(chunks) == 1 else f"chunk {number}: {name}"
+def _first_bad_parameter(chunks: Sequence[torch.nn.Module], ranks: Ranks) -> str | None:
+    """Under its global name, experts one by one."""
+    # One sum per buffer: any NaN or infinity survives it, and it needs no memory. Not in float64: torch would first copy the
+    # whole buffer to 8 bytes a number. A float32 sum that overflows on finite gradients only leads to the exact look below.
+    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    if all(math.isfinite(float(buffer.grad_data.sum(dtype=torch.float32))) for buffer in buffers):
+        return None
+    for local in local_tensors(list(chunks), ranks, of=_gradient):
+        if local.parameter is not None and not bool(torch.isfinite(local.tensor).all()):
+            return local.name
     return None
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """Its main gradient; of a frozen parameter a zero for every row, so that an expert's is one too."""
+    gradient = getattr(parameter, "main_grad", None)
+    return parameter.new_zeros(len(parameter)) if gradient is None else gradient

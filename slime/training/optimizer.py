@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from slime.compat.megatron import prepare
+from slime.device import get_device
 from slime.training.memory import torch_optimizers
 
 if TYPE_CHECKING:
@@ -195,6 +197,32 @@ def make_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerPar
 def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The optimizers inside: dense and expert parameters have one each."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+NORM_CHUNK = 1 << 22  # gradients squared at once, in 32 MB
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Of the main gradients of all ranks, each counted once; equal on every rank. Called by all together, after prepare_grads.
+
+    Squares are added in float64. megatron-core adds in float32, which was 2.6e-6 off at 2.5 million gradients on a CPU and
+    therefore another number under another layout.
+    """
+    parts = parts_of(optimizer)
+    group = parts[0].get_grad_stats_parallel_group()
+    gradients = [
+        gradient
+        for part in parts
+        if not getattr(part, "is_stub_optimizer", False)
+        for gradient in part.get_main_grads_for_grad_norm()
+    ]
+    total = torch.zeros((), dtype=torch.float64, device=get_device().torch_device)
+    for gradient in gradients:
+        for piece in gradient.reshape(-1).split(NORM_CHUNK):
+            total += piece.double().square().sum()
+    dist.all_reduce(total, group=group)
+    return math.sqrt(total.item())
 
 
 def clip_gradients(optimizer: MegatronOptimizer, max_norm: float, total_norm: float) -> None:

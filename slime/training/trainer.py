@@ -35,7 +35,14 @@ from slime.training.forward import Pipeline
 from slime.training.guard import Guard
 from slime.training.hooks import load_hook
 from slime.training.loss import Objective
-from slime.training.optimizer import clip_gradients, forget_history, make_optimizer, make_scheduler, wrap_gradients
+from slime.training.optimizer import (
+    clip_gradients,
+    forget_history,
+    gradient_norm,
+    make_optimizer,
+    make_scheduler,
+    wrap_gradients,
+)
 from slime.training.snapshots import Snapshots
 from slime.training.state import LoadedState
 from slime.types import RolloutBatch, StepPlan
@@ -109,7 +116,7 @@ class Trainer:
         self.pipeline.config.grad_scale_func = None
 
     def _finalize_gradients(self, chunks, num_tokens=None, **rest) -> None:
-        self.guard.scan(chunks)
+        self.guard.scan(chunks, self.ranks)
         finalize_model_grads(chunks, None, **rest)
 
     def train(self, batch: RolloutBatch, steps: Sequence[StepPlan]) -> TrainReport:
@@ -218,7 +225,7 @@ class Trainer:
             ids = [tuple(int(batch.sample_ids[p]) for p in micro.positions) for micro in micro_batches]
             self.guard.note_loss([value["loss"] + value.get("mtp_loss", 0.0) for value in values], ids)
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        grad_norm = gradient_norm(self.optimizer)
         samples = [int(batch.sample_ids[p]) for p in plan.positions]
         metrics = self._reduce(values)
         if self.guard.allows(where, grad_norm, samples, self.device.torch_device):
