@@ -10,7 +10,7 @@ from slime.compat.megatron import prepare
 
 prepare()
 
-from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
@@ -34,7 +34,9 @@ class StackedWeight(torch.nn.Module):
 class GroupedExperts(MegatronModule):
     """SwiGLU experts over tokens that the dispatcher has sorted by expert.
 
-    linear_fc1.weight [E, 2f, h] with the f gate rows first, linear_fc2.weight [E, h, f]; E = experts of this rank.
+    linear_fc1.weight [E, 2f, h] with the f gate rows first, linear_fc2.weight [E, h, f]; E = experts of this rank, f = their
+    inner width / expert-TP. Under expert-TP the dispatcher gathers the group's tokens before, and after it reduce-scatters,
+    which adds up the ranks' shares of a token's output.
     """
 
     def __init__(
@@ -45,17 +47,16 @@ class GroupedExperts(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
-        if dist.get_world_size(pg_collection.expt_tp) > 1:
-            raise ValueError(
-                f"--expert-tensor-parallel-size {dist.get_world_size(pg_collection.expt_tp)}: experts are whole "
-                "on their rank here; "
-                f"pass --expert-tensor-parallel-size 1 and raise --expert-model-parallel-size instead"
-            )
         if config.moe_apply_probs_on_input or config.add_bias_linear:
             raise ValueError("experts take neither --moe-apply-probs-on-input nor biases (pass --disable-bias-linear)")
-        self.ep_group, self.edp_group = pg_collection.ep, pg_collection.expt_dp
+        self.ep_group, self.etp_group, self.edp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         self.num_local_experts = num_local_experts
-        inner, hidden = config.moe_ffn_hidden_size, config.hidden_size
+        inner, ranks = config.moe_ffn_hidden_size, dist.get_world_size(self.etp_group)
+        if inner % ranks:
+            raise ValueError(
+                f"--expert-tensor-parallel-size {ranks} does not divide the experts' inner width {inner}; choose a divisor"
+            )
+        inner, hidden = inner // ranks, config.hidden_size
         self.linear_fc1 = StackedWeight(config, num_local_experts, 2 * inner, hidden)
         self.linear_fc2 = StackedWeight(config, num_local_experts, hidden, inner)
 
@@ -70,18 +71,35 @@ class GroupedExperts(MegatronModule):
         return out, None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """One [num_experts, out, in] tensor per matrix, cut along the experts: loads under any EP."""
-        before = len(sharded_offsets)
-        place = (before, dist.get_rank(self.ep_group), dist.get_world_size(self.ep_group))
-        sharded = {}
-        for name, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
-            key = f"{prefix}{name}.weight"
-            sharded[key] = ShardedTensor.from_rank_offsets(
-                key,
-                module.weight,
-                *sharded_offsets,
-                place,
-                replica_id=(0, 0, dist.get_rank(self.edp_group)),
-                prepend_axis_num=before,
-            )
-        return sharded
+        """One [num_experts, out, in] tensor per matrix, cut along the experts and their inner width: loads under any EP and
+        expert-TP."""
+        axis = len(sharded_offsets)
+        experts = (axis, dist.get_rank(self.ep_group), dist.get_world_size(self.ep_group))
+        part, parts = dist.get_rank(self.etp_group), dist.get_world_size(self.etp_group)
+
+        def piece(key: str, tensor: Tensor, replica_id: tuple, *cut: tuple) -> ShardedTensor:
+            offsets = (*sharded_offsets, experts, *cut)
+            return ShardedTensor.from_rank_offsets(key, tensor, *offsets, replica_id=replica_id, prepend_axis_num=axis)
+
+        def gate_and_up(key: str, tensor: Tensor, replica_id: tuple, flattened_range: slice | None) -> list[ShardedTensor]:
+            assert flattened_range is None, "optimizer state is saved in the shape of its parameters"
+            gate, up = tensor.chunk(2, dim=1)
+            places = ((gate, part), (up, parts + part))
+            return [piece(key, half, replica_id, (axis + 1, place, 2 * parts)) for half, place in places]
+
+        first, second, replica = (
+            f"{prefix}linear_fc1.weight",
+            f"{prefix}linear_fc2.weight",
+            (0, 0, dist.get_rank(self.edp_group)),
+        )
+        if parts == 1:
+            return {
+                first: piece(first, self.linear_fc1.weight, replica),
+                second: piece(second, self.linear_fc2.weight, replica),
+            }
+        return {
+            first: ShardedTensorFactory(
+                first, self.linear_fc1.weight, gate_and_up, lambda halves: torch.cat(halves, dim=1), replica
+            ),
+            second: piece(second, self.linear_fc2.weight, replica, (axis + 2, part, parts)),
+        }

@@ -53,16 +53,6 @@ def check_layout(reading: Reading, findings: Findings, *, length: int) -> Balanc
     if reading.hf is None or reading.table is None:
         findings.unchecked("layout", "stage starts, cuts and balance: the model's config.json is not known here")
         return None
-    if reading.hf.num_experts and (reading.grid.etp if reading.grid else config.parallel.expert_tensor_parallel_size) not in (
-        1,
-        None,
-    ):
-        findings.violation(
-            "layout",
-            "experts are whole on their rank in this trainer",
-            f"--expert-tensor-parallel-size {config.parallel.expert_tensor_parallel_size}",
-            "pass --expert-tensor-parallel-size 1 and raise --expert-model-parallel-size instead",
-        )
     _check_spec(reading, findings)
     _check_context_parallel(reading, findings)
     if grid is not None:

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
 
 from slime.compat.megatron import APPLIED, guards, prepare, version
 
@@ -60,6 +62,26 @@ def test_rng_tracker_still_restores_a_cuda_generator(published: dict, guarded: d
 
 def test_rng_tracker_still_warns(published: dict) -> None:
     assert published["rng_noise"] == "warns"
+
+
+def test_gloo_still_cannot_gather_unequal_shares() -> None:
+    def share(rank: int) -> tuple[str, torch.Tensor, torch.Tensor]:
+        from megatron.core.tensor_parallel import mappings
+
+        own = torch.full((1 + 2 * rank, 2), float(rank + 1))
+        try:
+            dist.all_gather([torch.empty(1, 2), torch.empty(3, 2)], own)
+            published = "works"
+        except RuntimeError as error:
+            published = str(error)
+        whole = mappings._gather_along_first_dim(own, dist.group.WORLD, [1, 3])
+        return published, whole, mappings._reduce_scatter_along_first_dim(whole * (rank + 1), dist.group.WORLD, [1, 3])
+
+    prepare()
+    for rank, (published, whole, summed) in enumerate(run_ranks(2, share)):
+        assert "invalid tensor size" in published
+        assert whole.tolist() == [[1, 1], [2, 2], [2, 2], [2, 2]]
+        assert summed.tolist() == ([[3, 3]] if rank == 0 else [[6, 6]] * 3)
 
 
 def test_adam_steps_still_shared_after_a_load(published: dict, guarded: dict) -> None:

@@ -69,10 +69,7 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
     ),
     "ep 48": (flag("--expert-model-parallel-size", "48"), "no multiple of expert-TP 1 x EP 48 x PP 8"),
     "ep 64": (flag("--expert-model-parallel-size", "64"), "EP 64 x PP 8 = 512"),
-    "expert tp 4": (
-        lambda r: r.with_flag("--expert-tensor-parallel-size", "4").with_flag("--expert-model-parallel-size", "8"),
-        "experts are whole on their rank",
-    ),
+    "expert tp 4": (flag("--expert-tensor-parallel-size", "4"), "no multiple of expert-TP 4 x EP 32 x PP 8"),
     "tp 3": (flag("--tensor-model-parallel-size", "3"), "no multiple of TP 3"),
     "tp without sequence parallel": (drop("--sequence-parallel"), "--sequence-parallel"),
     "cp without its layout": (drop("--allgather-cp"), "pass --allgather-cp"),

@@ -74,6 +74,33 @@ def _quiet_rng_tracker() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_TrackerNoiseFilter())
 
 
+def _uneven_shares_over_gloo() -> None:
+    import torch
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    published_gather, published_reduce = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return published_gather(input_, group, output_split_sizes, use_global_buffer)
+        # All-to-all takes unequal shares on every backend: each rank sends all it has to everybody.
+        sizes = [int(size) for size in output_split_sizes]
+        output = input_.new_empty(sum(sizes), *input_.shape[1:])
+        everybody = input_.repeat(group.size(), *[1] * (input_.dim() - 1))
+        dist.all_to_all_single(output, everybody, sizes, [len(input_)] * group.size(), group=group)
+        return output
+
+    def reduce_scatter(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return published_reduce(input_, group, input_split_sizes, use_global_buffer)
+        whole = input_.clone()
+        dist.all_reduce(whole, group=group)
+        return torch.split(whole, [int(size) for size in input_split_sizes])[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, reduce_scatter
+
+
 def _steps_of_torch_adam() -> None:
     """Four faults of DistributedOptimizer with torch.optim.AdamW inside, see the reasons in GUARDS."""
     if _has_transformer_engine() or importlib.util.find_spec("apex") is not None:
@@ -202,6 +229,16 @@ GUARDS: tuple[Guard, ...] = (
         host_only=True,
         test="test_rng_tracker_still_warns",
         apply=_quiet_rng_tracker,
+    ),
+    Guard(
+        name="uneven_shares",
+        reason="expert-TP with EP gathers and reduce-scatters unequal numbers of tokens, which NCCL can and gloo cannot",
+        place="tensor_parallel/mappings.py:150, 193",
+        first=(0, 16, 0),
+        last=(0, 19, 99),
+        host_only=True,
+        test="test_gloo_still_cannot_gather_unequal_shares",
+        apply=_uneven_shares_over_gloo,
     ),
     Guard(
         name="adam_steps",
