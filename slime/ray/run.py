@@ -27,6 +27,7 @@ from slime.ray.placement import Placement, place
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
 from slime.ray.train_group import TrainGroup
 from slime.rollout.reports import Report
+from slime.training.start_page import start_page
 from slime.types import RolloutBatch
 from slime.weights.digest import KEY_VARIABLE, rehearsed_digest
 from slime.weights.protocol import SyncReport, sync_weights
@@ -150,8 +151,8 @@ class Run:
                 # An engine makes its cache as large as what is free when it starts: beside a loading trainer, any size or none.
                 self._rollout.finish_start(engines_ready)
                 self._release_engines()
-            for share in self._trainers.start():
-                logger.info("%s: %s parameters", share["ranks"], f"{share['parameters']:,}")
+            for line in start_page(self._trainers.start(), config):
+                logger.info("%s", line)
             loaded = self._trainers.load()
             self.start_rollout_id = loaded.start_rollout_id
         self._rollout.finish_start(engines_ready)

@@ -7,12 +7,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import ray
 
 from slime.config import Config
 from slime.types import RolloutBatch, StepPlan
 from slime.weights.protocol import StreamReport
+
+if TYPE_CHECKING:
+    from slime.training.start_page import RankShare
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +79,7 @@ class TrainActor:
         self._store = dist.TCPStore(address, 0, self._world_size, is_master=True, wait_for_workers=False, timeout=wait)
         return address, self._store.port
 
-    def start(self, store_address: tuple[str, int]) -> dict[str, object]:
+    def start(self, store_address: tuple[str, int]) -> RankShare:
         """Join the process group, build the model and the trainer. Returns this rank's share of the model."""
         import torch.distributed as dist
 
@@ -104,9 +108,10 @@ class TrainActor:
             after_init(self._config.args)
         return self._build()
 
-    def _build(self) -> dict[str, object]:
+    def _build(self) -> RankShare:
         from slime.model.build import build_model
         from slime.model.hf_config import read_hf_config
+        from slime.training.share import share_of
         from slime.training.trainer import Trainer
 
         hf_config = self._hf_config = read_hf_config(self._config.checkpoint.hf_checkpoint)
@@ -117,8 +122,7 @@ class TrainActor:
         self._trainer = Trainer(self._config, self._device, self._ranks, model, ref=needs_ref)
         self._trainer.peaks.note("start", before)
         self._trainer.peaks.note("load", self._device.memory())
-        parameters = sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
-        return {"rank": self._rank, "parameters": parameters, "ranks": str(self._ranks)}
+        return share_of(self._trainer)
 
     def load(self):
         with self._trainer.peaks("load"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -12,6 +13,9 @@ from slime.ray.calls import gather
 from slime.ray.placement import TRAINER_SHARE, Placement
 from slime.ray.train_actor import EngineTarget, RankMemory, TrainActor
 from slime.weights.protocol import StreamReport
+
+if TYPE_CHECKING:
+    from slime.training.start_page import RankShare
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ class TrainGroup:
         first = next(iter(self._actors.values()))
         return gather({"trainer rank 0": first.device_kind.remote()}, doing="looking at its device")["trainer rank 0"]
 
-    def start(self) -> list[dict[str, object]]:
+    def start(self) -> list[RankShare]:
         """Build the model on every rank; the ranks' shares, in order."""
         first = next(iter(self._actors.values()))
         address = gather({"trainer rank 0": first.open_store.remote()}, doing="opening the rendezvous store")["trainer rank 0"]
