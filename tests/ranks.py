@@ -61,6 +61,22 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
                 reader.close()
 
 
+def end_grid() -> None:
+    """Within a rank: end megatron-core's grid, if there is one, so that another can be made. Called by all ranks together.
+
+    Each gloo group keeps threads of its own, so the groups go too: a rank that tries ten layouts would otherwise have hundreds.
+    """
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    parallel_state.destroy_model_parallel()
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def _main(rank: int, world: int, port: int, folder: str, writer: Any, fn: Callable, args: tuple, timeout: float) -> None:
     os.setpgid(0, 0)
     stacks = open(os.path.join(folder, f"stack-{rank}"), "w")  # noqa: SIM115  (faulthandler needs the file for as long as we live)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from slime.model.local import local_tensors, unwrap
+from slime.training.memory import gradient_tensors
 from slime.training.optimizer import parts_of
 from slime.training.start_page import RankShare
 
@@ -44,17 +44,11 @@ def share_of(trainer: Trainer) -> RankShare:
         chunks=tuple(tuple(layer.layer_number for layer in model.decoder.layers) for model in models),
         has_embedding=any(model.pre_process for model in models),
         has_head=any(model.post_process for model in models),
-        gradient_bytes=sum(buffer.grad_data.nbytes for buffer in _gradient_buffers(trainer)),
+        gradient_bytes=sum(tensor.nbytes for tensor in gradient_tensors(trainer).values()),
         optimizer_bytes=optimizer,
         optimizer_on_host=bool(trainer.optimizer is not None and trainer.optimizer.config.optimizer_cpu_offload),
         **counts,
     )
-
-
-def _gradient_buffers(trainer: Trainer) -> Iterable:
-    if trainer.optimizer is None:
-        return []
-    return [b for chunk in trainer.pipeline.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
 def _optimizer_bytes(trainer: Trainer) -> int:

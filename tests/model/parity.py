@@ -1,8 +1,8 @@
 """One training-like step of a tiny model under any layout: log-probabilities and every parameter's whole gradient.
 
-Micro-batches of packed samples go through megatron-core's schedule and DDP; the loss is the weighted sum of token
-log-probabilities. Shards come back under global names and are put together with the weight table, so results of different
-layouts compare directly.
+Micro-batches of packed samples go through megatron-core's schedule and DDP, with gradient buffers cut over data-parallel ranks
+as the distributed optimizer wants them; the loss is the weighted sum of token log-probs. Shards come back under global
+names and are put together with the weight table, so results of different layouts compare directly.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func  # noqa: E402
+from model.replay import Choices  # noqa: E402
+from ranks import end_grid  # noqa: E402
 
 from slime.batch.layout import SequenceLayout  # noqa: E402
 from slime.config.resolve_model import layout_string  # noqa: E402
@@ -57,22 +60,24 @@ PARALLEL = {
     "dsa_move_cost": 20480,
     "dsa_send_indices": False,
 }
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SHORT = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "cp": "context_parallel_size",
          "ep": "expert_model_parallel_size", "vpp": "virtual_pipeline_model_parallel_size",
          "first": "decoder_first_pipeline_num_layers", "last": "decoder_last_pipeline_num_layers",
-         "axis": "dsa_core_axis", "send_indices": "dsa_send_indices", "move_cost": "dsa_move_cost"}  # fmt: skip
+         "axis": "dsa_core_axis", "send_indices": "dsa_send_indices", "move_cost": "dsa_move_cost",
+         "stages": "pipeline_model_parallel_layout", "etp": "expert_tensor_parallel_size"}  # fmt: skip
 
 
 def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
     """A config with the sections that the model room reads; layout: tp=2, pp=2, first=2, layers=(3, 4), recompute=True,
-    zigzag=True, mtp=True, axis="heads", send_indices=True ..."""
+    zigzag=True, mtp=True, axis="heads", send_indices=True, dtype="bf16" ..."""
     values = megatron_values(hf)
     if hf.num_experts:
         # finalize_model_grads moves the selection bias by this rate at every step, 0.001 unless told otherwise.
         values.update(moe_router_dtype="fp32", moe_router_bias_update_rate=0.0)
-    if layout.pop("recompute", False):
-        values.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    zigzag, mtp = layout.pop("zigzag", False), layout.pop("mtp", False)
+    recompute = layout.pop("recompute", {})
+    values.update(RECOMPUTE if recompute is True else recompute)
+    zigzag, mtp, dtype = layout.pop("zigzag", False), layout.pop("mtp", False), layout.pop("dtype", "fp32")
     sizes = layout.pop("layers", None)
     parallel = {**PARALLEL, **{SHORT[key]: value for key, value in layout.items()}, "allgather_cp": not zigzag}
     if sizes:
@@ -80,7 +85,7 @@ def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
         parallel["virtual_pipeline_model_parallel_size"] = len(sizes) // layout["pp"] if len(sizes) > layout["pp"] else None
     parallel["sequence_parallel"] = parallel["tensor_model_parallel_size"] > 1
     model = SimpleNamespace(
-        megatron=values, swiglu=True, params_dtype="fp32", bf16=False, multi_latent_attention=hf.is_mla,
+        megatron=values, swiglu=True, params_dtype=dtype, bf16=dtype == "bf16", multi_latent_attention=hf.is_mla,
         spec=GLM_SPEC if hf.has_indexer else None, custom_model_provider_path=None, padded_vocab_size=None,
         make_vocab_size_divisible_by=16, seq_length=4096, rotary_base=hf.rope_theta, vocab_size=hf["vocab_size"],
         untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
@@ -96,10 +101,7 @@ def build(
     rank: int, world: int, folder: str, **layout: object
 ) -> tuple[list[torch.nn.Module], Ranks, HfConfig, SimpleNamespace]:
     """Chunks filled from the HF files, on this rank of a fresh grid."""
-    from megatron.core import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    end_grid()
     hf = read_hf_config(folder)
     config = make_config(folder, hf, **layout)
     ranks = init_ranks(config.parallel, rank=rank, world_size=world, device=get_device())
@@ -112,13 +114,15 @@ def build(
 class StepResult:
     """One rank's share of a step."""
 
+    numbers: tuple[int, ...]
+    """Which micro-batches this data-parallel rank had."""
     log_probs: list[torch.Tensor]
     """Per own micro-batch, float32 [tokens]: of the next token (last stage, else empty)."""
     grads: dict[str, tuple[torch.Tensor, int]]
     """Global name -> (this rank's part of the summed gradient, position in its tensor-parallel group)."""
-    indices: dict[tuple[int, int], torch.Tensor]
-    """(micro-batch, layer) -> int32 [rows, topk] as the sparse attention used them: [t / tp, topk], or [t, topk] when its core
-    is split by heads."""
+    indices: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]
+    """(micro-batch, layer) -> (stream row [n], -1 = padding; selected key rows int32 [n, topk]) as the sparse attention used
+    them on this rank."""
     norm_share: float
     """Sum of squares of the gradients that the grad norm counts on this rank."""
 
@@ -135,67 +139,117 @@ def samples_of(seed: int, lengths: tuple[int, ...], vocab: int) -> list[torch.Te
     return [torch.randint(0, vocab, (length,), generator=generator) for length in lengths]
 
 
-def run_step(rank: int, world: int, folder: str, micro_batches: list[list[torch.Tensor]], **layout: object) -> StepResult:
+def run_layouts(
+    rank: int, world: int, folder: str, micro_batches: list[list[torch.Tensor]], layouts: dict[str, dict]
+) -> dict[str, StepResult]:
+    """One step under each layout, one after the other on the same ranks. A failure says which layout it was."""
+    results = {}
+    for name, layout in layouts.items():
+        try:
+            results[name] = run_step(rank, world, folder, micro_batches, **layout)
+        except BaseException as error:
+            error.add_note(f"under {name}: {layout}")
+            raise
+    return results
+
+
+def run_step(
+    rank: int,
+    world: int,
+    folder: str,
+    micro_batches: list[list[torch.Tensor]],
+    choices: Choices | None = None,
+    **layout: object,
+) -> StepResult:
     """Every micro-batch once over the whole grid: data-parallel rank d takes every dp-th one."""
     chunks, ranks, hf, config = build(rank, world, folder, **layout)
-    return step(chunks, ranks, hf, config, micro_batches)
+    return step(chunks, ranks, hf, config, micro_batches, choices)
 
 
 def step(
-    chunks: list, ranks: Ranks, hf: HfConfig, config: SimpleNamespace, micro_batches: list[list[torch.Tensor]]
+    chunks: list,
+    ranks: Ranks,
+    hf: HfConfig,
+    config: SimpleNamespace,
+    micro_batches: list[list[torch.Tensor]],
+    choices: Choices | None = None,
 ) -> StepResult:
+    """choices: recorded, or taken again."""
+    device, choices = get_device().torch_device, choices or Choices()
+    choices.attach(chunks, ranks)
     megatron = unwrap(chunks[0]).config
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=False, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
     )
     wrapped = [DistributedDataParallel(config=megatron, ddp_config=ddp_config, module=chunk) for chunk in chunks]
     megatron.finalize_model_grads_func = lambda models, tokens, **kwargs: finalize_model_grads(models, None, **kwargs)
-    own = micro_batches[ranks.dp_rank :: ranks.dp_size]
+    numbers = tuple(range(len(micro_batches))[ranks.dp_rank :: ranks.dp_size])
     vocabulary = own_vocabulary(padded_vocab_size(config, hf), hf, ranks)
     log_probs: list[torch.Tensor] = []
-    streams: list[tuple[int, PackedSeqParams]] = []
+    streams: list[tuple[int, torch.Tensor, PackedSeqParams]] = []
 
     def forward(iterator: object, model: torch.nn.Module):
-        samples = next(iterator)
+        number = next(iterator)
+        samples = micro_batches[number]
         make = SequenceLayout.contiguous if config.parallel.allgather_cp else SequenceLayout.zigzag
         layout = make([len(s) for s in samples], cp_rank=ranks.cp_rank, cp_size=ranks.cp_size, multiple=ranks.tp_size)
-        tokens = layout.take(torch.cat(samples), 0)
-        targets = layout.take(torch.cat([torch.cat([s[1:], s[:1]]) for s in samples]), 0)
+        choices.begin(number, layout.rows)
+        tokens = layout.take(torch.cat(samples), 0).to(device)
+        targets = layout.take(torch.cat([torch.cat([s[1:], s[:1]]) for s in samples]), 0).to(device)
+        layout = layout.to(device)
         params = packed(layout)
-        # Virtual stages take turns, so the order of calls is not the order of micro-batches.
-        streams.append((next(number for number, batch in enumerate(own) if batch is samples), params))
+        streams.append((number, layout.rows, params))
         out = model(tokens[None], None, None, packed_seq_params=params)
 
         def loss(logits: torch.Tensor):
             values, _ = vocab_parallel_log_prob(
                 logits[0, :, : len(vocabulary)], targets, group=ranks.tp_group, vocab_start=vocabulary.start
             )
-            weights = 1.0 + (torch.arange(layout.length) % 3).float()
+            weights = 1.0 + (torch.arange(layout.length, device=device) % 3).float()
             whole = layout.spread(values.detach())
             dist.all_reduce(whole, group=ranks.cp_group)
-            log_probs.append(whole)
+            log_probs.append(whole.cpu())
             total = (layout.take(weights, 0.0) * values).sum()
-            return total, torch.tensor(1), {"total": total.detach()}
+            return total, torch.tensor(1, device=device), {"total": total.detach()}
 
         return out, loss
 
     for model in wrapped:
         model.zero_grad_buffer()
-    iterators = [iter(own) for _ in wrapped]
+    iterators = [iter(numbers) for _ in wrapped]
     schedule = get_forward_backward_func()
     schedule(
         forward_step_func=forward,
         data_iterator=iterators if len(wrapped) > 1 else iterators[0],
         model=wrapped if len(wrapped) > 1 else wrapped[0],
-        num_microbatches=len(own),
+        num_microbatches=len(numbers),
         seq_length=max(sum(len(s) for s in samples) for samples in micro_batches) // ranks.cp_size,
         micro_batch_size=1,
         forward_only=False,
     )
-    return _result(wrapped, ranks, hf, log_probs, streams)
+    _gather_gradients(wrapped)
+    grads, norm_share = _gradients(wrapped, ranks, hf)
+    indices = {}
+    for number, rows, params in streams:
+        for layer, picked in params._slime_stream.indices.items():
+            rows, picked = rows.cpu(), picked.cpu()
+            own = rows if len(picked) == len(rows) else rows.chunk(ranks.tp_size)[ranks.tp_rank]
+            _, before = indices.setdefault((number, layer), (own, picked))
+            assert torch.equal(before, picked), f"layer {layer} was sent as something else"
+    return StepResult(numbers, log_probs, grads, indices, norm_share)
 
 
-def _result(wrapped: list, ranks: Ranks, hf: HfConfig, log_probs: list, streams: list) -> StepResult:
+def _gather_gradients(wrapped: list) -> None:
+    """A rank's buffer holds the sum for its own share alone after the reduce-scatter: hand the shares round."""
+    for model in wrapped:
+        for group in model.bucket_groups + model.expert_parallel_bucket_groups:
+            members, size = group.intra_distributed_optimizer_instance_group, group.intra_distributed_optimizer_instance_size
+            for bucket in group.buckets:
+                own = shard_buffer(bucket.grad_data, size)[group.intra_distributed_optimizer_instance_rank]
+                dist.all_gather_into_tensor(bucket.grad_data, own.clone(), group=members)
+
+
+def _gradients(wrapped: list, ranks: Ranks, hf: HfConfig) -> tuple[dict[str, tuple[torch.Tensor, int]], float]:
     table = NameTable.for_model(hf)
     grads, norm_share = {}, 0.0
     counted = set()
@@ -203,18 +257,14 @@ def _result(wrapped: list, ranks: Ranks, hf: HfConfig, log_probs: list, streams:
         if local.parameter is None or not local.parameter.requires_grad:
             continue
         entry = table[local.name]  # a tied copy goes under its owner's name, and must have its gradient
-        grads[entry.name] = (local.tensor.clone(), split_of(entry, ranks)[0])
+        grads[entry.name] = (local.tensor.cpu().clone(), split_of(entry, ranks)[0])
         parameter = local.parameter
         if id(parameter) not in counted and not getattr(parameter, "shared", False):
             counted.add(id(parameter))
             replica = ranks.edp_rank if local.is_expert else dist.get_rank(ranks.dp_cp_group)
             if replica == 0 and (getattr(parameter, "tensor_model_parallel", False) or ranks.tp_rank == 0):
                 norm_share += parameter.main_grad.double().square().sum().item()
-    indices = {}
-    for number, params in streams:
-        for layer, picked in params._slime_stream.indices.items():
-            assert torch.equal(indices.setdefault((number, layer), picked), picked), f"layer {layer} was sent as something else"
-    return StepResult(log_probs, grads, indices, norm_share)
+    return grads, norm_share
 
 
 def whole_grads(hf: HfConfig, results: list[StepResult]) -> dict[str, torch.Tensor]:

@@ -89,7 +89,7 @@ def test_selections_are_own_past_keys_best_first_rule_and_padded_with_minus_one(
     assert {layer for _, layer in found} == {1, 2, 3, 7}
     starts = torch.tensor([0] * 40 + [40] * 7 + [47] * 25)
     rows = torch.arange(72)
-    for picked in found.values():
+    for _, picked in found.values():
         assert picked.shape == (72, 16) and picked.dtype == torch.int32
         keys = rows - starts + 1
         assert ((picked >= 0).sum(1) == keys.clamp(max=16)).all()
@@ -105,7 +105,7 @@ def test_index_topk_comes_from_the_config(glm: str, tmp_path: Path) -> None:
 
     def run(rank: int, folder: str):
         result = run_step(rank, 1, folder, [samples_of(3, (90,), 320)])
-        return result.log_probs[0], result.indices[(0, 1)].shape
+        return result.log_probs[0], result.indices[(0, 1)][1].shape
 
     narrow, narrow_shape = run_ranks(1, run, glm)[0]
     wide, wide_shape = run_ranks(1, run, str(tmp_path / "wide"))[0]

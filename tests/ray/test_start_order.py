@@ -49,6 +49,7 @@ def started(monkeypatch):
         monkeypatch.setattr(run_module, "RolloutSide", lambda actor: both)
         monkeypatch.setattr(run_module, "TrainGroup", lambda config, placement: both)
         monkeypatch.setattr(run_module, "_open_tracker", lambda config: None)
+        monkeypatch.setattr(run_module, "start_page", lambda shares, config: [])
         monkeypatch.setattr(
             run_module, "sync_weights", lambda *_, **__: both.events.append("first weights") or SimpleNamespace(line=str)
         )

@@ -16,5 +16,15 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def glm_tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The tiny GLM-5.2 of the launchers: of eight layers three are dense, 1, 2, 3 and 7 compute indices; well conditioned."""
+    from tools.make_tiny_checkpoint import main
+
+    folder = tmp_path_factory.mktemp("glm-tiny")
+    main(["--preset", "cpu", "--seed", "0", "--output-bf16", str(folder / "bf16")])
+    return folder / "bf16"
+
+
+@pytest.fixture(scope="session")
 def glm(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tiny.glm(tmp_path_factory.mktemp("glm"))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from ranks import end_grid
 
 from slime.compat.megatron import prepare
 
@@ -120,7 +121,8 @@ def config_for(folder: Path, **changes: Any) -> SimpleNamespace:
 
 
 def start(config: SimpleNamespace, *, load: bool = True) -> Trainer:
-    """A trainer on this rank of an initialised world, with the weights of the HF folder."""
+    """A trainer on this rank of an initialised world, on a fresh grid, with the weights of the HF folder."""
+    end_grid()
     device = get_device()
     device.init_process(dist.get_rank())
     ranks = init_ranks(config.parallel, rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
