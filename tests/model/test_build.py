@@ -38,10 +38,11 @@ def test_flags_that_need_other_packages_are_off_and_say_why(glm: str) -> None:
 
 
 def test_selective_recompute_of_what_keeps_nothing_is_left_out(glm: str) -> None:
-    config = _changed(glm, recompute_granularity="selective", recompute_modules=["core_attn", "layernorm"])
+    config = _changed(glm, recompute_granularity="selective", recompute_modules=["core_attn", "layernorm", "mlp"])
     megatron, notes = transformer_config(config, get_device())
-    assert megatron.recompute_modules == ["layernorm"]
+    assert megatron.recompute_modules == ["mlp"]
     assert any("core_attn is left out, attention here never holds a score matrix" in note for note in notes)
+    assert any("layernorm is left out, megatron-core drops a norm's output by TransformerEngine's" in note for note in notes)
 
 
 def test_the_parameter_dtype_is_the_devices_unless_told(glm: str) -> None:

@@ -128,7 +128,7 @@ def gradient_step(rank: int, world: int, folder: Path, batch: RolloutBatch, chan
     for local in local_tensors(wrapped, ranks, of=lambda p: p.main_grad if p.requires_grad else p.data):
         if local.parameter is not None and local.parameter.requires_grad:
             grads[local.name] = (local.tensor.clone(), split_of(table[local.name], ranks)[0])
-    return {name: value.item() for name, value in sums.items()}, StepResult([], grads, {}, 0.0)
+    return {name: value.item() for name, value in sums.items()}, StepResult((), [], grads, {}, 0.0)
 
 
 @pytest.fixture(scope="module")
