@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from slime.parallel import Ranks  # noqa: E402
 TRACKER = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "slime_model"
 _MTP = "mtp.layers."
+_CHUNK = re.compile(r"model\d*")
 
 
 def sharding_metadata(ranks: Ranks) -> dict[str, Any]:
@@ -112,7 +114,8 @@ def load_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks) -> 
 
 def _check_mtp(state: Mapping[str, Any], folder: str | Path, ranks: Ranks) -> None:
     """megatron-core would fail on the missing layer while it puts gate and up projections together, naming dictionaries."""
-    wants = any(key.startswith(_MTP) for part in state.values() if isinstance(part, Mapping) for key in part)
+    chunks = [part for key, part in state.items() if _CHUNK.fullmatch(key)]  # an optimizer's part may have numbers as keys
+    wants = any(name.startswith(_MTP) for chunk in chunks for name in chunk)
     held = FileSystemReader(str(folder)).read_metadata().state_dict_metadata if wants else {_MTP: None}
     lacking = [False] * ranks.world_size
     # Only the last stage has the layer; the others would wait for it in the load.

@@ -235,10 +235,12 @@ class PendingSave:
             return [value for value, _ in answers]
         if self._writing is not None:
             self._writing.stop()
+        # One rank looks at the disk: its free space differs from one moment to the next.
+        message = [self._failure(*failures[0]) if self.ranks.rank == 0 else ""]
+        dist.broadcast_object_list(message, src=0)
         if self.ranks.rank == 0:
             shutil.rmtree(self.partial, ignore_errors=True)
-        rank, told = failures[0]
-        raise ValueError(self._failure(rank, told))
+        raise ValueError(message[0])
 
     def _failure(self, rank: int, told: str) -> str:
         root, what = self.root, self.name if self.name == "release" else f"iteration {self.name}"
