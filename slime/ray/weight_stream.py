@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch import Tensor
 
 from slime.device import Device
 from slime.device.host import HostDevice
@@ -24,7 +25,7 @@ from slime.weights.buckets import fill_buckets, unpack_bucket
 from slime.weights.digest import StreamDigest
 from slime.weights.protocol import StreamReport
 from slime.weights.quantize import WireFormat
-from slime.weights.read_back import Expected, verdict
+from slime.weights.read_back import Expected, answered, verdict
 from slime.weights.stream import Source, broadcast_buckets
 
 logger = logging.getLogger(__name__)
@@ -184,13 +185,13 @@ class WeightStream:
             dist.barrier(group=self._sharing_groups[target.sharing_ranks])
 
 
-async def _read_back(target: EngineTarget, expected: Expected) -> dict[str, list]:
+async def _read_back(target: EngineTarget, expected: Expected) -> dict[str, Tensor]:
     """The tensors that the engine gives back by name; it answers 400 for one that it keeps fused or on another rank."""
     client, answers = EngineClient(target.url, target.token), {}
     try:
         for name, value in expected.values.items():
             try:
-                answers[name] = await client.weights_by_name(name, rows=len(value))
+                answers[name] = answered(await client.weights_by_name(name, rows=len(value)))
             except EngineError as error:
                 if error.status != 400:
                     raise

@@ -66,15 +66,15 @@ def expected_value(sample: Tensor, scale_inv: Tensor | None, block: int) -> Tens
     return dequantize_blockwise(sample, scale_inv[:tile_rows].cpu(), block, torch.float32)
 
 
-def compare(expected: Mapping[str, Tensor], answers: Mapping[str, list], *, num_ranks: int) -> list[Difference]:
-    """Every tensor whose answer (nested lists, None for NaN and infinity) is not what was sent, the worst first.
+def compare(expected: Mapping[str, Tensor], answers: Mapping[str, Tensor], *, num_ranks: int) -> list[Difference]:
+    """Every tensor whose answer (see `answered`) is not what was sent, the worst first.
 
     An engine of `num_ranks` processes may answer with a leading part of at least that share; another shape is a difference
     without end.
     """
     found = []
     for name, answer in answers.items():
-        gap = _largest_gap(expected[name], _tensor(answer), num_ranks)
+        gap = _largest_gap(expected[name], answer, num_ranks)
         if not gap == 0.0:
             found.append(Difference(name, gap))
     return sorted(found, key=lambda difference: (difference.largest == difference.largest, -difference.largest))
@@ -88,7 +88,8 @@ def _largest_gap(want: Tensor, got: Tensor, num_ranks: int) -> float:
     return (got - part).abs().max().item()
 
 
-def _tensor(answer: list) -> Tensor:
+def answered(answer: list) -> Tensor:
+    """An engine's nested lists, None for NaN and infinity, as float32: a list takes eight times the memory."""
     try:
         return torch.tensor(answer, dtype=torch.float32)
     except TypeError:  # JSON has no NaN
@@ -101,7 +102,7 @@ def _with_nan(answer: list | float | None) -> list | float:
     return float("nan") if answer is None else answer
 
 
-def verdict(engine: str, version: int, expected: Expected, answers: Mapping[str, list], *, num_ranks: int) -> str:
+def verdict(engine: str, version: int, expected: Expected, answers: Mapping[str, Tensor], *, num_ranks: int) -> str:
     """The log line of an engine that holds what was sent. Raises RuntimeError naming what differs, or if none came back."""
     if not answers:
         raise RuntimeError(

@@ -3,7 +3,11 @@ import math
 import pytest
 import torch
 
-from slime.weights.read_back import TENSOR_VALUES, Expected, compare, verdict
+from slime.weights.read_back import TENSOR_VALUES, Expected, answered, compare, verdict
+
+
+def all_answered(answers):
+    return {name: answered(answer) for name, answer in answers.items()}
 
 
 def test_fp8_is_expected_as_codes_times_scales_and_everything_else_as_sent():
@@ -37,25 +41,26 @@ def test_every_difference_is_named_with_its_size_the_worst_first():
         "nan": [[1.0, None], [3.0, 4.0]],
         "shape": [[1.0, 2.0]],
     }
-    found = compare(want, answers, num_ranks=1)
+    found = compare(want, all_answered(answers), num_ranks=1)
     assert [item.name for item in found] == ["nan", "shape", "worse", "off"]
     assert math.isnan(found[0].largest) and [item.largest for item in found[1:]] == [math.inf, 2.0, 0.25]
 
 
 def test_the_first_of_two_ranks_answers_with_its_rows_or_columns():
     want = {"rows": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "columns": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
-    assert compare(want, {"rows": [[1.0, 2.0]], "columns": [[1.0], [3.0]]}, num_ranks=2) == []
-    assert [item.name for item in compare(want, {"rows": [[3.0, 4.0]], "columns": [[1.0]]}, num_ranks=2)] == ["columns", "rows"]
+    assert compare(want, all_answered({"rows": [[1.0, 2.0]], "columns": [[1.0], [3.0]]}), num_ranks=2) == []
+    found = compare(want, all_answered({"rows": [[3.0, 4.0]], "columns": [[1.0]]}), num_ranks=2)
+    assert [item.name for item in found] == ["columns", "rows"]
 
 
 def test_the_line_counts_what_was_compared_and_an_engine_without_read_back_is_an_error():
     expected = Expected(block=1)
     expected.add([("a", torch.ones(2)), ("b", torch.ones(2))])
-    line = verdict("decode-1", 3, expected, {"a": [1.0, 1.0], "b": [1.0, 1.0]}, num_ranks=1)
+    line = verdict("decode-1", 3, expected, all_answered({"a": [1.0, 1.0], "b": [1.0, 1.0]}), num_ranks=1)
     assert line == "weights v3: 2 of 2 tensors read back equal from decode-1"
-    line = verdict("decode-1", 3, expected, {"a": [1.0, 1.0]}, num_ranks=1)
+    line = verdict("decode-1", 3, expected, all_answered({"a": [1.0, 1.0]}), num_ranks=1)
     assert line == "weights v3: 1 of 2 tensors read back equal from decode-1 (1 it cannot give back by name)"
     with pytest.raises(RuntimeError, match="decode-1 gave none of the 2 tensors of weights v3 back.*no read-back"):
         verdict("decode-1", 3, expected, {}, num_ranks=1)
     with pytest.raises(RuntimeError, match=r"decode-1 .* weights v3 .*1 of 2 tensors differ: b \(largest difference 0.5\);"):
-        verdict("decode-1", 3, expected, {"a": [1.0, 1.0], "b": [1.0, 1.5]}, num_ranks=1)
+        verdict("decode-1", 3, expected, all_answered({"a": [1.0, 1.0], "b": [1.0, 1.5]}), num_ranks=1)
