@@ -97,4 +97,4 @@ def _span(shares: Sequence[RankShare], name: str, text: Callable[[int], str]) ->
 
 
 def _bytes(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e7 else f"{number / 1e6:.3f} MB"
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.3f} MB"
