@@ -169,7 +169,7 @@ launch_ray_head() { # CLIENT-PORT AGENT-PORT METRICS-PORT ENVIRONMENT-PORT
 
 wait_for_jobs_api() { # status 1 when the head ends before it answers
     local second
-    for ((second = 0; second < ${RAY_START_TIMEOUT:-120}; second++)); do
+    for ((second = 0; second < ${RAY_START_TIMEOUT:-300}; second++)); do
         kill -0 "$RAY_HEAD_PID" 2>/dev/null || return 1
         # The job server answers before this node has joined, and a head whose node does not join ends itself.
         if grep -q 'runtime started' "$RAY_TEMP_DIR/head.log" &&
@@ -177,7 +177,7 @@ wait_for_jobs_api() { # status 1 when the head ends before it answers
         sleep 1
     done
     tail -n 5 "$RAY_TEMP_DIR/head.log" "$RAY_TEMP_DIR/jobs-api.log" >&2 || true
-    die "Ray's job server at $RAY_JOBS_URL did not answer within ${RAY_START_TIMEOUT:-120} s; see $RAY_TEMP_DIR/head.log"
+    die "Ray's job server at $RAY_JOBS_URL did not answer within ${RAY_START_TIMEOUT:-300} s; see $RAY_TEMP_DIR/head.log"
 }
 
 worker_command() { # ADDRESS -> what joins a node to this cluster
