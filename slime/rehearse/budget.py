@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-from slime.rehearse.cost import SyncBytes
+from slime.rehearse.cost import SyncBytes, replaced
 from slime.rehearse.engine_checks import EnginePlan
 from slime.rehearse.findings import Findings
 from slime.rehearse.host_memory import host_memory
@@ -64,14 +64,7 @@ class Budget:
 
 def assumed_of(words: Sequence[str]) -> Assumed:
     """NAME=VALUE words replace assumptions. Raises ValueError naming the legal ones."""
-    values = Assumed()
-    known = {item.name for item in fields(Assumed)}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in known:
-            raise ValueError(f"--assume {word}: legal names are {', '.join(sorted(known))}")
-        values = replace(values, **{name: float(value)})
-    return values
+    return replaced(Assumed(), words, flag="--assume")
 
 
 def train_shapes(reading: Reading, *, mean_share: float) -> TrainShapes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
@@ -12,6 +13,8 @@ from slime.rehearse.flops import ModelWork
 from slime.rehearse.shares import Grid
 from slime.rehearse.stages import balance
 from slime.rehearse.weight_map import fp8_format, wire_bytes
+
+Numbers = TypeVar("Numbers")
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,18 @@ class Rates:
 
 def with_rates(rates: Rates, given: Sequence[str]) -> Rates:
     """NAME=VALUE words replace rates. Raises ValueError naming the legal ones."""
-    known = {item.name for item in fields(Rates)}
-    for word in given:
+    return replaced(rates, given, flag="--rate")
+
+
+def replaced(values: Numbers, words: Sequence[str], *, flag: str) -> Numbers:
+    """A dataclass of numbers with NAME=VALUE words in their fields' place. Raises ValueError naming flag and legal names."""
+    known = {item.name for item in fields(values)}
+    for word in words:
         name, _, value = word.partition("=")
         if name not in known:
-            raise ValueError(f"--rate {word}: legal names are {', '.join(sorted(known))}")
-        rates = replace(rates, **{name: float(value)})
-    return rates
+            raise ValueError(f"{flag} {word}: legal names are {', '.join(sorted(known))}")
+        values = replace(values, **{name: float(value)})
+    return values
 
 
 @dataclass(frozen=True)
