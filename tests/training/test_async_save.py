@@ -17,6 +17,7 @@ from tiny import config_for, plans, rollout, start
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from slime.model.dist_ckpt import TRACKER, read_tracker
+from slime.model.dist_writer import FileSystemWriterAsync
 from slime.training.checkpoint import whole_iterations
 
 pytestmark = pytest.mark.slow
@@ -40,9 +41,16 @@ def writers(trainer) -> list[int]:
     return [process.pid for _, process, _ in trainer.pending_save._writing._writers]
 
 
-def signal_writers(trainer, number: int) -> None:
-    for pid in writers(trainer):
-        os.kill(pid, number)
+def hold_writers(gate: Path) -> None:
+    """Writers that this rank starts from now on write nothing until the file `gate` exists."""
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def held(*arguments, **named) -> None:
+        while not gate.exists():
+            time.sleep(0.005)
+        write(*arguments, **named)
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(held)
 
 
 def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -74,14 +82,14 @@ def test_it_holds_the_step_it_was_asked_for_although_training_goes_on(request, t
         trainer.save(0, data_state={"sample_offset": 4})
         trainer.finish_save()
         object.__setattr__(trainer.config.checkpoint, "save", str(tmp_path / "beside"))
+        hold_writers(tmp_path / f"gate-{rank}")
         trainer.save(0, data_state={"sample_offset": 4})
-        signal_writers(trainer, signal.SIGSTOP)
         before = {name: weight.clone() for name, weight in trainer.named_weights()}
         for rollout_id in (1, 2):
             one_rollout(trainer, rollout_id)
         changed = sum(not torch.equal(before[name], weight) for name, weight in trainer.named_weights())
         meanwhile = read_tracker(tmp_path / "beside"), whole_iterations(tmp_path / "beside")
-        signal_writers(trainer, signal.SIGCONT)
+        (tmp_path / f"gate-{rank}").touch()
         while not trainer.pending_save.is_written():
             time.sleep(0.01)
         one_rollout(trainer, 3)  # a step puts it in force
@@ -103,12 +111,11 @@ def test_a_second_save_waits_for_the_first_and_both_can_be_continued(qwen3, tmp_
 
     def run(rank: int) -> list:
         trainer = trained(qwen3, **files)
+        hold_writers(tmp_path / "gate")
         trainer.save(0, data_state={"sample_offset": 4})
-        signal_writers(trainer, signal.SIGSTOP)
-        pids = writers(trainer)
-        seen = [read_tracker(root)]
-        threading.Timer(0.5, lambda: [os.kill(pid, signal.SIGCONT) for pid in pids]).start()
         one_rollout(trainer, 1)
+        seen = [read_tracker(root)]
+        threading.Timer(0.5, (tmp_path / "gate").touch).start()
         trainer.save(1, data_state={"sample_offset": 8})
         seen.append(read_tracker(root))
         trainer.finish_save()
@@ -162,10 +169,10 @@ def test_a_writer_that_is_killed_is_told_and_nothing_is_published(qwen3, tmp_pat
 
     def run(rank: int) -> None:
         trainer = trained(qwen3, save=str(root), async_save=True)
+        hold_writers(tmp_path / "gate")
         trainer.save(0, data_state=None)
-        signal_writers(trainer, signal.SIGSTOP)
         os.kill(writers(trainer)[0], signal.SIGKILL)
-        signal_writers(trainer, signal.SIGCONT)
+        (tmp_path / "gate").touch()
         trainer.finish_save()
 
     with pytest.raises(RankFailed, match=r"__0_0.distcp ended with exit code -9 before .* there is no earlier checkpoint"):
@@ -182,9 +189,8 @@ def test_a_run_killed_while_a_save_is_written_resumes_from_the_one_before(qwen3,
         trainer.save(0, data_state={"sample_offset": 4})
         one_rollout(trainer, 1)
         trainer.finish_save()
+        hold_writers(tmp_path / "gate")
         trainer.save(1, data_state={"sample_offset": 8})
-        signal_writers(trainer, signal.SIGSTOP)
-        (tmp_path / "pids").write_text(" ".join(map(str, writers(trainer))))
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(RankFailed, match="exit code -9"):
