@@ -50,6 +50,9 @@ class ParallelConfig:
     dsa_move_cost: int = 20480
     """Rows of the indexer with long contexts are scored by tensor- or context-parallel ranks whose rows have short ones; what
     moving a row may cost, in keys scored. 0 moves whenever it evens the ranks, -1 never."""
+    dsa_index_scoring: Literal["params", "fp8"] = "params"
+    """How the indexer multiplies queries by keys: in the type of the parameters, or as SGLang's engine does on a GPU, with
+    both rounded to FP8 (e4m3, one float32 scale per vector), so that the trainer selects the keys that generation selected."""
     dsa_send_indices: bool = False
     """Sparse attention's selected keys travel with the hidden states to the next pipeline stage, which may then start on a
     layer that shares them; off, every stage must start on a layer that computes its own."""

@@ -58,6 +58,7 @@ PARALLEL = {
     "allgather_cp": True,
     "dsa_core_axis": "queries",
     "dsa_move_cost": 20480,
+    "dsa_index_scoring": "params",
     "dsa_send_indices": False,
 }
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -65,6 +66,7 @@ SHORT = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size
          "ep": "expert_model_parallel_size", "vpp": "virtual_pipeline_model_parallel_size",
          "first": "decoder_first_pipeline_num_layers", "last": "decoder_last_pipeline_num_layers",
          "axis": "dsa_core_axis", "send_indices": "dsa_send_indices", "move_cost": "dsa_move_cost",
+         "scoring": "dsa_index_scoring",
          "stages": "pipeline_model_parallel_layout", "etp": "expert_tensor_parallel_size"}  # fmt: skip
 
 

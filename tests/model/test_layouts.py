@@ -276,6 +276,23 @@ def test_in_bf16_every_layout_is_as_far_from_float32_as_one_rank(glm: str) -> No
         assert gradients < 1.5 * alone[0] and log_probs < 1.5 * alone[1], (name, gradients, log_probs, alone)
 
 
+@pytest.mark.slow
+def test_scored_in_fp8_every_layout_selects_what_one_rank_selects(glm: str) -> None:
+    micro_batches = [samples_of(20 + n, LENGTHS[0], read_hf_config(glm)["vocab_size"]) for n in range(2)]
+    layouts = {"float32": {}, "fp8": {"scoring": "fp8"}}
+    (alone,) = run_ranks(1, run_layouts, 1, glm, micro_batches, layouts)
+    split = {"fp8": {"scoring": "fp8", "tp": 2, "cp": 2, "move_cost": 0}}
+    results = [result["fp8"] for result in run_ranks(4, run_layouts, 4, glm, micro_batches, split)]
+    _same_selection(alone["fp8"], results)
+    for result in results:
+        for number, log_probs in zip(result.numbers, result.log_probs, strict=True):
+            assert (log_probs - alone["fp8"].log_probs[number]).abs().max() < 1e-5
+    # Rounding changes few of the keys, and not none.
+    rows = [(picked == alone["float32"].indices[key][1]).all(dim=1) for key, (_, picked) in alone["fp8"].indices.items()]
+    same = torch.cat(rows).float().mean().item()
+    assert 0.3 < same < 1.0, same
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_rows_of_these_samples_are_dealt_where_moving_is_free(lengths: tuple[int, ...], ranks: int) -> None:

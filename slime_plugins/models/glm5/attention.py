@@ -53,6 +53,7 @@ class SparseLatentAttention(LatentAttention):
     core_axis: what the core is split by inside the tensor-parallel group. "queries": a rank has all heads of its slice of the
     rows, and the only copy of their indices. "heads": a rank has its heads of all rows, and a copy of every index.
     move_cost: of slime_plugins.models.glm5.balance.deal_rows, for the indexer's rows.
+    index_scoring: "params" or "fp8", the operator index_topk or index_topk_fp8.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class SparseLatentAttention(LatentAttention):
         index_source: int,
         core_axis: str = "queries",
         move_cost: int = -1,
+        index_scoring: str = "params",
         **kwargs: object,
     ) -> None:
         super().__init__(config, layer_number, shape, **kwargs)
@@ -71,6 +73,7 @@ class SparseLatentAttention(LatentAttention):
         self.rows_are_split = self.tp_size > 1 and config.sequence_parallel
         self.by_queries = self.rows_are_split and core_axis == "queries"
         self.move_cost, self.sharing_group = move_cost, kwargs["pg_collection"].tp_cp
+        self.index_scoring = index_scoring
         if self.runs_indexer:
             self.wq_b = DuplicatedLinear(shape.q_latent, indexer.heads * indexer.width, config=config)
             self.wk = DuplicatedLinear(config.hidden_size, indexer.width, config=config)
@@ -141,6 +144,7 @@ class SparseLatentAttention(LatentAttention):
         """
         index, mine = self.indexer_shape, self._slice(stream)
         ops = get_ops(hidden.device.type)
+        index_topk = ops.index_topk_fp8 if self.index_scoring == "fp8" else ops.index_topk
         flat = hidden.squeeze(1)
         query = self.wq_b(self.linear_q_up_proj.normalised(query_latent).squeeze(1)).view(-1, index.heads, index.width)
         key = self.k_norm(self.wk(flat)).unsqueeze(1)
@@ -150,7 +154,7 @@ class SparseLatentAttention(LatentAttention):
         query = self._rotate(query, cos[mine], sin[mine])
         key = self._rotate(key, cos[mine], sin[mine]).squeeze(1)
         keys = stream.gather(self.whole_sequence(key))
-        select = functools.partial(_select, ops.index_topk, keys, index.topk)
+        select = functools.partial(_select, index_topk, keys, index.topk)
         rows = (query, gates, stream.starts[mine], stream.ends[mine])
         traffic = self._traffic(stream)
         picked = select(*rows) if traffic is None else traffic.select(select, *rows, stream.bounds)

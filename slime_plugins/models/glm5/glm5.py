@@ -74,6 +74,7 @@ def _layer_spec(args: object, config: MLATransformerConfig, hf: HfConfig, layer:
             "index_source": hf.index_source(layer) + 1,
             "core_axis": args.dsa_core_axis,
             "move_cost": args.dsa_move_cost,
+            "index_scoring": args.dsa_index_scoring,
             "contiguous_cp": True,
         },
     )
