@@ -65,10 +65,10 @@ def plan_steps(
         positions = [position for trajectory in ids for position in members[trajectory]]
         packed = _pack_positions(positions, lengths, costs, cp_size=cp_size, batch=batch)
         packed = _fill_up(packed, lengths, multiple=dp_size * vpp_group)
+        ranks = [packed[rank::dp_size] for rank in range(dp_size)]
         if batch.balance_data:
-            ranks = _balance(packed, costs, dp_size)
-        else:
-            ranks = [packed[rank::dp_size] for rank in range(dp_size)]
+            # Heaviest first is nearly always better, but not always.
+            ranks = min(_balance(packed, costs, dp_size), ranks, key=lambda dealt: _greatest_load(dealt, costs))
         weight = _loss_weights([members[trajectory] for trajectory in ids], mask_sums, per_token=per_token)
         plans.append(
             StepPlan(
@@ -158,6 +158,10 @@ def _fill_up(bins: list[list[int]], lengths: np.ndarray, *, multiple: int) -> li
         longest = max(several, key=lambda index: (int(lengths[bins[index]].sum()), -index))
         bins[longest : longest + 1] = _even_bins(bins[longest], lengths.astype(np.float64), 2)
     return bins
+
+
+def _greatest_load(ranks: list[list[list[int]]], costs: np.ndarray) -> float:
+    return max(float(sum(costs[bin_].sum() for bin_ in rank if bin_)) for rank in ranks)
 
 
 def _balance(bins: list[list[int]], costs: np.ndarray, dp_size: int) -> list[list[list[int]]]:

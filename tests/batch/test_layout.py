@@ -69,6 +69,27 @@ def test_attention_sees_each_sample_inside_boundaries_of_its_own(split):
         start += length
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 5))
+def test_zigzag_gives_every_rank_equally_many_causal_pairs_of_samples_that_divide(chunks, cp_size):
+    lengths = [2 * cp_size * chunk for chunk in chunks]
+    position = torch.cat([torch.arange(1, length + 1) for length in lengths])
+    pairs = {int(layout.take(position, 0).sum()) for layout in all_ranks(lengths, cp_size, 1, "zigzag")}
+    assert pairs == {sum(length * (length + 1) // 2 for length in lengths) // cp_size}
+
+
+@settings(max_examples=100, deadline=None)
+@given(splits)
+def test_contiguous_ranks_hold_the_stream_in_order_and_zigzag_chunks_stay_ascending(split):
+    lengths, cp_size, multiple, _ = split
+    held = torch.cat([layout.rows for layout in all_ranks(lengths, cp_size, multiple, "contiguous")])
+    assert held[: sum(lengths)].tolist() == list(range(sum(lengths))) and (held[sum(lengths) :] == -1).all()
+    assert len(held) - sum(lengths) < cp_size * multiple or not lengths, "no more padding than the multiple asks for"
+    for layout in all_ranks(lengths, cp_size, multiple, "zigzag"):
+        rows = layout.rows[layout.rows >= 0]
+        assert (rows.diff() > 0).all(), "a rank never holds a later row before an earlier one"
+
+
 def test_zigzag_halves_causal_work_evenly_by_hand():
     first = SequenceLayout.zigzag([8], cp_rank=0, cp_size=2)
     second = SequenceLayout.zigzag([8], cp_rank=1, cp_size=2)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slime.batch.pack import pack
+from slime.batch.plan import plan_steps
 from slime.types import RolloutBatch
 
 
@@ -88,3 +92,50 @@ def test_an_empty_micro_batch_is_padding_only():
     assert (
         micro.tokens.tolist() == [[0] * 8] and micro.response_rows.numel() == 0 and micro.layout.cu_seqlens.tolist() == [0, 8]
     )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=12),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.booleans(),
+    st.booleans(),
+)
+def test_what_is_planned_and_packed_is_the_rollout_however_it_is_cut(shapes, dp_size, cp_size, contiguous, per_token):
+    """Every token of every sample is in one row of one rank, and the step's loss is that of the columns it was made of."""
+    responses = [response for _, response in shapes]
+    batch = make_batch([prompt + response for prompt, response in shapes], responses)
+    rules = SimpleNamespace(
+        global_batch_size=4, micro_batch_size=1, use_dynamic_batch_size=True, max_tokens_per_gpu=32, balance_data=True,
+        balance_by_flops=False,
+    )  # fmt: skip
+    steps = plan_steps(
+        batch.total_lengths, batch.trajectories, batch.mask_sums, dp_size=dp_size, cp_size=cp_size, batch=rules,
+        per_token=per_token,
+    )  # fmt: skip
+    values = {position: np.random.default_rng(position).normal(size=response) for position, response in enumerate(responses)}
+    seen = {}
+    for step in steps:
+        loss, tokens, means = 0.0, 0.0, []
+        for positions in (micro for rank in step.micro_batches for micro in rank):
+            micros = [
+                pack(
+                    batch, positions, loss_weight=step.loss_weight, contiguous=contiguous, cp_rank=rank, cp_size=cp_size,
+                    columns={"advantages": values},
+                )
+                for rank in range(cp_size)
+            ]  # fmt: skip
+            held = torch.cat([micro.layout.rows for micro in micros])
+            assert sorted(held[held >= 0].tolist()) == list(range(sum(len(batch.tokens[p]) for p in positions)))
+            whole = sum(micro.layout.spread(micro.tokens[0]) for micro in micros)
+            for position, start in zip(positions, micros[0].layout.starts, strict=True):
+                assert position not in seen
+                seen[position] = whole[start : start + len(batch.tokens[position])].tolist()
+            loss += float((micros[0].loss_weight * micros[0].loss_mask * micros[0].advantages).double().sum())
+        for position in step.positions:
+            mask = batch.loss_masks[position]
+            tokens += mask.sum()
+            means.append((mask * values[position]).sum() / (1 if per_token else max(mask.sum(), 1)))
+        assert loss == pytest.approx(sum(means) / (max(tokens, 1) if per_token else len(means)), abs=1e-5)
+    assert seen == {position: batch.tokens[position].tolist() for position in range(len(shapes))}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-import random
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ranks import run_ranks
 
 from slime_plugins.models.glm5.balance import UNITS_PER_RANK, CausalWork, deal_rows, loads
@@ -15,13 +17,13 @@ from slime_plugins.models.glm5.exchange import Traffic
 from slime_plugins.models.glm5.ops.torch_ops import index_topk
 
 
-def random_streams(count: int):
-    draw = random.Random(0)
-    for _ in range(count):
-        ranks = draw.choice([1, 2, 3, 4, 8, 32])
-        total = ranks * draw.randint(1, 60)
-        cuts = sorted(draw.sample(range(1, total), min(draw.randint(0, 6), total - 1)))
-        yield [0, *cuts, total], ranks, draw.choice([0, 0, 3, 40])
+@st.composite
+def streams(draw) -> tuple[list[int], int]:
+    """(sample boundaries, ranks)"""
+    ranks = draw(st.sampled_from([1, 2, 3, 4, 8, 32]))
+    total = ranks * draw(st.integers(1, 60))
+    cuts = draw(st.sets(st.integers(1, max(1, total - 1)), max_size=6))
+    return [0, *sorted(cuts - {total}), total], ranks
 
 
 def test_work_of_a_range_is_the_number_of_its_causal_pairs() -> None:
@@ -32,26 +34,36 @@ def test_work_of_a_range_is_the_number_of_its_causal_pairs() -> None:
             assert work.between(begin, end) == sum(keys[begin:end])
 
 
-def test_every_row_is_scored_once_and_the_greatest_load_never_grows() -> None:
-    moved = 0
-    for bounds, ranks, move_cost in random_streams(400):
-        share = bounds[-1] // ranks
-        moves = deal_rows(bounds, ranks, move_cost=move_cost)
-        assert moves == deal_rows(tuple(bounds), ranks, move_cost=move_cost)
-        scorers = [row // share for row in range(bounds[-1])]
-        for move in moves:
-            assert move.owner != move.scorer and 0 <= move.scorer < ranks
-            for row in range(move.begin, move.end):
-                assert scorers[row] == move.owner == row // share
-                scorers[row] = move.scorer
-        work = CausalWork(bounds)
-        by_row = [0] * ranks
-        for row, scorer in enumerate(scorers):
-            by_row[scorer] += work.between(row, row + 1)
-        assert by_row == loads(bounds, ranks, moves)
-        assert max(loads(bounds, ranks, moves, move_cost=move_cost)) <= max(loads(bounds, ranks, ()))
-        moved += bool(moves)
-    assert moved > 100
+@settings(max_examples=400, deadline=None)
+@given(streams(), st.sampled_from([0, 3, 40]))
+def test_every_row_is_scored_once_and_the_greatest_load_never_grows(stream, move_cost) -> None:
+    (bounds, ranks), moves = stream, deal_rows(*stream, move_cost=move_cost)
+    share = bounds[-1] // ranks
+    assert moves == deal_rows(tuple(bounds), ranks, move_cost=move_cost)
+    scorers = [row // share for row in range(bounds[-1])]
+    for move in moves:
+        assert move.owner != move.scorer and 0 <= move.scorer < ranks
+        for row in range(move.begin, move.end):
+            assert scorers[row] == move.owner == row // share
+            scorers[row] = move.scorer
+    work = CausalWork(bounds)
+    by_row = [0] * ranks
+    for row, scorer in enumerate(scorers):
+        by_row[scorer] += work.between(row, row + 1)
+    assert by_row == loads(bounds, ranks, moves)
+    assert max(loads(bounds, ranks, moves, move_cost=move_cost)) <= max(loads(bounds, ranks, ()))
+
+
+@settings(max_examples=400, deadline=None)
+@given(streams())
+def test_free_moves_leave_no_rank_more_than_a_unit_above_the_mean(stream) -> None:
+    """A rank above it took its last unit while it was the idlest, or keeps one with which the idlest would be no better off."""
+    bounds, ranks = stream
+    work, share = CausalWork(bounds), bounds[-1] // ranks
+    edges = [share * unit // UNITS_PER_RANK for unit in range(UNITS_PER_RANK + 1)]
+    units = [work.between(rank * share + a, rank * share + b) for rank in range(ranks) for a, b in pairwise(edges)]
+    mean = sum(units) / ranks
+    assert max(loads(bounds, ranks, deal_rows(bounds, ranks, move_cost=0))) <= mean + max(units)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8, 32])
