@@ -51,6 +51,12 @@ def test_host_buffers_are_still_registered_with_cuda():
     assert "torch.cuda.cudart()" in body
 
 
+def test_ranks_are_still_started_as_new_programs():
+    engine = source("srt/entrypoints/engine.py")
+    body = engine[engine.index("def _set_envs_and_config(") :]
+    assert 'mp.set_start_method("spawn", force=True)' in body[: body.index("\ndef ", 1)]
+
+
 @pytest.mark.slow
 def test_torch_still_opens_its_store_to_every_interface():
     code = (

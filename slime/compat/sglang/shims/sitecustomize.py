@@ -10,6 +10,7 @@ SLIME_SGLANG_SHIMS_OFF=name,name switches shims off; the tests use it to see whe
 | sgl_kernel | sglang 0.5.15.post1 - 0.5.23 | the CPU build of the kernels is not published |
 | mooncake_indices | sglang 0.5.20 - 0.5.23 | prefill stages KV indices in pinned memory and a CUDA event |
 | host_register | sglang 0.5.17 - 0.5.23 | host buffers are registered with the CUDA runtime |
+| fork | sglang 0.5.15.post1 - 0.5.23 | every rank and the detokenizer would import SGLang anew, 10 s of a core each |
 | loopback_store | torch 2.11 - 2.13 | the ranks' TCPStore listens on every interface, without any authentication |
 """
 
@@ -151,11 +152,23 @@ def _loopback_store(module: types.ModuleType) -> None:
     module.TCPStore = store
 
 
+def _fork(module: types.ModuleType) -> None:
+    """srt/entrypoints/engine.py chooses "spawn", as CUDA demands; it starts its processes before it has threads or sockets."""
+    configure = module._set_envs_and_config
+
+    def configure_and_fork(server_args):
+        configure(server_args)
+        module.mp.set_start_method("fork", force=True)
+
+    module._set_envs_and_config = configure_and_fork
+
+
 _KEPT: list[object] = []
 _STAND_INS = {"torchvision": _torchvision, "sgl_kernel": _sgl_kernel}
 _AFTER_IMPORT = {
     "sglang.srt.disaggregation.mooncake.conn": ("mooncake_indices", _mooncake_indices),
     "sglang.srt.mem_cache.pool_host.common": ("host_register", _host_register),
+    "sglang.srt.entrypoints.engine": ("fork", _fork),
     "torch.distributed.rendezvous": ("loopback_store", _loopback_store),
 }
 
