@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -36,14 +36,28 @@ class Lease:
     `ENGINES`; asking for another order is our mistake and fails at once.
     """
 
-    def __init__(self, engines: EngineMemory, trainers: TrainerMemory, *, holder: Holder):
-        self._engines, self._trainers, self.holder = engines, trainers, holder
+    def __init__(
+        self,
+        engines: EngineMemory,
+        trainers: TrainerMemory,
+        *,
+        holder: Holder,
+        revive: Callable[[], list[str]] = list,
+    ):
+        """revive: starts dead engines again and says which; [] where none is dead or none may be started."""
+        self._engines, self._trainers, self.holder, self._revive = engines, trainers, holder, revive
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Engines give up their memory, the trainer wakes."""
         self._expect(Holder.ENGINES)
-        self._engines.release_memory()
+        try:
+            self._engines.release_memory()
+        except RuntimeError:
+            # One died after its last answer. The trainer still sleeps, so a new one finds the room of the old.
+            if not self._revive():
+                raise
+            self._engines.release_memory()
         self._trainers.wake()
         self.holder = Holder.TRAINER
         yield
@@ -67,8 +81,8 @@ class Lease:
 class FreeLease(Lease):
     """Trainer and engines on devices of their own: nothing changes hands."""
 
-    def __init__(self):
-        self.holder = Holder.ENGINES
+    def __init__(self, revive: Callable[[], list[str]] = list):
+        self.holder, self._revive = Holder.ENGINES, revive
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -76,4 +90,5 @@ class FreeLease(Lease):
 
     @contextmanager
     def syncing(self) -> Iterator[None]:
+        self._revive()  # who died beside training
         yield

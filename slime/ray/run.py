@@ -74,7 +74,7 @@ class Run:
         self._steps_done = 0
         self._released = False
         self._rehearsed: str | None = None
-        self.lease: Lease = FreeLease()
+        self.lease: Lease = FreeLease(self._revive)
         self.start_rollout_id = 0
         self.num_rollout = config.data.num_rollout or 0
 
@@ -168,7 +168,7 @@ class Run:
         """The first weights: engines were started with a checkpoint's, the trainer's may differ, so they are always sent."""
         if self._config.cluster.colocate:
             self._release_engines()
-            self.lease = Lease(self._rollout, self._trainers, holder=Holder.TRAINER)
+            self.lease = Lease(self._rollout, self._trainers, holder=Holder.TRAINER, revive=self._revive)
         with self.lease.syncing():
             report = self.sync_weights()
         logger.info("%s", report.line())
@@ -202,7 +202,7 @@ class Run:
 
         Where the others could do the work of the dead one its result stands, else the same prompts are taken once more.
         """
-        if not (self._config.engine.use_fault_tolerance and self._has_engines):
+        if not self._tolerates_deaths:
             return generate()
         position = self._rollout.state()
         for _ in range(_GENERATE_AGAIN):
@@ -210,9 +210,8 @@ class Run:
                 result, error = generate(), None
             except RuntimeError as broken:
                 error = broken
-            started_again = self._rollout.recover()
+            started_again = self._revive()
             if started_again:
-                logger.warning("started again: %s", ", ".join(started_again))
                 with self.lease.training():
                     pass  # on shared devices the trainer has to be awake to send weights
                 with self.lease.syncing():
@@ -224,6 +223,17 @@ class Run:
             logger.warning("generating again, from the same prompts; what broke: %s", error)
             self._rollout.restore(position)
         return generate()
+
+    @property
+    def _tolerates_deaths(self) -> bool:
+        return self._config.engine.use_fault_tolerance and self._has_engines
+
+    def _revive(self) -> list[str]:
+        """Start dead servers again, where the flags say so: what was started. They hold the checkpoint's weights."""
+        started_again = self._rollout.recover() if self._tolerates_deaths else []
+        if started_again:
+            logger.warning("started again: %s", ", ".join(started_again))
+        return started_again
 
     def train(self, rollout: Rollout) -> Training:
         started, config, batch = time.monotonic(), self._config, rollout.batch

@@ -83,10 +83,12 @@ class TrainActor:
         """Join the process group, build the model and the trainer. Returns this rank's share of the model."""
         import torch.distributed as dist
 
+        from slime.compat.megatron import prepare
         from slime.device import get_device
         from slime.parallel import init_ranks
         from slime.training.hooks import load_hook
 
+        prepare()  # the user's hook may import megatron.core
         path = self._config.algorithm.custom_megatron_init_path
         after_init = load_hook("--custom-megatron-init-path", path)
         device = self._device = get_device()

@@ -43,6 +43,39 @@ def test_one_iteration_hands_the_devices_over_in_the_legal_order():
     assert lease.holder is Holder.ENGINES
 
 
+def test_an_engine_that_died_after_its_last_answer_is_started_again_before_the_trainer_wakes():
+    class Dying(Recorder):
+        def release_memory(self):
+            super().release_memory()
+            if self.events.count("engines release") == 1:
+                raise RuntimeError("decode-1 is gone")
+
+        def revive(self):
+            self.events.append("started again")
+            return ["decode-1"]
+
+    both = Dying()
+    with Lease(both, both, holder=Holder.ENGINES, revive=both.revive).training():
+        pass
+    assert both.events == ["engines release", "started again", "engines release", "trainer wakes"]
+
+    both = Dying()
+    with pytest.raises(RuntimeError, match="decode-1 is gone"):
+        with Lease(both, both, holder=Holder.ENGINES).training():
+            pass
+    assert both.events == ["engines release"]
+
+
+def test_on_devices_of_its_own_an_engine_that_died_beside_training_is_started_before_the_sync():
+    events = []
+    lease = FreeLease(lambda: events.append("looked after engines") or [])
+    with lease.training():
+        events.append("train")
+    with lease.syncing():
+        events.append("sync")
+    assert events == ["train", "looked after engines", "sync"]
+
+
 def test_training_twice_without_giving_the_devices_back_is_our_mistake():
     both = Recorder()
     lease = Lease(both, both, holder=Holder.ENGINES)
