@@ -16,6 +16,7 @@ for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "training"):
 
 from model.test_layouts import BF16_LAYOUTS, DENSE_LAYOUTS, GLM_LAYOUTS, LATENT_LAYOUTS  # noqa: E402
 from training.test_gradients import GLM_CUTS, QWEN_CUTS  # noqa: E402
+from training.test_mtp_training import DEEPSEEK_MTP_LAYOUTS, MTP_LAYOUTS  # noqa: E402
 
 PAGE = ROOT / "docs" / "en" / "advanced" / "parallelism.md"
 BEGIN, END = "<!-- tested layouts: begin -->", "<!-- tested layouts: end -->"
@@ -43,7 +44,7 @@ SHORT = {
     "virtual_pipeline_model_parallel_size": "vpp", "expert_model_parallel_size": "ep",
     "decoder_first_pipeline_num_layers": "first", "pipeline_model_parallel_layout": "stages",
 }  # fmt: skip
-GRADIENTS, STEP = "gradients", "step"
+GRADIENTS, STEP, DRAFT = "gradients", "step", "MTP"
 MODELS = ("GLM-5.2", "Qwen3", "DeepSeek-V3")
 Lists = Mapping[int, Mapping[str, Mapping[str, object]]]
 """Ranks -> name -> layout."""
@@ -87,6 +88,9 @@ def table() -> str:
     add("Qwen3", DENSE_LAYOUTS, GRADIENTS, contiguous=True, experts=False)
     add("Qwen3", QWEN_CUTS, STEP, contiguous=False, experts=False)
     add("DeepSeek-V3", LATENT_LAYOUTS, GRADIENTS, contiguous=True, experts=True)
+    mtp = dict(mtp_num_layers=1, enable_mtp_training=True)
+    add("GLM-5.2", MTP_LAYOUTS, DRAFT, contiguous=False, experts=True, **mtp)
+    add("DeepSeek-V3", DEEPSEEK_MTP_LAYOUTS, DRAFT, contiguous=False, experts=True, **mtp)
     lines = ["| model | ranks | flags | compared |", "|---|---|---|---|"]
     for (model, world, text), what in sorted(rows.items(), key=lambda row: (list(MODELS).index(row[0][0]), row[0][1])):
         flags = text.replace("|", "\\|")

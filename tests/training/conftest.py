@@ -28,3 +28,8 @@ def glm_tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def glm(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tiny.glm(tmp_path_factory.mktemp("glm"))
+
+
+@pytest.fixture(scope="session")
+def glm_mtp(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tiny.glm_mtp(tmp_path_factory.mktemp("glm-mtp"))

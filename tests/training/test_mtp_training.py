@@ -14,7 +14,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from model.parity import StepResult, whole_grads, worst_difference
 from model.reference import _gradients, load_reference
 from ranks import run_ranks
-from safetensors.torch import save_file
 
 from slime.batch.pack import pack
 from slime.device import get_device
@@ -30,46 +29,7 @@ from slime.training.loss import Objective
 from slime.training.trainer import _prepare_schedules
 from slime.types import RolloutBatch
 
-LAYERS = 8
 MTP = dict(mtp_num_layers=1, enable_mtp_training=True, loss_type="sft_loss", mtp_loss_scaling_factor=0.3)
-
-
-def hf_model() -> torch.nn.Module:
-    """Nine decoder layers, of which the trunk runs eight: the last one is the MTP layer's, so it has an indexer and experts."""
-    import transformers
-
-    kinds = ["full", "shared"] * (LAYERS // 2) + ["full"]
-    config = transformers.GlmMoeDsaConfig(
-        vocab_size=tiny.VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=LAYERS + 1, q_lora_rank=24,
-        kv_lora_rank=16, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20, num_attention_heads=4, num_key_value_heads=4,
-        rms_norm_eps=1e-5, pad_token_id=None, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
-        moe_intermediate_size=32, n_group=1, topk_group=1, first_k_dense_replace=2, routed_scaling_factor=2.5,
-        tie_word_embeddings=False, index_n_heads=16, index_head_dim=32, index_topk=6, index_topk_freq=2,
-        index_skip_topk_offset=1, indexer_types=kinds, max_position_embeddings=512, rope_interleave=True,
-        indexer_rope_interleave=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip
-    config._attn_implementation, config._experts_implementation = "eager", "eager"
-    return transformers.GlmMoeDsaForCausalLM(config).float()
-
-
-@pytest.fixture(scope="module")
-def glm_mtp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as released ones are: eight layers, and model.layers.8 with what joins it to the trunk."""
-    folder = tmp_path_factory.mktemp("glm-mtp")
-    tiny._random_model(hf_model(), folder, 3)
-    generator = torch.Generator().manual_seed(4)
-    norms = {
-        f"{name}.weight": 1 + 0.1 * torch.randn(48, generator=generator) for name in ("enorm", "hnorm", "shared_head.norm")
-    }
-    joint = {"eh_proj.weight": 0.15 * torch.randn(48, 96, generator=generator)}
-    extra = {f"model.layers.{LAYERS}.{name}": tensor for name, tensor in (norms | joint).items()}
-    save_file(extra, folder / "model-mtp.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    config["num_hidden_layers"], config["num_nextn_predict_layers"] = LAYERS, 1
-    for name in ("indexer_types", "mlp_layer_types", "layer_types"):
-        config[name] = config[name][:LAYERS]
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 LENGTHS = ((5, 19), (1, 1), (1, 2), (40, 31), (2, 2), (1, 7), (3, 11), (9, 1))
@@ -132,22 +92,32 @@ def gradient_step(rank: int, world: int, folder: Path, batch: RolloutBatch, chan
 
 
 @pytest.fixture(scope="module")
-def alone(glm_mtp: Path) -> tuple[dict, dict]:
-    """One rank, every sample in a stream of its own."""
-    cut = dict(use_dynamic_batch_size=False, micro_batch_size=1)
-    ((values, result),) = run_ranks(1, lambda rank: gradient_step(rank, 1, glm_mtp, samples(), MTP | cut))
-    return values, whole_grads(read_hf_config(glm_mtp), [result])
+def deepseek_mtp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.deepseek_mtp(tmp_path_factory.mktemp("deepseek-mtp"))
+
+
+_ALONE: dict[Path, tuple[dict, dict]] = {}
+
+
+def alone(folder: Path) -> tuple[dict, dict]:
+    """(values, gradients) of one rank, every sample in a stream of its own; once per checkpoint."""
+    if folder not in _ALONE:
+        cut = dict(use_dynamic_batch_size=False, micro_batch_size=1)
+        ((values, result),) = run_ranks(1, lambda rank: gradient_step(rank, 1, folder, samples(), MTP | cut))
+        _ALONE[folder] = values, whole_grads(read_hf_config(folder), [result])
+    return _ALONE[folder]
 
 
 def reference(folder: Path, batch: RolloutBatch) -> tuple[float, float, dict[str, torch.Tensor]]:
     """(sft loss, MTP loss, gradients by HF name) with transformers' modules and autograd, one unpacked sample at a time."""
-    reader, model = SafetensorsReader(folder), load_reference(str(_nine_layers(folder)))
-    prefix = f"model.layers.{LAYERS}."
+    layers = read_hf_config(folder).num_layers
+    reader, model = SafetensorsReader(folder), load_reference(str(_one_layer_more(folder)))
+    prefix = f"model.layers.{layers}."
     extra = {
         name: reader.raw(f"{prefix}{name}").requires_grad_()
         for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
     }
-    model.config.num_hidden_layers = LAYERS  # the trunk's forward stops before the ninth layer
+    model.config.num_hidden_layers = layers  # the trunk's forward stops before the last layer
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * extra[name]
@@ -171,9 +141,10 @@ def reference(folder: Path, batch: RolloutBatch) -> tuple[float, float, dict[str
         x = both @ extra["eh_proj.weight"].t()
         places = torch.arange(length - 1)[None]
         causal = torch.full((length - 1, length - 1), float("-inf")).triu(1)[None, None]
-        out, _ = model.model.layers[LAYERS](
+        out = model.model.layers[layers](
             x, attention_mask=causal, position_ids=places, position_embeddings=model.model.rotary_emb(x, position_ids=places)
         )
+        out = out[0] if isinstance(out, tuple) else out
         logits = torch.nn.functional.linear(norm(out, "shared_head.norm.weight"), model.lm_head.weight.detach())[0]
         for place in range(response):
             position = length - response + place
@@ -184,65 +155,103 @@ def reference(folder: Path, batch: RolloutBatch) -> tuple[float, float, dict[str
     return policy.item(), draft.item(), grads
 
 
-def _nine_layers(folder: Path) -> Path:
-    """The same files for transformers, which knows no MTP layer: it is a ninth layer there."""
-    beside = folder.parent / f"{folder.name}-nine"
+def _one_layer_more(folder: Path) -> Path:
+    """The same files for transformers, which knows no MTP layer: it is one more decoder layer there."""
+    beside = folder.parent / f"{folder.name}-more"
     if not beside.exists():
         beside.mkdir()
         (beside / "model.safetensors").symlink_to(folder / "model.safetensors")
         config = json.loads((folder / "config.json").read_text())
-        config["num_hidden_layers"] = LAYERS + 1
+        config["num_hidden_layers"] += 1
         for name, last in (("indexer_types", "full"), ("mlp_layer_types", "sparse"), ("layer_types", "indexed_attention")):
-            config[name] = [*config[name], last]
+            if name in config:
+                config[name] = [*config[name], last]
         (beside / "config.json").write_text(json.dumps(config))
     return beside
 
 
-def test_losses_and_every_gradient_are_those_of_a_forward_written_with_transformers(glm_mtp, alone):
-    values, grads = alone
-    policy, draft, expected = reference(glm_mtp, samples())
+# Tensors of the MTP layer that train: 4 experts of 3 matrices, 3 of the shared one, 7 of attention (5 matrices, 2 norms),
+# 2 norms, the router, and the 4 that join the layer to the trunk.
+TRAINED = 3 * 4 + 3 + 7 + 2 + 1 + 4
+
+
+@pytest.mark.parametrize("model", ["glm_mtp", "deepseek_mtp"])
+def test_losses_and_every_gradient_are_those_of_a_forward_written_with_transformers(model, request):
+    folder = request.getfixturevalue(model)
+    values, grads = alone(folder)
+    policy, draft, expected = reference(folder, samples())
     assert values["loss"] == pytest.approx(policy, rel=2e-6)
     assert values["mtp_loss"] == pytest.approx(draft, rel=2e-6)
-    table = NameTable.for_model(read_hf_config(glm_mtp))
+    hf = read_hf_config(folder)
+    table = NameTable.for_model(hf)
     found = {}
     for name, whole in grads.items():
         found.update((tensor.name, piece) for tensor, piece in zip(table[name].hf, unmerge(table[name], whole), strict=True))
     assert set(found) == {name for name in expected if ".indexer." not in name}
-    assert sum(name.startswith(f"model.layers.{LAYERS}.") for name in found) == 3 * 4 + 3 + 7 + 2 + 1 + 4
+    assert sum(name.startswith(f"model.layers.{hf.num_layers}.") for name in found) == TRAINED
     worst, name = worst_difference({name: expected[name] for name in found}, found)
     assert worst < 5e-5, f"{name}: {worst:.1e}"
 
 
-LAYOUTS = {
-    "one stream": (1, dict(max_tokens_per_gpu=4096)),
-    "recompute": (1, dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)),
-    "TP2 SP": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
-    "PP2 uneven": (2, dict(pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=2)),
-    "PP2 VPP2": (2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
-    "PP2, a layout": (2, dict(pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et*6|t*2L")),
-    "CP2": (2, dict(context_parallel_size=2)),
-    "CP4": (4, dict(context_parallel_size=4)),
-    "DP2 EP2": (2, dict(expert_model_parallel_size=2)),
-    "TP2 CP2 EP2": (
-        4,
-        dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2, expert_model_parallel_size=2),
-    ),
+MTP_LAYOUTS = {
+    1: {
+        "one stream": dict(max_tokens_per_gpu=4096),
+        "recompute": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+    },
+    2: {
+        "TP2": dict(tensor_model_parallel_size=2),
+        "PP2 uneven": dict(pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=2),
+        "PP2, indices sent": dict(
+            pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=3, dsa_send_indices=True
+        ),
+        "PP2 VPP2": dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+        "PP2, a layout": dict(pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Et*6|t*2L"),
+        "CP2": dict(context_parallel_size=2, allgather_cp=True),
+        "DP2 EP2": dict(expert_model_parallel_size=2),
+    },
+    4: {
+        "CP4": dict(context_parallel_size=4, allgather_cp=True),
+        "TP2 CP2 EP2": dict(
+            tensor_model_parallel_size=2, context_parallel_size=2, expert_model_parallel_size=2, allgather_cp=True
+        ),
+        "TP2 PP2, indices sent": dict(
+            tensor_model_parallel_size=2, pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=5,
+            dsa_send_indices=True,
+        ),
+    },
+}  # fmt: skip
+DEEPSEEK_MTP_LAYOUTS = {
+    2: {"CP2 zigzag": dict(context_parallel_size=2)},
+    4: {"TP2 CP2 zigzag": dict(tensor_model_parallel_size=2, context_parallel_size=2)},
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_layer_is_the_same_under(name, glm_mtp, alone):
-    world, changes = LAYOUTS[name]
-    changes = MTP | dict(allgather_cp=True, expert_tensor_parallel_size=1) | changes
-    results = run_ranks(world, lambda rank: gradient_step(rank, world, glm_mtp, samples(), changes))
-    expected, grads = alone
+def _cases(layouts: dict[int, dict[str, dict]]) -> list:
+    return [pytest.param(world, name, id=f"{world} ranks: {name}") for world in layouts for name in layouts[world]]
+
+
+def check_layout(folder: Path, world: int, changes: dict) -> None:
+    grid = dict(sequence_parallel=changes.get("tensor_model_parallel_size", 1) > 1, expert_tensor_parallel_size=1)
+    results = run_ranks(world, lambda rank: gradient_step(rank, world, folder, samples(), MTP | grid | changes))
+    expected, grads = alone(folder)
     last = [values for values, _ in results if values]
     assert last
     for values in last:
         assert values == pytest.approx(expected, rel=3e-6)
-    worst, where = worst_difference(grads, whole_grads(read_hf_config(glm_mtp), [result for _, result in results]))
+    worst, where = worst_difference(grads, whole_grads(read_hf_config(folder), [result for _, result in results]))
     assert worst < 5e-5, f"{where}: {worst:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "name"), _cases(MTP_LAYOUTS))
+def test_the_layer_is_the_same_under(world, name, glm_mtp):
+    check_layout(glm_mtp, world, MTP_LAYOUTS[world][name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "name"), _cases(DEEPSEEK_MTP_LAYOUTS))
+def test_the_layer_of_a_dense_attention_model_is_the_same_under(world, name, deepseek_mtp):
+    check_layout(deepseek_mtp, world, DEEPSEEK_MTP_LAYOUTS[world][name])
 
 
 def train(rank: int, folder: Path, changes: dict) -> tuple[list[dict], dict[str, torch.Tensor]]:

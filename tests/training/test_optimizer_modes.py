@@ -37,14 +37,14 @@ def test_weights_survive_while_everything_that_only_steps_need_is_gone(qwen3, dt
     assert destroyed == 0 and count > 30
 
 
-def two_rollouts(rank: int, folder, changes: dict, spoil: bool = False) -> tuple:
+def two_rollouts(rank: int, folder, changes: dict, spoil: bool = False, world: int = 2) -> tuple:
     config = config_for(folder, lr=1e-3, **changes)
     trainer = start(config)
     reports, counts = [], []
     for rollout_id, tokens in enumerate((4096, 24)):
         config.batch = dataclasses.replace(config.batch, max_tokens_per_gpu=tokens)
         batch = rollout(rollout_id)
-        steps = plans(batch, config, 2)
+        steps = plans(batch, config, world)
         counts.append(len(steps[0].micro_batches[0]))
         reports.append(trainer.train(batch, steps).per_step)
         for gradients in memory.gradient_tensors(trainer).values() if spoil else ():
@@ -67,10 +67,19 @@ OVERLAPS = {
 }
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS)
-def test_overlapping_communication_changes_neither_steps_nor_the_weights_that_leave(qwen3, overlap):
-    plain = run_ranks(2, two_rollouts, qwen3, {})
-    other = run_ranks(2, two_rollouts, qwen3, OVERLAPS[overlap])
+DRAFTING = dict(pipeline_model_parallel_size=2, mtp_num_layers=1, enable_mtp_training=True)
+"""Stages of two data-parallel ranks each, the last with a prediction layer and a copy of the embedding."""
+
+
+@pytest.mark.parametrize(
+    ("model", "world", "changes", "overlap"),
+    [*(pytest.param("qwen3", 2, {}, overlap, id=overlap) for overlap in OVERLAPS),
+     pytest.param("glm_mtp", 4, DRAFTING, "gradients", id="gradients, with MTP")],
+)  # fmt: skip
+def test_overlapping_communication_changes_neither_steps_nor_the_weights_that_leave(model, world, changes, overlap, request):
+    folder = request.getfixturevalue(model)
+    plain = run_ranks(world, two_rollouts, folder, changes, False, world)
+    other = run_ranks(world, two_rollouts, folder, changes | OVERLAPS[overlap], False, world)
     assert plain[0][0] == other[0][0] and len(set(plain[0][0])) == 2, "the rollouts differ in their number of micro-batches"
     for (_, steps, weights), (_, overlapped, moved) in zip(plain, other, strict=True):
         for ours, theirs in zip(steps, overlapped, strict=True):

@@ -14,6 +14,7 @@ import torch
 from ranks import run_ranks
 from tiny import config_for, plans, rollout, start
 
+from slime.model.build import trained_table
 from slime.model.hf_config import read_hf_config
 from slime.model.layout import unshard
 from slime.model.local import local_tensors, split_of
@@ -41,7 +42,7 @@ LAYOUTS = {
 def pieces(trainer) -> Pieces:
     """Everything of this rank that a checkpoint must keep."""
     found: Pieces = {}
-    table = NameTable.for_model(read_hf_config(trainer.config.checkpoint.hf_checkpoint), with_mtp=False)
+    table = trained_table(trainer.config.model, read_hf_config(trainer.config.checkpoint.hf_checkpoint))
 
     def note(kind: str, of) -> None:
         for local in local_tensors(trainer.model, trainer.ranks, of=of):
@@ -66,7 +67,7 @@ def _own_range(trainer, parameter: torch.nn.Parameter, kind: str) -> torch.Tenso
 
 def wholes(folder: Path, ranks: list[Pieces]) -> dict[tuple[str, str], torch.Tensor]:
     """The same, whole: replicas must agree, and nothing may be missing."""
-    table = NameTable.for_model(read_hf_config(folder), with_mtp=False)
+    table = NameTable.for_model(read_hf_config(folder))
     shards: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
     sizes: dict[tuple[str, str], int] = {}
     for found in ranks:
@@ -113,6 +114,23 @@ def test_virtual_stages_are_no_part_of_a_checkpoint(qwen3, tmp_path, layouts):
     (world, before), (other, after) = (LAYOUTS[name] for name in layouts)
     state = wholes(qwen3, run_ranks(world, train_and_save, qwen3, tmp_path / "run", before))
     expect_equal(state, wholes(qwen3, run_ranks(other, load, qwen3, tmp_path / "run", after)))
+
+
+MTP = dict(mtp_num_layers=1, enable_mtp_training=True)
+TP2_PP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2,
+               expert_model_parallel_size=2, expert_tensor_parallel_size=1)  # fmt: skip
+
+
+def test_the_prediction_layer_and_its_moments_go_along(glm_mtp, tmp_path):
+    """The last stage has it, and a copy of the embedding with moments of its own."""
+    root = tmp_path / "run"
+    state = wholes(glm_mtp, run_ranks(4, train_and_save, glm_mtp, root, MTP | TP2_PP2))
+    moved = {name for kind, name in state if kind == "exp_avg_sq" and name.startswith("mtp.") and state[kind, name].any()}
+    # eh_proj, 3 norms around it, 2 inside, 7 of attention (5 matrices, 2 norms), router, shared expert of 2, 4 experts of 2
+    assert len(moved) == 4 + 2 + 7 + 1 + 2 + 4 * 2
+    pp2_vpp2 = MTP | LAYOUTS["PP2 VPP2"][1]
+    expect_equal(state, wholes(glm_mtp, run_ranks(2, load, glm_mtp, root, pp2_vpp2, tmp_path / "again")))
+    expect_equal(state, wholes(glm_mtp, run_ranks(1, load, glm_mtp, tmp_path / "again", MTP)))
 
 
 @pytest.fixture(scope="module")

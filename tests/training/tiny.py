@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from ranks import end_grid
+from safetensors.torch import save_file
 
 from slime.compat.megatron import prepare
 
@@ -33,6 +35,8 @@ from slime.training.trainer import Trainer  # noqa: E402
 from slime.types import RolloutBatch, StepPlan  # noqa: E402
 
 VOCAB = 96
+PER_LAYER = {"indexer_types", "mlp_layer_types", "layer_types"}
+"""Fields of config.json that say something of each layer."""
 
 
 def qwen3(folder: Path, *, seed: int = 0) -> Path:
@@ -63,6 +67,56 @@ def glm(folder: Path, *, seed: int = 0, num_layers: int = 8) -> Path:
     config = transformers.GlmMoeDsaConfig(**values, **latent, **heads, **experts, **rest, **indexer, **rope)
     config._attn_implementation, config._experts_implementation = "eager", "eager"
     return _random_model(transformers.GlmMoeDsaForCausalLM(config), folder, seed)
+
+
+def glm_mtp(folder: Path) -> Path:
+    """A tiny GLM-5.2 of eight layers (1, 3, 5 and 7 compute indices, 2 are dense) with its MTP layer, as released ones are."""
+    import transformers
+
+    config = transformers.GlmMoeDsaConfig(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=9, q_lora_rank=24, kv_lora_rank=16,
+        qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20, num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=1e-5,
+        pad_token_id=None, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=32, n_group=1,
+        topk_group=1, first_k_dense_replace=2, routed_scaling_factor=2.5, tie_word_embeddings=False, index_n_heads=16,
+        index_head_dim=32, index_topk=6, index_topk_freq=2, index_skip_topk_offset=1,
+        indexer_types=["full", "shared"] * 4 + ["full"], max_position_embeddings=512, rope_interleave=True,
+        indexer_rope_interleave=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    config._attn_implementation, config._experts_implementation = "eager", "eager"
+    return _last_layer_drafts(transformers.GlmMoeDsaForCausalLM(config), folder)
+
+
+def deepseek_mtp(folder: Path) -> Path:
+    """A tiny DeepSeek-V3 of three layers, the first dense, with its MTP layer."""
+    import transformers
+
+    config = transformers.DeepseekV3Config(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=4, q_lora_rank=24, kv_lora_rank=16,
+        qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20, num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=1e-5,
+        pad_token_id=None, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=32, n_group=1,
+        topk_group=1, first_k_dense_replace=1, routed_scaling_factor=2.5, tie_word_embeddings=False, rope_interleave=True,
+        max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    config._attn_implementation, config._experts_implementation = "eager", "eager"
+    return _last_layer_drafts(transformers.DeepseekV3ForCausalLM(config), folder)
+
+
+def _last_layer_drafts(model: torch.nn.Module, folder: Path) -> Path:
+    """Written so that the last decoder layer is the MTP layer's: with what joins it to the trunk, and one layer fewer told."""
+    _random_model(model.float(), folder, 3)
+    layers, hidden = model.config.num_hidden_layers - 1, model.config.hidden_size
+    generator = torch.Generator().manual_seed(4)
+    extra = {
+        f"{name}.weight": 1 + 0.1 * torch.randn(hidden, generator=generator) for name in ("enorm", "hnorm", "shared_head.norm")
+    }
+    extra["eh_proj.weight"] = 0.15 * torch.randn(hidden, 2 * hidden, generator=generator)
+    save_file({f"model.layers.{layers}.{name}": tensor for name, tensor in extra.items()}, folder / "model-mtp.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"], config["num_nextn_predict_layers"] = layers, 1
+    for name in PER_LAYER & config.keys():
+        config[name] = config[name][:layers]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def _random_model(model: torch.nn.Module, folder: Path, seed: int) -> Path:
