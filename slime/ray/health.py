@@ -1,4 +1,4 @@
-"""Watching engines while they generate (--use-fault-tolerance), so that one that hangs is ended like one that died."""
+"""Watching engines while they generate: nobody waits for a dead one, and one that hangs is ended like one that died."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Strikes:
 class HealthWatch:
     """`with HealthWatch(...)`: a thread looks every few seconds and asks every `interval`, first after `first_wait` more.
 
-    `ask` gives for each engine why it did not answer (None: it did); `end` kills one, whose requests then fail at once.
+    `ask` gives for each engine why it did not answer (None: it did); `end` kills one, whose requests then fail at once. With an
+    interval of math.inf nobody is asked.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -112,13 +113,13 @@ class RolloutActor:
     def _watched(self) -> AbstractContextManager:
         """Engines answer health checks only while they generate: they are paused or asleep at other times."""
         engine = self._config.engine
-        if not engine.use_fault_tolerance or self._config.debug.debug_train_only:
+        if self._config.debug.debug_train_only:
             return nullcontext()
         return HealthWatch(
             self._fleet.end_hopeless_requests,
             partial(self._fleet.missed_checks, engine.rollout_health_check_timeout),
             self._fleet.end_engine,
-            interval=engine.rollout_health_check_interval,
+            interval=engine.rollout_health_check_interval if engine.use_fault_tolerance else math.inf,
             first_wait=engine.rollout_health_check_first_wait,
         )
 
