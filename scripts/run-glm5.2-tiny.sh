@@ -111,7 +111,7 @@ CKPT_ARGS=(
    --ref-load "${WARM_START}"
    --load "${BASE_DIR}/GLM-5.2-tiny_slime"
    --save "${BASE_DIR}/GLM-5.2-tiny_slime"
-   --save-interval 20
+   --save-interval 12
 )
 
 ROLLOUT_ARGS=(
@@ -122,7 +122,7 @@ ROLLOUT_ARGS=(
    --rollout-shuffle
    --rm-type math
 
-   --num-rollout 20
+   --num-rollout 12
    --rollout-batch-size "${PROMPTS}"
    --n-samples-per-prompt 8
    --rollout-max-response-len 8
@@ -133,7 +133,7 @@ ROLLOUT_ARGS=(
 )
 
 EVAL_ARGS=(
-   --eval-interval 20
+   --eval-interval 12
    --eval-prompt-data arithmetic "${BASE_DIR}/arithmetic/eval.jsonl"
    --n-samples-per-eval-prompt 4
    --eval-max-response-len 8
@@ -251,4 +251,4 @@ fi
 say "4/4 reinforcement learning (GRPO)"
 submit_job "$(runtime_env_json "${ENVIRONMENT[@]}" "SLIME_RUN_DIR=${RUN_DIR}" "TENSORBOARD_DIR=${RUN_DIR}/tensorboard/grpo")" "${FLAGS[@]}"
 say "checkpoints ${BASE_DIR}/GLM-5.2-tiny_slime, curves: tensorboard --logdir ${RUN_DIR}/tensorboard, engine logs ${RUN_DIR}"
-print_resume "bash ${SCRIPT_DIR}/run-glm5.2-tiny.sh --num-rollout 40"
+print_resume "bash ${SCRIPT_DIR}/run-glm5.2-tiny.sh --num-rollout 24"
