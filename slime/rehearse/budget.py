@@ -207,7 +207,7 @@ def _node_counts(reading: Reading, shapes: TrainShapes, assumed: Assumed, limit_
     """
     given, per_node = reading.grid, reading.config.cluster.actor_num_gpus_per_node
     experts, found = reading.hf.num_experts, []
-    parts = stage_parts(reading.table, reading.chunks, given.pp)
+    parts = stage_parts(reading.table, reading.chunks, given.pp, mtp=reading.trains_mtp)
     for nodes in (1, 2, 4, 8, 16, 32, 64, 128):
         ranks = nodes * per_node // given.pp
         if nodes * per_node % given.pp or ranks % given.tp:

@@ -66,9 +66,11 @@ class SyncBytes:
     experts: int
     rest: int
     per_gpu: int
-    """What one engine GPU ends up with."""
+    """What the main model takes of one engine GPU."""
     draft_per_gpu: int
     """What the draft model (MTP layer) takes beside it where engines speculate."""
+    lands_per_gpu: int
+    """What one engine GPU keeps of a sync: the draft model's part too where the MTP layer is trained."""
     per_engine: int
     all_engines: int
     lower_bound_s: float
@@ -108,8 +110,9 @@ class Cost:
 
 
 def sync_bytes(
-    table: NameTable, hf: HfConfig, engines: Sequence[EngineSpec], rates: Rates, *, gpus_per_node: int
+    table: NameTable, hf: HfConfig, engines: Sequence[EngineSpec], rates: Rates, *, gpus_per_node: int, mtp: bool = False
 ) -> SyncBytes | None:
+    """mtp: the MTP layer is trained, so a sync carries it."""
     receivers = [engine for engine in engines if engine.update_weights]
     if not receivers:
         return None
@@ -123,9 +126,11 @@ def sync_bytes(
             nbytes[kind] += wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32)
     first = receivers[0]
     expert_ranks, rest_ranks = first.ep_size if first.ep_size > 1 else first.tp_size, first.tp_size // first.dp_size
-    experts, rest = nbytes[False, True], nbytes[False, False]
+    experts, rest = (nbytes[False, kind] + (nbytes[True, kind] if mtp else 0) for kind in (True, False))
     own_experts, own_rest = experts // expert_ranks, rest // rest_ranks
-    per_gpu = own_experts + own_rest
+    per_gpu = nbytes[False, True] // expert_ranks + nbytes[False, False] // rest_ranks
+    draft = nbytes[True, True] // expert_ranks + nbytes[True, False] // rest_ranks
+    lands = per_gpu + (draft if mtp else 0)
     gb = 1e9
     bound = own_experts / gb / rates.nic_gb_per_s
     # The rest comes once per node; its copies over NVLink hide behind the network.
@@ -137,9 +142,10 @@ def sync_bytes(
         experts=experts,
         rest=rest,
         per_gpu=per_gpu,
-        draft_per_gpu=nbytes[True, True] // expert_ranks + nbytes[True, False] // rest_ranks,
-        per_engine=per_gpu * first.num_gpus,
-        all_engines=sum(per_gpu * engine.num_gpus for engine in receivers),
+        draft_per_gpu=draft,
+        lands_per_gpu=lands,
+        per_engine=lands * first.num_gpus,
+        all_engines=sum(lands * engine.num_gpus for engine in receivers),
         lower_bound_s=bound,
         as_built_s=(experts + rest) / gb / rates.nic_gb_per_s,
     )

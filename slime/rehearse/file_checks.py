@@ -241,7 +241,7 @@ def _check_save(reading: Reading, findings: Findings) -> None:
         if optimizer.use_precision_aware_optimizer:
             moments = sum({"fp32": 4, "bf16": 2}[kind] for kind in (optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype))
         state = 0 if reading.config.checkpoint.no_save_optim else moments + (0 if fp32 else 4)
-        need = reading.table.num_parameters(mtp=False) * ((4 if fp32 else 2) + state)
+        need = reading.num_parameters * ((4 if fp32 else 2) + state)
     findings.check(
         free >= need,
         "files",

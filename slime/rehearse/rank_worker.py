@@ -53,9 +53,14 @@ def _prepare(job: Job) -> None:
     from slime.compat.megatron import prepare
 
     prepare()
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
     from slime.model import build
 
-    build.NameTable = _OneTable(NameTable.for_model(job.hf, with_mtp=False))
+    # A copy of the embedding on the last stage (tied weights, MTP) gets the first stage's numbers while it is built, by way of
+    # the device. Meta tensors have no numbers: the exchange alone is left out, the copy is built and counted.
+    LanguageModule._is_in_embd_group = lambda self: False
+    build.NameTable = _OneTable(build.trained_table(job.config.model, job.hf))
     if job.config.model.spec:
         module = importlib.import_module(job.config.model.spec[0])
         if hasattr(module, "read_hf_config"):

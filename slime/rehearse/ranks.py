@@ -18,7 +18,7 @@ from pathlib import Path
 
 from slime.rehearse.findings import Findings
 from slime.rehearse.reading import Reading
-from slime.rehearse.shares import StageShare
+from slime.rehearse.shares import StageShare, has_embedding_copy
 from slime.rehearse.weight_map import model_order
 
 
@@ -127,14 +127,14 @@ def check_ranks(
         )
     if built.errors:
         return built
-    wanted = reading.table.num_parameters(mtp=False)
-    tied = sum(share.has_head for share in shares) if reading.table.aliases and reading.grid.pp > 1 else 0
+    wanted = reading.num_parameters
+    copied = has_embedding_copy(reading.table, reading.grid.pp, mtp=reading.trains_mtp)
     padding = (reading.config.model.padded_vocab_size or reading.hf["vocab_size"]) - reading.hf["vocab_size"]
-    copies = tied + (1 if reading.table.aliases else 2)
+    copies = copied + (1 if reading.table.aliases else 2)
     expected = (
         wanted
         + padding * reading.hf["hidden_size"] * copies
-        + (reading.hf["vocab_size"] * reading.hf["hidden_size"] if tied else 0)
+        + (reading.hf["vocab_size"] * reading.hf["hidden_size"] if copied else 0)
     )
     findings.check(
         built.unique == expected,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from slime.config import resolve_model, resolve_rollout
 from slime.config.command_line import CommandLine, parse_words
@@ -53,28 +53,32 @@ class Reading:
     grid: Grid | None
     chunks: tuple[Chunk, ...] | None
 
+    @property
+    def trains_mtp(self) -> bool:
+        """The multi-token-prediction layer is built, trained and sent to the engines."""
+        return bool(self.config.model.mtp_num_layers)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of everything that is built, each once."""
+        return self.table.num_parameters(mtp=False) + (self.table.num_parameters(mtp=True) if self.trains_mtp else 0)
+
 
 def read(argv: Sequence[str], findings: Findings) -> Reading:
     words = _words(argv, findings)
     values, notes = _resolved(words, findings)
-    config = _without_mtp(_build(values, notes=tuple(notes), door="rehearse"), findings)
+    config = _build(values, notes=tuple(notes), door="rehearse")
     hf, stored = _hf_config(config, findings)
     if hf is not None:
         _compare(config, hf, findings)
+    if config.model.mtp_num_layers:
+        findings.unchecked(
+            "layout",
+            "the multi-token-prediction layer's FLOPs and activations are not counted: on the last stage, "
+            "one more decoder layer and one more pass over the output layer come on top",
+        )
     table = NameTable.for_model(hf) if hf is not None and hf.model_type in FAMILIES else None
     return Reading(config, hf, stored, table, _grid(config), _chunks(config, findings))
-
-
-def _without_mtp(config: Config, findings: Findings) -> Config:
-    """The main model is proven; what a trained multi-token-prediction layer adds to the last stage is not counted."""
-    if not config.model.mtp_num_layers:
-        return config
-    findings.unchecked(
-        "layout",
-        "the multi-token-prediction layer is not counted: its parameters, the last stage's copy of the embedding (with "
-        "more than one stage), their memory and their share of a weight push come on top",
-    )
-    return replace(config, model=replace(config.model, mtp_num_layers=None))
 
 
 def _words(argv: Sequence[str], findings: Findings) -> CommandLine:

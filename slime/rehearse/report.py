@@ -124,7 +124,7 @@ def _cost(done: Rehearsal) -> list[str]:
         sync = cost.sync
         lines.append(
             f"  bytes of a weight sync: experts {sync.experts / 1e9:.2f} GB, the rest {sync.rest / 1e9:.2f} GB; "
-            f"land on a GPU {sync.per_gpu / 1e9:.2f} GB, "
+            f"land on a GPU {sync.lands_per_gpu / 1e9:.2f} GB, "
             f"in an engine {sync.per_engine / 1e12:.2f} TB, in all engines {sync.all_engines / 1e12:.2f} TB"
         )
     lines.append("  assumed: " + ", ".join(f"{name} {value:g}" for name, value in rates_shown(done.rates).items()))

@@ -82,13 +82,21 @@ def _divides(reading: Reading) -> bool:
 def _arithmetic(done: Rehearsal, length: int) -> None:
     reading, options = done.reading, done.options
     config, grid, hf = reading.config, reading.grid, reading.hf
-    done.shares = tuple(stage_shares(reading.table, reading.chunks, grid, padded_vocab=config.model.padded_vocab_size))
-    sync = sync_bytes(reading.table, hf, done.engines.specs, done.rates, gpus_per_node=config.cluster.num_gpus_per_node)
+    mtp, padded = reading.trains_mtp, config.model.padded_vocab_size
+    done.shares = tuple(stage_shares(reading.table, reading.chunks, grid, padded_vocab=padded, mtp=mtp))
+    gpus_per_node = config.cluster.num_gpus_per_node
+    sync = sync_bytes(reading.table, hf, done.engines.specs, done.rates, gpus_per_node=gpus_per_node, mtp=mtp)
     shapes = train_shapes(reading, mean_share=done.rates.mean_response_share)
     done.budget = check_memory(reading, done.shares, shapes, done.engines, sync, options, done.findings)
     done.cost = _cost(done, length, sync, shapes)
     done.weights = build_weight_map(
-        reading.table, hf, grid, reading.chunks, done.engines.specs, limit_bytes=config.engine.update_weight_buffer_size
+        reading.table,
+        hf,
+        grid,
+        reading.chunks,
+        done.engines.specs,
+        limit_bytes=config.engine.update_weight_buffer_size,
+        mtp=mtp,
     )
     _check_weights(done)
 
@@ -110,7 +118,7 @@ def _cost(done: Rehearsal, length: int, sync: SyncBytes | None, shapes: TrainSha
         needs_old_log_probs=config.algorithm.loss_type == "policy_loss" and not config.algorithm.use_rollout_logprobs,
         colocate=config.cluster.colocate,
     )
-    parameters = reading.table.num_parameters(mtp=False)
+    parameters = reading.num_parameters
     saved = parameters * 2 if config.checkpoint.no_save_optim else parameters * (2 + shapes.optimizer_bytes)
     return predict(
         model_work(reading.table, reading.hf, min(length, shape.mean_tokens) or length),
@@ -141,7 +149,7 @@ def _check_weights(done: Rehearsal) -> None:
         findings.ok(
             "weights",
             f"each of {len(weights.rows):,} tensors is in one bucket, fused pairs together; "
-            f"{mtp:,} of the MTP layer stay as the engines loaded them",
+            f"{mtp:,} of the MTP layer {'among them' if done.reading.trains_mtp else 'stay as the engines loaded them'}",
             f"{len(weights.bucket_bytes):,} buckets, {weights.nbytes:,} bytes, {gathered} FP8 tensors gathered first, "
             f"digest {weights.digest[:16]}",
         )

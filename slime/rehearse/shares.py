@@ -97,15 +97,15 @@ class StageParts:
     """One entry of each size and cut -> how many there are."""
 
 
-def stage_parts(table: NameTable, chunks: Sequence[Chunk], pp: int) -> list[StageParts]:
-    """Trained and frozen parameters; expert biases are buffers and not counted."""
+def stage_parts(table: NameTable, chunks: Sequence[Chunk], pp: int, *, mtp: bool = False) -> list[StageParts]:
+    """Trained and frozen parameters; expert biases are buffers and not counted. mtp: with the MTP layer, on the last stage."""
     owner = {layer: chunk.pp_rank for chunk in chunks for layer in chunk.layers}
     last = chunks[-1].pp_rank
     counts: list[Counter] = [Counter() for _ in range(pp)]
     first: dict[tuple, Entry] = {}
     computing: list[set[int]] = [set() for _ in range(pp)]
     for entry in table.entries:
-        if entry.float32 or entry.name.startswith("mtp."):
+        if entry.float32 or (is_mtp(entry) and not mtp):
             continue
         layer = layer_of(entry)
         stage = owner[layer] if layer is not None else (0 if entry.name.startswith("embedding.") else last)
@@ -113,10 +113,9 @@ def stage_parts(table: NameTable, chunks: Sequence[Chunk], pp: int) -> list[Stag
         kind = (entry.shape, entry.split, entry.expert is not None, frozen)
         first.setdefault(kind, entry)
         counts[stage][kind] += 1
-        if frozen:
+        if frozen and layer is not None:
             computing[stage].add(layer)
-    if table.aliases and pp > 1:
-        # Tied weights: the last stage has a copy of the embedding.
+    if has_embedding_copy(table, pp, mtp=mtp):
         embedding = next(entry for entry in table.entries if entry.name.startswith("embedding."))
         counts[last][embedding.shape, embedding.split, False, False] += 1
     return [
@@ -146,9 +145,20 @@ def shares_of(parts: Sequence[StageParts], grid: Grid, *, padded_vocab: int | No
     return shares
 
 
-def stage_shares(table: NameTable, chunks: Sequence[Chunk], grid: Grid, *, padded_vocab: int | None = None) -> list[StageShare]:
+def stage_shares(
+    table: NameTable, chunks: Sequence[Chunk], grid: Grid, *, padded_vocab: int | None = None, mtp: bool = False
+) -> list[StageShare]:
     """One share per pipeline rank, trained and frozen parameters apart."""
-    return shares_of(stage_parts(table, chunks, grid.pp), grid, padded_vocab=padded_vocab)
+    return shares_of(stage_parts(table, chunks, grid.pp, mtp=mtp), grid, padded_vocab=padded_vocab)
+
+
+def is_mtp(entry: Entry) -> bool:
+    return entry.name.startswith("mtp.")
+
+
+def has_embedding_copy(table: NameTable, pp: int, *, mtp: bool) -> bool:
+    """The last of several stages has the embedding too: for tied weights, or to embed what the MTP layer reads."""
+    return pp > 1 and (bool(table.aliases) or mtp)
 
 
 _INDEXER = (

@@ -193,7 +193,7 @@ def weight_flow(done: Rehearsal) -> str:
     )
     body.append(_text(445, middle_top + total * flow / 2 + 10, f"{weights.nbytes / 1e9:.1f} GB", anchor="middle", size=13))
     body.append(_text(445, middle_top + total * flow / 2 + 28, weights.digest[:12], anchor="middle", size=10, colour="#666"))
-    per_gpu = done.cost.sync.per_gpu if done.cost and done.cost.sync else 0
+    per_gpu = done.cost.sync.lands_per_gpu if done.cost and done.cost.sync else 0
     for number, engine in enumerate(engines):
         top = 36 + number * (height - 60) / max(len(engines), 1)
         body.append(_ribbon(510, middle_top + total * flow / 2, 690, top + 20, 12, "#9db7d5"))

@@ -18,7 +18,7 @@ from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
 from slime.model.names import Entry, HfTensor, NameTable
 from slime.rehearse.flops import layer_of
-from slime.rehearse.shares import Grid
+from slime.rehearse.shares import Grid, is_mtp
 from slime.rehearse.stages import Chunk
 from slime.weights.digest import StreamDigest
 
@@ -108,9 +108,16 @@ def fp8_format(hf: HfConfig) -> tuple[int | None, frozenset[str]]:
 
 
 def build_weight_map(
-    table: NameTable, hf: HfConfig, grid: Grid, chunks: Sequence[Chunk], engines: Sequence[EngineSpec], *, limit_bytes: int
+    table: NameTable,
+    hf: HfConfig,
+    grid: Grid,
+    chunks: Sequence[Chunk],
+    engines: Sequence[EngineSpec],
+    *,
+    limit_bytes: int,
+    mtp: bool = False,
 ) -> WeightMap:
-    """The map of the main model (the MTP layer is not trained: engines keep the checkpoint's)."""
+    """mtp: the MTP layer is trained and travels too; else engines keep the checkpoint's."""
     block, kept = fp8_format(hf)
     receivers = [engine for engine in engines if engine.update_weights]
     describe = _Describer(grid, hf, receivers, block)
@@ -118,16 +125,16 @@ def build_weight_map(
     buckets: list[int] = []
     source_bytes: Counter[int] = Counter()
     partners = Counter(entry.together for entry in table.entries if entry.together)
-    for source, stage, entries in _sources(table, grid, chunks):
+    for source, stage, entries in _sources(table, grid, chunks, mtp):
         for bucket in _bucketed(_groups(entries, partners), limit_bytes, block, kept):
             number = len(buckets)
             buckets.append(sum(nbytes for _, _, nbytes, _ in bucket))
             source_bytes[source] += buckets[-1]
             rows += [describe.row(entry, tensor, nbytes, fp8, stage, source, number) for entry, tensor, nbytes, fp8 in bucket]
-    return WeightMap(tuple(rows), tuple(buckets), dict(source_bytes), tuple(_problems(table, rows)))
+    return WeightMap(tuple(rows), tuple(buckets), dict(source_bytes), tuple(_problems(table, rows, mtp)))
 
 
-def _sources(table: NameTable, grid: Grid, chunks: Sequence[Chunk]) -> Iterator[tuple[int, int, list[Entry]]]:
+def _sources(table: NameTable, grid: Grid, chunks: Sequence[Chunk], mtp: bool) -> Iterator[tuple[int, int, list[Entry]]]:
     """(rank, stage, its entries in the model's order): dense sources of all stages, then the experts' sources, by rank."""
     dense: dict[int, list[Entry]] = {stage: [] for stage in range(grid.pp)}
     experts: dict[tuple[int, int], list[Entry]] = {(stage, ep): [] for stage in range(grid.pp) for ep in range(grid.ep)}
@@ -135,7 +142,7 @@ def _sources(table: NameTable, grid: Grid, chunks: Sequence[Chunk]) -> Iterator[
     owner = {layer: chunk.pp_rank for chunk in chunks for layer in chunk.layers}
     per_shard = -(-max((entry.expert + 1 for entry in table.entries if entry.expert is not None), default=0) // grid.ep)
     for entry in table.entries:
-        if entry.name.startswith("mtp."):
+        if is_mtp(entry) and not mtp:
             continue
         layer = layer_of(entry)
         stage = owner[layer] if layer is not None else (0 if entry.name.startswith("embedding.") else last)
@@ -184,14 +191,20 @@ _IN_LAYER = (
     "post_mlp_layernorm.weight",
     "mlp.router.expert_bias",
 )
-_PLACE = {name: place for place, name in enumerate(_IN_LAYER)}
+# The MTP layer's own order, around its decoder layer.
+_IN_MTP = (
+    *("enorm.weight", "hnorm.weight", "eh_proj.weight"),
+    *(f"transformer_layer.{name}" for name in _IN_LAYER),
+    "final_layernorm.weight",
+)
+_PLACE = {name: place for names in (_IN_LAYER, _IN_MTP) for place, name in enumerate(names)}
 
 
 def model_order(entry: Entry) -> tuple[int, int, int, int]:
-    """Sort key: parameters before buffers; embedding, layers, final norm, output layer; a layer's own order; the expert."""
-    layer = layer_of(entry)
+    """Sort key: parameters before buffers; embedding, layers, final norm, MTP layer, head; a layer's own order; the expert."""
+    layer = 10**6 + 1 if is_mtp(entry) else layer_of(entry)
     if layer is None:
-        where = -1 if entry.name.startswith("embedding.") else 10**6 + ("output_layer" in entry.name)
+        where = -1 if entry.name.startswith("embedding.") else 10**6 + 2 * ("output_layer" in entry.name)
         return int(entry.float32), where, 0, 0
     suffix = entry.name.split(".", 3)[3]
     if entry.expert is not None:
@@ -302,9 +315,9 @@ def fp8_block_is_local(entry: Entry, size: int, block: int) -> bool:
     return all(tensor.shape[axis] % (size * block) == 0 for tensor in entry.hf if tensor.fp8)
 
 
-def _problems(table: NameTable, rows: Sequence[Row]) -> list[str]:
+def _problems(table: NameTable, rows: Sequence[Row], mtp: bool) -> list[str]:
     """What would make the map no proof: a tensor that is not sent, sent twice, or away from its partner."""
-    wanted = {tensor.name: entry for entry in table.entries if not entry.name.startswith("mtp.") for tensor in entry.hf}
+    wanted = {tensor.name: entry for entry in table.entries if mtp or not is_mtp(entry) for tensor in entry.hf}
     sent = Counter(row.name for row in rows)
     problems = [f"{name} is in no bucket" for name in wanted if name not in sent]
     problems += [f"{name} is sent {count} times" for name, count in sent.items() if count != 1]

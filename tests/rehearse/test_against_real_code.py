@@ -101,8 +101,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"tp": 2, "pp": 2, "first": 6, "ep": 2}, Grid(4, 2, 2, 1, 2, 1)),
         ({"pp": 2, "first": 2, "ep": 2}, Grid(4, 1, 2, 1, 2, 1)),
         ({"tp": 2, "cp": 2}, Grid(4, 2, 1, 2, 1, 1)),
+        ({"tp": 2, "pp": 2, "first": 6, "ep": 2, "mtp": True}, Grid(4, 2, 2, 1, 2, 1)),
     ],
-    ids=["tp2 pp2 ep2", "pp2 ep2 dp2", "tp2 cp2"],
+    ids=["tp2 pp2 ep2", "pp2 ep2 dp2", "tp2 cp2", "tp2 pp2 ep2 mtp"],
 )
 def test_the_weight_map_is_the_stream_tensor_by_tensor(tiny: Path, layout: dict, grid: Grid) -> None:
     """Names, order, buckets, bytes and sources of the real stream of four trainer ranks."""
@@ -112,18 +113,18 @@ def test_the_weight_map_is_the_stream_tensor_by_tensor(tiny: Path, layout: dict,
     from slime.device.host import HostDevice
     from slime.ray.weight_stream import WeightStream
 
-    hf, limit = read_hf_config(tiny / "fp8"), 200_000
+    hf, limit, mtp = read_hf_config(tiny / "fp8"), 200_000, "mtp" in layout
 
     def send(rank: int) -> tuple:
         chunks, ranks, _, _ = build(rank, 4, str(tiny / "bf16"), **layout)
-        stream = WeightStream(chunks, hf, ranks, HostDevice(), limit_bytes=limit)
+        stream = WeightStream(chunks, hf, ranks, HostDevice(), limit_bytes=limit, with_mtp=mtp)
         buckets = [[(meta.name, meta.nbytes) for meta in bucket.metas] for bucket in stream._buckets_of_all(stream._wire)]
         dense = [place.rank for place in stream._places if place.is_dense_source]
         return stream.send(1, []).digest, buckets, dense, [place.rank for place in stream._places if place.is_expert_source]
 
     digest, real, dense, experts = run_ranks(4, send)[0]
     chunks = cut_layers(Cut(8, grid.pp, first=layout.get("first")))
-    found = build_weight_map(NameTable.for_model(hf), hf, grid, chunks, [], limit_bytes=limit)
+    found = build_weight_map(NameTable.for_model(hf), hf, grid, chunks, [], limit_bytes=limit, mtp=mtp)
     with_experts = {chunk.pp_rank for chunk in chunks if any(hf.is_moe_layer(layer) for layer in chunk.layers)}
     sources = dense + [rank for rank in experts if rank // grid.ranks_per_stage in with_experts]
     assert found.stream_digest == digest, "the digest of the run's own buckets"
@@ -146,10 +147,11 @@ def _without_repetition(sources: list[int]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_ranks_that_are_built_add_up_to_the_checkpoint(flagship: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mtp", [False, True], ids=["main model", "mtp"])
+def test_ranks_that_are_built_add_up_to_the_checkpoint(mtp: bool, flagship: Recipe, tmp_path: Path) -> None:
     """One data-parallel copy of two stages would take 64 ranks; a grid of 16 shows the same sum."""
     from slime.rehearse.findings import Findings
-    from slime.rehearse.ranks import check_ranks
+    from slime.rehearse.ranks import check_order, check_ranks
     from slime.rehearse.reading import read
     from slime.rehearse.shares import stage_shares
 
@@ -159,11 +161,18 @@ def test_ranks_that_are_built_add_up_to_the_checkpoint(flagship: Recipe, tmp_pat
         .with_flag("--tensor-model-parallel-size", "2")
     )
     recipe = recipe.with_flag("--expert-model-parallel-size", "2")
+    if mtp:
+        recipe = recipe.with_flag("--mtp-num-layers", "1").with_flag("--enable-mtp-training")
     findings = Findings()
     reading = read(recipe.written(tmp_path), findings)
-    shares = stage_shares(reading.table, reading.chunks, reading.grid, padded_vocab=reading.config.model.padded_vocab_size)
+    padded = reading.config.model.padded_vocab_size
+    shares = stage_shares(reading.table, reading.chunks, reading.grid, padded_vocab=padded, mtp=mtp)
     built = check_ranks(reading, shares, findings)
-    assert built.unique == 743_377_000_704 and built.num_ranks == 16 and not built.errors
+    check_order(reading, built, findings)
+    # With the layer the last stage has a copy of the embedding, which the checkpoint has once.
+    assert built.unique == (753_329_921_024 + 154880 * 6144 if mtp else 743_377_000_704)
+    assert built.num_ranks == 16 and not built.errors
+    assert not [finding for finding in findings.of("violation") if finding.area in ("ranks", "weights")]
     assert built.peak_bytes < 4 << 30
     assert [finding for finding in findings.of("ok") if finding.area == "ranks"]
 

@@ -193,6 +193,32 @@ def test_each_tensor_is_sent_once_and_pairs_stay_together() -> None:
     assert len(senders) == 8 + 8 * 32 - 8, "dense and expert sources of a stage share their first rank"
 
 
+def test_a_trained_mtp_layer_is_counted_on_the_last_stage_and_travels() -> None:
+    from slime.engine.spec import EngineSpec
+
+    chunks = cut_layers(STOCK)
+    plain, trained = stage_shares(TABLE, chunks, GRID), stage_shares(TABLE, chunks, GRID, mtp=True)
+    assert trained[:7] == plain[:7] and trained[7].layers == plain[7].layers
+    # By hand, of 32 expert and 4 tensor-parallel ranks: 8 experts; a quarter of the shared expert, of the heads' projections
+    # (q up, kv up, o) and of the embedding's copy; whole: router, latent projections, indexer, norms, eh_proj.
+    cut = 37_748_736 + 2048 * 64 * 256 + 512 * 64 * (192 + 256) + 64 * 256 * 6144 + 154880 * 6144
+    indexer = 2048 * 32 * 128 + 6144 * 128 + 2 * 128 + 6144 * 32
+    whole = 256 * 6144 + 6144 * (2048 + 576) + indexer + (2 * 6144 + 2048 + 512) + 3 * 6144 + 2 * 6144 * 6144
+    assert trained[7].experts - plain[7].experts == 8 * 37_748_736
+    assert trained[7].dense - plain[7].dense == cut // 4 + whole and trained[7].frozen - plain[7].frozen == indexer
+    alone = Grid(world=1, tp=1, pp=1, cp=1, ep=1, etp=1)
+    assert stage_shares(TABLE, cut_layers(Cut(78, 1)), alone, mtp=True)[0].parameters == 753_329_921_024
+    found = build_weight_map(TABLE, HF, GRID, chunks, [], limit_bytes=2 << 30, mtp=True)
+    assert not found.problems and len({row.name for row in found.rows}) == len(found.rows) == 59_585
+    assert found.nbytes == checkpoint_bytes(TABLE, fp8=True) == 755_617_140_416
+    mtp = [row for row in found.rows if row.name.startswith("model.layers.78.")]
+    assert len(mtp) == 791 and {row.stage for row in mtp} == {7} and {row.source // 32 for row in mtp} == {7}
+    engines = [EngineSpec("default", "decode", 0, 0, 64, 8, 64, 1, 64, 64, "m", True, True, 0)]
+    before, sync = (sync_bytes(TABLE, HF, engines, Rates(), gpus_per_node=8, mtp=mtp) for mtp in (False, True))
+    assert sync.experts == 76 * 256 * 37_757_952 and sync.experts + sync.rest == found.nbytes
+    assert sync.per_gpu == before.per_gpu and sync.lands_per_gpu == before.per_gpu + before.draft_per_gpu
+
+
 def test_measured_peaks_stand_beside_predictions(tmp_path: Path) -> None:
     from slime.rehearse.memory import Phase, StageMemory
 
