@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from slime.config.resolve_model import layout_string
 from slime.model.names import Entry
+from slime.model.splits import computing_layers
 from slime.rehearse.findings import Findings
 from slime.rehearse.flops import ModelWork, model_work
 from slime.rehearse.reading import Reading
 from slime.rehearse.shares import Grid
-from slime.rehearse.stages import Split, balance, best_list, computing_layers, legal_first_last, wrong_starts
+from slime.rehearse.stages import Split, balance, best_list, legal_first_last, wrong_starts
 from slime.rehearse.weight_map import fp8_block_is_local
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from slime.config.resolve_model import unrolled_layout
 from slime.model.hf_config import HfConfig
+from slime.model.splits import legal_splits
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,6 @@ def wrong_starts(hf: HfConfig, chunks: Iterable[Chunk]) -> list[Chunk]:
     return [chunk for chunk in chunks if len(chunk.layers) and not hf.runs_indexer(chunk.layers.start)]
 
 
-def computing_layers(hf: HfConfig) -> list[int]:
-    """1-based, as logs and flags count layers."""
-    return [layer + 1 for layer in range(hf.num_layers) if hf.runs_indexer(layer)]
-
-
 @dataclass(frozen=True)
 class Split:
     """A legal cut: layers per stage, and how even it is (mean stage cost / greatest stage cost)."""
@@ -143,26 +139,11 @@ def legal_first_last(
 
     any_start: indices travel between stages (--dsa-send-indices), so that every layer may begin one.
     """
-    found = []
-    if pp_size < 2:
-        return found
-    for first in range(1, hf.num_layers):
-        for last in range(1, hf.num_layers - first + 1):
-            rest, stages = hf.num_layers - first - last, pp_size - 2
-            if (stages and (rest % stages or not rest)) or (not stages and rest):
-                continue
-            sizes = (first, *([rest // stages] * stages if stages else []), last)
-            if any_start or _starts_are_legal(hf, sizes):
-                found.append(Split(sizes, balance(stage_costs(sizes, layer_costs, head_cost))))
+    found = [
+        Split(sizes, balance(stage_costs(sizes, layer_costs, head_cost)))
+        for sizes in legal_splits(hf, pp_size, any_start=any_start)
+    ]
     return sorted(found, key=lambda split: (-split.balance, split.sizes))
-
-
-def _starts_are_legal(hf: HfConfig, sizes: Sequence[int]) -> bool:
-    starts, start = [], 0
-    for size in sizes[:-1]:
-        start += size
-        starts.append(start)
-    return not hf.has_indexer or all(hf.runs_indexer(layer) for layer in starts)
 
 
 def best_list(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from ranks import RankFailed, run_ranks
 
 from slime.batch.layout import SequenceLayout
 from slime.model.hf_config import HfConfig, read_hf_config
-from slime_plugins.models.glm5.glm5 import check_stage_start, legal_splits
+from slime.model.splits import legal_splits
+from slime_plugins.models.glm5.glm5 import check_stage_start
 
 GLM52 = HfConfig(
     {
@@ -32,7 +34,7 @@ def test_the_recipes_stages_start_on_computing_layers() -> None:
     assert [start + 1 for start in starts] == [1, 15, 23, 31, 39, 47, 55, 63]
     for stage, start in enumerate(starts):
         check_stage_start(GLM52, range(start, start + 8), stage=stage, num_stages=8)
-    assert (14, 16) in legal_splits(GLM52, 8)
+    assert (14, *[8] * 6, 16) in legal_splits(GLM52, 8)
 
 
 def test_an_illegal_start_names_stage_layer_source_and_legal_splits() -> None:
@@ -44,14 +46,16 @@ def test_an_illegal_start_names_stage_layer_source_and_legal_splits() -> None:
     assert "--decoder-first-pipeline-num-layers" in message and "14/16" in message
 
 
-def test_legal_splits_are_legal_and_best_first() -> None:
+def test_legal_splits_start_on_computing_layers_and_the_best_are_named_first() -> None:
     splits = legal_splits(GLM52, 8)
-    for first, last in splits:
-        step_size, rest = divmod(78 - first - last, 6)
-        assert rest == 0
-        assert all(GLM52.runs_indexer(first + n * step_size) for n in range(7))
-    slowest = [max(first, last, (78 - first - last) // 6) for first, last in splits]
-    assert slowest == sorted(slowest)
+    for sizes in splits:
+        assert sum(sizes) == 78 and len(set(sizes[1:-1])) == 1
+        assert all(GLM52.runs_indexer(sum(sizes[:stage])) for stage in range(8))
+    with pytest.raises(ValueError) as told:
+        check_stage_start(GLM52, range(12, 20), stage=1, num_stages=8)
+    named = [tuple(map(int, pair)) for pair in re.findall(r"(\d+)/(\d+)[,;]", str(told.value))]
+    slowest = [max(first, last, (78 - first - last) // 6) for first, last in named]
+    assert slowest == sorted(map(max, splits))[:4]
 
 
 def test_an_illegal_split_is_refused_when_the_model_is_built(glm: str) -> None:

@@ -26,6 +26,7 @@ from slime.model.attention import MlaShape  # noqa: E402
 from slime.model.hf_config import HfConfig, read_hf_config  # noqa: E402
 from slime.model.layers import RMSNorm  # noqa: E402
 from slime.model.spec import layer_spec  # noqa: E402
+from slime.model.splits import computing_layers, legal_splits  # noqa: E402
 from slime_plugins.models.glm5.attention import IndexerShape, SparseLatentAttention  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -86,40 +87,24 @@ def check_stage_start(hf: HfConfig, layers: range, *, stage: int, num_stages: in
     indices."""
     if not layers or hf.runs_indexer(layers.start):
         return
-    starts = [layer + 1 for layer in range(hf.num_layers) if hf.runs_indexer(layer)]
     raise ValueError(
         f"pipeline stage {stage} starts at layer {layers.start + 1}, which reuses the indices of layer "
         f"{hf.index_source(layers.start) + 1} on an earlier stage; every stage must start on one of the "
-        f"computing layers {starts} "
+        f"computing layers {computing_layers(hf)} "
         f"(1-based). {_advice(hf, num_stages)}"
     )
 
 
-def legal_splits(hf: HfConfig, num_stages: int) -> list[tuple[int, int]]:
-    """(first, last) values of --decoder-first/last-pipeline-num-layers for which every stage starts on a computing layer."""
-    found = []
-    for first in range(1, hf.num_layers):
-        for last in range(1, hf.num_layers - first + 1):
-            middle, stages = hf.num_layers - first - last, num_stages - 2
-            if (stages <= 0 and middle) or (stages > 0 and (middle % stages or not middle)):
-                continue
-            step = middle // stages if stages > 0 else 0
-            starts = [first + n * step for n in range(max(stages, 0) + 1)]
-            if all(hf.runs_indexer(start) for start in starts):
-                found.append((first, last))
-    # The best balanced ones first: the slowest stage decides.
-    return sorted(found, key=lambda split: max(split[0], split[1], (hf.num_layers - sum(split)) // max(num_stages - 2, 1)))
-
-
 def _advice(hf: HfConfig, num_stages: int) -> str:
-    splits = legal_splits(hf, num_stages) if num_stages > 1 else []
+    # The slowest stage decides.
+    splits = sorted(legal_splits(hf, num_stages), key=max)
     if not splits:
         return (
             f"No first/last split of {hf.num_layers} layers over {num_stages} stages does; change "
             "--pipeline-model-parallel-size, list the layers of each stage with --pipeline-model-parallel-layout, or pass "
             "--dsa-send-indices."
         )
-    listed = ", ".join(f"{first}/{last}" for first, last in splits[:4])
+    listed = ", ".join(f"{sizes[0]}/{sizes[-1]}" for sizes in splits[:4])
     return (
         f"Legal --decoder-first-pipeline-num-layers/--decoder-last-pipeline-num-layers with {num_stages} "
         f"stages, best balanced first: {listed}; or pass --dsa-send-indices, which lifts the rule"
