@@ -107,28 +107,35 @@ def build_rank(job: Job, rank: int) -> dict[str, object]:
 
 
 def _described(chunks: list, job: Job, place: object, seconds: float) -> dict[str, object]:
-    """`whole`: for each tensor its share of the whole model, so that the shares of all ranks add up to it exactly once."""
+    """Sizes of the rank's tensors: `dense` name -> [numbers, cut by tensor parallelism?], `stacks` name -> [first expert, how
+    many, numbers of one], `buffers` name -> numbers."""
     from slime.model import build
     from slime.model.local import check_shapes, local_tensors
 
     table = build.NameTable.for_model(job.hf)
     check_shapes(chunks, table, place, build.padded_vocab_size(job.config, job.hf))
     dense: dict[str, list[int]] = {}
+    stacks: dict[str, list[int]] = {}
+    buffers: dict[str, int] = {}
     experts = total = 0
     off_meta = []
     order = []
     for local in local_tensors(chunks, place, experts=False):
+        numel = local.tensor.numel()
         if local.parameter is None:
+            buffers[local.name] = numel
             continue
-        total += local.tensor.numel()
+        total += numel
         if local.tensor.device.type != "meta":
             off_meta.append(local.name)
         if local.is_expert:
-            experts += local.tensor.numel()
-            order.append([local.name, local.tensor.shape[0]])
+            count = local.tensor.shape[0]
+            experts += numel
+            stacks[local.name] = [place.ep_rank * count, count, numel // count]
+            order.append([local.name, count])
         else:
             entry = table[local.name]
-            dense[local.name] = [local.tensor.numel(), int(entry.split != "none" and place.tp_size > 1)]
+            dense[local.name] = [numel, int(entry.split != "none" and place.tp_size > 1)]
             order.append([local.name, 0])
     return {
         "rank": place.rank,
@@ -142,6 +149,8 @@ def _described(chunks: list, job: Job, place: object, seconds: float) -> dict[st
         "parameters": total,
         "experts": experts,
         "dense": dense,
+        "stacks": stacks,
+        "buffers": buffers,
         "off_meta": off_meta,
         "seconds": seconds,
         "order": order if place.tp_rank == place.cp_rank == place.dp_rank == 0 and place.ep_rank == 0 else [],

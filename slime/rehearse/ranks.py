@@ -12,14 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 
+from slime.model.names import NameTable
 from slime.rehearse.findings import Findings
 from slime.rehearse.reading import Reading
 from slime.rehearse.shares import StageShare, has_embedding_copy
-from slime.rehearse.weight_map import model_order
+from slime.rehearse.weight_map import WeightMap, model_order
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class BuiltRanks:
     errors: tuple[str, ...] = ()
     orders: dict[int, list] = field(default_factory=dict)
     """Stage -> [parameter name, experts in the stack] in the model's own order."""
+    held: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Rank -> global Megatron name -> numbers of it there, experts one by one."""
 
 
 def build_ranks(
@@ -104,7 +109,15 @@ def _summed(rows: list[dict], num_ranks: int, seconds: float, peak: int) -> Buil
             unique += row["experts"]
         if row["order"]:
             orders.setdefault(row["pp"], row["order"])
-    return BuiltRanks(num_ranks, unique, tuple(row["parameters"] for row in built), seconds, peak, tuple(errors), orders)
+    held = {row["rank"]: _held(row) for row in built}
+    return BuiltRanks(num_ranks, unique, tuple(row["parameters"] for row in built), seconds, peak, tuple(errors), orders, held)
+
+
+def _held(row: dict) -> dict[str, int]:
+    stacked = {
+        f"{name}{first + number}": numel for name, (first, count, numel) in row["stacks"].items() for number in range(count)
+    }
+    return {name: numel for name, (numel, _) in row["dense"].items()} | row["buffers"] | stacked
 
 
 def check_ranks(
@@ -184,3 +197,38 @@ def check_order(reading: Reading, built: BuiltRanks | None, findings: Findings) 
     findings.ok(
         "weights", "the built ranks register their parameters in the order of the weight map", f"{len(built.orders)} stages"
     )
+
+
+def check_held(reading: Reading, built: BuiltRanks | None, weights: WeightMap, findings: Findings) -> None:
+    """The weight map says which ranks hold which part of every tensor; the built ranks must hold exactly that."""
+    if built is None or built.errors:
+        return
+    wrong = list(differences(reading.table, built, weights))
+    tensors = sum(len(names) for names in built.held.values())
+    findings.check(
+        not wrong,
+        "weights",
+        "every built rank holds the tensors that the weight map has there, and no others",
+        values=f"{tensors:,} on {len(built.held):,} ranks",
+        wrong=f"built ranks hold other tensors than the weight map has there, {len(wrong)} times",
+        fix=f"this is a defect of the weight map; please report it ({'; '.join(wrong[:3])})",
+    )
+
+
+def differences(table: NameTable, built: BuiltRanks, weights: WeightMap) -> Iterator[str]:
+    """Where a built rank and the weight map disagree about a tensor; padded vocabulary rows are the rank's own."""
+    expected: dict[int, Counter[str]] = {rank: Counter() for rank in built.held}
+    for row in weights.rows:
+        name, numel = table.by_hf(row.name).name, prod(row.shape)
+        length = {"all": 1, "rows": row.shape[0], "columns": row.shape[-1]}[row.holders.axis]
+        for part in row.holders.parts:
+            for rank in part.ranks:
+                if rank in expected:
+                    expected[rank][name] += numel // length * (part.stop - part.start)
+    for rank, names in built.held.items():
+        found = {table.aliases.get(name, name): numel for name, numel in names.items()}
+        for name in sorted(found.keys() | expected[rank].keys()):
+            has, should = found.get(name, 0), expected[rank][name]
+            padded = table[name].split == "vocab" and has > should > 0
+            if has != should and not padded:
+                yield f"rank {rank} holds {has:,} numbers of {name}, the weight map has {should:,} there"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 
 from slime.config.resolve_model import layout_string
+from slime.engine.spec import EngineSpec
 from slime.rehearse.budget import Budget
 from slime.rehearse.cost import rates_shown
 from slime.rehearse.result import Rehearsal
 from slime.rehearse.stages import Split
+from slime.rehearse.weight_map import WeightMap
 from slime.weights.digest import KEY_VARIABLE, sign
 
 
@@ -161,12 +165,38 @@ def _memory_json(budget: Budget) -> dict[str, object]:
     }
 
 
+def _weights_json(weights: WeightMap, engines: Sequence[EngineSpec]) -> dict[str, object]:
+    """`places`: each different set of ranks once, with how many tensors lie there."""
+    key = os.environ.get(KEY_VARIABLE)
+    alike = Counter((row.stage, row.holders.text, row.engines) for row in weights.rows)
+    of_bucket = Counter(row.bucket for row in weights.rows)
+    sources = {row.bucket: row.source for row in weights.rows}
+    return {
+        "tensors": len(weights.rows),
+        "buckets": len(weights.bucket_bytes),
+        "bytes": weights.nbytes,
+        "digest": weights.digest,
+        "stream_digest": weights.stream_digest,
+        "signature": sign(weights.stream_digest, key) if key else None,
+        "bytes_per_source": {str(rank): count for rank, count in weights.source_bytes.items()},
+        "places": [
+            {"stage": stage, "holders": holders, "kept_by": kept, "tensors": count}
+            for (stage, holders, kept), count in alike.items()
+        ],
+        "sent": [
+            {"bucket": number, "source": sources[number], "tensors": of_bucket[number], "bytes": nbytes}
+            for number, nbytes in enumerate(weights.bucket_bytes)
+        ],
+        "received_by": {engine.label: f"0-{engine.num_gpus - 1}" for engine in engines if engine.update_weights},
+    }
+
+
 def _split(split: Split) -> dict[str, object]:
     return {"layers": list(split.sizes), "balance": round(split.balance, 6)}
 
 
 def as_json(done: Rehearsal) -> dict[str, object]:
-    """Everything but the weight map's rows (--weight-map writes those)."""
+    """Everything but the weight map's names (--weight-map writes those)."""
     grid, balance, weights, cost, built = done.reading.grid, done.balance, done.weights, done.cost, done.built
     return {
         "launchable": done.findings.launchable,
@@ -213,17 +243,7 @@ def as_json(done: Rehearsal) -> dict[str, object]:
                 for s in done.engines.specs
             ],
         },
-        "weights": None
-        if weights is None
-        else {
-            "tensors": len(weights.rows),
-            "buckets": len(weights.bucket_bytes),
-            "bytes": weights.nbytes,
-            "digest": weights.digest,
-            "stream_digest": weights.stream_digest,
-            "signature": sign(weights.stream_digest, key) if (key := os.environ.get(KEY_VARIABLE)) else None,
-            "bytes_per_source": {str(rank): count for rank, count in weights.source_bytes.items()},
-        },
+        "weights": None if weights is None else _weights_json(weights, done.engines.specs),
         "ranks": None
         if built is None
         else {

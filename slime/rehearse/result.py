@@ -16,7 +16,7 @@ from slime.rehearse.flops import model_work
 from slime.rehearse.layout_checks import Balance, check_layout, longest_sample
 from slime.rehearse.memory import TrainShapes
 from slime.rehearse.options import Options
-from slime.rehearse.ranks import BuiltRanks, check_order, check_ranks
+from slime.rehearse.ranks import BuiltRanks, check_held, check_order, check_ranks
 from slime.rehearse.reading import Reading, read
 from slime.rehearse.shares import StageShare, stage_shares
 from slime.rehearse.weight_map import WeightMap, build_weight_map
@@ -63,6 +63,7 @@ def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
         if options.build_ranks and findings.launchable:
             done.built = check_ranks(reading, done.shares, findings)
             check_order(reading, done.built, findings)
+            check_held(reading, done.built, done.weights, findings)
             clock["all ranks on the meta device"] = time.monotonic() - started - sum(clock.values())
         elif options.build_ranks:
             findings.unchecked("ranks", "ranks are built once the violations above are gone")
@@ -97,6 +98,7 @@ def _arithmetic(done: Rehearsal, length: int) -> None:
         done.engines.specs,
         limit_bytes=config.engine.update_weight_buffer_size,
         mtp=mtp,
+        padded_vocab=padded,
     )
     _check_weights(done)
 

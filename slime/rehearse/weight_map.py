@@ -18,7 +18,8 @@ from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
 from slime.model.names import Entry, HfTensor, NameTable
 from slime.rehearse.flops import layer_of
-from slime.rehearse.shares import Grid, is_mtp
+from slime.rehearse.holders import Holders, Keepers, faults, holders_of
+from slime.rehearse.shares import Grid, has_embedding_copy, is_mtp
 from slime.rehearse.stages import Chunk
 from slime.weights.digest import StreamDigest
 
@@ -33,21 +34,21 @@ class Row:
     shape: tuple[int, ...]
     fp8: bool
     stage: int
-    holders: str
-    """Which ranks of the stage hold it: "rows 1/4 of each of 4 tp ranks, 8 replicas" in compact form."""
+    holders: Holders
+    """Which trainer ranks hold which part of it."""
     source: int
     """Global rank that sends it."""
     bucket: int
     """Number of its bucket in the whole stream."""
     engines: str
-    """Which ranks of an engine keep it."""
+    """Which ranks of which engines keep it: `0-3:all@0-63`."""
     block: str
     """FP8: "shard" when every block lies in one shard, "gather" when the source gathers the tensor first; else "-"."""
     nbytes: int
 
     def canonical(self) -> str:
         shape, fp8 = "x".join(map(str, self.shape)), "fp8" if self.fp8 else "-"
-        trainer = f"{self.name}\t{shape}\t{fp8}\t{self.stage}\t{self.holders}\t{self.source}"
+        trainer = f"{self.name}\t{shape}\t{fp8}\t{self.stage}\t{self.holders.text}\t{self.source}"
         return f"{trainer}\t{self.bucket}\t{self.engines}\t{self.block}\t{self.nbytes}"
 
 
@@ -116,40 +117,61 @@ def build_weight_map(
     *,
     limit_bytes: int,
     mtp: bool = False,
+    padded_vocab: int | None = None,
 ) -> WeightMap:
-    """mtp: the MTP layer is trained and travels too; else engines keep the checkpoint's."""
+    """mtp: the MTP layer is trained and travels too; else engines keep the checkpoint's. padded_vocab: the embedding's rows."""
     block, kept = fp8_format(hf)
     receivers = [engine for engine in engines if engine.update_weights]
-    describe = _Describer(grid, hf, receivers, block)
+    places = Places(table, grid, chunks, mtp, padded_vocab)
+    describe = _Describer(grid, hf, receivers, block, places)
     rows: list[Row] = []
     buckets: list[int] = []
     source_bytes: Counter[int] = Counter()
     partners = Counter(entry.together for entry in table.entries if entry.together)
-    for source, stage, entries in _sources(table, grid, chunks, mtp):
+    for source, stage, entries in _sources(table, grid, places, mtp):
         for bucket in _bucketed(_groups(entries, partners), limit_bytes, block, kept):
             number = len(buckets)
             buckets.append(sum(nbytes for _, _, nbytes, _ in bucket))
             source_bytes[source] += buckets[-1]
             rows += [describe.row(entry, tensor, nbytes, fp8, stage, source, number) for entry, tensor, nbytes, fp8 in bucket]
-    return WeightMap(tuple(rows), tuple(buckets), dict(source_bytes), tuple(_problems(table, rows, mtp)))
+    return WeightMap(tuple(rows), tuple(buckets), dict(source_bytes), tuple(problems(table, rows, grid, places, mtp=mtp)))
 
 
-def _sources(table: NameTable, grid: Grid, chunks: Sequence[Chunk], mtp: bool) -> Iterator[tuple[int, int, list[Entry]]]:
+class Places:
+    """Which pipeline stages and which expert shard have a tensor."""
+
+    def __init__(self, table: NameTable, grid: Grid, chunks: Sequence[Chunk], mtp: bool, padded_vocab: int | None):
+        self.padded_vocab = padded_vocab
+        self._grid, self._last = grid, chunks[-1].pp_rank
+        self._owner = {layer: chunk.pp_rank for chunk in chunks for layer in chunk.layers}
+        self._per_shard = -(
+            -max((entry.expert + 1 for entry in table.entries if entry.expert is not None), default=0) // grid.ep
+        )
+        self._embedding = (0, self._last) if has_embedding_copy(table, grid.pp, mtp=mtp) else (0,)
+
+    def stages(self, entry: Entry) -> tuple[int, ...]:
+        """The first one sends it; the last one may have a copy of the embedding."""
+        if entry.name.startswith("embedding."):
+            return self._embedding
+        layer = layer_of(entry)
+        return (self._last if layer is None else self._owner[layer],)
+
+    def expert_shard(self, entry: Entry) -> int | None:
+        return None if entry.expert is None else entry.expert // self._per_shard
+
+
+def _sources(table: NameTable, grid: Grid, places: Places, mtp: bool) -> Iterator[tuple[int, int, list[Entry]]]:
     """(rank, stage, its entries in the model's order): dense sources of all stages, then the experts' sources, by rank."""
     dense: dict[int, list[Entry]] = {stage: [] for stage in range(grid.pp)}
     experts: dict[tuple[int, int], list[Entry]] = {(stage, ep): [] for stage in range(grid.pp) for ep in range(grid.ep)}
-    last = chunks[-1].pp_rank
-    owner = {layer: chunk.pp_rank for chunk in chunks for layer in chunk.layers}
-    per_shard = -(-max((entry.expert + 1 for entry in table.entries if entry.expert is not None), default=0) // grid.ep)
     for entry in table.entries:
         if is_mtp(entry) and not mtp:
             continue
-        layer = layer_of(entry)
-        stage = owner[layer] if layer is not None else (0 if entry.name.startswith("embedding.") else last)
-        if entry.expert is None:
+        stage, shard = places.stages(entry)[0], places.expert_shard(entry)
+        if shard is None:
             dense[stage].append(entry)
         else:
-            experts[stage, entry.expert // per_shard].append(entry)
+            experts[stage, shard].append(entry)
     for stage, entries in dense.items():
         yield stage * grid.ranks_per_stage, stage, sorted(entries, key=model_order)
     for (stage, ep), entries in experts.items():
@@ -252,53 +274,34 @@ def _bucketed(
 
 
 class _Describer:
-    """Rows with their words; the few different sentences are made once."""
+    """Rows with their words; what is alike for many is made once."""
 
-    def __init__(self, grid: Grid, hf: HfConfig, engines: Sequence[EngineSpec], block: int | None):
-        self._grid, self._engines, self._block = grid, engines, block
-        self._num_experts = hf.num_experts
-        self._said: dict[tuple[int | None, str, bool], tuple[str, str]] = {}
+    def __init__(self, grid: Grid, hf: HfConfig, engines: Sequence[EngineSpec], block: int | None, places: Places):
+        self._grid, self._block, self._places = grid, block, places
+        self._keepers = Keepers(engines, hf.num_experts)
+        self._holders: dict[tuple, Holders] = {}
 
     def row(self, entry: Entry, tensor: HfTensor, nbytes: int, fp8: bool, stage: int, source: int, bucket: int) -> Row:
-        kind = entry.expert, entry.split, len(tensor.shape) < 2
-        if kind not in self._said:
-            self._said[kind] = self._holders(entry), self._kept_by(entry, tensor)
-        holders, engines = self._said[kind]
         return Row(
             tensor.name,
             tensor.shape,
             fp8,
             stage,
-            holders,
+            self._held(entry, tensor),
             source,
             bucket,
-            engines,
+            self._keepers.text(entry, tensor),
             self._blocks(entry, fp8),
             nbytes,
         )
 
-    def _holders(self, entry: Entry) -> str:
-        grid = self._grid
-        if entry.expert is not None:
-            shard = entry.expert // (self._num_experts // grid.ep)
-            return f"ep {shard}/{grid.ep} x{grid.edp}" + (f" etp {entry.split}/{grid.etp}" if grid.etp > 1 else "")
-        replicas = grid.cp * grid.dp
-        if entry.split == "none" or grid.tp == 1:
-            return f"whole x{grid.tp * replicas}"
-        return f"{entry.split} 1/{grid.tp} x{replicas}"
-
-    def _kept_by(self, entry: Entry, tensor: HfTensor) -> str:
-        words = []
-        for engine in self._engines:
-            if entry.expert is not None and engine.ep_size > 1:
-                ranks = engine.tp_size // engine.ep_size
-                first = entry.expert // (self._num_experts // engine.ep_size) * ranks
-                words.append(f"{engine.engine_id}:{first}" + (f"-{first + ranks - 1}" if ranks > 1 else ""))
-            else:
-                cut = engine.tp_size // engine.dp_size
-                whole = entry.split == "none" or cut == 1 or len(tensor.shape) < 2
-                words.append(f"{engine.engine_id}:all" + ("" if whole else f" 1/{cut}"))
-        return ",".join(words)
+    def _held(self, entry: Entry, tensor: HfTensor) -> Holders:
+        stages, shard = self._places.stages(entry), self._places.expert_shard(entry)
+        kind = stages, shard, entry.split, tensor.shape, len(entry.hf)
+        if kind not in self._holders:
+            padded = self._places.padded_vocab
+            self._holders[kind] = holders_of(entry, tensor, self._grid, stages=stages, expert_shard=shard, padded_vocab=padded)
+        return self._holders[kind]
 
     def _blocks(self, entry: Entry, fp8: bool) -> str:
         if not fp8:
@@ -315,16 +318,35 @@ def fp8_block_is_local(entry: Entry, size: int, block: int) -> bool:
     return all(tensor.shape[axis] % (size * block) == 0 for tensor in entry.hf if tensor.fp8)
 
 
-def _problems(table: NameTable, rows: Sequence[Row], mtp: bool) -> list[str]:
-    """What would make the map no proof: a tensor that is not sent, sent twice, or away from its partner."""
+def problems(table: NameTable, rows: Sequence[Row], grid: Grid, places: Places, *, mtp: bool) -> list[str]:
+    """What would make the map no proof: a tensor that is not sent, sent twice, away from its partner, or not whole on ranks."""
     wanted = {tensor.name: entry for entry in table.entries if mtp or not is_mtp(entry) for tensor in entry.hf}
     sent = Counter(row.name for row in rows)
-    problems = [f"{name} is in no bucket" for name in wanted if name not in sent]
-    problems += [f"{name} is sent {count} times" for name, count in sent.items() if count != 1]
-    problems += [f"{name} is sent and not in the model" for name in sent if name not in wanted]
+    found = [f"{name} is in no bucket" for name in wanted if name not in sent]
+    found += [f"{name} is sent {count} times" for name, count in sent.items() if count != 1]
+    found += [f"{name} is sent and not in the model" for name in sent if name not in wanted]
     bucket_of: dict[str, int] = {}
     for row in rows:
         together = wanted[row.name].together if row.name in wanted else ""
         if together and bucket_of.setdefault(together, row.bucket) != row.bucket:
-            problems.append(f"{row.name} is not in the bucket of the tensor that engines fuse it with")
-    return problems
+            found.append(f"{row.name} is not in the bucket of the tensor that engines fuse it with")
+    return found + _misplaced(wanted, rows, grid, places)
+
+
+def _misplaced(wanted: Mapping[str, Entry], rows: Sequence[Row], grid: Grid, places: Places) -> list[str]:
+    """Tensors whose parts are not on ranks exactly once per replica, or that a rank sends which does not hold them."""
+    told: dict[tuple, list[str]] = {}
+    found = []
+    for row in rows:
+        entry = wanted.get(row.name)
+        if entry is None:
+            continue
+        stages, shard = places.stages(entry), places.expert_shard(entry)
+        length = {"all": 1, "rows": row.shape[0], "columns": row.shape[-1]}[row.holders.axis]
+        kind = id(row.holders), length, stages, shard, row.source
+        if kind not in told:
+            told[kind] = list(faults(row.holders, length, grid, stages=stages, expert_shard=shard))
+            if row.source not in row.holders.parts[0].ranks:
+                told[kind].append(f"rank {row.source} sends it and does not hold its first part")
+        found += [f"{row.name}: {fault}" for fault in told[kind]]
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,7 @@ def _without_repetition(sources: list[int]) -> list[int]:
 def test_ranks_that_are_built_add_up_to_the_checkpoint(mtp: bool, flagship: Recipe, tmp_path: Path) -> None:
     """One data-parallel copy of two stages would take 64 ranks; a grid of 16 shows the same sum."""
     from slime.rehearse.findings import Findings
-    from slime.rehearse.ranks import check_order, check_ranks
+    from slime.rehearse.ranks import check_held, check_order, check_ranks, differences
     from slime.rehearse.reading import read
     from slime.rehearse.shares import stage_shares
 
@@ -173,8 +174,24 @@ def test_ranks_that_are_built_add_up_to_the_checkpoint(mtp: bool, flagship: Reci
     assert built.unique == (753_329_921_024 + 154880 * 6144 if mtp else 743_377_000_704)
     assert built.num_ranks == 16 and not built.errors
     assert not [finding for finding in findings.of("violation") if finding.area in ("ranks", "weights")]
+    limit = reading.config.engine.update_weight_buffer_size
+    found = build_weight_map(
+        reading.table, reading.hf, reading.grid, reading.chunks, [], limit_bytes=limit, mtp=mtp, padded_vocab=padded
+    )
+    check_held(reading, built, found, findings)
+    # On one of the ranks that hold it an expert is left out, and a neighbour is said to have it.
+    at = next(number for number, row in enumerate(found.rows) if row.name == "model.layers.40.mlp.experts.3.down_proj.weight")
+    [part] = found.rows[at].holders.parts
+    moved = replace(found.rows[at].holders, parts=(replace(part, ranks=(part.ranks[0] + 1, *part.ranks[1:])),))
+    rows = (*found.rows[:at], replace(found.rows[at], holders=moved), *found.rows[at + 1 :])
+    assert sorted(differences(reading.table, built, replace(found, rows=rows))) == [
+        f"rank {rank} holds {has:,} numbers of decoder.layers.40.mlp.experts.linear_fc2.weight3, "
+        f"the weight map has {should:,} there"
+        for rank, has, should in ((part.ranks[0], 2048 * 6144, 0), (part.ranks[0] + 1, 0, 2048 * 6144))
+    ]
     assert built.peak_bytes < 4 << 30
     assert [finding for finding in findings.of("ok") if finding.area == "ranks"]
+    assert [finding for finding in findings.of("ok") if "every built rank holds" in finding.what]
 
 
 @pytest.mark.slow

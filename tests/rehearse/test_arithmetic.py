@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from slime.config.resolve_model import layout_string
 from slime.model.names import NameTable
 from slime.rehearse.cost import Rates, sync_bytes
 from slime.rehearse.flops import active_parameters, core, mean_selected, model_work
+from slime.rehearse.holders import Keepers, ranges
 from slime.rehearse.known_models import known_config
 from slime.rehearse.measured import Measured, compare, read_measured
 from slime.rehearse.memory import (
@@ -25,7 +27,7 @@ from slime.rehearse.memory import (
 )
 from slime.rehearse.shares import Grid, stage_shares
 from slime.rehearse.stages import Cut, balance, best_list, cut_layers, legal_first_last, stage_costs, wrong_starts
-from slime.rehearse.weight_map import build_weight_map, checkpoint_bytes
+from slime.rehearse.weight_map import Places, Row, build_weight_map, checkpoint_bytes, problems
 
 HF = known_config("/any/GLM-5.2-FP8")
 TABLE = NameTable.for_model(HF)
@@ -191,6 +193,98 @@ def test_each_tensor_is_sent_once_and_pairs_stay_together() -> None:
     assert found.digest != build_weight_map(TABLE, HF, GRID, chunks, [], limit_bytes=1 << 30).digest
     senders = {rank: count / 1e9 for rank, count in found.source_bytes.items()}
     assert len(senders) == 8 + 8 * 32 - 8, "dense and expert sources of a stage share their first rank"
+
+
+Q_B, O, EXPERT = (
+    "model.layers.20.self_attn.q_b_proj.weight",
+    "model.layers.20.self_attn.o_proj.weight",
+    "model.layers.20.mlp.experts.9.up_proj.weight",
+)
+
+
+def _parts(row: Row, *edits: tuple[int, dict]) -> Row:
+    parts = list(row.holders.parts)
+    for number, values in edits:
+        parts[number] = replace(parts[number], **values)
+    return replace(row, holders=replace(row.holders, parts=tuple(parts)))
+
+
+# Layer 20 is on stage 1, ranks 32 to 63; 16,384 rows of q_b and columns of o over TP 4; expert 9 is the second of rank 33.
+PLANTED: dict[str, tuple[str, Callable[[Row], list[Row]], str]] = {
+    "an orphan": (Q_B, lambda row: [], "is in no bucket"),
+    "sent twice": (EXPERT, lambda row: [row, row], "is sent 2 times"),
+    "a stranger": (
+        EXPERT,
+        lambda row: [row, replace(row, name="model.layers.20.mlp.experts.256.up_proj.weight")],
+        "not in the",
+    ),
+    "away from its partner": (
+        "model.layers.20.self_attn.kv_a_proj_with_mqa.weight",
+        lambda row: [replace(row, bucket=row.bucket + 1)],
+        "is not in the bucket of the tensor that engines fuse it with",
+    ),
+    "a replica without a part": (
+        Q_B,
+        lambda row: [_parts(row, (2, {"ranks": tuple(range(34, 62, 4))}))],
+        "part 2 is 0 times in replica (1, 7, 0, -1), not 1 times",
+    ),
+    "a part twice in a replica": (
+        O,
+        lambda row: [_parts(row, (0, {"ranks": (*range(32, 64, 4), 33)}))],
+        "part 0 is 2 times in replica (1, 0, 0, -1), not 1 times",
+    ),
+    "parts that overlap": (O, lambda row: [_parts(row, (1, {"start": 4000}))], "columns 4000:4096 are held twice"),
+    "parts with a gap": (Q_B, lambda row: [_parts(row, (3, {"start": 12300}))], "rows 12288:12300 are held by nobody"),
+    "an end that is missing": (Q_B, lambda row: [_parts(row, (3, {"stop": 16380}))], "rows 16380:16384 are held by nobody"),
+    "an expert on another shard": (
+        EXPERT,
+        lambda row: [_parts(row, (0, {"ranks": (34,)}))],
+        "part 0 is 0 times in replica (1, 1, 0, 0), not 1 times",
+    ),
+    "an expert on another stage": (EXPERT, lambda row: [_parts(row, (0, {"ranks": (65,)}))], "replica (1, 1, 0, 0), not 1"),
+    "a source without it": (EXPERT, lambda row: [replace(row, source=34)], "rank 34 sends it and does not hold"),
+}
+
+
+def test_a_planted_fault_of_the_weight_map_is_told_and_no_other() -> None:
+    chunks = cut_layers(STOCK)
+    rows = build_weight_map(TABLE, HF, GRID, chunks, [], limit_bytes=2 << 30).rows
+    places = Places(TABLE, GRID, chunks, mtp=False, padded_vocab=None)
+    at = {row.name: number for number, row in enumerate(rows)}
+    for fault, (name, edit, message) in PLANTED.items():
+        edited = [*rows[: at[name]], *edit(rows[at[name]]), *rows[at[name] + 1 :]]
+        told = problems(TABLE, edited, GRID, places, mtp=False)
+        assert told and len(told) <= 2 and all(line.startswith("model.layers.20.") for line in told), (fault, told[:3])
+        assert any(message in line for line in told), (fault, told[:3])
+
+
+def test_rank_sets_are_written_as_ranges() -> None:
+    assert ranges([]) == "" and ranges([5]) == "5" and ranges(range(4)) == "0-3" and ranges([0, 1, 2, 3, 7]) == "0-3,7"
+    assert ranges([*range(1, 32, 4), *range(225, 256, 4)]) == "1-29/4,225-253/4" and ranges([3, 8]) == "3,8"
+
+
+def test_engines_keep_what_sglang_gives_their_ranks() -> None:
+    """8 ranks in 2 attention replicas: a quarter of the heads each; 4 shards of the 64 of 256 experts, halves of each."""
+    from slime.engine.spec import EngineSpec
+
+    engine = EngineSpec("default", "regular", 3, 0, 8, 1, 8, 1, 2, 4, "m", True, True, 0)
+    whole = replace(engine, engine_id=4, settings={"moe_a2a_backend": "deepep", "moe_dense_tp_size": "1"})
+    whole = replace(whole, settings={**whole.settings, "enable_dp_lm_head": True})
+    keepers = Keepers([engine, whole], 256)
+
+    def kept(name: str, tensor: int = 0) -> str:
+        return keepers.text(TABLE[name], TABLE[name].hf[tensor])
+
+    layer = "decoder.layers.3."
+    assert kept(f"{layer}mlp.experts.linear_fc1.weight64") == "3-4:1/2@2-3"
+    assert kept(f"{layer}self_attention.linear_proj.weight") == kept("embedding.word_embeddings.weight") == "3-4:1/4@0-7"
+    assert kept(f"{layer}mlp.router.weight") == "3-4:all@0-7"
+    assert kept(f"{layer}mlp.shared_experts.linear_fc2.weight") == "3:1/8@0-7;4:all@0-7"
+    assert kept("decoder.layers.0.mlp.linear_fc2.weight") == "3:1/8@0-7;4:all@0-7"
+    assert kept("output_layer.weight") == "3:1/8@0-7;4:1/4@0-7"
+    qwen = NameTable.for_model(known_config("/any/Qwen3-4B"))["decoder.layers.0.self_attention.linear_qkv.weight"]
+    sixteen = Keepers([EngineSpec("default", "regular", 0, 0, 16, 2, 16, 1, 1, 1, "m", True, True, 0)], 0)
+    assert [sixteen.text(qwen, tensor) for tensor in qwen.hf] == ["0:1/16@0-15", "0:1/8@0-15", "0:1/8@0-15"]
 
 
 def test_a_trained_mtp_layer_is_counted_on_the_last_stage_and_travels() -> None:

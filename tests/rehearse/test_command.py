@@ -89,7 +89,19 @@ def test_the_page_is_whole_and_loads_nothing(flagship: Recipe, tmp_path: Path, c
         and result["weights"]["tensors"] == 58_794
     )
     lines = table.read_text().splitlines()
-    assert len(lines) == 58_794 and lines[0].startswith("model.embed_tokens.weight\t154880x6144\t-\t0\tvocab 1/4 x8\t0\t0")
+    # 154,880 rows over TP 4, each part on 8 context-parallel ranks of stage 0, which is ranks 0 to 31; rank 0 sends it.
+    parts = ["rows 0:38720@0-28/4", "rows 38720:77440@1-29/4", "rows 77440:116160@2-30/4", "rows 116160:154880@3-31/4"]
+    first = ["model.embed_tokens.weight", "154880x6144", "-", "0", ";".join(parts), "0", "0", "0-3:all@0-63", "-"]
+    assert len(lines) == 58_794 and lines[0].split("\t") == [*first, str(154880 * 6144 * 2)]
+    # Layer 77 is of stage 7; of 8 experts per rank the last 8 lie on rank 31 of the stage. Engines have 4 per rank.
+    assert lines[-1].startswith("model.layers.77.mlp.experts.255.down_proj.weight\t6144x2048\tfp8\t7\tall@255\t255\t")
+    assert "\t0-3:all@63\tshard\t" in lines[-1]
+    places, sent = result["weights"]["places"], result["weights"]["sent"]
+    assert sum(place["tensors"] for place in places) == sum(bucket["tensors"] for bucket in sent) == 58_794
+    # Of 8 stages each has, of every expert rank, one place per 2 engine ranks; 3 dense layers have no experts.
+    assert len([place for place in places if place["kept_by"].endswith(("@0", "@63"))]) == 8 * 2
+    assert sum(bucket["bytes"] for bucket in sent) == result["weights"]["bytes"]
+    assert result["weights"]["received_by"]["default-prefill-0"] == "0-63" and len(result["weights"]["received_by"]) == 4
 
     assert main([*own, "--expect-digest", result["weights"]["digest"], *flagship.written(tmp_path)]) == 0
     changed = flagship.with_flag("--update-weight-buffer-size", "1073741824").written(tmp_path)
