@@ -31,6 +31,8 @@ class Measured:
     micro_batches: int
     peaks: Mapping[tuple[int, str], int]
     """(stage, phase) -> bytes: `{(0, "train"): 1_234_567_890}`."""
+    slack: int = 0
+    """GPU: most bytes that the allocator kept beside live tensors, which is a part of `overhead_gb`."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def read_measured(path: str) -> Measured:
             max(int(row["micro_batch_tokens"]) for row in rows),
             max(int(row["micro_batches"]) for row in rows),
             peaks,
+            max(int(peak["reserved"]) - int(peak["tensors"]) for row in rows for peak in row["peaks"].values()),
         )
     except OSError as error:
         raise ValueError(
@@ -80,11 +83,14 @@ def read_measured(path: str) -> Measured:
 
 
 def compare(measured: Measured, predicted: Sequence[StageMemory]) -> list[Comparison]:
-    """Side by side, for every stage and phase that was measured. Raises ValueError for one that was not predicted."""
+    """Side by side, for every stage and phase that was measured. Raises ValueError for one that was not predicted.
+
+    What a GPU holds before the model (`start`: a communicator's few bytes) is left out.
+    """
     hidden = NOT_TENSORS if measured.device == "cuda" else ()
     rows = []
     for (stage, name), peak in sorted(measured.peaks.items()):
-        if not peak:  # a GPU before its first tensor
+        if not peak or (measured.device == "cuda" and name == "start"):
             continue
         known = [phase.name for phase in predicted[stage].phases] if stage < len(predicted) else []
         if name not in known:

@@ -183,7 +183,9 @@ def stage_memory(
         Phase("log-probs", {**awake, "index selection": holders, **forward_only}),
         Phase("train", {**awake, "stored layer inputs": stored * kept, "index selection": holders * kept, **moving}),
     ]
-    sync = {"weights": weights, "overhead": overhead, "bucket, as trained and on the wire": 3 * bucket_bytes}
+    # A trainer that owns its GPU alone keeps everything; otherwise gradients and optimizer are handed back before a sync.
+    sync = {"weights": weights, "overhead": overhead} if shares_gpu else dict(awake)
+    sync["bucket, as trained and on the wire"] = 3 * bucket_bytes
     if engine is not None:
         if shares_gpu:
             sync["engine weights"] = engine.weights

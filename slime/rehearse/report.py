@@ -109,6 +109,11 @@ def _measured(done: Rehearsal) -> list[str]:
         lines.append(
             f"{row.stage:5d}  {row.phase:12s}  {row.predicted / 1e9:10.3f}  {row.measured / 1e9:8.3f}  {row.error:+6.1%}"
         )
+    if seen.device == "cuda":
+        lines.append(
+            f"live tensors; the allocator kept up to {seen.slack / 1e9:.3f} GB beside them, "
+            f"a part of overhead_gb {done.budget.assumed['overhead_gb']:g}"
+        )
     return lines
 
 
@@ -160,6 +165,7 @@ def _memory_json(budget: Budget) -> dict[str, object]:
             "ranks": seen.num_ranks,
             "micro_batch_tokens": seen.micro_batch_tokens,
             "micro_batches": seen.micro_batches,
+            "allocator_slack": seen.slack,
             "peaks": [{**vars(row), "error": round(row.error, 6)} for row in budget.comparisons],
         },
     }

@@ -327,11 +327,12 @@ def test_measured_peaks_stand_beside_predictions(tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
     file.write_text(json.dumps({"ranks": [row(0, train=900, load=800), row(1, train=1000)]}))
     measured = read_measured(str(file))
-    assert measured == Measured("host", 2, 1, 91, 3, {(0, "train"): 1000, (0, "load"): 800})
+    assert measured == Measured("host", 2, 1, 91, 3, {(0, "train"): 1000, (0, "load"): 800}, slack=1000)
     load, train = compare(measured, predicted)
     assert (load.error, train.error) == (pytest.approx(-0.025), pytest.approx(0.05))
     # The allocator of a GPU does not see contexts and libraries.
     assert compare(replace(measured, device="cuda"), predicted)[1].error == pytest.approx(-0.03)
+    assert compare(replace(measured, device="cuda", peaks={(0, "start"): 512, (0, "train"): 900}), predicted)[1:] == []
     with pytest.raises(ValueError, match="not predicted"):
         compare(replace(measured, peaks={(0, "rollout"): 1}), predicted)
     file.write_text("{}")

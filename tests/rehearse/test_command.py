@@ -124,36 +124,40 @@ def test_violations_end_with_status_1_and_appear_on_the_page(
 
 
 def test_a_measured_run_stands_beside_the_prediction(flagship: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A made-up file of 256 GPU ranks: 20.0 GB of tensors while training on every rank, a little more on rank 255."""
+    """The rows that 256 GPU ranks would write, with made-up bytes: 20.0 GB while training, a little more on rank 255."""
+    from slime.ray.train_actor import RankMemory
+
     memory, page, data = tmp_path / "memory.json", tmp_path / "r.html", tmp_path / "r.json"
-    ranks = [
-        {
-            "rank": rank,
-            "stage": rank // 32,
-            "device": "cuda",
-            "micro_batch_tokens": 4096,
-            "micro_batches": 2,
-            "peaks": {
-                "start": {"tensors": 0, "reserved": 0},
-                "train": {"tensors": 20_000_000_000 + rank // 255, "reserved": 21_000_000_000},
-            },
-        }
-        for rank in range(256)
-    ]
+    phases = ("load", "hand-over", "log-probs", "train", "weight sync", "checkpoint")  # all that a trainer measures
+
+    def peaks(rank: int) -> dict[str, dict[str, int]]:
+        train = 20_000_000_000 + rank // 255
+        sizes = (
+            {"start": (512, 2 << 20)} | dict.fromkeys(phases, (19_000_000_000, 19_500_000_000)) | {"train": (train, 21 * 10**9)}
+        )
+        return {phase: {"tensors": tensors, "reserved": reserved} for phase, (tensors, reserved) in sizes.items()}
+
+    ranks = [vars(RankMemory(rank, rank // 32, "cuda", 4096, 2, peaks(rank))) for rank in range(256)]
     memory.write_text(json.dumps({"ranks": ranks}))
     own = ["--no-ranks", "--html", str(page), "--json", str(data), "--measured", str(memory), "--engine-version", "0.5.23"]
     argv = flagship.written(tmp_path)
     assert main([*own, *argv]) == 0
     told = json.loads(data.read_text())["memory"]["measured"]
-    assert [row["stage"] for row in told["peaks"]] == list(range(8)) and {row["phase"] for row in told["peaks"]} == {"train"}
-    assert told["peaks"][7]["measured"] == 20_000_000_001 and told["micro_batch_tokens"] == 4096
-    # Stage 3: 2.9496 billion parameters in bf16, fp32 gradients but for two indexers of 9,371,648, and what 4096 tokens add.
-    stage = told["peaks"][3]
-    assert 0 < stage["predicted"] - (6 * 2_949_632_512 - 4 * 2 * 9_371_648) < 2.5e9
-    assert stage["error"] == pytest.approx((stage["predicted"] - 20e9) / 20e9, abs=1e-6)
+    rows = {(row["stage"], row["phase"]): row for row in told["peaks"]}
+    assert set(rows) == {(stage, phase) for stage in range(8) for phase in phases}
+    assert rows[7, "train"]["measured"] == 20_000_000_001 and told["micro_batch_tokens"] == 4096
+    assert told["allocator_slack"] == 10**9
+    # Stage 3: 2.9496 billion parameters in bf16, fp32 gradients but for two indexers of 9,371,904, and what 4096 tokens add.
+    awake = 6 * 2_949_632_512 - 4 * 2 * 9_371_904
+    assert rows[3, "hand-over"]["predicted"] == awake and 0 < rows[3, "train"]["predicted"] - awake < 2.5e9
+    # Gradients are with the host while weights are sent, in three times a bucket of 2 GiB.
+    assert rows[3, "weight sync"]["predicted"] == 2 * 2_949_632_512 + 3 * (2 << 30)
+    error = (rows[3, "train"]["predicted"] - 20e9) / 20e9
+    assert rows[3, "train"]["error"] == pytest.approx(error, abs=1e-6)
     out = capsys.readouterr().out
     assert "-- prediction and measurement, GB" in out and "predictions are off by up to" in out
-    assert "predicted and measured memory" in page.read_text() and f"{stage['error']:+.1%}" in page.read_text()
+    assert "the allocator kept up to 1.000 GB beside them, a part of overhead_gb 6" in out
+    assert "predicted and measured memory" in page.read_text() and f"{error:+.1%}" in page.read_text()
 
     memory.write_text(json.dumps({"ranks": ranks[:8]}))
     assert main([*own, *argv]) == 1
