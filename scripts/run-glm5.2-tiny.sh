@@ -16,7 +16,7 @@ source "${SCRIPT_DIR}/lib/launch.sh"
 # and prompts are longer than the 2048 keys that sparse attention keeps; everything else is the same.
 NUM_DEVICES=$({ nvidia-smi -L 2>/dev/null || true; } | { grep -c '^GPU ' || true; })
 if ((NUM_DEVICES == 0)); then
-   export GLM52_TINY=cpu NUM_GPUS=2
+   export GLM52_TINY=cpu NUM_GPUS=2 LOGICAL_GPUS=1
    # Sequences have about 24 tokens, three times the keys that sparse attention keeps.
    TINY_MODEL=(--index-topk 8) DATA_ARGS=() MAX_TOKENS=512 PROMPTS=32
 else
@@ -227,7 +227,7 @@ if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny-FP8/config.json ]]; then
 fi
 
 # 2. BF16 Hugging Face -> Megatron torch_dist, the command of the 744B recipe with smaller numbers.
-if [[ $REHEARSE != 1 && ! -f ${BASE_DIR}/GLM-5.2-tiny_torch_dist/latest_checkpointed_iteration.txt ]]; then
+if [[ $REHEARSE != 1 && $PREFLIGHT != 1 && ! -f ${BASE_DIR}/GLM-5.2-tiny_torch_dist/latest_checkpointed_iteration.txt ]]; then
    say "2/4 converting it to torch_dist on ${NUM_GPUS} ranks"
    PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" PYTHONWARNINGS=ignore "${PYTHON}" -m torch.distributed.run --nproc-per-node "${NUM_GPUS}" --standalone \
       "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
@@ -248,7 +248,7 @@ if [[ $REHEARSE != 1 && $PREFLIGHT != 1 && ! -f ${WARM_START}/latest_checkpointe
    submit_job "$(runtime_env_json "${ENVIRONMENT[@]}" "SLIME_RUN_DIR=${RUN_DIR}/warm_start" "TENSORBOARD_DIR=${RUN_DIR}/tensorboard/warm_start")" \
       "${SFT_FLAGS[@]}"
 fi
-say "4/4 reinforcement learning (GRPO)"
+[[ $REHEARSE == 1 || $PREFLIGHT == 1 ]] || say "4/4 reinforcement learning (GRPO)"
 submit_job "$(runtime_env_json "${ENVIRONMENT[@]}" "SLIME_RUN_DIR=${RUN_DIR}" "TENSORBOARD_DIR=${RUN_DIR}/tensorboard/grpo")" "${FLAGS[@]}"
 say "checkpoints ${BASE_DIR}/GLM-5.2-tiny_slime, curves: tensorboard --logdir ${RUN_DIR}/tensorboard, engine logs ${RUN_DIR}"
 print_resume "bash ${SCRIPT_DIR}/run-glm5.2-tiny.sh --num-rollout 24"

@@ -22,6 +22,7 @@
 #                       are proven on this machine instead (python3 -m slime.rehearse, whose own flags may follow, e.g. --html FILE)
 #   PREFLIGHT           1, or --preflight as an argument: the Ray cluster is started and every node is asked what it has and whom it
 #                       reaches; the bad ones are named, the cluster is stopped, and no job is run
+#   LOGICAL_GPUS        1: the slots stand for no GPUs, so that PREFLIGHT asks for none   (default: each slot is a GPU)
 
 PROJECT_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)"
 PYTHON="${PYTHON:-python3}"
@@ -239,7 +240,7 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
     fi
     if [[ $PREFLIGHT == 1 ]]; then
         RAY_ADDRESS="$RAY_ADDRESS_OF_HEAD" PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:$PYTHONPATH}" \
-            "$PYTHON" -m slime.rehearse --preflight --runtime-env "$runtime_env" "$@"
+            "$PYTHON" -m slime.rehearse --preflight ${LOGICAL_GPUS:+--logical-gpus} --runtime-env "$runtime_env" "$@"
         exit
     fi
     RAY_JOB_ID="slime-$(date +%Y%m%d-%H%M%S)-$$"

@@ -35,6 +35,7 @@ OWN = {
     "--no-ranks": ("", "leave out building all ranks"),
     "--rehearse": ("", "what launchers call all this by; it has no meaning of its own"),
     "--preflight": ("", "check the nodes of the running Ray cluster instead (RAY_ADDRESS)"),
+    "--logical-gpus": ("", "with --preflight: the nodes' device slots stand for no GPU, their CPUs compute"),
 }
 REPEATED = ("--rate", "--assume")
 
@@ -96,6 +97,7 @@ def options_of(own: dict[str, list[str]]) -> Options:
         gpu_memory_gb=_number(own, "--gpu-memory", float) or 80.0,
         checkpoint_index=_one(own, "--checkpoint-index"),
         hostfile=_one(own, "--hostfile") or os.environ.get("HOSTFILE"),
+        head=os.environ.get("MASTER_ADDR"),
         engine_version=_one(own, "--engine-version"),
         length=_number(own, "--sequence-tokens", int),
         rates=tuple(own.get("--rate", ())),
@@ -130,7 +132,9 @@ def main(argv: Sequence[str]) -> int:
         if "--preflight" in own:
             from slime.rehearse.preflight import main as preflight
 
-            return preflight(flags, json_file=_one(own, "--json"), env=job_environment(own))
+            return preflight(
+                flags, json_file=_one(own, "--json"), env=job_environment(own), logical_gpus="--logical-gpus" in own
+            )
         options = options_of(own)
         done = rehearse(flags, options)
     except ValueError as error:

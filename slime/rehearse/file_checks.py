@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from slime.rehearse.findings import Findings
@@ -17,7 +18,10 @@ from slime.rehearse.weight_map import checkpoint_bytes
 TAIL_BYTES = 1 << 20
 
 
-def check_files(reading: Reading, findings: Findings, *, checkpoint_index: str | None, hostfile: str | None) -> None:
+def check_files(
+    reading: Reading, findings: Findings, *, checkpoint_index: str | None, hostfile: str | None, head: str | None = None
+) -> None:
+    """head: address of the node that launches."""
     config = reading.config
     _check_prompts(reading, findings)
     for name, folder in (("--hf-checkpoint", config.checkpoint.hf_checkpoint), ("--ref-load", config.checkpoint.ref_load)):
@@ -25,7 +29,7 @@ def check_files(reading: Reading, findings: Findings, *, checkpoint_index: str |
             findings.unchecked("files", f"{name} {folder} is not on this machine")
     _check_index(reading, findings, checkpoint_index)
     _check_save(reading, findings)
-    _check_hosts(reading, findings, hostfile)
+    _check_hosts(reading, findings, hostfile, head)
     check_plugins(config, findings)
 
 
@@ -252,10 +256,9 @@ def _check_save(reading: Reading, findings: Findings) -> None:
     )
 
 
-def _check_hosts(reading: Reading, findings: Findings, hostfile: str | None) -> None:
-    """HOSTFILE: one worker address per line, as many as there are nodes, none twice."""
-    cluster = reading.config.cluster
-    nodes = max(cluster.actor_num_nodes, -(-(cluster.rollout_num_gpus or 0) // max(cluster.num_gpus_per_node, 1)))
+def _check_hosts(reading: Reading, findings: Findings, hostfile: str | None, head: str | None) -> None:
+    """HOSTFILE as the launcher reads it: the first column names the other nodes; `head` may be among them."""
+    nodes = reading.num_nodes
     if hostfile is None:
         if nodes > 1:
             findings.unchecked(
@@ -268,22 +271,25 @@ def _check_hosts(reading: Reading, findings: Findings, hostfile: str | None) -> 
     if not Path(hostfile).exists():
         findings.unchecked("files", f"HOSTFILE {hostfile} is not on this machine")
         return
-    hosts = [line.split("#")[0].strip() for line in Path(hostfile).read_text().splitlines()]
-    hosts = [host for host in hosts if host]
-    if twice := sorted({host for host in hosts if hosts.count(host) > 1}):
-        findings.violation("files", f"HOSTFILE {hostfile} names hosts twice", ", ".join(twice), "one line per node")
+    lines = [line.split("#")[0].split() for line in Path(hostfile).read_text().splitlines()]
+    hosts = Counter(words[0] for words in lines if words)
     if odd := [host for host in hosts if not _is_host(host)]:
         findings.violation(
             "files",
             f"HOSTFILE {hostfile} has lines that are no address",
             ", ".join(odd[:4]),
-            "one address per line, nothing else",
+            "an address in the first column of each line",
         )
+    known_head = head is not None and _is_host(head)
+    found = {len(hosts.keys() | {head})} if known_head else {len(hosts), len(hosts) + 1}
+    twice = sorted(host for host, count in hosts.items() if count > 1)
     findings.check(
-        len(set(hosts)) == nodes,
+        nodes in found,
         "files",
-        f"HOSTFILE names {nodes} nodes",
-        wrong=f"HOSTFILE {hostfile} names {len(set(hosts))} nodes, the run wants {nodes}",
+        f"HOSTFILE names the {nodes} nodes" + (f", {head} is the first" if known_head else ", with the first one or without"),
+        wrong=f"HOSTFILE {hostfile} and the first node{f' {head}' if known_head else ''} are {max(found)} nodes, "
+        f"the run wants {nodes}",
+        values=f"twice: {', '.join(twice[:4])}" if twice else "",
         fix="add or remove lines, or change --actor-num-nodes",
     )
 

@@ -75,6 +75,7 @@ class Wanted:
 
     num_nodes: int
     gpus_per_node: int
+    """0 where CPUs compute."""
     interface: str | None
     ib_devices: tuple[str, ...]
     paths: tuple[str, ...]
@@ -205,11 +206,12 @@ def judge(nodes: Sequence[NodeFacts], wanted: Wanted, findings: Findings, *, sil
     """One finding per question over all nodes; a violation names the bad ones. silent: node -> why it gave no answer."""
     silent = silent or {}
     count = len(nodes) + len(silent)
+    there = f"{count} {'node is' if count == 1 else 'nodes are'} in the Ray cluster"
     findings.check(
         count == wanted.num_nodes,
         "nodes",
-        f"{count} nodes are in the Ray cluster",
-        wrong=f"{count} nodes are in the Ray cluster, the run wants {wanted.num_nodes}",
+        there,
+        wrong=f"{there}, the run wants {wanted.num_nodes}",
         values=", ".join([*(node.name for node in nodes), *silent][:40]),
         fix="join the missing nodes, or remove the extra ones",
     )
@@ -221,66 +223,91 @@ def judge(nodes: Sequence[NodeFacts], wanted: Wanted, findings: Findings, *, sil
         values="; ".join(f"{name}: {why}" for name, why in list(silent.items())[:8]),
         fix="look into Ray's logs on the named nodes (a broken environment, a full disk?), or drain them",
     )
-    questions: list[tuple[str, Callable[[NodeFacts], str], str]] = [
-        (
-            "GPUs of one kind, as many as wanted",
+    for question in _questions(nodes, wanted):
+        if question.unasked:
+            findings.unchecked("nodes", f"{question.name}: {question.unasked}", "", question.fix)
+            continue
+        bad = {node.name: text for node in nodes if (text := question.problem(node))}
+        findings.check(
+            not bad,
+            "nodes",
+            question.name,
+            wrong=f"{question.name}: not on {len(bad)} of {len(nodes)} nodes",
+            values="; ".join(f"{node}: {text}" for node, text in list(bad.items())[:8]),
+            fix=question.fix,
+        )
+    if count > 1:
+        _judge_packages(nodes, findings)
+
+
+@dataclass(frozen=True)
+class _Question:
+    name: str
+    problem: Callable[[NodeFacts], str]
+    """What is wrong with a node, "" for nothing."""
+    fix: str
+    unasked: str = ""
+    """Why nothing can be said."""
+
+
+def _questions(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[_Question]:
+    questions = [
+        _Question(
+            "GPUs of one kind, as many as wanted" if wanted.gpus_per_node else "no GPUs, as the run computes on CPUs",
             lambda node: _gpu_problem(node, nodes, wanted),
             "drain the node, or change --actor-num-gpus-per-node",
         ),
-        ("GPU memory free", _memory_problem, "end what else uses the GPUs (nvidia-smi names it)"),
-        (
+        _Question(
             "the network interface is there",
             lambda node: _interface_problem(node, wanted.interface),
             "set SOCKET_IFNAME",
+            "" if wanted.interface else "none is named",
         ),
-        (
+        _Question(
             "the RDMA devices are there and active",
-            lambda node: ", ".join(
-                f"{name} {node.ib_devices.get(name, 'missing')}"
-                for name in wanted.ib_devices
-                if node.ib_devices.get(name) != "ACTIVE"
-            ),
+            lambda node: _rdma_problem(node, wanted),
             "set IB_DEVICES to devices that every node has",
+            "" if wanted.ib_devices else "none are named",
         ),
-        (
+        _Question(
             "clocks agree",
             lambda node: f"{node.clock_offset:+.2f} s" if abs(node.clock_offset) > MAX_SKEW_SECONDS else "",
             "synchronise the clock (chrony, ntp)",
         ),
-        (
+        _Question(
             "shared folders are seen, written and renamed in",
             lambda node: "; ".join(f"{path}: {why}" for path, why in node.shared.items() if why),
             "mount the shared file system",
+            "" if wanted.paths else "the flags name none",
         ),
-        ("/dev/shm and /tmp have room", _room_problem, "free space, or enlarge /dev/shm"),
-        ("ports are free", lambda node: ", ".join(map(str, node.busy_ports)), "end what listens there, or choose other ports"),
-        (
+        _Question("/dev/shm and /tmp have room", lambda node: _room_problem(node, wanted), "free space, or enlarge /dev/shm"),
+        _Question(
+            "ports are free",
+            lambda node: ", ".join(map(str, node.busy_ports)),
+            "end what listens there, or choose other ports",
+        ),
+        _Question(
             "no proxy stands between the nodes",
             lambda node: _proxy_problem(node, nodes),
             "unset the proxy variables, or list the cluster's addresses in no_proxy",
         ),
-        (
-            "every node reaches every other",
-            lambda node: "; ".join(f"{to}: {why}" for to, why in node.unreachable.items()),
-            "open the firewall between the nodes",
-        ),
     ]
-    for name, problem, fix in questions:
-        bad = {node.name: text for node in nodes if (text := problem(node))}
-        findings.check(
-            not bad,
-            "nodes",
-            name,
-            wrong=f"{name}: not on {len(bad)} of {len(nodes)} nodes",
-            values="; ".join(f"{node}: {text}" for node, text in list(bad.items())[:8]),
-            fix=fix,
+    if wanted.gpus_per_node:
+        questions.append(_Question("GPU memory free", _memory_problem, "end what else uses the GPUs (nvidia-smi names it)"))
+    if len(nodes) > 1:
+        questions.append(
+            _Question(
+                "every node reaches every other",
+                lambda node: "; ".join(f"{to}: {why}" for to, why in node.unreachable.items()),
+                "open the firewall between the nodes",
+            )
         )
-    _judge_packages(nodes, findings)
+    return questions
 
 
 def _gpu_problem(node: NodeFacts, nodes: Sequence[NodeFacts], wanted: Wanted) -> str:
     if len(node.gpus) != wanted.gpus_per_node:
-        return f"{len(node.gpus)} GPUs, wanted {wanted.gpus_per_node}"
+        return f"{len(node.gpus)} GPUs, wanted {wanted.gpus_per_node or 'none'}"
     usual = Counter((gpu.name, gpu.driver) for each in nodes for gpu in each.gpus).most_common(1)
     odd = [f"{gpu.name} driver {gpu.driver}" for gpu in node.gpus if usual and (gpu.name, gpu.driver) != usual[0][0]]
     return f"{odd[0]}, the others have {usual[0][0][0]} driver {usual[0][0][1]}" if odd else ""
@@ -295,9 +322,14 @@ def _memory_problem(node: NodeFacts) -> str:
     return ", ".join(full)
 
 
-def _room_problem(node: NodeFacts) -> str:
+def _rdma_problem(node: NodeFacts, wanted: Wanted) -> str:
+    states = {name: node.ib_devices.get(name, "missing") for name in wanted.ib_devices}
+    return ", ".join(f"{name} {state}" for name, state in states.items() if state != "ACTIVE")
+
+
+def _room_problem(node: NodeFacts, wanted: Wanted) -> str:
     said = []
-    if node.shm_free_gb < MIN_SHM_GB:
+    if wanted.gpus_per_node and node.shm_free_gb < MIN_SHM_GB:  # NCCL's buffers, pinned host memory
         said.append(f"/dev/shm {node.shm_free_gb:.1f} GB free, wanted {MIN_SHM_GB:g}")
     if node.disk_free_gb < MIN_DISK_GB:
         said.append(f"/tmp {node.disk_free_gb:.1f} GB free, wanted {MIN_DISK_GB:g}")

@@ -11,6 +11,8 @@ class Options:
     gpu_memory_gb: float = 80.0
     checkpoint_index: str | None = None
     hostfile: str | None = None
+    head: str | None = None
+    """Address of the node that launches, where it is known."""
     engine_version: str | None = None
     length: int | None = None
     """Tokens of the sequence for FLOPs; None takes the longest that the flags allow."""

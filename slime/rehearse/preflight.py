@@ -27,8 +27,11 @@ JOIN_SECONDS = 60.0
 INTERFACE_VARIABLES = ("SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
-def wanted_of(reading: Reading, env: Mapping[str, str]) -> Wanted:
-    """The run's needs, from its flags and from the interface that `env` names (this process's and the job's variables)."""
+def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = False) -> Wanted:
+    """The run's needs, from its flags and from the interface that `env` names (this process's and the job's variables).
+
+    logical_gpus: the device slots stand for no GPU, as in a run on CPUs.
+    """
     config = reading.config
     cluster = config.cluster
     devices = str(config.engine.sglang.get("disaggregation_ib_device", ""))
@@ -37,11 +40,9 @@ def wanted_of(reading: Reading, env: Mapping[str, str]) -> Wanted:
         for path in (config.checkpoint.hf_checkpoint, config.checkpoint.save, config.checkpoint.load, config.data.prompt_data)
         if path
     }
-    trainer, engines = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node, cluster.rollout_num_gpus or 0
-    needed = max(trainer, engines) if cluster.colocate else trainer + engines
     return Wanted(
-        num_nodes=max(1, -(-needed // max(cluster.num_gpus_per_node, 1))),
-        gpus_per_node=min(cluster.num_gpus_per_node, max(needed, 1)),
+        num_nodes=reading.num_nodes,
+        gpus_per_node=0 if logical_gpus else min(cluster.num_gpus_per_node, max(reading.num_gpus, 1)),
         interface=next((env[name] for name in INTERFACE_VARIABLES if env.get(name)), None),
         ib_devices=tuple(name for name in re.split(r"[,\s]+", devices) if name and not name.startswith("{")),
         paths=tuple(sorted(folders)),
@@ -151,12 +152,14 @@ def _seed(paths: Sequence[str]) -> dict[str, str]:
     return seeds
 
 
-def main(argv: Sequence[str], *, json_file: str | None = None, env: Mapping[str, str] | None = None) -> int:
+def main(
+    argv: Sequence[str], *, json_file: str | None = None, env: Mapping[str, str] | None = None, logical_gpus: bool = False
+) -> int:
     """Exit status 0 when every node is fit, else 1. env: the job's variables, as the launcher passes them."""
     import ray
 
     findings = Findings()
-    wanted = wanted_of(read(argv, Findings()), {**(env or {}), **os.environ})
+    wanted = wanted_of(read(argv, Findings()), {**(env or {}), **os.environ}, logical_gpus=logical_gpus)
     address = os.environ.get("RAY_ADDRESS", "auto")
     root = Path(__file__).resolve().parents[2]
     try:

@@ -59,6 +59,17 @@ class Reading:
         return bool(self.config.model.mtp_num_layers)
 
     @property
+    def num_gpus(self) -> int:
+        """Of trainer and engines together."""
+        cluster = self.config.cluster
+        trainer, engines = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node, cluster.rollout_num_gpus or 0
+        return max(trainer, engines) if cluster.colocate else trainer + engines
+
+    @property
+    def num_nodes(self) -> int:
+        return max(1, -(-self.num_gpus // max(self.config.cluster.num_gpus_per_node, 1)))
+
+    @property
     def num_parameters(self) -> int:
         """Of everything that is built, each once."""
         return self.table.num_parameters(mtp=False) + (self.table.num_parameters(mtp=True) if self.trains_mtp else 0)
@@ -71,12 +82,6 @@ def read(argv: Sequence[str], findings: Findings) -> Reading:
     hf, stored = _hf_config(config, findings)
     if hf is not None:
         _compare(config, hf, findings)
-    if config.model.mtp_num_layers:
-        findings.unchecked(
-            "layout",
-            "the multi-token-prediction layer's FLOPs and activations are not counted: on the last stage, "
-            "one more decoder layer and one more pass over the output layer come on top",
-        )
     table = NameTable.for_model(hf) if hf is not None and hf.model_type in FAMILIES else None
     return Reading(config, hf, stored, table, _grid(config), _chunks(config, findings))
 

@@ -44,7 +44,7 @@ def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
     findings, clock = Findings(), {}
     started = time.monotonic()
     reading = read(argv, findings)
-    check_files(reading, findings, checkpoint_index=options.checkpoint_index, hostfile=options.hostfile)
+    check_files(reading, findings, checkpoint_index=options.checkpoint_index, hostfile=options.hostfile, head=options.head)
     clock["flags and files"] = time.monotonic() - started
     length = options.length or longest_sample(reading.config) or DEFAULT_LENGTH
     done = Rehearsal(
@@ -123,7 +123,7 @@ def _cost(done: Rehearsal, length: int, sync: SyncBytes | None, shapes: TrainSha
     parameters = reading.num_parameters
     saved = parameters * 2 if config.checkpoint.no_save_optim else parameters * (2 + shapes.optimizer_bytes)
     return predict(
-        model_work(reading.table, reading.hf, min(length, shape.mean_tokens) or length),
+        model_work(reading.table, reading.hf, min(length, shape.mean_tokens) or length, mtp=reading.trains_mtp),
         done.balance.costs if done.balance else (),
         grid,
         shape,
@@ -150,7 +150,7 @@ def _check_weights(done: Rehearsal) -> None:
         gathered = sum(row.block == "gather" for row in weights.rows)
         findings.ok(
             "weights",
-            f"each of {len(weights.rows):,} tensors is in one bucket, fused pairs together; "
+            f"each of {len(weights.rows):,} tensors is in one bucket, each slice once in every replica, fused pairs together; "
             f"{mtp:,} of the MTP layer {'among them' if done.reading.trains_mtp else 'stay as the engines loaded them'}",
             f"{len(weights.bucket_bytes):,} buckets, {weights.nbytes:,} bytes, {gathered} FP8 tensors gathered first, "
             f"digest {weights.digest[:16]}",

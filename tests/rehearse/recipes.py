@@ -89,3 +89,20 @@ def model_args(name: str) -> list[str]:
     """MODEL_ARGS of scripts/models/NAME.sh."""
     command = f'source "{ROOT}/scripts/models/{name}.sh"; printf "%s\\n" "${{MODEL_ARGS[@]}}"'
     return subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def one_node(name: str, folder: str, *, tp: str, ep: str) -> list[str]:
+    """A GRPO run of a smaller model on 8 GPUs."""
+    flags = f"""
+        --actor-num-nodes 1 --actor-num-gpus-per-node 8 --colocate --num-rollout 10 --bf16
+        --hf-checkpoint /models/{folder} --ref-load /models/ref
+        --prompt-data /data/p.jsonl --label-key label --rm-type deepscaler
+        --rollout-batch-size 32 --n-samples-per-prompt 8 --rollout-max-response-len 8192 --global-batch-size 256
+        --tensor-model-parallel-size {tp} --sequence-parallel
+        --expert-model-parallel-size {ep} --expert-tensor-parallel-size 1
+        --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
+        --use-dynamic-batch-size --max-tokens-per-gpu 9216
+        --optimizer-cpu-offload --use-precision-aware-optimizer
+        --rollout-num-gpus-per-engine 2 --sglang-mem-fraction-static 0.7
+    """
+    return [*model_args(name), *flags.split()]

@@ -10,7 +10,7 @@ import pytest
 
 from slime.rehearse.known_models import known_config
 from slime.rehearse.result import Options, Rehearsal, rehearse
-from tests.rehearse.recipes import Recipe, model_args
+from tests.rehearse.recipes import Recipe, one_node
 
 Edit = Callable[[Recipe], Recipe]
 
@@ -264,58 +264,7 @@ def test_many_mistakes_are_all_reported_at_once(flagship: Recipe, tmp_path: Path
     ("name", "folder", "sizes"), [("qwen3-4B", "Qwen3-4B", ("2", "1")), ("qwen3-30B-A3B", "Qwen3-30B-A3B", ("4", "8"))]
 )
 def test_other_models_pass(name: str, folder: str, sizes: tuple[str, str]) -> None:
-    tp, ep = sizes
-    argv = [
-        *model_args(name),
-        "--actor-num-nodes",
-        "1",
-        "--actor-num-gpus-per-node",
-        "8",
-        "--colocate",
-        "--hf-checkpoint",
-        f"/models/{folder}",
-        "--ref-load",
-        "/models/ref",
-        "--prompt-data",
-        "/data/p.jsonl",
-        "--label-key",
-        "label",
-        "--rm-type",
-        "deepscaler",
-        "--num-rollout",
-        "10",
-        "--rollout-batch-size",
-        "32",
-        "--n-samples-per-prompt",
-        "8",
-        "--rollout-max-response-len",
-        "8192",
-        "--global-batch-size",
-        "256",
-        "--tensor-model-parallel-size",
-        tp,
-        "--sequence-parallel",
-        "--expert-model-parallel-size",
-        ep,
-        "--expert-tensor-parallel-size",
-        "1",
-        "--recompute-granularity",
-        "full",
-        "--recompute-method",
-        "uniform",
-        "--recompute-num-layers",
-        "1",
-        "--use-dynamic-batch-size",
-        "--max-tokens-per-gpu",
-        "9216",
-        "--optimizer-cpu-offload",
-        "--use-precision-aware-optimizer",
-        "--rollout-num-gpus-per-engine",
-        "2",
-        "--sglang-mem-fraction-static",
-        "0.7",
-        "--bf16",
-    ]
+    argv = one_node(name, folder, tp=sizes[0], ep=sizes[1])
     done = rehearse(argv, Options(build_ranks=False, engine_version="0.5.23"))
     assert not violations(done), "\n".join(violations(done))
 
@@ -343,9 +292,18 @@ def test_files_that_are_there_are_read(flagship: Recipe, tmp_path: Path) -> None
     assert "the last line is not JSON" in "\n".join(violations(run(recipe, tmp_path)))
 
     prompts.write_text('{"prompt": "1+1", "label": "2"}\n')
-    (tmp_path / "hosts").write_text("10.0.0.1\n10.0.0.1\n10.0.0.999\n")
-    found = "\n".join(violations(run(recipe, tmp_path, hostfile=str(tmp_path / "hosts"))))
-    assert "names hosts twice" in found and "10.0.0.999" in found and "names 2 nodes, the run wants 32" in found
+    hosts = tmp_path / "hosts"
+
+    def told(lines: list[str], head: str | None = None) -> str:
+        hosts.write_text("\n".join(lines) + "\n")
+        return "\n".join(violations(run(recipe, tmp_path, hostfile=str(hosts), head=head)))
+
+    found = told(["10.0.0.1", "10.0.0.1", "10.0.0.999"])
+    assert "no address [10.0.0.999]" in found and "are 3 nodes, the run wants 32 [twice: 10.0.0.1]" in found
+    # As launchers read it: the first column, comments apart, repetitions and the first node itself as one.
+    workers = [f"10.0.1.{number} slots=8  # rack 1" for number in range(31)]
+    assert not told([*workers, workers[0]]) and not told(workers, "10.0.0.1") and not told(["10.0.0.1", *workers], "10.0.0.1")
+    assert "the first node 10.0.1.3 are 31 nodes, the run wants 32" in told(workers, "10.0.1.3")
 
 
 def test_a_checkpoint_index_is_checked_name_by_name(flagship: Recipe, tmp_path: Path) -> None:

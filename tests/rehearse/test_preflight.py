@@ -97,6 +97,18 @@ def test_sound_nodes_pass_and_a_missing_one_is_counted() -> None:
     assert silent.what == "1 of 4 nodes did not answer" and silent.values == "10.0.0.4: actor died"
 
 
+def test_what_was_not_asked_for_is_unchecked_and_a_run_on_cpus_wants_no_gpus() -> None:
+    alone, findings = replace(GOOD, gpus=(), shm_free_gb=0.06), Findings()
+    judge([alone], Wanted(1, 0, None, (), (), (15000,)), findings)
+    assert findings.launchable, [finding.line() for finding in findings.of("violation")]
+    told = [finding.what for finding in findings.of("unchecked")]
+    assert [what.partition(": ")[2] for what in told] == ["none is named", "none are named", "the flags name none"]
+    assert not [finding for finding in findings.items if "memory" in finding.what or "reaches" in finding.what]
+    findings = Findings()
+    judge([GOOD], Wanted(1, 0, "eth0", (), (), ()), findings)
+    assert "8 GPUs, wanted none" in findings.of("violation")[0].values, "such a node would train on its GPUs"
+
+
 def test_states_of_rdma_ports_are_the_kernels(tmp_path: Path) -> None:
     for name, states in {"mlx5_0": ["4: ACTIVE"], "mlx5_1": ["4: ACTIVE", "1: DOWN"]}.items():
         for port, state in enumerate(states, 1):
