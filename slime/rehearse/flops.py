@@ -37,29 +37,36 @@ class ModelWork:
     layers: tuple[LayerWork, ...]
     head: float
     """Forward of the output layer."""
+    draft: LayerWork | None = None
+    """The multi-token-prediction layer where it is trained; it runs in training only."""
 
     @property
     def forward(self) -> float:
         return sum(layer.forward for layer in self.layers) + self.head
 
     def training(self, *, recompute: bool) -> float:
-        return sum(layer.training(recompute=recompute) for layer in self.layers) + 3 * self.head
+        return sum(layer.training(recompute=recompute) for layer in self.layers) + self.tail(recompute=recompute)
+
+    def tail(self, *, recompute: bool) -> float:
+        """Training FLOPs behind the last layer. The draft goes through the output layer forward, again, and back to its input:
+        the weight gets no gradient from it."""
+        return 3 * self.head + (self.draft.training(recompute=recompute) + 3 * self.head if self.draft else 0.0)
 
 
 def active_parameters(table: NameTable, hf: HfConfig) -> int:
     """Weights that one token multiplies in the main model: its routed experts only, no embedding, no norms."""
     per_layer, head = _active(table, hf)
-    return sum(per_layer) + head
+    return sum(per_layer[: hf.num_layers]) + head
 
 
-def model_work(table: NameTable, hf: HfConfig, length: int) -> ModelWork:
-    """Work per token of a causal sequence of `length` tokens."""
+def model_work(table: NameTable, hf: HfConfig, length: int, *, mtp: bool = False) -> ModelWork:
+    """Work per token of a causal sequence of `length` tokens. mtp: the multi-token-prediction layer is trained."""
     per_layer, head = _active(table, hf)
     layers = []
     for layer, parameters in enumerate(per_layer):
         forward, backward = core(hf, length)
         layers.append(LayerWork(2.0 * parameters, forward, backward, indexer(hf, layer, length)))
-    return ModelWork(tuple(layers), 2.0 * head)
+    return ModelWork(tuple(layers[: hf.num_layers]), 2.0 * head, layers[hf.num_layers] if mtp else None)
 
 
 def core(hf: HfConfig, length: int) -> tuple[float, float]:
@@ -94,13 +101,13 @@ def indexer(hf: HfConfig, layer: int, length: int) -> float:
 
 
 def _active(table: NameTable, hf: HfConfig) -> tuple[list[int], int]:
-    """(matrix weights per layer that one token meets, those of the output layer)."""
-    always, routed, head = [0] * hf.num_layers, [0] * hf.num_layers, 0
+    """(matrix weights per layer that one token meets, those of the output layer). The MTP layer comes behind the last one."""
+    always, routed, head = [0] * (hf.num_layers + 1), [0] * (hf.num_layers + 1), 0
     for entry in table.entries:
-        if len(entry.shape) != 2 or entry.name.startswith(("embedding.", "mtp.")):
+        if len(entry.shape) != 2 or entry.name.startswith("embedding."):
             continue
         numel = entry.shape[0] * entry.shape[1]
-        layer = layer_of(entry)
+        layer = hf.num_layers if is_mtp(entry) else layer_of(entry)
         if layer is None:
             head = numel
         elif entry.expert is None:
@@ -114,7 +121,11 @@ def _active(table: NameTable, hf: HfConfig) -> tuple[list[int], int]:
 
 
 def layer_of(entry: Entry) -> int | None:
-    """0-based decoder layer of an entry; None for embedding, final norm and output layer."""
+    """0-based decoder layer of an entry; None for embedding, final norm, output layer and the MTP layer."""
     if entry.name.startswith("decoder.layers."):
         return int(entry.name.split(".", 3)[2])
     return None
+
+
+def is_mtp(entry: Entry) -> bool:
+    return entry.name.startswith("mtp.")

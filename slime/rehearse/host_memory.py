@@ -51,7 +51,7 @@ def host_memory(
             {
                 **held,
                 "gathered parameters": max(share.experts, share.trained - share.experts) * shapes.param_bytes,
-                "stored layer inputs": checkpointed_input(hf, grid, shapes) * len(share.layers) * kept,
+                "stored layer inputs": checkpointed_input(hf, grid, shapes) * share.stored_inputs * kept,
                 "index selection": holders * kept,
                 **moving,
             },

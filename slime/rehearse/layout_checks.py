@@ -226,7 +226,7 @@ def longest_sample(config) -> int | None:
 
 def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance | None:
     hf, pp = reading.hf, reading.config.parallel.pipeline_model_parallel_size
-    work = model_work(reading.table, hf, length)
+    work = model_work(reading.table, hf, length, mtp=reading.trains_mtp)
     recompute = reading.config.model.megatron.get("recompute_granularity") == "full"
     costs, head = layer_costs(work, recompute=recompute)
     options, best, sends = (), None, reading.config.parallel.dsa_send_indices
@@ -280,8 +280,8 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
 
 
 def layer_costs(work: ModelWork, *, recompute: bool) -> tuple[list[float], float]:
-    """Training FLOPs per token of each layer, and of the output layer."""
-    return [layer.training(recompute=recompute) for layer in work.layers], 3 * work.head
+    """Training FLOPs per token of each layer, and of what follows them."""
+    return [layer.training(recompute=recompute) for layer in work.layers], work.tail(recompute=recompute)
 
 
 def _advice(options: tuple[Split, ...], best: Split | None) -> str:

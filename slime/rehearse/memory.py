@@ -169,7 +169,7 @@ def stage_memory(
     state = optimizer_bytes(share, grid, shapes)
     on_gpu = 0 if shapes.optimizer_on_host else state
     kept = in_flight(share.stage, grid, shapes)
-    stored = checkpointed_input(hf, grid, shapes) * len(share.layers) * (1 if shapes.recompute else 16)
+    stored = checkpointed_input(hf, grid, shapes) * share.stored_inputs * (1 if shapes.recompute else 16)
     holders = index_holder(hf, grid, shapes) * share.computing
     moving = transients(hf, grid, shapes, share)
     forward_only = {name: count for name, count in moving.items() if "gradient" not in name}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from slime.model.names import Entry, NameTable
-from slime.rehearse.flops import layer_of
+from slime.rehearse.flops import is_mtp, layer_of
 from slime.rehearse.stages import Chunk
 
 
@@ -65,10 +65,17 @@ class StageShare:
     """Of `dense`: never trained (the indexer), so without gradient and optimizer state."""
     has_embedding: bool
     has_head: bool
+    has_draft: bool = False
+    """A trained multi-token-prediction layer."""
 
     @property
     def parameters(self) -> int:
         return self.dense + self.experts
+
+    @property
+    def stored_inputs(self) -> int:
+        """Tensors [rows, hidden] that full recomputation keeps; the MTP layer has two: hidden states and embeddings."""
+        return len(self.layers) + 2 * self.has_draft
 
     @property
     def trained(self) -> int:
@@ -95,6 +102,7 @@ class StageParts:
     computing: int
     kinds: Mapping[Entry, int]
     """One entry of each size and cut -> how many there are."""
+    has_draft: bool = False
 
 
 def stage_parts(table: NameTable, chunks: Sequence[Chunk], pp: int, *, mtp: bool = False) -> list[StageParts]:
@@ -113,8 +121,8 @@ def stage_parts(table: NameTable, chunks: Sequence[Chunk], pp: int, *, mtp: bool
         kind = (entry.shape, entry.split, entry.expert is not None, frozen)
         first.setdefault(kind, entry)
         counts[stage][kind] += 1
-        if frozen and layer is not None:
-            computing[stage].add(layer)
+        if frozen:
+            computing[stage].add(-1 if layer is None else layer)  # the MTP layer runs an indexer of its own
     if has_embedding_copy(table, pp, mtp=mtp):
         embedding = next(entry for entry in table.entries if entry.name.startswith("embedding."))
         counts[last][embedding.shape, embedding.split, False, False] += 1
@@ -123,6 +131,7 @@ def stage_parts(table: NameTable, chunks: Sequence[Chunk], pp: int, *, mtp: bool
             tuple(layer for layer, owning in sorted(owner.items()) if owning == stage),
             len(computing[stage]),
             {first[kind]: count for kind, count in counts[stage].items()},
+            mtp and stage == last,
         )
         for stage in range(pp)
     ]
@@ -141,7 +150,7 @@ def shares_of(parts: Sequence[StageParts], grid: Grid, *, padded_vocab: int | No
                 dense += numel
                 frozen += numel if is_indexer(entry) else 0
         ends = stage == 0, stage == len(parts) - 1
-        shares.append(StageShare(stage, part.layers, part.computing, dense, experts // grid.ep, frozen, *ends))
+        shares.append(StageShare(stage, part.layers, part.computing, dense, experts // grid.ep, frozen, *ends, part.has_draft))
     return shares
 
 
@@ -150,10 +159,6 @@ def stage_shares(
 ) -> list[StageShare]:
     """One share per pipeline rank, trained and frozen parameters apart."""
     return shares_of(stage_parts(table, chunks, grid.pp, mtp=mtp), grid, padded_vocab=padded_vocab)
-
-
-def is_mtp(entry: Entry) -> bool:
-    return entry.name.startswith("mtp.")
 
 
 def has_embedding_copy(table: NameTable, pp: int, *, mtp: bool) -> bool:

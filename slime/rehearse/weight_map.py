@@ -17,9 +17,9 @@ from itertools import groupby
 from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
 from slime.model.names import Entry, HfTensor, NameTable
-from slime.rehearse.flops import layer_of
+from slime.rehearse.flops import is_mtp, layer_of
 from slime.rehearse.holders import Holders, Keepers, faults, holders_of
-from slime.rehearse.shares import Grid, has_embedding_copy, is_mtp
+from slime.rehearse.shares import Grid, has_embedding_copy
 from slime.rehearse.stages import Chunk
 from slime.weights.digest import StreamDigest
 
@@ -58,7 +58,7 @@ class WeightMap:
     bucket_bytes: tuple[int, ...]
     source_bytes: dict[int, int]
     problems: tuple[str, ...]
-    """Orphaned, doubled or separated tensors; empty when the map is a proof."""
+    """Orphaned, doubled or separated tensors, parts that some replica has not just once; empty when the map is a proof."""
 
     @property
     def digest(self) -> str:

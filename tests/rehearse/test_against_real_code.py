@@ -16,7 +16,7 @@ from slime.rehearse.shares import Grid, local_numel
 from slime.rehearse.stages import Cut, cut_layers
 from slime.rehearse.weight_map import build_weight_map, fp8_format
 from slime.weights.quantize import WireFormat
-from tests.rehearse.recipes import Recipe
+from tests.rehearse.recipes import Recipe, one_node
 
 CUTS = [
     Cut(78, 8, first=14, last=16),
@@ -192,6 +192,23 @@ def test_ranks_that_are_built_add_up_to_the_checkpoint(mtp: bool, flagship: Reci
     assert built.peak_bytes < 4 << 30
     assert [finding for finding in findings.of("ok") if finding.area == "ranks"]
     assert [finding for finding in findings.of("ok") if "every built rank holds" in finding.what]
+
+
+@pytest.mark.slow
+def test_tied_weights_over_stages_are_held_twice() -> None:
+    """Qwen3-4B on 8 GPUs in 2 stages: the last stage's output layer is a copy of the embedding."""
+    from slime.rehearse.options import Options
+    from slime.rehearse.result import rehearse
+
+    argv = [*one_node("qwen3-4B", "Qwen3-4B", tp="2", ep="1"), "--pipeline-model-parallel-size", "2"]
+    done = rehearse(argv, Options(engine_version="0.5.23"))
+    assert not [finding.line() for finding in done.findings.of("violation")]
+    layer = 2560 * 128 * (2 * 32 + 2 * 8) + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128
+    embedding = 152064 * 2560  # padded to a multiple of 128 x TP
+    assert done.built.unique == 36 * layer + embedding + 2560 + embedding and done.built.num_ranks == 8
+    assert [finding for finding in done.findings.of("ok") if "every built rank holds" in finding.what]
+    [row] = [row for row in done.weights.rows if row.name == "model.embed_tokens.weight"]
+    assert row.holders.text == "rows 0:76032@0-6/2;rows 76032:151936@1-7/2" and row.source == 0
 
 
 @pytest.mark.slow

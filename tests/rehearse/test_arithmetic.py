@@ -17,12 +17,15 @@ from slime.rehearse.holders import Keepers, ranges
 from slime.rehearse.known_models import known_config
 from slime.rehearse.measured import Measured, compare, read_measured
 from slime.rehearse.memory import (
+    Assumed,
+    EngineRank,
     TrainShapes,
     checkpointed_input,
     in_flight,
     index_holder,
     kv_bytes_per_token,
     optimizer_bytes,
+    stage_memory,
     transients,
 )
 from slime.rehearse.shares import Grid, stage_shares
@@ -300,6 +303,7 @@ def test_a_trained_mtp_layer_is_counted_on_the_last_stage_and_travels() -> None:
     whole = 256 * 6144 + 6144 * (2048 + 576) + indexer + (2 * 6144 + 2048 + 512) + 3 * 6144 + 2 * 6144 * 6144
     assert trained[7].experts - plain[7].experts == 8 * 37_748_736
     assert trained[7].dense - plain[7].dense == cut // 4 + whole and trained[7].frozen - plain[7].frozen == indexer
+    assert trained[7].computing == plain[7].computing + 1 and trained[7].stored_inputs == plain[7].stored_inputs + 2
     alone = Grid(world=1, tp=1, pp=1, cp=1, ep=1, etp=1)
     assert stage_shares(TABLE, cut_layers(Cut(78, 1)), alone, mtp=True)[0].parameters == 753_329_921_024
     found = build_weight_map(TABLE, HF, GRID, chunks, [], limit_bytes=2 << 30, mtp=True)
@@ -311,6 +315,31 @@ def test_a_trained_mtp_layer_is_counted_on_the_last_stage_and_travels() -> None:
     before, sync = (sync_bytes(TABLE, HF, engines, Rates(), gpus_per_node=8, mtp=mtp) for mtp in (False, True))
     assert sync.experts == 76 * 256 * 37_757_952 and sync.experts + sync.rest == found.nbytes
     assert sync.per_gpu == before.per_gpu and sync.lands_per_gpu == before.per_gpu + before.draft_per_gpu
+
+
+def test_a_trained_mtp_layer_costs_one_more_layer_and_one_more_output_layer() -> None:
+    plain, trained = (model_work(TABLE, HF, 65536, mtp=mtp) for mtp in (False, True))
+    assert trained.forward == plain.forward, "log-probabilities are computed without it"
+    # eh_proj, attention, indexer, router, eight routed experts and the shared one; no norms.
+    weights = 2 * 6144 * 6144 + 165_019_648 + 9_371_648 + 256 * 6144 + 9 * 37_748_736
+    forward, backward = core(HF, 65536)
+    scores = 2 * 32 * 128 * 65536 / 2
+    once = 3 * 2 * weights + forward + backward + scores + 3 * 2 * 154880 * 6144
+    assert trained.training(recompute=False) - plain.training(recompute=False) == pytest.approx(once)
+    again = once + 2 * weights + forward + scores
+    assert trained.training(recompute=True) - plain.training(recompute=True) == pytest.approx(again)
+    assert trained.tail(recompute=True) - plain.tail(recompute=True) == pytest.approx(again), "all of it on the last stage"
+
+
+def test_a_trainer_with_gpus_of_its_own_keeps_everything_during_a_sync() -> None:
+    share = stage_shares(TABLE, cut_layers(STOCK), GRID)[3]
+    told = {"bucket_bytes": 2 << 30, "engine": EngineRank("decode", 32 << 30, 1, 0.7), "gpu_bytes": 80e9, "assumed": Assumed()}
+    apart, shared = (stage_memory(share, HF, GRID, SHAPES, **told, shares_gpu=shares) for shares in (False, True))
+    buckets = 3 * (2 << 30)
+    assert apart.phase("weight sync").total == apart.phase("hand-over").total + buckets
+    weights, gradients = 2 * 2_949_632_512, 4 * (2_949_632_512 - 2 * 9_371_904)
+    assert apart.phase("weight sync").total == weights + gradients + 6 * 10**9 + buckets
+    assert shared.phase("weight sync").total == weights + 6 * 10**9 + buckets + (32 << 30)
 
 
 def test_measured_peaks_stand_beside_predictions(tmp_path: Path) -> None:
