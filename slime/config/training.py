@@ -162,9 +162,9 @@ class BatchConfig:
     data_pad_size_multiplier: int = 128
     """The packed stream is padded to a multiple of this times the tensor- and context-parallel sizes."""
     log_probs_chunk_size: int = -1
-    """Rows of logits handled at once; -1 is all."""
+    """Rows of logits that exist at once, 4,096 words of each; -1 is 16,384 rows."""
     recompute_loss_function: bool = False
-    """Recompute logits and loss in the backward pass."""
+    """Recompute log-probabilities and loss in the backward pass."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from slime.device import Device  # noqa: E402
 from slime.model.geometry import differences  # noqa: E402
+from slime.model.head import LastChunk  # noqa: E402
 from slime.model.hf_config import HfConfig  # noqa: E402
 from slime.model.local import local_tensors  # noqa: E402
 from slime.model.mtp import MtpGPTModel, mtp_block_spec  # noqa: E402
@@ -153,7 +154,8 @@ def _chunk(config: object, megatron: TransformerConfig, hf: HfConfig, ranks: Ran
     else:
         spec = decoder_spec(megatron, hf, contiguous_cp=config.parallel.allgather_cp, vp_stage=vp_stage)
     drafts = bool(last and config.model.mtp_num_layers)
-    return (MtpGPTModel if drafts else GPTModel)(
+    kind = MtpGPTModel if drafts else LastChunk if last else GPTModel
+    return kind(
         config=megatron,
         transformer_layer_spec=spec,
         vocab_size=padded_vocab_size(config, hf),

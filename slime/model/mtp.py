@@ -18,8 +18,6 @@ megatron-core's rolls tokens within its own context-parallel layout, while here 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
@@ -28,10 +26,8 @@ from slime.compat.megatron import prepare
 
 prepare()
 
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region  # noqa: E402
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from megatron.core.transformer.multi_token_prediction import (  # noqa: E402
     MultiTokenPredictionBlock,
@@ -41,6 +37,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module  # noq
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
+from slime.model.head import HeadInput, LastChunk  # noqa: E402
 from slime.model.layers import DuplicatedLinear, RMSNorm  # noqa: E402
 
 
@@ -86,20 +83,12 @@ def mtp_block_spec(transformer_layer: ModuleSpec) -> ModuleSpec:
     return ModuleSpec(MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer]))
 
 
-class Draft(NamedTuple):
-    """What the MTP layer made of one packed stream, ready for slime.ops.vocab_logprob.linear_log_prob."""
-
-    hidden: Tensor
-    """[t, h], after the layer's final norm; backward sums the shares of the tensor-parallel ranks."""
-    weight: Tensor
-    """[v / tp, h]: the output layer's, without gradient."""
-
-
-class MtpGPTModel(GPTModel):
+class MtpGPTModel(LastChunk):
     """The last chunk of a model with an MTP layer.
 
-    Called with `labels` [1, t], the token after each row, it returns (logits [1, t, v/tp], Draft): row i's guesses at tokens
-    i + 1 and i + 2. Without labels (log-probability passes) the MTP layer does not run and logits come alone.
+    Called with `labels` [1, t], the token after each row, it returns (the trunk's output, the layer's HeadInput): row i's
+    guesses at tokens i + 1 and i + 2; the draft's weight is without gradient. Without labels (log-probability passes) the MTP
+    layer does not run and the trunk's output comes alone.
     """
 
     def _postprocess(
@@ -108,20 +97,19 @@ class MtpGPTModel(GPTModel):
         labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         **_: object,
-    ) -> Tensor | tuple[Tensor, Draft]:
+    ) -> Tensor | HeadInput | tuple[Tensor | HeadInput, HeadInput]:
         """What megatron-core runs after the decoder."""
-        logits, _ = self.output_layer(hidden_states)
-        logits = logits.transpose(0, 1).contiguous()
+        head = self.head_input(hidden_states)
+        trunk = head if self._stops_at_head else head.logits()
         if labels is None:
-            return logits
+            return trunk
         embedded = self.embedding(input_ids=labels, position_ids=None)
         # The first stage's embedding has its gradient from the trunk. A copy on a later stage has none, yet gradient buffers
         # wait for one from every parameter.
         embedded = embedded.detach() if self.pre_process else _ZeroGradient.apply(embedded)
         drafted = self.mtp.layers[0](embedded, hidden_states.detach(), packed_seq_params)
-        if self.config.sequence_parallel:
-            drafted = gather_from_sequence_parallel_region(drafted, tensor_parallel_output_grad=True, group=self.tp_group)
-        return logits, Draft(drafted.squeeze(1), self.output_layer.weight.detach())
+        draft = self.head_input(drafted)
+        return trunk, HeadInput(draft.hidden, draft.weight.detach())
 
 
 class _ZeroGradient(torch.autograd.Function):

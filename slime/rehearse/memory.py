@@ -109,6 +109,10 @@ def index_holder(hf: HfConfig, grid: Grid, shapes: TrainShapes) -> int:
     return rows * hf["index_topk"] * 4 if hf.has_indexer else 0
 
 
+# slime/ops/vocab_logprob.py: logits exist in tiles of so many rows (where --log-probs-chunk-size does not say) and words.
+HEAD_ROWS, HEAD_WORDS = 16384, 4096
+
+
 def transients(hf: HfConfig, grid: Grid, shapes: TrainShapes, share: StageShare) -> dict[str, int]:
     """The largest short-lived tensors of one layer (recomputed layers hold theirs one at a time) and of the output layer."""
     tokens, hidden, size = shapes.tokens, hf["hidden_size"], shapes.param_bytes
@@ -134,8 +138,13 @@ def transients(hf: HfConfig, grid: Grid, shapes: TrainShapes, share: StageShare)
         parts["routed tokens, in and out"] = 2 * routed * hidden * size
         parts["expert intermediates"] = 3 * routed * inner * size
     if share.has_head:
-        rows = min(tokens, shapes.log_probs_chunk) if shapes.log_probs_chunk > 0 else tokens
-        parts["logits, fp32"] = rows * (shapes.padded_vocab // grid.tp) * 4
+        words = shapes.padded_vocab // grid.tp
+        tile = min(tokens, shapes.log_probs_chunk if shapes.log_probs_chunk > 0 else HEAD_ROWS) * min(HEAD_WORDS, words)
+        parts["rows before the output layer"] = tokens * hidden * size
+        parts["gradient of these rows, fp32 and rounded"] = tokens * hidden * (4 + size)
+        parts["logits of a tile, fp32"] = tile * 4
+        parts["gradient of these logits"] = tile * size
+        parts["gradient of the output layer"] = words * hidden * size
     return parts
 
 

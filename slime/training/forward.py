@@ -15,8 +15,9 @@ from torch.nn import Module
 from slime.batch.layout import SequenceLayout
 from slime.compat.megatron import prepare
 from slime.device import Device
+from slime.model.head import HeadInput, LastChunk
 from slime.model.local import unwrap
-from slime.model.mtp import Draft, MtpGPTModel
+from slime.model.mtp import MtpGPTModel
 from slime.ops.vocab_logprob import linear_log_prob, vocab_parallel_log_prob
 from slime.parallel import Ranks
 from slime.types.micro_batch import MicroBatch
@@ -26,9 +27,11 @@ prepare()
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
-LossFunction = Callable[[MicroBatch, Tensor, Draft | None], tuple[Tensor, dict[str, Tensor]]]
-"""(micro-batch, logits [1, t, v/tp], what a multi-token-prediction layer in training made or None) -> (scalar to differentiate,
-values to add up over micro-batches)."""
+Output = HeadInput | Tensor
+"""Of the last chunk: what its output layer would multiply, or, from a model of the user's own, logits [1, t, v/tp]."""
+LossFunction = Callable[[MicroBatch, Output, HeadInput | None], tuple[Tensor, dict[str, Tensor]]]
+"""(micro-batch, output, that of a multi-token-prediction layer in training or None) -> (scalar to differentiate, values to add
+up over micro-batches)."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Pipeline:
         last stage, [] elsewhere."""
         return self._run(micro_batches, partial(_differentiate, loss), forward_only=False)
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch], read: Callable[[MicroBatch, Tensor], Any]) -> list[Any]:
-        """Forward without gradient. -> read(micro-batch, logits) per micro-batch on the last stage, [] elsewhere."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch], read: Callable[[MicroBatch, Output], Any]) -> list[Any]:
+        """Forward without gradient. -> read(micro-batch, output) per micro-batch on the last stage, [] elsewhere."""
         with torch.no_grad():
             return self._run(micro_batches, partial(_collect, read), forward_only=True)
 
@@ -74,75 +77,73 @@ class Pipeline:
         )
 
 
-def run_chunk(chunk: Module, micro: MicroBatch, *, train: bool = False) -> Tensor | tuple[Tensor, Draft]:
-    """One model chunk on one packed stream -> logits [1, t, v/tp] on the last stage, hidden states elsewhere.
+def run_chunk(chunk: Module, micro: MicroBatch, *, train: bool = False) -> Output | tuple[Output, HeadInput]:
+    """One model chunk on one packed stream -> Output on the last stage, hidden states elsewhere.
 
-    train: a chunk with a multi-token-prediction layer gives (logits, Draft).
+    train: a chunk with a multi-token-prediction layer gives (output, the layer's HeadInput).
     """
     bounds, longest = micro.layout.cu_seqlens, micro.layout.max_seqlen
     packed = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
-    following = {"labels": micro.targets[None]} if train and isinstance(unwrap(chunk), MtpGPTModel) else {}
+    model, wanted = unwrap(chunk), {}
+    if isinstance(model, LastChunk):
+        wanted["head_input"] = True
+    if isinstance(model, MtpGPTModel) and train:
+        wanted["labels"] = micro.targets[None]
     return chunk(
-        input_ids=micro.tokens, position_ids=micro.position_ids, attention_mask=None, packed_seq_params=packed, **following
+        input_ids=micro.tokens, position_ids=micro.position_ids, attention_mask=None, packed_seq_params=packed, **wanted
     )
 
 
 def _differentiate(
-    loss: LossFunction, micro: MicroBatch, output: Tensor | tuple[Tensor, Draft]
+    loss: LossFunction, micro: MicroBatch, output: Output | tuple[Output, HeadInput]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    logits, draft = output if isinstance(output, tuple) else (output, None)
-    value, report = loss(micro, logits, draft)
+    trunk, draft = output if isinstance(output, tuple) else (output, None)
+    value, report = loss(micro, trunk, draft)
     # megatron-core divides by nothing when the model config says calculate_per_token_loss; the token count is only its
     # bookkeeping.
-    return value, torch.zeros((), dtype=torch.int, device=logits.device), report
+    return value, torch.zeros((), dtype=torch.int, device=value.device), report
 
 
-def _collect(read: Callable, micro: MicroBatch, logits: Tensor, non_loss_data: bool) -> Any:
+def _collect(read: Callable, micro: MicroBatch, output: Output, non_loss_data: bool) -> Any:
     assert non_loss_data, "evaluation passes collect values, not losses"
-    return read(micro, logits)
+    return read(micro, output)
 
 
 def response_log_probs(
-    micro: MicroBatch, logits: Tensor, ranks: Ranks, *, vocabulary: range, temperature: float, chunk_size: int
+    micro: MicroBatch, output: Output, ranks: Ranks, *, vocabulary: range, temperature: float, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every response token, whole on every rank of the context-parallel group.
 
-    logits [1, t, v/tp] -> (log_probs [r], entropy [r]) fp32, differentiable; each rank's gradient is that of its own rows.
-    vocabulary: global token ids of this rank's columns, padding excluded (slime.model.build.own_vocabulary).
+    -> (log_probs [r], entropy [r]) fp32, differentiable; each rank's gradient is that of its own rows. vocabulary: global token
+    ids of this rank's words, padding excluded (slime.model.build.own_vocabulary). chunk_size: rows of logits at once.
     """
-    rows = _own_columns(logits.squeeze(0), len(vocabulary))
-    log_probs, entropy = vocab_parallel_log_prob(
-        rows,
-        micro.targets,
-        group=ranks.tp_group if ranks.tp_size > 1 else None,
-        vocab_start=vocabulary.start,
-        temperature=temperature,
-        chunk_size=chunk_size,
-        with_entropy=True,
+    log_probs, entropy = _log_probs(
+        output, micro.targets, ranks, vocabulary, temperature=temperature, chunk_size=chunk_size, with_entropy=True
     )
     both = torch.stack([log_probs, entropy], dim=1)
     whole = _Whole.apply(both, micro.layout, ranks.cp_group if ranks.cp_size > 1 else None)[micro.response_rows]
     return whole[:, 0], whole[:, 1]
 
 
-def draft_log_probs(micro: MicroBatch, draft: Draft, ranks: Ranks, *, vocabulary: range, chunk_size: int) -> Tensor:
+def draft_log_probs(micro: MicroBatch, draft: HeadInput, ranks: Ranks, *, vocabulary: range, chunk_size: int) -> Tensor:
     """Log-probability that the multi-token-prediction layer gives to every response token from two rows before it.
 
     -> [r] fp32, whole and differentiable as in response_log_probs; 0 for a token that no row guesses.
     """
-    local, _ = linear_log_prob(
-        draft.hidden,
-        draft.weight[: len(vocabulary)],
-        micro.draft_targets,
-        group=ranks.tp_group if ranks.tp_size > 1 else None,
-        vocab_start=vocabulary.start,
-        chunk_size=chunk_size,
-    )
+    local, _ = _log_probs(draft, micro.draft_targets, ranks, vocabulary, chunk_size=chunk_size)
     whole = _Whole.apply(local, micro.layout, ranks.cp_group if ranks.cp_size > 1 else None)
     # The row before a sample's first is another sample's: clamped, then left out.
     return torch.where(micro.draft_rows >= 0, whole[micro.draft_rows.clamp(min=0)], 0.0)
+
+
+def _log_probs(output: Output, targets: Tensor, ranks: Ranks, vocabulary: range, **how: Any) -> tuple[Tensor, Tensor | None]:
+    """(log-probability of each target [t], entropy [t] or None) of this context-parallel rank's rows."""
+    how |= {"group": ranks.tp_group if ranks.tp_size > 1 else None, "vocab_start": vocabulary.start}
+    if isinstance(output, HeadInput):
+        return linear_log_prob(output.hidden, output.weight, targets, num_words=len(vocabulary), **how)
+    return vocab_parallel_log_prob(_own_columns(output.squeeze(0), len(vocabulary)), targets, **how)
 
 
 def _own_columns(rows: Tensor, count: int) -> Tensor:

@@ -17,10 +17,10 @@ from slime.algorithms import importance, policy_loss
 from slime.algorithms.kl import approx_kl
 from slime.algorithms.sft import nll
 from slime.model.build import own_vocabulary, padded_vocab_size
+from slime.model.head import HeadInput
 from slime.model.hf_config import read_hf_config
-from slime.model.mtp import Draft
 from slime.parallel import Ranks
-from slime.training.forward import draft_log_probs, response_log_probs
+from slime.training.forward import Output, draft_log_probs, response_log_probs
 from slime.training.hooks import load_hook
 from slime.types.micro_batch import MicroBatch
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step minimises; call it with a micro-batch and its logits."""
+    """What a step minimises; call it with a micro-batch and the last chunk's output."""
 
     config: Config
     ranks: Ranks
     vocabulary: range
-    """Global token ids of this rank's logit columns."""
+    """Global token ids of this rank's rows of the output layer, padding excluded."""
     temperature: float
     custom_loss: Callable[..., Any] | None
     custom_tis: Callable[..., Any] | None
@@ -60,15 +60,15 @@ class Objective:
             custom_reducer=load_hook("--custom-pg-loss-reducer-function-path", rules.custom_pg_loss_reducer_function_path),
         )
 
-    def __call__(self, micro: MicroBatch, logits: Tensor, draft: Draft | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, micro: MicroBatch, output: Output, draft: HeadInput | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """draft: of a multi-token-prediction layer in training; its loss is added, and reported as mtp_loss."""
         if self.config.batch.recompute_loss_function:
-            return torch.utils.checkpoint.checkpoint(self._with_draft, micro, logits, draft, use_reentrant=False)
-        return self._with_draft(micro, logits, draft)
+            return torch.utils.checkpoint.checkpoint(self._with_draft, micro, output, draft, use_reentrant=False)
+        return self._with_draft(micro, output, draft)
 
-    def _with_draft(self, micro: MicroBatch, logits: Tensor, draft: Draft | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _with_draft(self, micro: MicroBatch, output: Output, draft: HeadInput | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Plain cross entropy of the response tokens two rows on, weighted and masked like the policy's own."""
-        loss, values = self._value(micro, logits)
+        loss, values = self._value(micro, output)
         if draft is None:
             return loss, values
         chunk_size = self.config.batch.log_probs_chunk_size
@@ -77,24 +77,25 @@ class Objective:
         )
         return loss + self.config.model.mtp_loss_scaling_factor * mtp_loss, values | _report({"mtp_loss": mtp_loss})
 
-    def log_probs(self, micro: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def log_probs(self, micro: MicroBatch, output: Output) -> tuple[Tensor, Tensor]:
         """(log-probs [r], entropy [r]) of the response tokens at the objective's temperature."""
         return response_log_probs(
             micro,
-            logits,
+            output,
             self.ranks,
             vocabulary=self.vocabulary,
             temperature=self.temperature,
             chunk_size=self.config.batch.log_probs_chunk_size,
         )
 
-    def _value(self, micro: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _value(self, micro: MicroBatch, output: Output) -> tuple[Tensor, dict[str, Tensor]]:
         if self.config.algorithm.loss_type == "custom_loss":
+            logits = output.logits() if isinstance(output, HeadInput) else output
             loss, values = self.custom_loss(self.config.args, micro, logits, lambda token_values: total(micro, token_values))
             # A loss that does not touch the logits would leave this rank out of the backward collectives.
             loss = loss + 0.0 * logits.float().sum()
             return loss, _report({"loss": loss, **values})
-        log_probs, entropy = self.log_probs(micro, logits)
+        log_probs, entropy = self.log_probs(micro, output)
         if self.config.algorithm.loss_type == "sft_loss":
             loss = total(micro, nll(log_probs))
             return loss, _report({"loss": loss, "entropy_loss": total(micro, entropy.detach())})

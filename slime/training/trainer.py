@@ -31,7 +31,7 @@ from slime.training.columns import (
     save_train_data,
     split_column,
 )
-from slime.training.forward import Pipeline
+from slime.training.forward import Output, Pipeline
 from slime.training.guard import Guard
 from slime.training.hooks import load_hook
 from slime.training.loss import Objective
@@ -180,8 +180,8 @@ class Trainer:
         log_probs: dict[int, Tensor] = {}
         entropy: dict[int, Tensor] = {}
 
-        def read(micro: MicroBatch, logits: Tensor) -> tuple[dict, dict]:
-            values, uncertainty = self.objective.log_probs(micro, logits)
+        def read(micro: MicroBatch, output: Output) -> tuple[dict, dict]:
+            values, uncertainty = self.objective.log_probs(micro, output)
             return split_column(micro, values), split_column(micro, uncertainty)
 
         for values, uncertainty in self.pipeline.evaluate(micro_batches, read):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from allocations import peak_bytes
 
 from slime.ops import vocab_logprob
 from slime.ops.vocab_logprob import linear_log_prob, vocab_parallel_log_prob
@@ -125,3 +126,34 @@ def test_two_ranks_with_unequal_shards_give_the_whole_vocabularys_numbers(tmp_pa
         for g, w in zip(got, (log_prob, entropy, grad_h, grad_w), strict=True):
             torch.testing.assert_close(g.double(), w.double(), rtol=1e-4, atol=1e-5)
     assert torch.equal(first["empty"][0], torch.zeros(4, 8))
+
+
+CHUNK = 64
+
+
+def peak_of_both_passes(rows: int, words: int) -> tuple[int, int]:
+    """(forward, forward and backward) bytes beyond the operands, whose rows are narrow."""
+    hidden, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(words, 8, requires_grad=True)
+    targets = torch.randint(words, (rows,))
+
+    def forward():
+        return linear_log_prob(hidden, weight, targets, chunk_size=CHUNK, with_entropy=True)
+
+    def both():
+        log_prob, entropy = forward()
+        return torch.autograd.grad((log_prob + entropy).sum(), (hidden, weight))
+
+    with torch.no_grad():
+        alone = peak_bytes(forward)
+    return alone, peak_bytes(both)
+
+
+def test_memory_is_a_few_tiles_whatever_the_number_of_tokens_and_words():
+    tile = 4 * CHUNK * vocab_logprob.VOCAB_TILE
+    for rows, words in ((256, 8192), (1024, 8192), (256, 32768), (1024, 32768)):
+        forward, both = peak_of_both_passes(rows, words)
+        gradients = 4 * 8 * (rows + words + vocab_logprob.VOCAB_TILE)
+        # The tile, scaled; two results of elementwise operators. Backward: the slopes and the gradient of the tile as well.
+        assert 2 * tile < forward < 4 * tile + 64 * rows
+        assert 2 * tile < both < 6 * tile + gradients + 64 * rows
+    assert 4 * rows * words > 10 * both, "whole logits would have been seen"

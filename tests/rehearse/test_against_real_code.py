@@ -11,6 +11,8 @@ import torch
 from slime.model.hf_config import read_hf_config
 from slime.model.layout import shard_shape
 from slime.model.names import NameTable
+from slime.ops import vocab_logprob
+from slime.rehearse import memory
 from slime.rehearse.known_models import known_config
 from slime.rehearse.shares import Grid, local_numel
 from slime.rehearse.stages import Cut, cut_layers
@@ -66,6 +68,10 @@ def test_layout_strings_are_read_as_megatron_core_reads_them(text: str) -> None:
     theirs = [part.count(LayerType.decoder) for part in PipelineParallelLayerLayout.parse_str_to_list(text)]
     ours = cut_layers(Cut(sum(theirs), len(theirs), layout=text))
     assert [len(chunk.layers) for chunk in ours] == theirs
+
+
+def test_tiles_of_logits_are_those_of_the_operator() -> None:
+    assert (memory.HEAD_ROWS, memory.HEAD_WORDS) == (vocab_logprob.DEFAULT_ROWS, vocab_logprob.VOCAB_TILE)
 
 
 def test_shards_have_the_sizes_of_the_models_own_rule() -> None:

@@ -115,7 +115,10 @@ def test_activations_of_the_first_stage() -> None:
     assert index_holder(HF, GRID, SHAPES) == 16 * 2**20
     last = transients(HF, GRID, SHAPES, stage_shares(TABLE, cut_layers(STOCK), GRID)[7])
     assert last["gradient of keys, fp32"] == 65536 * 576 * 4 == 150_994_944
-    assert last["logits, fp32"] == 8192 * 38720 * 4
+    # Logits of 8192 rows and 38,720 words would be 1.27 GB in fp32; a tile of 4096 words is 134 MB, and half that its gradient.
+    assert last["logits of a tile, fp32"] == 2 * last["gradient of these logits"] == 8192 * 4096 * 4 == 134_217_728
+    assert last["rows before the output layer"] * 3 == last["gradient of these rows, fp32 and rounded"] == 8192 * 6144 * 6
+    assert last["gradient of the output layer"] == 38720 * 6144 * 2
     # Each tensor-parallel rank scores a quarter of the 8192 rows; scored by every rank they would be 2.1 GB.
     assert last["indexer scores"] * 4 == 8192 * 65536 * 4 == 2_147_483_648
 

@@ -16,6 +16,12 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def qwen3_tied(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Its output layer is its embedding."""
+    return tiny.qwen3(tmp_path_factory.mktemp("qwen3-tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
 def glm_tiny(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The tiny GLM-5.2 of the launchers: of eight layers three are dense, 1, 2, 3 and 7 compute indices; well conditioned."""
     from tools.make_tiny_checkpoint import main

@@ -47,6 +47,13 @@ QWEN_CUTS = {
         ),
     },
 }
+TIED_CUTS = {
+    1: {"whole": dict()},
+    2: {
+        "PP2, a copy on the last stage": dict(pipeline_model_parallel_size=2),
+        "TP2, padded words": dict(tensor_model_parallel_size=2, make_vocab_size_divisible_by=50),
+    },
+}
 FOUR_STAGES = dict(pipeline_model_parallel_layout="Et|t|tttt|ttL")
 GLM_CUTS = {
     1: {"whole": dict(), "one sample per micro-batch": dict(use_dynamic_batch_size=False, micro_batch_size=1)},
@@ -155,6 +162,11 @@ def test_a_sparse_mixture_of_experts_takes_the_same_step_however_it_is_cut(glm_t
     check_cut(glm_tiny, world, cut, GLM_CUTS, per_token)
 
 
+@pytest.mark.parametrize(("world", "cut"), _cases(TIED_CUTS))
+def test_a_model_that_ties_embedding_and_output_layer_takes_the_same_step_however_it_is_cut(qwen3_tied, world, cut):
+    check_cut(qwen3_tied, world, cut, TIED_CUTS, False)
+
+
 def reference(folder, batch, config) -> tuple[float, dict[str, torch.Tensor]]:
     """GRPO's loss on one unpacked sample after the other, with transformers and autograd alone."""
     import transformers
@@ -181,8 +193,10 @@ def reference(folder, batch, config) -> tuple[float, dict[str, torch.Tensor]]:
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_gradients_are_those_of_a_program_written_with_transformers_alone(qwen3):
-    config = config_for(qwen3, use_tis=True, tis_clip=2.0, tis_clip_low=0.5, clip_grad=0.0)
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_tied"])
+def test_gradients_are_those_of_a_program_written_with_transformers_alone(kind, request):
+    folder = request.getfixturevalue(kind)
+    config = config_for(folder, use_tis=True, tis_clip=2.0, tis_clip_low=0.5, clip_grad=0.0)
     batch = rollout(seed=5)
 
     def ours(rank: int):
@@ -191,9 +205,9 @@ def test_gradients_are_those_of_a_program_written_with_transformers_alone(qwen3)
         return report.per_step[0], gradients(trainer)
 
     step, grads = run_ranks(1, ours)[0]
-    loss, expected = reference(qwen3, batch, config)
+    loss, expected = reference(folder, batch, config)
     assert step["train/loss"] == pytest.approx(loss, rel=1e-5)
-    table = NameTable.for_model(read_hf_config(qwen3), with_mtp=False)
+    table = NameTable.for_model(read_hf_config(folder), with_mtp=False)
     for name, gradient in grads.items():
         theirs = merge(table[name], [expected[tensor.name] for tensor in table[name].hf])
         torch.testing.assert_close(

@@ -254,18 +254,20 @@ def test_the_layer_of_a_dense_attention_model_is_the_same_under(world, name, dee
     check_layout(deepseek_mtp, world, DEEPSEEK_MTP_LAYOUTS[world][name])
 
 
-def train(rank: int, folder: Path, changes: dict) -> tuple[list[dict], dict[str, torch.Tensor]]:
+def train(rank: int, folder: Path, changes: dict) -> tuple[list[dict], dict[str, torch.Tensor], dict[int, torch.Tensor]]:
     trainer = tiny.start(tiny.config_for(folder, clip_grad=0.0, loss_type="sft_loss", **changes))
     batch = samples()
     reports = [trainer.train(batch, tiny.plans(batch, trainer.config, 1)).metrics for _ in range(4)]
-    return reports, {name: weight.clone() for name, weight in trainer.named_weights()}
+    weights = {name: weight.clone() for name, weight in trainer.named_weights()}
+    return reports, weights, trainer.log_probs(batch, tiny.plans(batch, trainer.config, 1))
 
 
 def test_the_draft_learns_and_the_policy_does_not_notice(glm_mtp):
     mtp = {name: value for name, value in MTP.items() if name != "loss_type"}
-    ((reports, weights),) = run_ranks(1, train, glm_mtp, mtp)
+    ((reports, weights, log_probs),) = run_ranks(1, train, glm_mtp, mtp)
     losses = [report["train/mtp_loss"] for report in reports]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0], losses
-    ((_, alone),) = run_ranks(1, train, glm_mtp, {})
+    ((_, alone, expected),) = run_ranks(1, train, glm_mtp, {})
     assert {name for name in weights if name not in alone} == {name for name in weights if name.startswith("mtp.")}
     assert all(torch.equal(weights[name], weight) for name, weight in alone.items())
+    assert len(expected) == 8 and all(torch.equal(log_probs[row], values) for row, values in expected.items())

@@ -39,12 +39,12 @@ PER_LAYER = {"indexer_types", "mlp_layer_types", "layer_types"}
 """Fields of config.json that say something of each layer."""
 
 
-def qwen3(folder: Path, *, seed: int = 0) -> Path:
+def qwen3(folder: Path, *, seed: int = 0, tied: bool = False) -> Path:
     """A tiny dense Qwen3 as transformers saves it, float32, with weights large enough to matter."""
     import transformers
 
     values = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=4, max_position_embeddings=512)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, rope_theta=10000.0, tie_word_embeddings=False)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, rope_theta=10000.0, tie_word_embeddings=tied)
     return _random_model(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**values, **heads)), folder, seed)
 
 
