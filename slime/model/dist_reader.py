@@ -1,14 +1,20 @@
-"""Read single whole tensors of a torch_dist checkpoint without a process group, whatever layout wrote it."""
+"""Read single whole tensors of a torch_dist checkpoint without a process group, whatever layout wrote it.
+
+The metadata is read once. A tensor is put together from the pieces that ranks wrote, each read from its place in its file; of
+stacked experts only the wanted one is touched.
+"""
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from slime.model.dist_ckpt import TRACKER, check_description, checkpoint_folder, read_tracker
 from slime.model.hf_config import HfConfig
@@ -18,8 +24,7 @@ _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state")
 
 
 class TorchDistReader:
-    """Global Megatron names, experts numbered (see slime.model.names). Keeps the last stacked tensor, since its experts come in
-    a row."""
+    """Global Megatron names, experts numbered (see slime.model.names). Keeps no tensor."""
 
     def __init__(self, folder: str | Path, hf: HfConfig | None = None) -> None:
         """folder: a checkpoint, or a folder of them with a tracker. hf: raise ValueError where it holds another model."""
@@ -34,34 +39,91 @@ class TorchDistReader:
         self.folder = folder
         if hf is not None:
             check_description(hf, folder)
-        self._storage = dcp.FileSystemReader(str(folder))
-        stored = self._storage.read_metadata().state_dict_metadata
-        self._sizes = {
+        metadata = FileSystemReader(str(folder)).read_metadata()
+        self._places = metadata.storage_data
+        self._stored = {
             name: meta
-            for name, meta in stored.items()
+            for name, meta in metadata.state_dict_metadata.items()
             if isinstance(meta, TensorStorageMetadata) and not name.startswith(_NOT_WEIGHTS)
         }
-        self._kept: tuple[str, Tensor] | None = None
 
     def names(self) -> list[str]:
-        return list(self._sizes)
+        return list(self._stored)
 
     def __contains__(self, name: str) -> bool:
-        return self._key(name)[0] in self._sizes
+        return self._key(name)[0] in self._stored
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, in the dtype it was saved in."""
-        key, expert = self._key(name)
-        if self._kept is None or self._kept[0] != key:
-            meta = self._sizes[key]
-            self._kept = (key, self._load(key, torch.empty(meta.size, dtype=meta.properties.dtype)))
-        return self._kept[1] if expert is None else self._kept[1][expert]
+        """The whole tensor, in the dtype it was saved in.
 
-    def _load(self, key: str, into: Tensor) -> Tensor:
-        dcp.load({key: into}, storage_reader=self._storage, no_dist=True)
+        In memory are it and, where several ranks wrote it, one of their pieces. Raises ValueError where a piece is missing.
+        """
+        key, expert = self._key(name)
+        meta = self._stored[key]
+        whole = ChunkStorageMetadata(offsets=torch.Size([0] * len(meta.size)), sizes=meta.size)
+        if expert is None:
+            return self._region(key, whole)
+        return self._region(
+            key, ChunkStorageMetadata(torch.Size([expert, *whole.offsets[1:]]), torch.Size([1, *meta.size[1:]]))
+        )[0]
+
+    def _region(self, key: str, wanted: ChunkStorageMetadata) -> Tensor:
+        meta = self._stored[key]
+        items = create_read_items_for_chunk_list(key, meta, [wanted])
+        if sum(item.lengths.numel() for item in items) != wanted.sizes.numel():
+            raise ValueError(f"{self.folder} holds only a part of {key} {list(meta.size)}")
+        if len(items) == 1:
+            return _narrow(self._piece(items[0].storage_index), items[0].storage_offsets, items[0].lengths)
+        into = torch.empty(wanted.sizes, dtype=meta.properties.dtype)
+        for item in items:
+            piece = _narrow(self._piece(item.storage_index), item.storage_offsets, item.lengths)
+            _narrow(into, item.dest_offsets, item.lengths).copy_(piece)
         return into
+
+    def _piece(self, index: MetadataIndex) -> Tensor:
+        place = self._places[index]
+        with _Slice(self.folder / place.relative_path, place.offset, place.length) as stored:
+            return torch.load(stored, map_location="cpu", weights_only=True)
 
     @staticmethod
     def _key(name: str) -> tuple[str, int | None]:
         match = _EXPERT.match(name)
         return (match.group(1), int(match.group(2))) if match else (name, None)
+
+
+def _narrow(tensor: Tensor, offsets: torch.Size, lengths: torch.Size) -> Tensor:
+    for axis, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(axis, offset, length)
+    return tensor
+
+
+class _Slice(io.RawIOBase):
+    """`length` bytes of a file from `begin`, as a file of its own; torch reads tensors from it without a copy between."""
+
+    def __init__(self, path: Path, begin: int, length: int) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (closed in close)
+        self._begin, self._length, self._at = begin, length, 0
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        self._file.seek(self._begin + self._at)
+        count = self._file.readinto(view)
+        self._at += count
+        return count

@@ -1,4 +1,4 @@
-"""An interrupted conversion goes on, or says why it starts anew; the manifest is checked against the written tensors."""
+"""An interrupted conversion goes on, or says why it starts anew; memory there and back; the manifest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import pytest
 import torch
 from ranks import RankFailed, run_ranks
 
-import slime.training.checkpoint  # noqa: F401  (imported before ranks fork, which then share it)
+import slime.model.build  # noqa: F401  (imported before ranks fork, which then share it)
+import slime.training.checkpoint  # noqa: F401
 import slime_plugins.models.glm5.glm5  # noqa: F401
 from slime.model.conversion import WORK, Journal, open_work, plan_of
 from slime.model.hf_io import SafetensorsReader
-from tools import convert_hf_to_torch_dist, inspect_checkpoint, make_tiny_checkpoint
+from tools import convert_hf_to_torch_dist, convert_torch_dist_to_hf, inspect_checkpoint, make_tiny_checkpoint
 from tools.make_tiny_checkpoint import GlmSize, Preset
 
 pytestmark = pytest.mark.slow
@@ -189,37 +191,86 @@ def test_a_changed_tensor_or_file_is_named_by_verify(small: str, tmp_path: Path)
     assert status == 1 and faults == "the content of __0_0.distcp has changed since it was written\n"
 
 
-def test_a_rank_holds_its_shard_and_less_than_one_tensor_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every allocation of torch in a conversion from FP8 is recorded, from the model's first to the last file's end."""
+def back(folder: Path, output: Path, source: str, *more: str) -> None:
+    """torch_dist -> HF."""
+    argv = ["--input-dir", str(folder), "--output-dir", str(output), "--origin-hf-dir", source, *more]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert convert_torch_dist_to_hf.main(argv) == 0
+
+
+class Allocations:
+    """Torch's allocations on the host between `with` and `stop`, or the end. mapped: sizes of files, whose mapping torch
+    records as allocations."""
+
+    def __init__(self, mapped: set[int]) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        self._mapped, self._running = mapped, False
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self) -> Allocations:
+        self._profile.start()
+        self._running = True
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self._running:
+            self._running = False
+            self._profile.stop()
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at a time."""
+        events = [event for event in self._profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if abs(e.nbytes()) not in self._mapped]
+        return max(accumulate(changes))
+
+
+def on_filled(act: Callable[[int], object]) -> None:
+    """Of this process's conversions: call `act` with the bytes of the rank's own tensors when they are all there."""
+    published = Journal.__exit__
+
+    def leave(journal: Journal, *exc: object) -> None:
+        published(journal, *exc)
+        act(journal._data.stat().st_size)
+
+    Journal.__exit__ = leave
+
+
+def test_a_rank_holds_its_shard_and_less_than_one_tensor_more(tmp_path: Path) -> None:
+    """Every allocation of torch in a conversion from FP8 is recorded, from the model's first to the last file's end; then those
+    of the way back in one process, whose files are smaller than the checkpoint."""
     size = GlmSize(num_hidden_layers=8, hidden_size=512, intermediate_size=512, moe_intermediate_size=128, index_head_dim=64)
     vocab = 4096
     source = write(tmp_path / "hf", size, fp8=True)
     _widen(tmp_path / "hf", vocab)
-    # safetensors maps its files, which torch records as allocations of their sizes.
     mapped = {file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors")}
-
-    def measure(rank: int) -> tuple[int, int]:
-        from torch.profiler import ProfilerActivity, profile
-
-        filled: list[int] = []
-        published = Journal.__exit__
-
-        def leave(journal: Journal, *exc: object) -> None:
-            published(journal, *exc)
-            filled.append(journal._data.stat().st_size)
-
-        monkeypatch.setattr(Journal, "__exit__", leave)
-        argv = [*model_args(size, vocab), *TP2_EP4, "--hf-checkpoint", source, "--save", str(tmp_path / "dist")]
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            convert(rank, argv)
-        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if abs(e.nbytes()) not in mapped]
-        return max(accumulate(changes)), filled[0]
-
+    argv = [*model_args(size, vocab), *TP2_EP4, "--hf-checkpoint", source, "--save", str(tmp_path / "dist")]
     largest = vocab * size.hidden_size * 2  # the embedding, and the head
-    for peak, own in run_ranks(4, measure, timeout=400):
+
+    def there(rank: int) -> tuple[int, int]:
+        own: list[int] = []
+        on_filled(own.append)
+        with Allocations(mapped) as allocations:
+            convert(rank, argv)
+        return allocations.peak, *own
+
+    for peak, own in run_ranks(4, there, timeout=400):
         assert own > 2 * largest
         assert own <= peak <= own + largest
+
+    def and_back(rank: int) -> int:
+        with Allocations(mapped) as allocations:
+            back(tmp_path / "dist", tmp_path / "back", source, "--chunk-size", str(largest))
+        return allocations.peak
+
+    (peak,) = run_ranks(1, and_back)
+    # A file's tensors, the tensor that is put together for the next one, and the half of it that a rank had written.
+    assert largest < peak <= 2.5 * largest
+    assert sum(file.stat().st_size for file in (tmp_path / "back").glob("*.safetensors")) > 3 * peak
 
 
 def _widen(folder: Path, vocab: int) -> None:
