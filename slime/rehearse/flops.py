@@ -2,7 +2,7 @@
 
 A multiply-add counts as two. `forward = 2 x active parameters + core + indexer`. Backward doubles the linear part, costs the
 sparse core its five products (S again, dP, dQ, dK, dV), and the indexer nothing, because it has no gradient. With full
-recomputation every layer's forward runs twice; the output layer's does not. The context of a token is averaged over a causal
+recomputation every layer's forward runs twice; the output layer's does always. The context of a token is averaged over a causal
 sequence of `length`.
 """
 
@@ -48,9 +48,9 @@ class ModelWork:
         return sum(layer.training(recompute=recompute) for layer in self.layers) + self.tail(recompute=recompute)
 
     def tail(self, *, recompute: bool) -> float:
-        """Training FLOPs behind the last layer. The draft goes through the output layer forward, again, and back to its input:
-        the weight gets no gradient from it."""
-        return 3 * self.head + (self.draft.training(recompute=recompute) + 3 * self.head if self.draft else 0.0)
+        """Training FLOPs behind the last layer. The backward pass multiplies the output layer's tiles again before their two
+        gradients (slime/ops/vocab_logprob.py); of the draft the weight gets no gradient."""
+        return 4 * self.head + (self.draft.training(recompute=recompute) + 3 * self.head if self.draft else 0.0)
 
 
 def active_parameters(table: NameTable, hf: HfConfig) -> int:
