@@ -15,6 +15,7 @@ that helpers it started (checkpoint managers) end with it.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -47,12 +48,17 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         port = _free_port()
         ranks = []
-        for rank in range(world):
-            reader, writer = fork.Pipe(duplex=False)
-            process = fork.Process(target=_main, args=(rank, world, port, folder, writer, fn, args, timeout), daemon=False)
-            process.start()
-            writer.close()
-            ranks.append((process, reader))
+        # A collection in a rank would visit, and so copy, whatever the rank has from this process.
+        gc.freeze()
+        try:
+            for rank in range(world):
+                reader, writer = fork.Pipe(duplex=False)
+                process = fork.Process(target=_main, args=(rank, world, port, folder, writer, fn, args, timeout), daemon=False)
+                process.start()
+                writer.close()
+                ranks.append((process, reader))
+        finally:
+            gc.unfreeze()
         try:
             return _collect(ranks, folder, timeout)
         finally:

@@ -1,4 +1,4 @@
-"""An interrupted conversion goes on, or says why it starts anew; memory there and back; the manifest."""
+"""The recipe's conversion on 32 ranks; an interrupted one goes on, or says why it starts anew; memory; the manifest."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ranks import RankFailed, run_ranks
 import slime.model.build  # noqa: F401  (imported before ranks fork, which then share it)
 import slime.training.checkpoint  # noqa: F401
 import slime_plugins.models.glm5.glm5  # noqa: F401
+from slime.config.command_line import flag_table
 from slime.model.conversion import WORK, Journal, open_work, plan_of
 from slime.model.hf_io import SafetensorsReader
 from tools import convert_hf_to_torch_dist, convert_torch_dist_to_hf, inspect_checkpoint, make_tiny_checkpoint
@@ -26,6 +27,11 @@ from tools.make_tiny_checkpoint import GlmSize, Preset
 pytestmark = pytest.mark.slow
 
 VOCAB = 320
+TOY = GlmSize(
+    num_hidden_layers=42, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_attention_heads=8, q_lora_rank=16,
+    kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=16, index_n_heads=8,
+    index_head_dim=16, num_nextn_predict_layers=0,
+)  # fmt: skip
 SMALL = GlmSize(
     num_hidden_layers=8, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_attention_heads=8, q_lora_rank=16,
     kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, index_n_heads=8, index_head_dim=16,
@@ -189,6 +195,47 @@ def test_a_changed_tensor_or_file_is_named_by_verify(small: str, tmp_path: Path)
     file.write_bytes(data)
     status, _, faults = verify(save)
     assert status == 1 and faults == "the content of __0_0.distcp has changed since it was written\n"
+
+
+def test_the_recipes_command_on_32_ranks(tmp_path: Path) -> None:
+    """Its own flags on a toy with the same kinds of layers, there and back. One rank of each stage is measured until it has its
+    tensors: the records of 2,517 tensors, which are gathered then, outweigh so small ones."""
+    source, vocab = write(tmp_path / "hf", TOY), 4096
+    _widen(tmp_path / "hf", vocab)
+    mapped = {file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors")}
+    layout = """--tensor-model-parallel-size 8 --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 40
+    --expert-model-parallel-size 16 --expert-tensor-parallel-size 1""".split()
+    argv = [*model_args(TOY, vocab), *layout, "--hf-checkpoint", source, "--save", str(tmp_path / "dist")]
+    flag_table()  # kept, and so shared by the ranks
+
+    def on_rank(rank: int) -> tuple[list[str], str, tuple[int, int] | None]:
+        if rank not in (0, 31):
+            return *convert(rank, argv), None
+        own = []
+        with Allocations(mapped) as allocations:
+            on_filled(lambda filled: (own.append(filled), allocations.stop()))
+            done = convert(rank, argv)
+        return *done, (allocations.peak, *own)
+
+    done = run_ranks(32, on_rank, timeout=400)
+    # By hand: 42 attention blocks of 9 tensors (2 norms, 7 of MLA), 12 with 5 of the indexer, 3 dense MLPs of 3,
+    # 39 MoE layers of 16 x 3 + 3 shared + router and bias, embedding, last norm, head.
+    names = 42 * 9 + 12 * 5 + 3 * 3 + 39 * (16 * 3 + 3 + 2) + 3
+    held = set(SafetensorsReader(source).names())
+    assert f"{names} tensors, 0 FP8 scales: each accounted for once" in done[0][1] and len(held) == names
+    assert {name for reads, _, _ in done for name in reads} == held
+    # An expert is on one rank of the 32; nobody else reads it.
+    assert sum(reads.count("model.layers.41.mlp.experts.7.up_proj.weight") for reads, _, _ in done) == 1
+    largest = vocab * TOY.hidden_size * 2  # the embedding, and the head
+    for peak, own in (memory for _, _, memory in done if memory):
+        assert own <= peak <= own + largest
+    status, told, _ = verify(tmp_path / "dist")
+    assert status == 0 and "every hash agrees" in told
+    assert {name for record in manifest(tmp_path / "dist").values() for name in record["hf"]} == held
+    back(tmp_path / "dist", tmp_path / "back", source)
+    before, after = SafetensorsReader(source), SafetensorsReader(tmp_path / "back")
+    assert set(after.names()) == held
+    assert [name for name in held if not torch.equal(before.raw(name), after.raw(name))] == []
 
 
 def back(folder: Path, output: Path, source: str, *more: str) -> None:
