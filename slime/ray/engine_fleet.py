@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,8 +129,9 @@ class EngineFleet:
 
     # ------------------------------------------------------------------ memory
 
-    def release_memory(self) -> None:
-        sharing = [engine for engine in self.engines if engine.spec.needs_offload]
+    def release_memory(self, labels: Sequence[str] | None = None) -> None:
+        """labels: of the engines that are to do it; None: all that share their devices."""
+        sharing = [e for e in self.engines if e.spec.needs_offload and (labels is None or e.label in labels)]
         self._each(sharing, lambda client: client.flush_cache())
         self._each(sharing, lambda client: client.release_memory())
 

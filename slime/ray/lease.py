@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -20,7 +20,7 @@ class Holder(enum.Enum):
 
 
 class EngineMemory(Protocol):
-    def release_memory(self) -> None: ...
+    def release_memory(self, labels: Sequence[str] | None = None) -> None: ...
     def resume_memory(self, what: str) -> None: ...
 
 
@@ -42,22 +42,17 @@ class Lease:
         trainers: TrainerMemory,
         *,
         holder: Holder,
-        revive: Callable[[], list[str]] = list,
+        revive: Callable[[Callable[[], None]], list[str]] = lambda prepare: [],
     ):
-        """revive: starts dead engines again and says which; [] where none is dead or none may be started."""
+        """revive: starts dead engines again, after a call of its argument, and says which; [] where none is dead or may be."""
         self._engines, self._trainers, self.holder, self._revive = engines, trainers, holder, revive
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Engines give up their memory, the trainer wakes."""
         self._expect(Holder.ENGINES)
-        try:
-            self._engines.release_memory()
-        except RuntimeError:
-            # One died after its last answer. The trainer still sleeps, so a new one finds the room of the old.
-            if not self._revive():
-                raise
-            self._engines.release_memory()
+        self._revive(lambda: None)  # who died after the last answer
+        self._engines.release_memory()
         self._trainers.wake()
         self.holder = Holder.TRAINER
         yield
@@ -66,6 +61,11 @@ class Lease:
     def syncing(self) -> Iterator[None]:
         """The trainer keeps its weights only and the engines take memory for theirs; at the end it gives up the rest."""
         self._expect(Holder.TRAINER)
+        # Who died beside training. A new engine makes its cache as large as what is free, so the trainer sleeps until it stands.
+        revived = self._revive(self._sleep)
+        if revived:
+            self._engines.release_memory(revived)
+            self._trainers.wake()
         self._trainers.sleep("steps")
         self._engines.resume_memory("weights")
         self.holder = Holder.SYNC
@@ -74,6 +74,10 @@ class Lease:
         self._engines.resume_memory("kv_cache")
         self.holder = Holder.ENGINES
 
+    def _sleep(self) -> None:
+        self._trainers.sleep("steps")
+        self._trainers.sleep("weights")
+
     def _expect(self, holder: Holder) -> None:
         assert self.holder is holder, f"the devices are with {self.holder.value}, but this step needs them with {holder.value}"
 
@@ -81,7 +85,7 @@ class Lease:
 class FreeLease(Lease):
     """Trainer and engines on devices of their own: nothing changes hands."""
 
-    def __init__(self, revive: Callable[[], list[str]] = list):
+    def __init__(self, revive: Callable[[Callable[[], None]], list[str]] = lambda prepare: []):
         self.holder, self._revive = Holder.ENGINES, revive
 
     @contextmanager
@@ -90,5 +94,5 @@ class FreeLease(Lease):
 
     @contextmanager
     def syncing(self) -> Iterator[None]:
-        self._revive()  # who died beside training
+        self._revive(lambda: None)
         yield

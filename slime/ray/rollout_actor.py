@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -212,8 +212,8 @@ class RolloutSide:
     def proceed(self) -> None:
         self._call("fleet", "proceed")
 
-    def release_memory(self) -> None:
-        self._call("fleet", "release_memory")
+    def release_memory(self, labels: Sequence[str] | None = None) -> None:
+        self._call("fleet", "release_memory", labels)
 
     def resume_memory(self, what: str) -> None:
         self._call("fleet", "resume_memory", what)

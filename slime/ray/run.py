@@ -228,11 +228,16 @@ class Run:
     def _tolerates_deaths(self) -> bool:
         return self._config.engine.use_fault_tolerance and self._has_engines
 
-    def _revive(self) -> list[str]:
-        """Start dead servers again, where the flags say so: what was started. They hold the checkpoint's weights."""
-        started_again = self._rollout.recover() if self._tolerates_deaths else []
-        if started_again:
-            logger.warning("started again: %s", ", ".join(started_again))
+    def _revive(self, prepare: Callable[[], None] = lambda: None) -> list[str]:
+        """Start dead servers again, where the flags say so: what was started. They hold the checkpoint's weights.
+
+        prepare: called before that, if there are any.
+        """
+        if not self._tolerates_deaths or not self._rollout.obituaries():
+            return []
+        prepare()
+        started_again = self._rollout.recover()
+        logger.warning("started again: %s", ", ".join(started_again))
         return started_again
 
     def train(self, rollout: Rollout) -> Training:

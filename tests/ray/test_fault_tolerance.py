@@ -31,6 +31,9 @@ class Side:
     def evaluate(self, rollout_id):
         return self.generate(rollout_id)
 
+    def obituaries(self):
+        return [f"{label} was killed" for label in self.dead]
+
     def recover(self):
         self.dead, started = [], self.dead
         return started
