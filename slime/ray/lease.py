@@ -61,7 +61,7 @@ class Lease:
     def syncing(self) -> Iterator[None]:
         """The trainer keeps its weights only and the engines take memory for theirs; at the end it gives up the rest."""
         self._expect(Holder.TRAINER)
-        # Who died beside training. A new engine makes its cache as large as what is free, so the trainer sleeps until it stands.
+        # Who died beside training. A new engine takes what is free for its cache, so the trainer sleeps until it stands.
         revived = self._revive(self._sleep)
         if revived:
             self._engines.release_memory(revived)
