@@ -115,8 +115,7 @@ def _pack_positions(
         raise ValueError("--use-dynamic-batch-size needs --max-tokens-per-gpu, the tokens one GPU takes in a micro-batch")
     capacity = batch.max_tokens_per_gpu * cp_size
     if batch.balance_by_flops:
-        num_bins = -(-int(lengths[positions].sum()) // capacity)
-        return [bin_ for bin_ in _even_bins(positions, costs, num_bins) if bin_]
+        return _even_bins_with_room(positions, lengths, costs, capacity)
     return _first_fit(positions, lengths, capacity)
 
 
@@ -134,6 +133,16 @@ def _first_fit(positions: list[int], lengths: np.ndarray, capacity: int) -> list
             bins[target].append(position)
             room[target] -= need
     return bins
+
+
+def _even_bins_with_room(positions: list[int], lengths: np.ndarray, costs: np.ndarray, capacity: int) -> list[list[int]]:
+    """As few bins of even work as hold no more tokens than the capacity; a sample longer than that is alone in its own."""
+    num_bins = -(-int(lengths[positions].sum()) // capacity)
+    while True:
+        bins = [bin_ for bin_ in _even_bins(positions, costs, num_bins) if bin_]
+        if all(len(bin_) == 1 or lengths[bin_].sum() <= capacity for bin_ in bins):
+            return bins
+        num_bins += 1
 
 
 def _even_bins(positions: list[int], costs: np.ndarray, num_bins: int) -> list[list[int]]:
