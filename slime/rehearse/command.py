@@ -23,7 +23,7 @@ OWN = {
     "--weight-map": ("FILE", "write the weight map, one line per tensor"),
     "--gpu-memory": ("GB", "memory of one GPU (80 for H100, 141 for H200)"),
     "--checkpoint-index": ("FILE", "model.safetensors.index.json to check against the weight map"),
-    "--hostfile": ("FILE", "node addresses, one per line (default: the environment variable HOSTFILE)"),
+    "--hostfile": ("FILE", "addresses of the other nodes, first column (default: the environment variable HOSTFILE)"),
     "--engine-version": ("VERSION", "SGLang of the cluster (default: the installed one)"),
     "--sequence-tokens": ("N", "length of the sequence that FLOPs are for (default: the longest that the flags allow)"),
     "--rate": ("NAME=VALUE", "replace an assumed rate; may be repeated"),

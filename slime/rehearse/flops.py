@@ -2,8 +2,8 @@
 
 A multiply-add counts as two. `forward = 2 x active parameters + core + indexer`. Backward doubles the linear part, costs the
 sparse core its five products (S again, dP, dQ, dK, dV), and the indexer nothing, because it has no gradient. With full
-recomputation every layer's forward runs twice; the output layer's does always. The context of a token is averaged over a causal
-sequence of `length`.
+recomputation every layer's forward runs twice. The output layer's always does, because backward makes the logits again
+(slime.ops.vocab_logprob). The context of a token is averaged over a causal sequence of `length`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class ModelWork:
         return sum(layer.training(recompute=recompute) for layer in self.layers) + self.tail(recompute=recompute)
 
     def tail(self, *, recompute: bool) -> float:
-        """Training FLOPs behind the last layer. The backward pass multiplies the output layer's tiles again before their two
-        gradients (slime/ops/vocab_logprob.py); of the draft the weight gets no gradient."""
+        """Training FLOPs behind the last layer: the output layer forward, again in backward, and its two gradients; of the
+        draft's pass its weight gets none."""
         return 4 * self.head + (self.draft.training(recompute=recompute) + 3 * self.head if self.draft else 0.0)
 
 

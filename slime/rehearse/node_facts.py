@@ -225,7 +225,7 @@ def judge(nodes: Sequence[NodeFacts], wanted: Wanted, findings: Findings, *, sil
     )
     for question in _questions(nodes, wanted):
         if question.unasked:
-            findings.unchecked("nodes", f"{question.name}: {question.unasked}", "", question.fix)
+            findings.unchecked("nodes", question.unasked, "", question.fix)
             continue
         bad = {node.name: text for node in nodes if (text := question.problem(node))}
         findings.check(
@@ -247,7 +247,7 @@ class _Question:
     """What is wrong with a node, "" for nothing."""
     fix: str
     unasked: str = ""
-    """Why nothing can be said."""
+    """Why nothing can be said; "" otherwise."""
 
 
 def _questions(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[_Question]:
@@ -261,13 +261,13 @@ def _questions(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[_Question]:
             "the network interface is there",
             lambda node: _interface_problem(node, wanted.interface),
             "set SOCKET_IFNAME",
-            "" if wanted.interface else "none is named",
+            "" if wanted.interface else "no network interface is named",
         ),
         _Question(
             "the RDMA devices are there and active",
             lambda node: _rdma_problem(node, wanted),
             "set IB_DEVICES to devices that every node has",
-            "" if wanted.ib_devices else "none are named",
+            "" if wanted.ib_devices else "no RDMA devices are named",
         ),
         _Question(
             "clocks agree",
@@ -278,7 +278,7 @@ def _questions(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[_Question]:
             "shared folders are seen, written and renamed in",
             lambda node: "; ".join(f"{path}: {why}" for path, why in node.shared.items() if why),
             "mount the shared file system",
-            "" if wanted.paths else "the flags name none",
+            "" if wanted.paths else "the flags name no folder",
         ),
         _Question("/dev/shm and /tmp have room", lambda node: _room_problem(node, wanted), "free space, or enlarge /dev/shm"),
         _Question(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from slime.engine.ports import FIRST_PORT
 from slime.rehearse.findings import Findings
 from slime.rehearse.node_facts import Gpu, NodeFacts, Wanted, clock_offset, gather, judge, rdma_devices, reach, try_shared
 from tests.rehearse.recipes import ROOT
@@ -102,7 +105,7 @@ def test_what_was_not_asked_for_is_unchecked_and_a_run_on_cpus_wants_no_gpus() -
     judge([alone], Wanted(1, 0, None, (), (), (15000,)), findings)
     assert findings.launchable, [finding.line() for finding in findings.of("violation")]
     told = [finding.what for finding in findings.of("unchecked")]
-    assert [what.partition(": ")[2] for what in told] == ["none is named", "none are named", "the flags name none"]
+    assert told == ["no network interface is named", "no RDMA devices are named", "the flags name no folder"]
     assert not [finding for finding in findings.items if "memory" in finding.what or "reaches" in finding.what]
     findings = Findings()
     judge([GOOD], Wanted(1, 0, "eth0", (), (), ()), findings)
@@ -245,3 +248,35 @@ def test_bad_nodes_of_a_real_cluster_are_named(tmp_path: Path) -> None:
         assert values in found[what] and len(nodes) == (3 if "reaches" in what else 1), (what, found[what])
     assert "No buffer space available" in found["1 of 4 nodes did not answer"] and "timed out" in found[list(wanted)[6]]
     assert list(shared.iterdir()) == [], "nothing is left behind"
+
+
+@pytest.mark.slow
+def test_a_launcher_asks_its_own_cluster_and_stops_it(tmp_path: Path) -> None:
+    """bash run-glm5.2-tiny.sh --preflight: one real Ray node on CPUs, with the engines' first port taken."""
+    report = tmp_path / "report.json"
+    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and k not in ("RAY_ADDRESS", "SOCKET_IFNAME")}
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # then it is somebody else's
+            held.bind(("", FIRST_PORT))
+            held.listen(1)
+        child = subprocess.run(
+            ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), "--preflight", "--json", str(report)],
+            env={**env, "BASE_DIR": str(tmp_path), "PYTHON": sys.executable, "RAY_TEMP_DIR": f"/tmp/slime-pf-{os.getpid()}"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+    shutil.rmtree(f"/tmp/slime-pf-{os.getpid()}", ignore_errors=True)
+    assert child.returncode == 1 and report.exists(), child.stdout[-2000:] + child.stderr[-2000:]
+    told = json.loads(report.read_text())
+    found = {one["what"]: one for one in told["findings"]}
+    busy = found["ports are free: not on 1 of 1 nodes"]
+    assert busy["severity"] == "violation" and busy["values"].endswith(f": {FIRST_PORT}")
+    bad = [what for what, one in found.items() if one["severity"] == "violation" and "room" not in what]
+    assert bad == [busy["what"]] and found["no GPUs, as the run computes on CPUs"]["severity"] == "ok"
+    assert found["shared folders are seen, written and renamed in"]["severity"] == "ok"
+    assert list(told["nodes"][0]["shared"]) == [str(tmp_path), str(tmp_path / "arithmetic")]
+    assert "the Ray cluster of this run is stopped" in child.stderr
+    made = ["GLM-5.2-tiny", "GLM-5.2-tiny-FP8", "arithmetic", "report.json", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == made, "nothing was converted, trained or saved"
