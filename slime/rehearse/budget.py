@@ -277,6 +277,13 @@ def _beside_measured(
         wide = config.model.params_dtype != "bf16"  # a CPU trains in float32 unless told otherwise
         seen = replace(seen, param_bytes=4, grad_bytes=4, optimizer_bytes=8) if wide else seen
         predicted = [host_memory(share, reading.hf, grid, seen, assumed, bucket_bytes=buffer) for share in shares]
+        if not shapes.recompute:
+            findings.unchecked(
+                "memory",
+                "what layers keep for backward is not predicted for a CPU",
+                "no --recompute-granularity full",
+                "expect larger peaks than predicted with long micro-batches",
+            )
     else:
         predicted = [
             stage_memory(
