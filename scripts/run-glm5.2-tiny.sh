@@ -30,7 +30,7 @@ SEED="${SEED:-1234}"
 BASE_DIR="${BASE_DIR:-${PROJECT_ROOT}/outputs/glm5.2-tiny}"
 # As many CPUs as the actors name, whatever the machine has.
 export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" NUM_CPUS=8
-RUN_DIR="${BASE_DIR}/run"
+RUN_DIR="${RUN_DIR:-${BASE_DIR}/run}"
 mkdir -p "${BASE_DIR}" "${RUN_DIR}"
 
 run_python() { PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" "${PYTHON}" "$@"; }
@@ -50,6 +50,13 @@ PERF_ARGS=(
    --max-tokens-per-gpu "${MAX_TOKENS}"
    --data-pad-size-multiplier 16
    --log-probs-chunk-size 1024
+)
+
+# As in the 744B recipe. The warm start does without, which is quicker.
+RECOMPUTE_ARGS=(
+   --recompute-granularity full
+   --recompute-method uniform
+   --recompute-num-layers 1
 )
 
 CLUSTER_ARGS=(
@@ -208,6 +215,7 @@ FLAGS=(
    "${ROLLOUT_ARGS[@]}"
    "${EVAL_ARGS[@]}"
    "${PERF_ARGS[@]}"
+   "${RECOMPUTE_ARGS[@]}"
    "${GRPO_ARGS[@]}"
    "${OPTIMIZER_ARGS[@]}"
    "${SGLANG_ARGS[@]}"

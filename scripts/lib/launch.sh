@@ -38,8 +38,8 @@ for argument in "$@"; do # those of the launcher that sources this file
 done
 # Launchers write generated files into RUN_DIR, and the cluster's folder may not exist here.
 if [[ $REHEARSE == 1 && -z ${RUN_DIR:-} ]]; then
-    RUN_DIR="$(mktemp -d /tmp/slime-rehearsal-XXXXXX)"
-    trap 'rm -rf -- "$RUN_DIR"' EXIT
+    REHEARSAL_DIR="$(mktemp -d /tmp/slime-rehearsal-XXXXXX)" RUN_DIR="$REHEARSAL_DIR"
+    trap 'rm -rf -- "$REHEARSAL_DIR"' EXIT # by a name of its own: a launcher may set RUN_DIR to a folder that is to stay
 fi
 
 say() { printf '[launch] %s\n' "$*" >&2; }

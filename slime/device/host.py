@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import pickle
@@ -45,7 +46,11 @@ class HostDevice(Device):
         )
 
     def reset_peak(self) -> None:
-        """Linux forgets the high-water mark of resident memory; a sandbox that forbids it leaves `peak` counting from start."""
+        """Linux forgets the high-water mark of resident memory; a sandbox that forbids it leaves `peak` counting from start.
+
+        What was freed is given back first, or an earlier peak would stay in every later one.
+        """
+        self.empty_cache()
         try:
             with open("/proc/self/clear_refs", "w") as kernel:
                 kernel.write("5")
@@ -53,7 +58,10 @@ class HostDevice(Device):
             pass
 
     def empty_cache(self) -> None:
-        """The allocator of the host returns memory by itself."""
+        """glibc keeps most of what is freed for later; other libraries are left to themselves."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
     def synchronize(self) -> None:
         """Every operation is complete when it returns."""

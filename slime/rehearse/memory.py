@@ -28,7 +28,7 @@ class Assumed:
     """What stays of an engine rank that handed its memory back: context, communication buffers, graphs."""
     engine_overhead_gb: float = 8.0
     """Context, DeepEP buffers, CUDA graphs, activations of an engine rank."""
-    host_process_gb: float = 0.43
+    host_process_gb: float = 0.415
     """A training rank on a CPU before it holds a model: Python, torch, megatron-core, Ray."""
     host_libraries_gb: float = 0.115
     """What its first pass adds beside tensors: code of the operators, communication, blocks that the allocator keeps."""

@@ -126,6 +126,7 @@ def test_the_rehearsal_predicted_the_memory_of_the_run(base):
     # Needs the run of the test above, whose ranks measured their peaks.
     report = base / "measured.json"
     _rehearse(base, report, "--measured", str(base / "run" / "memory.json"))
+    assert (base / "run" / "memory.json").is_file() and (base / "run" / "tensorboard").is_dir(), "nothing is taken away"
     peaks = json.loads(report.read_text())["memory"]["measured"]["peaks"]
     assert {(row["stage"], row["phase"]) for row in peaks} >= {(s, p) for s in (0, 1) for p in ("load", "log-probs", "train")}
     for stage in (0, 1):
