@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.tiny_tokenizer import TokenizerFacts, write_tokenizer  # noqa: E402
 
 FP8_BLOCK = 128
+MADE_HERE = ".made-by-make_tiny_checkpoint"
+"""A file in every directory that this tool may delete."""
 
 
 @dataclass(frozen=True)
@@ -367,13 +369,14 @@ class ShardWriter:
 
 
 def write_checkpoint(directory: Path, preset: Preset, *, seed: int, fp8: bool) -> Written:
-    """One complete HF directory. An earlier one of the same name is replaced; any other directory is left alone with an
+    """One complete HF directory. An earlier one that this tool made is replaced; any other directory is left alone with an
     error."""
     if directory.exists() and any(directory.iterdir()):
-        if not (directory / "config.json").exists():
-            raise ValueError(f"{directory} is not empty and holds no checkpoint (no config.json); name a new directory")
+        if not (directory / MADE_HERE).exists():
+            raise ValueError(f"{directory} is not empty and was not made by this tool (no {MADE_HERE}); name a new directory")
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / MADE_HERE).touch()
     facts = write_tokenizer(directory, preset.family, max_length=preset.size.max_position_embeddings)
     specs = tensor_specs(preset, facts.vocab_size)
     writer = ShardWriter(directory, preset.max_shard_bytes)

@@ -133,11 +133,22 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(pair, tmp_path
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
 
-def test_a_folder_that_is_no_checkpoint_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+@pytest.mark.parametrize("name", ["thesis.txt", "config.json"])
+def test_a_folder_that_the_tool_did_not_make_is_left_alone_a_real_checkpoint_too(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="was not made by this tool"):
         tool.main(["--preset", "qwen3", "--output-bf16", str(tmp_path)])
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_an_earlier_folder_of_its_own_is_replaced(tmp_path):
+    folder = tmp_path / "qwen3"
+    tool.main(["--preset", "qwen3", "--output-bf16", str(folder), "--seed", "1"])
+    first = tensors_of(folder)
+    (folder / "left.txt").touch()
+    tool.main(["--preset", "qwen3", "--output-bf16", str(folder), "--seed", "2"])
+    assert not (folder / "left.txt").exists()
+    assert not torch.equal(first["model.embed_tokens.weight"], tensors_of(folder)["model.embed_tokens.weight"])
 
 
 def test_the_kernel_compatible_preset_has_the_dimensions_that_the_kernels_need():
