@@ -214,7 +214,7 @@ def publish(folder: str | Path, files: list[tuple[str, list[str]]], total_bytes:
 
 
 def copy_assets(origin: str | Path, target: str | Path, *, config_changes: Mapping[str, object] | None = None) -> None:
-    """Tokenizer, templates, generation config and config.json of `origin`; never weights.
+    """Tokenizer, templates, generation config and config.json of `origin`; never weights nor hidden files.
 
     config.json loses `quantization_config`, because the weights beside it are not quantised; `config_changes` are written over
     it.
@@ -224,7 +224,8 @@ def copy_assets(origin: str | Path, target: str | Path, *, config_changes: Mappi
         raise ValueError(f"{target} is the checkpoint that is read from; choose another folder to save to")
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(origin.iterdir()):
-        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt") and path.name not in (INDEX, "config.json"):
+        weights = path.suffix in (".safetensors", ".bin", ".pt") or path.name == INDEX
+        if path.is_file() and not weights and not path.name.startswith(".") and path.name != "config.json":
             shutil.copy2(path, target / path.name)
     config = json.loads((origin / "config.json").read_text())
     config.pop("quantization_config", None)

@@ -64,6 +64,12 @@ class Launch:
             time.sleep(0.2)
         raise AssertionError(f"no line matched {pattern!r}:\n{self.text[-6000:]}")
 
+    def wait_for_file(self, path: Path, timeout: float = 1800.0) -> None:
+        deadline = time.monotonic() + timeout
+        while not path.exists():
+            assert self.process.poll() is None and time.monotonic() < deadline, f"no {path}:\n{self.text[-6000:]}"
+            time.sleep(0.02)
+
     def rollouts(self) -> dict[int, tuple[float, float]]:
         """rollout -> (reward, train/rollout log-prob gap)."""
         return {int(m[1]): (float(m[3]), float(m[4])) for m in ROLLOUT_LINE.finditer(self.text)}
@@ -102,7 +108,9 @@ def test_the_launcher_trains_saves_evaluates_outlives_an_engine_and_stops_only_w
     _rehearse(base, rehearsal, *flags)
     run = Launch(base, *SMALL, *dumps, *flags, "--rehearsed", str(rehearsal), "--use-fault-tolerance")
     pid = int(run.wait_for(r"default-decode-1: ready at .* \(pid (\d+),")[1])
-    run.wait_for("evaluation before training")
+    # Written when the first evaluation is over: the engine dies while the first rollout is generated. What the run prints comes
+    # seconds later, perhaps while weights are sent.
+    run.wait_for_file(base / "dumps" / "eval_-1.pt")
     os.killpg(pid, signal.SIGKILL)
     assert run.wait() == 0, run.text[-6000:]
     assert "started again: default-decode-1" in run.text, run.text[-6000:]

@@ -64,7 +64,7 @@ def started(monkeypatch):
         config = SimpleNamespace(
             cluster=cluster,
             debug=debug,
-            engine=SimpleNamespace(check_weight_update_equal=False, rehearsed=None),
+            engine=SimpleNamespace(check_weight_update_equal=False, rehearsed=None, use_fault_tolerance=False),
             data=SimpleNamespace(num_rollout=1),
             checkpoint=SimpleNamespace(save=None),
         )
