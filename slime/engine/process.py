@@ -131,7 +131,11 @@ class ChildProcess:
             while group_exists(group) and time.monotonic() < deadline:
                 self.popen.poll()
                 time.sleep(0.05)
-        self.popen.poll()
+        try:
+            # A killed process shows as a zombie before its last thread has gone, and cannot be waited for until then.
+            self.popen.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass  # told below
         if self.popen.stdin is not None:
             try:
                 self.popen.stdin.close()
