@@ -29,6 +29,14 @@ class TrainerMemory(Protocol):
     def wake(self) -> None: ...
 
 
+Revive = Callable[[Callable[[], None]], list[str]]
+"""Starts dead engines again, after a call of its argument, and says which; [] where none is dead or may be started."""
+
+
+def nobody_died(prepare: Callable[[], None]) -> list[str]:
+    return []
+
+
 class Lease:
     """Hands the devices over in the one legal order: engines -> trainer -> sync -> engines.
 
@@ -42,9 +50,8 @@ class Lease:
         trainers: TrainerMemory,
         *,
         holder: Holder,
-        revive: Callable[[Callable[[], None]], list[str]] = lambda prepare: [],
+        revive: Revive = nobody_died,
     ):
-        """revive: starts dead engines again, after a call of its argument, and says which; [] where none is dead or may be."""
         self._engines, self._trainers, self.holder, self._revive = engines, trainers, holder, revive
 
     @contextmanager
@@ -85,7 +92,7 @@ class Lease:
 class FreeLease(Lease):
     """Trainer and engines on devices of their own: nothing changes hands."""
 
-    def __init__(self, revive: Callable[[Callable[[], None]], list[str]] = lambda prepare: []):
+    def __init__(self, revive: Revive = nobody_died):
         self.holder, self._revive = Holder.ENGINES, revive
 
     @contextmanager

@@ -175,10 +175,10 @@ class RolloutSide:
     def targets(self) -> list[EngineTarget]:
         return self._call("targets")
 
-    def obituaries(self) -> list[str]:
-        """Why servers are gone; empty if all live, or if nobody can tell."""
+    def obituaries(self, *, timeout: float | None = None) -> list[str]:
+        """Why servers are gone; empty if all live, or if nobody can tell (within `timeout` seconds, None: whenever)."""
         answer = self._actor.fleet.remote("obituaries")
-        done, _ = ray.wait([answer], timeout=15)
+        done, _ = ray.wait([answer], timeout=timeout)
         try:
             return ray.get(done[0]) if done else []
         except ray.exceptions.RayError:

@@ -117,7 +117,7 @@ class Run:
 
     def _tell_who_is_gone(self) -> None:
         """A dead server shows as a refused connection wherever it is missed next; its own log says why."""
-        gone = self._rollout.obituaries()
+        gone = self._rollout.obituaries(timeout=15)
         for text in gone:
             logger.error("%s", text)
         if gone:
