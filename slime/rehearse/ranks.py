@@ -220,11 +220,10 @@ def differences(table: NameTable, built: BuiltRanks, weights: WeightMap) -> Iter
     expected: dict[int, Counter[str]] = {rank: Counter() for rank in built.held}
     for row in weights.rows:
         name, numel = table.by_hf(row.name).name, prod(row.shape)
-        length = {"all": 1, "rows": row.shape[0], "columns": row.shape[-1]}[row.holders.axis]
         for part in row.holders.parts:
             for rank in part.ranks:
                 if rank in expected:
-                    expected[rank][name] += numel // length * (part.stop - part.start)
+                    expected[rank][name] += numel // row.length * (part.stop - part.start)
     for rank, names in built.held.items():
         found = {table.aliases.get(name, name): numel for name, numel in names.items()}
         for name in sorted(found.keys() | expected[rank].keys()):

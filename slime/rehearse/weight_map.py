@@ -46,6 +46,11 @@ class Row:
     """FP8: "shard" when every block lies in one shard, "gather" when the source gathers the tensor first; else "-"."""
     nbytes: int
 
+    @property
+    def length(self) -> int:
+        """Along the axis in which `holders` cuts it; 1 where it is not cut."""
+        return {"all": 1, "rows": self.shape[0], "columns": self.shape[-1]}[self.holders.axis]
+
     def canonical(self) -> str:
         shape, fp8 = "x".join(map(str, self.shape)), "fp8" if self.fp8 else "-"
         trainer = f"{self.name}\t{shape}\t{fp8}\t{self.stage}\t{self.holders.text}\t{self.source}"
@@ -342,10 +347,9 @@ def _misplaced(wanted: Mapping[str, Entry], rows: Sequence[Row], grid: Grid, pla
         if entry is None:
             continue
         stages, shard = places.stages(entry), places.expert_shard(entry)
-        length = {"all": 1, "rows": row.shape[0], "columns": row.shape[-1]}[row.holders.axis]
-        kind = id(row.holders), length, stages, shard, row.source
+        kind = id(row.holders), row.length, stages, shard, row.source
         if kind not in told:
-            told[kind] = list(faults(row.holders, length, grid, stages=stages, expert_shard=shard))
+            told[kind] = list(faults(row.holders, row.length, grid, stages=stages, expert_shard=shard))
             if row.source not in row.holders.parts[0].ranks:
                 told[kind].append(f"rank {row.source} sends it and does not hold its first part")
         found += [f"{row.name}: {fault}" for fault in told[kind]]
