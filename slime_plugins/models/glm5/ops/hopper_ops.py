@@ -237,7 +237,7 @@ def index_topk_fp8(q: Tensor, k: Tensor, gates: Tensor, starts: Tensor, ends: Te
 
 @torch.no_grad()
 def _index_topk(q, k, gates, key_scale, starts, ends, topk) -> Tensor:
-    q, k, gates = _rows(q), _rows(k), gates.float().contiguous()
+    q, k, gates = _rows(q), _rows(k), _rows(gates.float())
     starts, ends = starts.to(torch.int32).contiguous(), ends.to(torch.int32).contiguous()
     t, keys = len(q), len(k)
     picked = torch.empty(t, topk, dtype=torch.int32, device=q.device)

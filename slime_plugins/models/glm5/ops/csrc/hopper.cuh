@@ -19,6 +19,11 @@ __device__ __forceinline__ void copy16_async(uint32_t to, const void* from, bool
     // A source size of 0 writes zeros and reads nothing.
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
 }
+__device__ __forceinline__ void copy16_async_if(bool wanted, uint32_t to, const void* from, bool real) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n}\n" ::"r"(to), "l"(from),
+                 "r"(real ? 16 : 0), "r"(static_cast<int>(wanted))
+                 : "memory");
+}
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
@@ -41,12 +46,22 @@ __device__ __forceinline__ void settle(float (&d)[kRegisters]) {
     for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// 2^x; what lies below the smallest normal float becomes 0. exp2f is the same instruction with a scaling round it for those.
+__device__ __forceinline__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Descriptor of an operand in tiles. Groups of 8 rows lie 1024 bytes apart; `next_tile` bytes to the following 64 columns matter only
 // across the rows (MN-major) for operands wider than 64.
 __device__ __forceinline__ uint64_t operand(uint32_t address, int next_tile = kTileBytes) {
     return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | (static_cast<uint64_t>(next_tile >> 4) << 16) |
            (static_cast<uint64_t>(1024 >> 4) << 32) | (static_cast<uint64_t>(1) << 62);
 }
+
+// The operand `bytes` further on, by one addition; made anew it costs a dozen instructions, more than a small product hides.
+__device__ __forceinline__ uint64_t beyond(uint64_t operand, int bytes) { return operand + static_cast<uint64_t>(bytes >> 4); }
 
 #define R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define R16(d, i) R4(d, i), R4(d, i + 4), R4(d, i + 8), R4(d, i + 12)

@@ -2,8 +2,8 @@
 //
 // scores: one block holds 8 queries (8 x 32 heads = 256 columns of the product) and walks through keys; each of its two warpgroups takes
 // 64 keys at a time from its own ring of shared-memory stages. The product is computed in two halves of 4 queries: while the sums over
-// heads of one half run, the other half's product does. Keys are the rows of the product, so heads lie along a thread's registers: a
-// sum over heads is 8 multiply-adds and 3 exchanges between 4 threads.
+// heads of one half run, the other half's product does. Keys are the rows of the product and the queries' rows are so ordered that all heads
+// of a query lie in one thread's registers: a sum over heads needs no exchange between threads.
 // select_topk: one block per row. A first reading counts the scores by their upper 13 bits, which leaves few candidates for the threshold; a
 // second lists, in key order, what is above or a candidate; the rest happens on that list in shared memory. (Scores so alike that the
 // list overflows are read three more times instead.)
@@ -21,7 +21,7 @@ struct Shape {
     static constexpr int kRowTiles = kRowBytes / 128;              // 128-byte columns
     static constexpr int kStageBytes = kRowTiles * kTileBytes;     // 64 keys
     static constexpr int kQueryBytes = 4 * kRowTiles * kTileBytes;  // 256 rows: [column tile][4 x 64 rows]
-    static constexpr int kSharedBytes = kQueryBytes + kGroups * kStages * kStageBytes;
+    static constexpr int kZero = kQueryBytes + kGroups * kStages * kStageBytes, kSharedBytes = kZero + 16;
 };
 
 struct ScoreArguments {
@@ -32,6 +32,17 @@ struct ScoreArguments {
     int t, chunk;
     int64_t keys, stride;
 };
+
+__device__ __forceinline__ float read_zero(uint32_t at) {
+    float v;
+    asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
+    return v;
+}
+
+// Predicated, not branched around: the branch would take the sums with it and tear the two halves apart.
+__device__ __forceinline__ void store_if(bool there, float* to, float v) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p st.global.f32 [%0], %1;\n}\n" ::"l"(to), "f"(v), "r"(static_cast<int>(there)) : "memory");
+}
 
 template <bool kFp8>
 __global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x) {
@@ -56,11 +67,17 @@ __global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x
     const uint32_t ring = base + S::kQueryBytes + group * kStages * S::kStageBytes;
     const uint32_t copy_to = ring + swizzled(copy_row, unit);  // rows 16 apart have the same swizzle
     const char* const copy_from = static_cast<const char*>(x.k) + (low + copy_row) * S::kRowBytes + unit * 16;
+    constexpr int kTileStep = kGroupKeys * S::kRowBytes;
     const int rows_there = static_cast<int>(min(x.keys - low, static_cast<int64_t>(tiles + 1) * kGroupKeys));
-    auto fetch = [&](int tile) {
-        if (tile < tiles) {
-            const uint32_t to = copy_to + tile / kGroups % kStages * S::kStageBytes;
-            const char* from = copy_from + tile * (kGroupKeys * S::kRowBytes);
+    auto fetch = [&](int tile, int stage, const char* from) {
+        const uint32_t to = copy_to + stage * S::kStageBytes;
+        if ((tile + 1) * kGroupKeys <= rows_there) {
+#pragma unroll
+            for (int r = 0; r < kGroupKeys; r += 16)
+#pragma unroll
+                for (int column = 0; column < S::kRowTiles; ++column)
+                    copy16_async(to + column * kTileBytes + r * 128, from + r * S::kRowBytes + column * 128, true);
+        } else if (tile < tiles) {
 #pragma unroll
             for (int r = 0; r < kGroupKeys; r += 16) {
                 const bool real = tile * kGroupKeys + copy_row + r < rows_there;
@@ -74,72 +91,74 @@ __global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x
     const char* q = static_cast<const char*>(x.q) + static_cast<int64_t>(first_query) * kHeads * S::kRowBytes;
     for (int i = threadIdx.x; i < 256 * S::kRowTiles * 8; i += kGroups * 128) {
         const int r = i / (S::kRowTiles * 8), column = i / 8 % S::kRowTiles, u = i & 7;
-        const bool real = r < queries * kHeads;
+        const int query = r / 128 * 4 + r / 2 % 4, head = r % 128 / 8 * 2 + r % 2;
+        const bool real = query < queries;
         copy16_async(base + (column * 4 + r / 64) * kTileBytes + swizzled(r & 63, u),
-                     q + static_cast<int64_t>(real ? r : 0) * S::kRowBytes + column * 128 + u * 16, real);
+                     q + (real ? query * kHeads + head : 0) * S::kRowBytes + column * 128 + u * 16, real);
     }
     copies_commit();
 #pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) fetch(group + stage * kGroups);
+    for (int stage = 0; stage < kStages - 1; ++stage)
+        fetch(group + stage * kGroups, stage, copy_from + (group + stage * kGroups) * kTileStep);
 
-    // Column 8 j + 2 (lane % 4) + e of half p is head (8 j + ...) % 32 of query 4 p + j / 4.
-    float half_gate[2][32];
+    // Column 8 j + 2 l + e of product p is head 2 j + e of query 4 p + l: the thread with lane % 4 = l has all heads of that query.
+    float half_gate[2][kHeads];
 #pragma unroll
-    for (int p = 0; p < 2; ++p)
+    for (int p = 0; p < 2; ++p) {
+        const int query = p * 4 + (lane & 3);
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            const int query = p * 4 + i / 8, head = (i / 2 % 4) * 8 + (lane & 3) * 2 + (i & 1);
-            half_gate[p][i] = query < queries ? 0.5f * __ldg(x.gates + static_cast<int64_t>(first_query + query) * kHeads + head) : 0.f;
+        for (int i = 0; i < kHeads; i += 4) {
+            float4 g = {0.f, 0.f, 0.f, 0.f};
+            if (query < queries)
+                g = __ldg(reinterpret_cast<const float4*>(x.gates + static_cast<int64_t>(first_query + query) * kHeads + i));
+            half_gate[p][i] = 0.5f * g.x, half_gate[p][i + 1] = 0.5f * g.y, half_gate[p][i + 2] = 0.5f * g.z, half_gate[p][i + 3] = 0.5f * g.w;
         }
+    }
+    if (threadIdx.x == 0) *reinterpret_cast<float*>(shared + S::kZero) = 0.f;
     copies_wait<kStages - 2>();  // the queries and the first tile
     publish_to_wgmma();
     __syncthreads();
 
     const int row = in_group / 32 * 16 + lane / 4;
-    auto product = [&](float(&d)[64], int tile, int p) {
-        const uint32_t keys_at = ring + tile / kGroups % kStages * S::kStageBytes;
+    const uint32_t zero_at = base + S::kZero;
+    const uint64_t keys_operand = operand(ring), queries_operand = operand(base);
+    auto product = [&](float(&d)[64], int stage, int p) {
+        const uint64_t keys_at = beyond(keys_operand, stage * S::kStageBytes);
         wgmma_begin();
 #pragma unroll
         for (int step = 0; step < S::kRowTiles * 4; ++step) {
             const int column = step / 4, within = step % 4 * 32;
-            const uint64_t a = operand(keys_at + column * kTileBytes + within);
-            const uint64_t b = operand(base + (column * 4 + p * 2) * kTileBytes + within);
+            const uint64_t a = beyond(keys_at, column * kTileBytes + within);
+            const uint64_t b = beyond(queries_operand, (column * 4 + p * 2) * kTileBytes + within);
             if constexpr (kFp8) mma128_fp8(d, a, b, step > 0);
             else mma128<0, 0>(d, a, b, step > 0);
         }
         wgmma_commit();
     };
-    float* const to = x.scores + (first_query + (lane & 3)) * x.stride + low + row;
+    float* to = x.scores + (first_query + (lane & 3)) * x.stride + low + row + group * kGroupKeys;
     const int64_t four_rows = 4 * x.stride;
     const bool mine[2] = {(lane & 3) < queries, 4 + (lane & 3) < queries};
-    auto sum_heads = [&](const float(&d)[64], int tile, int p, const bool(&there)[2], const float(&factor)[2]) {
+    auto sum_heads = [&](const float(&d)[64], int p, float start, const bool(&there)[2], const float(&factor)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            // gate * relu(x) = gate / 2 * x + gate / 2 * |x|: two multiply-adds, which run at twice the rate of a maximum. In two sums, so
-            // that they cancel exactly where no x is positive.
-            float sum[4];
+            // gate * relu(x) = gate / 2 * x + gate / 2 * |x|: two multiply-adds, which run at twice the rate of a maximum. In sums of
+            // their own, so that they cancel exactly where no x is positive.
+            float plain[2] = {start, start}, absolute[2] = {start, start};
 #pragma unroll
-            for (int query = 0; query < 4; ++query) {
-                float plain = 0.f, absolute = 0.f;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const float v = d[(query * 4 + i / 2) * 4 + half * 2 + (i & 1)];
-                    plain = fmaf(half_gate[p][query * 8 + i], v, plain);
-                    absolute = fmaf(half_gate[p][query * 8 + i], fabsf(v), absolute);
-                }
-                sum[query] = plain + absolute;
+            for (int i = 0; i < kHeads; ++i) {
+                const float v = d[i / 2 * 4 + half * 2 + (i & 1)];
+                plain[i & 1] = fmaf(half_gate[p][i], v, plain[i & 1]);
+                absolute[i & 1] = fmaf(half_gate[p][i], fabsf(v), absolute[i & 1]);
             }
-            // Thread l of 4 ends with the whole sum of query l.
-            const bool odd = lane & 1, upper = lane & 2;
-            const float a = (odd ? sum[1] : sum[0]) + __shfl_xor_sync(0xffffffffu, odd ? sum[0] : sum[1], 1);
-            const float b = (odd ? sum[3] : sum[2]) + __shfl_xor_sync(0xffffffffu, odd ? sum[2] : sum[3], 1);
-            const float total = (upper ? b : a) + __shfl_xor_sync(0xffffffffu, upper ? a : b, 2);
-            if (mine[p] && there[half]) to[p * four_rows + tile * kGroupKeys + half * 8] = kFp8 ? total * factor[half] : total;
+            const float total = (plain[0] + plain[1]) + (absolute[0] + absolute[1]);
+            store_if(mine[p] && there[half], to + p * four_rows + half * 8, kFp8 ? total * factor[half] : total);
         }
     };
     // The warpgroups take turns at issuing products: left alone they would run in step, both in the matrix product, then both in the sums.
     const int keys_here = static_cast<int>(high - low);
-    const float* const scale_from = x.key_scale + low;
+    const float* scale_from = x.key_scale + low + row + group * kGroupKeys;
+    const char* next_from = copy_from + (group + (kStages - 1) * kGroups) * kTileStep;
+    int stage = 0, keys_left = keys_here - row - group * kGroupKeys;  // from this thread's lower key on
     const int my_turn = kGroups + 1 + group, your_turn = kGroups + 2 - group;
     if (group == 1) barrier_arrive(your_turn, 256);
     for (int tile = group; tile - group < tiles; tile += kGroups) {  // as many turns for both; a tile too many is computed, not stored
@@ -147,24 +166,29 @@ __global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x
         bool there[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // before the product: its latency covers that of the scales
-            const int key = tile * kGroupKeys + row + half * 8;
-            there[half] = key < keys_here;
-            if constexpr (kFp8) factor[half] = there[half] ? __ldg(scale_from + key) : 0.f;
+            there[half] = half * 8 < keys_left;
+            if constexpr (kFp8) factor[half] = there[half] ? __ldg(scale_from + half * 8) : 0.f;
         }
+        if constexpr (kFp8) scale_from += kGroups * kGroupKeys;
+        keys_left -= kGroups * kGroupKeys;
         barrier_sync(my_turn, 256);
-        product(first, tile, 0);
-        product(second, tile, 1);
+        product(first, stage, 0);
+        product(second, stage, 1);
         copies_wait<kStages - 3>();  // the next tile. The fence waits for this thread's stores too: here that costs nothing
         publish_to_wgmma();
         wgmma_wait<1>();
-        settle(first);
         barrier_arrive(your_turn, 256);
-        sum_heads(first, tile, 0, there, factor);
+        settle(first);
+        // A zero from shared memory: loads stay behind the signal, so the sums that start from it do. The compiler would put them first.
+        sum_heads(first, 0, read_zero(zero_at), there, factor);
         wgmma_wait<0>();
         settle(second);
         barrier_sync(group + 1, 128);  // the next tile is there for all; this one is no longer read
-        fetch(tile + (kStages - 1) * kGroups);
-        sum_heads(second, tile, 1, there, factor);
+        fetch(tile + (kStages - 1) * kGroups, (stage + kStages - 1) % kStages, next_from);
+        next_from += kGroups * kTileStep;
+        stage = (stage + 1) % kStages;
+        sum_heads(second, 1, 0.f, there, factor);
+        to += kGroups * kGroupKeys;
     }
     if (group == 0) barrier_sync(my_turn, 256);  // the other's last signal
     copies_wait<0>();

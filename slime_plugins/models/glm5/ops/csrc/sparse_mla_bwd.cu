@@ -117,10 +117,10 @@ __device__ __forceinline__ void put_query(const float (&d)[kRegisters], __nv_bfl
 
 // d (+)= rows' of `left` (P or dS) times kTiles x 64 columns of `right` (dO or Q) from tile `tile` on.
 template <int kRegisters>
-__device__ __forceinline__ void add_across(float (&d)[kRegisters], uint32_t left, uint32_t right, int tile, bool accumulate) {
+__device__ __forceinline__ void add_across(float (&d)[kRegisters], uint64_t left, uint64_t right, int tile, bool accumulate) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-        const uint64_t a = operand(left + step * 2048), b = operand(right + tile * kTileBytes + step * 2048);
+        const uint64_t a = beyond(left, step * 2048), b = beyond(right, tile * kTileBytes + step * 2048);
         if constexpr (kRegisters == 64) mma128<1, 1>(d, a, b, accumulate || step > 0);
         else mma64<1, 1>(d, a, b, accumulate || step > 0);
     }
@@ -150,6 +150,7 @@ __device__ __forceinline__ void work(const Arguments& x, const Place& at) {
     constexpr float kLog2e = 1.4426950408889634f;
     char* const shared = at.shared;
     const uint32_t base = at.base;
+    const uint64_t shared_operand = operand(base);
     const int lane = at.lane, row = at.row, blocks = at.blocks;
     const int64_t head_row = static_cast<int64_t>(at.query) * x.h + at.first_head;
     const int* indices = x.indices + static_cast<int64_t>(at.query) * x.k;
@@ -207,7 +208,7 @@ __device__ __forceinline__ void work(const Arguments& x, const Place& at) {
 #pragma unroll
             for (int step = 0; step < 36; ++step) {
                 const int i = step / 4 * kTileBytes + step % 4 * 32;
-                mma64<0, 0>(s, operand(base + kQ + i), operand(base + kK + i), step > 0);
+                mma64<0, 0>(s, beyond(shared_operand, kQ + i), beyond(shared_operand, kK + i), step > 0);
             }
             wgmma_commit();
             wgmma_wait<0>();
@@ -218,8 +219,8 @@ __device__ __forceinline__ void work(const Arguments& x, const Place& at) {
                 const int2 key = *reinterpret_cast<const int2*>(keys + j * 8 + (lane & 3) * 2);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float a = key.x < 0 ? 0.f : exp2f(fmaf(s[j * 4 + half * 2], factor, -of_row[half]));
-                    const float b = key.y < 0 ? 0.f : exp2f(fmaf(s[j * 4 + half * 2 + 1], factor, -of_row[half]));
+                    const float a = key.x < 0 ? 0.f : exp2_of(fmaf(s[j * 4 + half * 2], factor, -of_row[half]));
+                    const float b = key.y < 0 ? 0.f : exp2_of(fmaf(s[j * 4 + half * 2 + 1], factor, -of_row[half]));
                     *reinterpret_cast<__nv_bfloat162*>(shared + kP + swizzled(row + half * 8, j) + (lane & 3) * 4) =
                         __floats2bfloat162_rn(a, b);
                 }
@@ -229,14 +230,14 @@ __device__ __forceinline__ void work(const Arguments& x, const Place& at) {
             barrier_sync(3, 128);
             // The value part needs no dS: it runs while warpgroup 1 computes that.
             wgmma_begin();
-            add_across(dkv, base + kP, base + kDO, kFirstTile, false);
+            add_across(dkv, beyond(shared_operand, kP), beyond(shared_operand, kDO), kFirstTile, false);
             wgmma_commit();
         } else {
             wgmma_begin();
 #pragma unroll
             for (int step = 0; step < 32; ++step) {
                 const int i = step / 4 * kTileBytes + step % 4 * 32;
-                mma64<0, 0>(s, operand(base + kDO + i), operand(base + kK + i), step > 0);
+                mma64<0, 0>(s, beyond(shared_operand, kDO + i), beyond(shared_operand, kK + i), step > 0);
             }
             wgmma_commit();
             wgmma_wait<0>();
@@ -260,15 +261,15 @@ __device__ __forceinline__ void work(const Arguments& x, const Place& at) {
         wgmma_begin();
 #pragma unroll
         for (int step = 0; step < 4; ++step)
-            mma256<0, 1>(dq, operand(base + kDS + step * 32), operand(base + kK + kFirstTile * kTileBytes + step * 2048), true);
+            mma256<0, 1>(dq, beyond(shared_operand, kDS + step * 32), beyond(shared_operand, kK + kFirstTile * kTileBytes + step * 2048), true);
         if constexpr (kWarpgroup == 1) {
 #pragma unroll
             for (int step = 0; step < 4; ++step)
-                mma64<0, 1>(dq_rope, operand(base + kDS + step * 32), operand(base + kK + 8 * kTileBytes + step * 2048), true);
+                mma64<0, 1>(dq_rope, beyond(shared_operand, kDS + step * 32), beyond(shared_operand, kK + 8 * kTileBytes + step * 2048), true);
         }
         wgmma_commit();
-        if constexpr (kWarpgroup == 1) add_across(dkv, base + kP, base + kDO, kFirstTile, false);
-        add_across(dkv, base + kDS, base + kQ, kFirstTile, true);
+        if constexpr (kWarpgroup == 1) add_across(dkv, beyond(shared_operand, kP), beyond(shared_operand, kDO), kFirstTile, false);
+        add_across(dkv, beyond(shared_operand, kDS), beyond(shared_operand, kQ), kFirstTile, true);
         wgmma_commit();
         wgmma_wait<1>();
         barrier_sync(0, 256);  // nobody reads these keys any more
@@ -279,15 +280,15 @@ __device__ __forceinline__ void work(const Arguments& x, const Place& at) {
         put_keys<kStore, kFirstTile * 64>(dkv, x.grad_kv, key_low, key_high, slot, row, lane);
 
         wgmma_begin();
-        add_across(dkv, base + kP, base + kDO, kFirstTile + 2, false);
-        add_across(dkv, base + kDS, base + kQ, kFirstTile + 2, true);
+        add_across(dkv, beyond(shared_operand, kP), beyond(shared_operand, kDO), kFirstTile + 2, false);
+        add_across(dkv, beyond(shared_operand, kDS), beyond(shared_operand, kQ), kFirstTile + 2, true);
         wgmma_commit();
         wgmma_wait<0>();
         settle(dkv);
         put_keys<kStore, kFirstTile * 64 + 128>(dkv, x.grad_kv, key_low, key_high, slot, row, lane);
         if constexpr (kWarpgroup == 1) {
             wgmma_begin();
-            add_across(s, base + kDS, base + kQ, 8, false);
+            add_across(s, beyond(shared_operand, kDS), beyond(shared_operand, kQ), 8, false);
             wgmma_commit();
             wgmma_wait<0>();
             settle(s);

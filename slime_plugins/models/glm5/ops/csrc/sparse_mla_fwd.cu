@@ -3,7 +3,7 @@
 // One block works on one query and up to 64 of its heads; keys come in groups of 64, two groups in shared memory.
 //   warpgroup 0:     S = Q K', running softmax, P to shared memory
 //   warpgroups 1, 2: O += P V for columns 0..255 | 256..511 while warpgroup 0 works on the next keys; each also fetches the keys of its
-//                    own columns as soon as its own product has read them, so neither waits for the other.
+//                    own columns as soon as its own product has read them, 32 keys at a time, so neither waits for the other.
 // The running maximum is raised only when it grows by more than 8 (in log2), so that O is rarely rescaled; P stays below 2^8.
 // Named barriers: 1 keys are there, 2 P is there, 3 P may be overwritten.
 #include "hopper.cuh"
@@ -74,15 +74,16 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
         barrier_sync(4, kThreads);  // Q is there
         float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
         const float factor = x.scale * kLog2e;
+        const uint64_t queries_operand = operand(base + kQ), keys_operand = operand(base + kK);
         for (int block = 0; block < blocks; ++block) {
-            const uint32_t keys_at = base + kK + (block & 1) * kStageBytes;
+            const uint64_t keys_at = beyond(keys_operand, (block & 1) * kStageBytes);
             barrier_sync(1, kThreads);
             float s[32];
             wgmma_begin();
 #pragma unroll
             for (int step = 0; step < 36; ++step) {
                 const int at = step / 4 * kTileBytes + step % 4 * 32;
-                mma64<0, 0>(s, operand(base + kQ + at), operand(keys_at + at), step > 0);
+                mma64<0, 0>(s, beyond(queries_operand, at), beyond(keys_at, at), step > 0);
             }
             wgmma_commit();
             bool absent[16];
@@ -104,12 +105,12 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
                 const float before = top[half];
                 if (highest > before + kSlack) top[half] = highest;  // also the first time: before is -inf
                 const float shift = top[half] == -INFINITY ? 0.f : top[half];
-                alpha[half] = before == top[half] ? 1.f : exp2f(before - shift);
+                alpha[half] = before == top[half] ? 1.f : exp2_of(before - shift);
                 float part = 0.f;
 #pragma unroll
                 for (int i = 0; i < 16; ++i) {
                     float& v = s[i / 2 * 4 + half * 2 + (i & 1)];
-                    v = exp2f(v - shift);
+                    v = exp2_of(v - shift);
                     part += v;
                 }
                 sum[half] = sum[half] * alpha[half] + part;
@@ -144,23 +145,24 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) key[i] = index_at(block, copy_row + i * 16);
         };
-        auto fetch = [&](int block) {  // this side's four column tiles; side 1 also the rope tile
-            if (block < blocks) {
+        // Half of this side's four column tiles, side 1 also of the rope tile: keys 32 half .. 32 half + 31. Without branches, since a
+        // product is under way; behind the last block the keys are -1 and zeros are written.
+        auto fetch = [&](int block, int half) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const char* source = reinterpret_cast<const char*>(x.kv + static_cast<int64_t>(max(key[i], 0)) * kDK) + side * 512 + unit * 16;
-                    const uint32_t to = base + kK + (block & 1) * kStageBytes + side * 4 * kTileBytes + swizzled(copy_row + i * 16, unit);
+            for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                const char* source = reinterpret_cast<const char*>(x.kv + static_cast<int64_t>(max(key[i], 0)) * kDK) + side * 512 + unit * 16;
+                const uint32_t to = base + kK + (block & 1) * kStageBytes + side * 4 * kTileBytes + swizzled(copy_row + i * 16, unit);
 #pragma unroll
-                    for (int tile = 0; tile < 4; ++tile) copy16_async(to + tile * kTileBytes, source + tile * 128, key[i] >= 0);
-                    if (side == 1) copy16_async(to + 4 * kTileBytes, source + 512, key[i] >= 0);
-                }
+                for (int tile = 0; tile < 4; ++tile) copy16_async(to + tile * kTileBytes, source + tile * 128, key[i] >= 0);
+                copy16_async_if(side == 1, to + 4 * kTileBytes, source + 512, key[i] >= 0);
             }
-            copies_commit();
         };
         look_up(0);
-        fetch(0);
+        fetch(0, 0), fetch(0, 1);
+        copies_commit();
         look_up(1);
-        fetch(1);
+        fetch(1, 0), fetch(1, 1);
+        copies_commit();
         look_up(2);
         copies_wait<2>();
         publish_to_wgmma();
@@ -169,6 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
         publish_to_wgmma();
         if (blocks > 0) barrier_arrive(1, kThreads);
 
+        const uint64_t p_operand = operand(base + kP), values_operand = operand(base + kK + side * 4 * kTileBytes);
         float o[128];
 #pragma unroll
         for (int i = 0; i < 128; ++i) o[i] = 0.f;
@@ -182,16 +185,22 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
 #pragma unroll
                 for (int i = 0; i < 128; ++i) o[i] *= i & 2 ? high : low;
             }
-            const uint32_t values_at = base + kK + (block & 1) * kStageBytes + side * 4 * kTileBytes;
+            const uint64_t values_at = beyond(values_operand, (block & 1) * kStageBytes);
             wgmma_begin();
 #pragma unroll
-            for (int step = 0; step < 4; ++step) mma256<0, 1>(o, operand(base + kP + step * 32), operand(values_at + step * 2048), true);
-            wgmma_commit();
+            for (int step = 0; step < 4; ++step) {
+                mma256<0, 1>(o, beyond(p_operand, step * 32), beyond(values_at, step * 2048), true);
+                if (step & 1) wgmma_commit();
+            }
+            wgmma_wait<1>();
+            barrier_sync(6 + side, 128);  // all four warps of this side have read their columns of the first 32 keys
+            fetch(block + 2, 0);
             wgmma_wait<0>();
             settle(o);
             barrier_arrive(3, kThreads);
-            barrier_sync(6 + side, 128);  // all four warps of this side have read their columns of this stage
-            fetch(block + 2);
+            barrier_sync(6 + side, 128);  // and of the others
+            fetch(block + 2, 1);
+            copies_commit();
             look_up(block + 3);
         }
         copies_wait<0>();
