@@ -15,6 +15,7 @@ import torch.distributed as dist
 from slime.compat.megatron import prepare
 from slime.device import get_device
 from slime.training.memory import torch_optimizers
+from slime.training.optimizer_state import share_state_lean
 
 if TYPE_CHECKING:
     from slime.config import Config
@@ -168,7 +169,10 @@ def make_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) -
             "exp_avg_dtype": dtypes[rules.exp_avg_dtype],
             "exp_avg_sq_dtype": dtypes[rules.exp_avg_sq_dtype],
         }
-    return get_megatron_optimizer(OptimizerConfig(**values, **dict(rules.megatron)), list(wrapped))
+    optimizer = get_megatron_optimizer(OptimizerConfig(**values, **dict(rules.megatron)), list(wrapped))
+    for part in parts_of(optimizer):
+        share_state_lean(part)
+    return optimizer
 
 
 def make_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:
