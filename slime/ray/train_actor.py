@@ -45,6 +45,8 @@ class RankMemory:
     """Rows of the rank's longest micro-batch."""
     micro_batches: int
     """Most of one step."""
+    resumes: bool
+    """Whether the run began with the optimizer state of a checkpoint."""
     peaks: dict[str, dict[str, int]]
     """Phase -> {"tensors", "reserved"} (slime.device.PhasePeak)."""
 
@@ -60,6 +62,7 @@ class TrainActor:
         self._config, self._rank, self._world_size = config, rank, world_size
         self._device_index = device_index
         self._store = None
+        self._resumes = False
         self._stream = None
         for name, value in config.cluster.train_env_vars.items():
             os.environ[name] = str(value)
@@ -128,7 +131,9 @@ class TrainActor:
 
     def load(self):
         with self._trainer.peaks("load"):
-            return self._trainer.load()
+            loaded = self._trainer.load()
+        self._resumes = loaded.data_state is not None and not self._config.checkpoint.no_load_optim
+        return loaded
 
     def train(self, batch: RolloutBatch, steps: Sequence[StepPlan]):
         return self._trainer.train(batch, list(steps))
@@ -177,6 +182,7 @@ class TrainActor:
             self._device.kind,
             trainer.largest_micro_batch,
             trainer.most_micro_batches,
+            self._resumes,
             {phase: {"tensors": peak.tensors, "reserved": peak.reserved} for phase, peak in trainer.peaks.phases.items()},
         )
 

@@ -239,9 +239,12 @@ def _node_counts(reading: Reading, shapes: TrainShapes, assumed: Assumed, limit_
     return found
 
 
-def host_bytes_per_node(stages: Sequence[StageMemory], ranks_per_stage: int, gpus_per_node: int, nodes: int) -> int:
-    """Optimizer state in main memory of the fullest node."""
-    ranks = [stages[rank // ranks_per_stage].host_optimizer for rank in range(nodes * gpus_per_node)]
+def host_bytes_per_node(
+    stages: Sequence[StageMemory], ranks_per_stage: int, gpus_per_node: int, nodes: int, *, at_checkpoint: bool = False
+) -> int:
+    """Optimizer state in main memory of the fullest node; at_checkpoint: and the copies that wait for the disk."""
+    sizes = [stage.host_checkpoint if at_checkpoint else stage.host_optimizer for stage in stages]
+    ranks = [sizes[rank // ranks_per_stage] for rank in range(nodes * gpus_per_node)]
     return max(sum(ranks[node * gpus_per_node : (node + 1) * gpus_per_node]) for node in range(nodes))
 
 
@@ -296,6 +299,7 @@ def _beside_measured(
                 gpu_bytes=options.gpu_memory_gb * 1e9,
                 assumed=assumed,
                 shares_gpu=_shares_gpu(reading),
+                resumes=measured.resumes,
             )
             for share in shares
         ]

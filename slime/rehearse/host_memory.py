@@ -14,10 +14,11 @@ from slime.rehearse.memory import (
     StageMemory,
     TrainShapes,
     checkpointed_input,
+    experts_parts,
+    head_parts,
     in_flight,
     index_holder,
     optimizer_bytes,
-    transients,
 )
 from slime.rehearse.shares import Grid, StageShare
 
@@ -64,13 +65,27 @@ def host_memory(
 
 
 def _transients(hf: HfConfig, grid: Grid, shapes: TrainShapes, share: StageShare) -> dict[str, int]:
-    """As on a GPU, but for scores and gathered keys, which come in pieces here: never both at once."""
-    parts = transients(hf, grid, shapes, share)
+    """The largest short-lived tensors of one layer and of the output layer, all of which the process keeps for reuse."""
+    size, pairs = shapes.param_bytes, shapes.tokens * hf["num_attention_heads"] // grid.tp
+    parts: dict[str, int] = {}
     if hf.has_indexer:
         latent = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
-        # Gathered keys, their gradient and its sum in the core; scores before and after the gates in the indexer.
+        parts["absorbed queries and outputs"] = 2 * pairs * latent * size
+        if grid.tp > 1 and shapes.core_axis == "queries":
+            width = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"] + hf["v_head_dim"]
+            parts["queries and outputs, exchanged"] = pairs * width * size
+            up = hf["num_attention_heads"] * (hf["qk_nope_head_dim"] + hf["v_head_dim"]) * hf["kv_lora_rank"]
+            parts["whole key/value up-projection and its fp32 gradient"] = up * (size + 4)
+        # Gathered keys, their gradient and its sum in the core; scores before and after the gates in the indexer. They come in
+        # pieces, and never both at once.
         keys = 3 * min(shapes.tokens * hf["index_topk"] * latent * 4, CORE_CHUNK)
         scores = 2 * min(shapes.tokens // grid.tp * hf["index_n_heads"] * shapes.stream * 4, CORE_CHUNK)
-        del parts["indexer scores"], parts["gradient of keys, fp32"]
         parts["sparse core or indexer"] = max(keys, scores)
+    else:
+        width = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"] if hf.is_mla else hf.head_dim
+        parts["queries, keys, values, output"] = 4 * pairs * width * size
+    if hf.num_experts:
+        parts |= experts_parts(hf, grid, shapes, both_ways=False)
+    if share.has_head:
+        parts |= head_parts(hf, grid, shapes)
     return parts

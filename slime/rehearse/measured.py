@@ -31,8 +31,10 @@ class Measured:
     micro_batches: int
     peaks: Mapping[tuple[int, str], int]
     """(stage, phase) -> bytes: `{(0, "train"): 1_234_567_890}`."""
+    resumes: bool = True
+    """Whether the run began with the optimizer state of a checkpoint."""
     slack: int = 0
-    """GPU: most bytes that the allocator kept beside live tensors, which is a part of `overhead_gb`."""
+    """GPU: by how much the allocator's largest size exceeds the largest of live tensors, which is a part of `overhead_gb`."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def read_measured(path: str) -> Measured:
             max(int(row["micro_batch_tokens"]) for row in rows),
             max(int(row["micro_batches"]) for row in rows),
             peaks,
-            max(int(peak["reserved"]) - int(peak["tensors"]) for row in rows for peak in row["peaks"].values()),
+            bool(rows[0].get("resumes", True)),
+            max(_largest(row, "reserved") - _largest(row, "tensors") for row in rows),
         )
     except OSError as error:
         raise ValueError(
@@ -80,6 +83,10 @@ def read_measured(path: str) -> Measured:
         ) from None
     except (json.JSONDecodeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"--measured {path} is not a run's memory.json ({type(error).__name__}: {error})") from None
+
+
+def _largest(row: Mapping[str, Mapping[str, Mapping[str, int]]], what: str) -> int:
+    return max(int(peak[what]) for peak in row["peaks"].values())
 
 
 def compare(measured: Measured, predicted: Sequence[StageMemory]) -> list[Comparison]:

@@ -78,6 +78,8 @@ class StageMemory:
     phases: tuple[Phase, ...]
     host_optimizer: int
     """Bytes of optimizer state of one rank in main memory."""
+    host_checkpoint: int = 0
+    """Bytes of one rank in main memory while a checkpoint is written: the same, and what waits for the disk."""
 
     @property
     def peak(self) -> Phase:
@@ -113,39 +115,93 @@ def index_holder(hf: HfConfig, grid: Grid, shapes: TrainShapes) -> int:
 HEAD_ROWS, HEAD_WORDS = 16384, 4096
 
 
-def transients(hf: HfConfig, grid: Grid, shapes: TrainShapes, share: StageShare) -> dict[str, int]:
-    """The largest short-lived tensors of one layer (recomputed layers hold theirs one at a time) and of the output layer."""
+# slime_plugins/models/glm5/ops/hopper_ops.py: what the sparse core's backward and the indexer hold at once, at most. The first
+# gives way where memory is short.
+STAGING_BYTES, SCORES_BYTES = 5_000_000_000, 1 << 28
+
+
+def working_sets(hf: HfConfig, grid: Grid, shapes: TrainShapes, share: StageShare, *, backward: bool) -> list[dict[str, int]]:
+    """What a GPU holds beside weights, stored inputs and indices while it works on one thing: an attention, the experts of a
+    layer (whose attention's results wait for their own backward), the output layer. One of them at a time.
+    """
     tokens, hidden, size = shapes.tokens, hf["hidden_size"], shapes.param_bytes
-    heads = hf["num_attention_heads"] // grid.tp
-    parts: dict[str, int] = {}
-    if hf.has_indexer:
-        latent = hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
-        rows = min(tokens // grid.tp, 8192) if grid.tp > 1 else min(tokens, 8192)
-        parts["indexer scores"] = rows * shapes.stream * 4 if share.computing else 0
-        parts["absorbed queries and outputs"] = 2 * tokens * heads * latent * size
-        if grid.tp > 1 and shapes.core_axis == "queries":
-            width = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"] + hf["v_head_dim"]
-            parts["queries and outputs, exchanged"] = tokens * heads * width * size
-            up = hf["num_attention_heads"] * (hf["qk_nope_head_dim"] + hf["v_head_dim"]) * hf["kv_lora_rank"]
-            parts["whole key/value up-projection and its fp32 gradient"] = up * (size + 4)
-        parts["gradient of keys, fp32"] = shapes.stream * latent * 4
-    else:
-        width = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"] if hf.is_mla else hf.head_dim
-        parts["queries, keys, values, output"] = 4 * tokens * heads * width * size
+    states = {"hidden states of the layer": 4 * tokens // grid.tp * hidden * size}
+    attention, kept = (_sparse_core if hf.has_indexer else _dense_core)(hf, grid, shapes, backward=backward)
+    sets = [states | attention]
+    if hf.has_indexer and share.computing:
+        scores = min(SCORES_BYTES, tokens // grid.tp * shapes.stream * 4)
+        sets.append(states | {"queries": attention["queries"], "indexer scores": scores})
     if hf.num_experts:
-        inner = hf["moe_intermediate_size"]
-        routed = tokens // grid.tp * hf["num_experts_per_tok"] * (grid.etp or 1)
-        parts["routed tokens, in and out"] = 2 * routed * hidden * size
-        parts["expert intermediates"] = 3 * routed * inner * size
+        sets.append(states | kept | experts_parts(hf, grid, shapes, both_ways=backward))
     if share.has_head:
-        words = shapes.padded_vocab // grid.tp
-        tile = min(tokens, shapes.log_probs_chunk if shapes.log_probs_chunk > 0 else HEAD_ROWS) * min(HEAD_WORDS, words)
-        parts["rows before the output layer"] = tokens * hidden * size
-        parts["gradient of these rows, fp32 and rounded"] = tokens * hidden * (4 + size)
-        parts["logits of a tile, fp32"] = tile * 4
-        parts["gradient of these logits"] = tile * size
-        parts["gradient of the output layer"] = words * hidden * size
-    return parts
+        head = head_parts(hf, grid, shapes)
+        sets.append(head if backward else {name: count for name, count in head.items() if "gradient" not in name})
+    return sets
+
+
+def _sparse_core(hf: HfConfig, grid: Grid, shapes: TrainShapes, *, backward: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """(at its peak, what of it waits for backward): slime_plugins/models/glm5/attention.py step by step. A rank has as many
+    pairs of row and head by queries as by heads."""
+    size, up_heads = shapes.param_bytes, hf["num_attention_heads"]
+    pairs = shapes.tokens * up_heads // grid.tp * size
+    query, value = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"], hf["v_head_dim"]
+    latent, row = hf["kv_lora_rank"], hf["kv_lora_rank"] + hf["qk_rope_head_dim"]
+    exchanged = grid.tp > 1 and shapes.core_axis == "queries"
+    up = up_heads * (hf["qk_nope_head_dim"] + value) * latent if exchanged else 0
+    kept = {
+        "queries": pairs * query,
+        "absorbed queries": pairs * row,
+        "outputs over latents": pairs * latent,
+        "outputs": pairs * value,
+        "whole key/value up-projection": up * size,
+    }
+    if not backward:
+        # As projected, rotated, put together and, by queries, exchanged: all in use until the outputs are made.
+        return kept | {"queries": pairs * ((3 if exchanged else 2) * query + hf["qk_rope_head_dim"])}, kept
+    rows = shapes.tokens // (grid.tp if exchanged else 1)
+    core = {
+        "queries": pairs * query,
+        "absorbed queries and their gradient": 2 * pairs * row,
+        "outputs over latents, their gradient and its copy": 3 * pairs * latent,
+        "staged gradients of keys": min(STAGING_BYTES, rows * hf["index_topk"] * row * 2),
+        "keys, reordered, and their fp32 gradient": shapes.stream * row * (2 * size + 4),
+        "whole key/value up-projection and its fp32 gradient": up * (size + 4),
+    }
+    return core, kept
+
+
+def _dense_core(hf: HfConfig, grid: Grid, shapes: TrainShapes, *, backward: bool) -> tuple[dict[str, int], dict[str, int]]:
+    width = hf["qk_nope_head_dim"] + hf["qk_rope_head_dim"] if hf.is_mla else hf.head_dim
+    one = shapes.tokens * hf["num_attention_heads"] // grid.tp * width * shapes.param_bytes
+    kept = {"queries, keys, values, output": 4 * one}
+    return {"queries, keys, values, output and gradients": 8 * one} if backward else kept, kept
+
+
+def experts_parts(hf: HfConfig, grid: Grid, shapes: TrainShapes, *, both_ways: bool) -> dict[str, int]:
+    """Of one layer, with even routing. both_ways: values and their gradients."""
+    rows = shapes.tokens // grid.tp * hf["num_experts_per_tok"] * (grid.etp or 1) * shapes.param_bytes * (1 + both_ways)
+    return {
+        "routed tokens, in and out": 2 * rows * hf["hidden_size"],
+        "expert intermediates": 3 * rows * hf["moe_intermediate_size"],
+    }
+
+
+def head_parts(hf: HfConfig, grid: Grid, shapes: TrainShapes) -> dict[str, int]:
+    """Of the output layer and its loss, forward and backward together."""
+    tokens, hidden, size = shapes.tokens, hf["hidden_size"], shapes.param_bytes
+    words = shapes.padded_vocab // grid.tp
+    tile = min(tokens, shapes.log_probs_chunk if shapes.log_probs_chunk > 0 else HEAD_ROWS) * min(HEAD_WORDS, words)
+    return {
+        "rows before the output layer": tokens * hidden * size,
+        "gradient of these rows, fp32 and rounded": tokens * hidden * (4 + size),
+        "logits of a tile, fp32": tile * 4,
+        "gradient of these logits": tile * size,
+        "gradient of the output layer": words * hidden * size,
+    }
+
+
+def _largest(sets: list[dict[str, int]]) -> dict[str, int]:
+    return max(sets, key=lambda parts: sum(parts.values()))
 
 
 @dataclass(frozen=True)
@@ -170,8 +226,11 @@ def stage_memory(
     gpu_bytes: float,
     assumed: Assumed,
     shares_gpu: bool,
+    resumes: bool = True,
 ) -> StageMemory:
-    """All phases of one rank of a stage, in the order of an iteration. shares_gpu: trainer and engine own the GPU in turn."""
+    """All phases of one rank of a stage, in the order of an iteration. shares_gpu: trainer and engine own the GPU in turn.
+    resumes: from a checkpoint with optimizer state; moments are made by the first step otherwise.
+    """
     overhead = int(assumed.overhead_gb * GB)
     weights = share.parameters * shapes.param_bytes
     gradients = share.trained * shapes.grad_bytes
@@ -180,17 +239,17 @@ def stage_memory(
     kept = in_flight(share.stage, grid, shapes)
     stored = checkpointed_input(hf, grid, shapes) * share.stored_inputs * (1 if shapes.recompute else 16)
     holders = index_holder(hf, grid, shapes) * share.computing
-    moving = transients(hf, grid, shapes, share)
-    forward_only = {name: count for name, count in moving.items() if "gradient" not in name}
+    forward, backward = (_largest(working_sets(hf, grid, shapes, share, backward=way)) for way in (False, True))
     base = {"weights": weights, "optimizer on GPU": on_gpu, "overhead": overhead}
     if shares_gpu:
         base["sleeping engine"] = int(assumed.sleeping_engine_gb * GB)
     awake = {**base, "gradients": gradients}
+    loaded = on_gpu if resumes else on_gpu * (shapes.optimizer_bytes - 8) // shapes.optimizer_bytes
     phases = [
-        Phase("load", {**awake, "one layer being read": weights // max(len(share.layers), 1)}),
+        Phase("load", {**awake, "optimizer on GPU": loaded, "one layer being read": weights // max(len(share.layers), 1)}),
         Phase("hand-over", awake),
-        Phase("log-probs", {**awake, "index selection": holders, **forward_only}),
-        Phase("train", {**awake, "stored layer inputs": stored * kept, "index selection": holders * kept, **moving}),
+        Phase("log-probs", {**awake, "index selection": holders, **forward}),
+        Phase("train", {**awake, "stored layer inputs": stored * kept, "index selection": holders * kept, **backward}),
     ]
     # A trainer that owns its GPU alone keeps everything; otherwise gradients and optimizer are handed back before a sync.
     sync = {"weights": weights, "overhead": overhead} if shares_gpu else dict(awake)
@@ -209,7 +268,9 @@ def stage_memory(
             rollout["sleeping trainer"] = int(assumed.sleeping_trainer_gb * GB)
         phases.append(Phase("rollout", rollout))
     phases.append(Phase("checkpoint", {**awake, "staging of one shard": weights // max(len(share.layers), 1)}))
-    return StageMemory(share, tuple(phases), state if shapes.optimizer_on_host else 0)
+    on_host = state if shapes.optimizer_on_host else 0
+    written = share.dense * shapes.param_bytes // (grid.dp * grid.cp) + share.experts * shapes.param_bytes // grid.edp
+    return StageMemory(share, tuple(phases), on_host, on_host + state + written)
 
 
 def kv_bytes_per_token(hf: HfConfig, *, fp8: bool, tp: int = 1, drafts: bool = False) -> int:

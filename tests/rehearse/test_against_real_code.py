@@ -18,6 +18,7 @@ from slime.rehearse.shares import Grid, local_numel
 from slime.rehearse.stages import Cut, cut_layers
 from slime.rehearse.weight_map import build_weight_map, fp8_format
 from slime.weights.quantize import WireFormat
+from slime_plugins.models.glm5.ops import hopper_ops
 from tests.rehearse.recipes import Recipe, one_node
 
 CUTS = [
@@ -72,6 +73,10 @@ def test_layout_strings_are_read_as_megatron_core_reads_them(text: str) -> None:
 
 def test_tiles_of_logits_are_those_of_the_operator() -> None:
     assert (memory.HEAD_ROWS, memory.HEAD_WORDS) == (vocab_logprob.DEFAULT_ROWS, vocab_logprob.VOCAB_TILE)
+
+
+def test_bounds_of_the_sparse_operators_are_their_own() -> None:
+    assert (memory.STAGING_BYTES, memory.SCORES_BYTES) == (hopper_ops.STAGING_BYTES, hopper_ops.WORKSPACE_BYTES)
 
 
 def test_shards_have_the_sizes_of_the_models_own_rule() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slime.config.resolve_model import layout_string
+from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
 from slime.rehearse.cost import Rates, sync_bytes
 from slime.rehearse.flops import active_parameters, core, mean_selected, model_work
@@ -22,12 +23,14 @@ from slime.rehearse.memory import (
     EngineRank,
     TrainShapes,
     checkpointed_input,
+    experts_parts,
+    head_parts,
     in_flight,
     index_holder,
     kv_bytes_per_token,
     optimizer_bytes,
     stage_memory,
-    transients,
+    working_sets,
 )
 from slime.rehearse.shares import Grid, stage_shares
 from slime.rehearse.stages import Cut, balance, best_list, cut_layers, legal_first_last, stage_costs, wrong_starts
@@ -116,14 +119,56 @@ def test_activations_of_the_first_stage() -> None:
     by_heads = replace(SHAPES, core_axis="heads")
     assert index_holder(HF, GRID, by_heads) == 64 * 2**20 and index_holder(HF, GRID, by_heads) * 5 * 8 == 2.5 * 2**30
     assert index_holder(HF, GRID, SHAPES) == 16 * 2**20
-    last = transients(HF, GRID, SHAPES, stage_shares(TABLE, cut_layers(STOCK), GRID)[7])
-    assert last["gradient of keys, fp32"] == 65536 * 576 * 4 == 150_994_944
+    last = head_parts(HF, GRID, SHAPES)
     # Logits of 8192 rows and 38,720 words would be 1.27 GB in fp32; a tile of 4096 words is 134 MB, and half that its gradient.
     assert last["logits of a tile, fp32"] == 2 * last["gradient of these logits"] == 8192 * 4096 * 4 == 134_217_728
     assert last["rows before the output layer"] * 3 == last["gradient of these rows, fp32 and rounded"] == 8192 * 6144 * 6
     assert last["gradient of the output layer"] == 38720 * 6144 * 2
-    # Each tensor-parallel rank scores a quarter of the 8192 rows; scored by every rank they would be 2.1 GB.
-    assert last["indexer scores"] * 4 == 8192 * 65536 * 4 == 2_147_483_648
+
+
+def test_working_set_of_a_sparse_layer() -> None:
+    """One of 8 context-parallel ranks has 8192 rows, one of 4 tensor-parallel ranks 2048 of them with all 64 heads."""
+    shares = stage_shares(TABLE, cut_layers(STOCK), GRID)
+    core, indexer, experts = working_sets(HF, GRID, SHAPES, shares[0], backward=True)
+    pairs, bf16 = 2048 * 64, 2
+    assert core["absorbed queries and their gradient"] == 2 * pairs * 576 * bf16
+    assert core["outputs over latents, their gradient and its copy"] == 3 * pairs * 512 * bf16
+    assert core["staged gradients of keys"] == 2048 * 2048 * 576 * bf16 == 4_831_838_208
+    # Keys as they are and reordered in bf16, and their gradient in float32.
+    assert core["keys, reordered, and their fp32 gradient"] == 65536 * 576 * (2 + 2 + 4)
+    assert indexer["indexer scores"] == 1 << 28 < 2048 * 65536 * 4, "in pieces, whatever their number"
+    # What attention keeps for its own backward, then 16,384 routed rows of 6144 in and out, three of 2048, all with gradients.
+    kept = pairs * bf16 * (256 + 576 + 512 + 256) + 64 * (192 + 256) * 512 * bf16
+    routed = experts_parts(HF, GRID, SHAPES, both_ways=True)
+    assert sum(routed.values()) == 2 * 16_384 * bf16 * (2 * 6144 + 3 * 2048)
+    hidden = 4 * 2048 * 6144 * bf16
+    assert sum(experts.values()) == kept + sum(routed.values()) + hidden
+    by_heads = working_sets(HF, GRID, replace(SHAPES, core_axis="heads"), shares[0], backward=True)[0]
+    assert by_heads["staged gradients of keys"] == 5_000_000_000 and by_heads["queries"] == core["queries"]
+    last = working_sets(HF, GRID, SHAPES, shares[7], backward=False)[-1]
+    assert set(last) == {"rows before the output layer", "logits of a tile, fp32"}
+
+
+def test_the_tiny_run_on_one_h100_is_predicted() -> None:
+    """Peaks of live tensors that scripts/run-glm5.2-tiny.sh measured there, in its longest micro-batch of 14,912 tokens."""
+    from tools.make_tiny_checkpoint import PRESETS, glm_config
+    from tools.tiny_tokenizer import TokenizerFacts
+
+    measured = {"load": 4_191_205_376, "hand-over": 7_753_120_256, "log-probs": 11_880_366_080, "train": 19_532_266_496}
+    hf = HfConfig(glm_config(PRESETS["h200"].size, TokenizerFacts(320, (1,), 1)))
+    grid, table = Grid(world=1, tp=1, pp=1, cp=1, ep=1, etp=1), NameTable.for_model(hf, with_mtp=False)
+    (share,) = stage_shares(table, cut_layers(Cut(8, 1)), grid)
+    shapes = replace(
+        SHAPES, tokens=14_912, stream=14_912, optimizer_on_host=False, micro_batches=3, padded_vocab=320, log_probs_chunk=1024
+    )
+    told = dict(bucket_bytes=64 << 20, engine=None, gpu_bytes=80e9, assumed=Assumed(overhead_gb=0, sleeping_engine_gb=0))
+    found = stage_memory(share, hf, grid, shapes, **told, shares_gpu=True, resumes=False)
+    for phase, peak in measured.items():
+        assert found.phase(phase).total == pytest.approx(peak, rel=0.05), phase
+    # Written from main memory: 2 bytes of every weight and 12 of every trained one.
+    assert (found.host_optimizer, found.host_checkpoint) == (0, 2 * share.parameters + 12 * share.trained)
+    resumed = stage_memory(share, hf, grid, shapes, **told, shares_gpu=True)
+    assert resumed.phase("load").total - found.phase("load").total == 8 * share.trained
 
 
 def test_kv_cache_bytes() -> None:
@@ -163,8 +208,6 @@ def test_stock_split_is_61_percent_by_layers_and_less_by_flops() -> None:
 
 def test_best_list_is_what_trying_every_list_finds() -> None:
     from itertools import combinations
-
-    from slime.model.hf_config import HfConfig
 
     hf = HfConfig({**dict(HF), "num_hidden_layers": 18})
     work = model_work(NameTable.for_model(hf, with_mtp=False), hf, 65536)
