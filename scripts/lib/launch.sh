@@ -169,12 +169,16 @@ launch_ray_head() { # CLIENT-PORT AGENT-PORT METRICS-PORT ENVIRONMENT-PORT
 }
 
 wait_for_jobs_api() { # status 1 when the head ends before it answers
-    local second
-    for ((second = 0; second < ${RAY_START_TIMEOUT:-300}; second++)); do
+    local deadline=$((SECONDS + ${RAY_START_TIMEOUT:-300})) dashboard="$RAY_TEMP_DIR/session_latest/logs/dashboard.log" lacking
+    while ((SECONDS < deadline)); do
         kill -0 "$RAY_HEAD_PID" 2>/dev/null || return 1
         # The job server answers before this node has joined, and a head whose node does not join ends itself.
         if grep -q 'runtime started' "$RAY_TEMP_DIR/head.log" &&
             ray job list --address "$RAY_JOBS_URL" >/dev/null 2>"$RAY_TEMP_DIR/jobs-api.log"; then return 0; fi
+        if grep -qs 'http server disabled' "$dashboard"; then
+            lacking=$(grep -o 'No module named .*' "$dashboard" | sort -u | head -n 3 | paste -sd ';')
+            die "Ray runs without its job server, because packages of ray[default] are missing (${lacking:-see $dashboard}): run scripts/setup.sh, or install ray[default]"
+        fi
         sleep 1
     done
     tail -n 5 "$RAY_TEMP_DIR/head.log" "$RAY_TEMP_DIR/jobs-api.log" >&2 || true
