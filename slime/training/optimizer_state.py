@@ -2,7 +2,7 @@
 
 megatron-core's `fully_reshardable` gathers the whole buffer of a data-parallel group at once, on every rank: over NCCL three
 float32 arrays of its size on the GPU, and six in main memory. The experts on a GPU of the 744B recipe's last stage would take
-70 GB of it. Here each parameter is put together by itself, on the one rank that holds most of it, and a rank that holds all
+58 GB of it. Here each parameter is put together by itself, on the one rank that holds most of it, and a rank that holds all
 of it hands out what it has. Keys and values in the checkpoint are the same.
 """
 

@@ -468,11 +468,13 @@ def test_scripts_are_valid_bash(file: str):
 def test_a_ray_without_its_job_server_is_refused_in_seconds(tmp_path: Path):
     """The real Ray, with a package of ray[default] hidden: it starts, and nobody would ever answer at its job server."""
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['opentelemetry.exporter'] = None\n")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUM_GPUS": "1", "RAY_START_TIMEOUT": "200"}
+    temp = Path("/tmp") / f"slime-ray-none-{os.getpid()}"  # a socket's path may have 107 characters
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUM_GPUS": "1", "RAY_TEMP_DIR": str(temp)}
     outcome = subprocess.run(
         ["bash", "-c", f"set -euo pipefail; source {ROOT}/scripts/lib/launch.sh; start_ray_head"],
         env=environment, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
+    shutil.rmtree(temp)
     assert outcome.returncode == 1
     assert "packages of ray[default] are missing (No module named 'opentelemetry.exporter" in outcome.stderr
     assert "the Ray cluster of this run is stopped" in outcome.stderr
