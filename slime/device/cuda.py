@@ -92,11 +92,12 @@ class CudaDevice(Device):
         moved = sum(storage.nbytes() for storage in falling_asleep)
         for storage in falling_asleep:
             storage.resize_(0)
-        torch.cuda.empty_cache()
+        self.empty_cache()
         return SleepReport(moved, time.monotonic() - begin, "cuda: storages moved to pinned host memory")
 
     def wake(self) -> SleepReport:
         begin = time.monotonic()
+        torch.cuda.ipc_collect()
         for one in self._asleep.values():
             one.storage.resize_(one.nbytes)
             if one.kept is not None:
@@ -109,6 +110,9 @@ class CudaDevice(Device):
     def share(self, value: object) -> bytes:
         # Importing the reductions registers them with ForkingPickler; a CUDA tensor then becomes its IPC handle.
         import torch.multiprocessing.reductions  # noqa: F401
+
+        # A sender notices only here that receivers have let go of what it shared before; buckets would pile up until the end.
+        torch.cuda.ipc_collect()
 
         buffer = io.BytesIO()
         ForkingPickler(buffer).dump(value)
