@@ -6,40 +6,30 @@ of the float32 run, replayed (see model.replay).
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from model.parity import samples_of, whole_grads
+from gpu_ranks import run_processes
+from model.parity import StepResult, run_step, samples_of, whole_grads
 from model.replay import Choices
 
 from slime.model.hf_config import read_hf_config
 
 LENGTHS = ((300, 33, 1, 400), (3, 500, 20))
 TWO_GPUS = {"TP2": {"tp": 2}, "PP2, 2 + 3 layers": {"pp": 2, "first": 2}, "CP2": {"cp": 2}, "EP2": {"ep": 2}, "DP2": {}}
-RANK = Path(__file__).with_name("gpu_rank.py")
+Results = dict[str, tuple[StepResult, dict]]
+"""Layout -> (its step, experts chosen)."""
 
 
-def run(folder: Path, checkpoint: str, world: int, layouts: dict, *, gpu: bool, choices: Choices | None) -> list[dict]:
-    """[rank][layout] -> (StepResult, experts chosen), each rank in a process of its own."""
-    folder.mkdir()
+def steps_of(rank: int, world: int, checkpoint: str, layouts: dict[str, dict], replayed: Choices | None) -> Results:
     vocab = read_hf_config(checkpoint)["vocab_size"]
     micro_batches = [samples_of(40 + n, lengths, vocab) for n, lengths in enumerate(LENGTHS)]
-    job = dict(folder=checkpoint, world=world, store=str(folder / "store"), choices=choices, layouts=layouts)
-    torch.save(job | {"micro_batches": micro_batches}, folder / "JOB.pt")
-    environment = os.environ if gpu else {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(RANK), str(folder / "JOB.pt"), str(rank)], env=environment, stderr=subprocess.PIPE
-        )
-        for rank in range(world)
-    ]
-    errors = [rank.communicate(timeout=900)[1].decode()[-3000:] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(errors)
-    return [torch.load(folder / f"RESULT-{rank}.pt", weights_only=False) for rank in range(world)]
+    results = {}
+    for name, layout in layouts.items():
+        choices = replayed or Choices()
+        results[name] = (run_step(rank, world, checkpoint, micro_batches, choices, **layout), choices.experts)
+    return results
 
 
 class Measured:
@@ -47,16 +37,16 @@ class Measured:
 
     def __init__(self, checkpoint: str, folder: Path) -> None:
         self.checkpoint, self.hf, self.folder = checkpoint, read_hf_config(checkpoint), folder
-        (((self.float32, experts),),) = [
-            list(result.values()) for result in run(folder / "exact", checkpoint, 1, {"": {}}, gpu=False, choices=None)
-        ]
+        (alone,) = run_processes(1, steps_of, 1, checkpoint, {"": {}}, None, folder=folder / "exact", on_host=True)
+        self.float32, experts = alone[""]
         keys = {key: picked for key, (_, picked) in self.float32.indices.items()}
         self.choices, self.wanted = Choices(keys, experts, replays=True), whole_grads(self.hf, [self.float32])
 
     def distances(self, name: str, world: int, layouts: dict, *, gpu: bool) -> dict[str, tuple[float, float]]:
         """Layout -> (largest relative distance of a gradient, largest difference of a log-probability) in bf16."""
         rounded = {layout: {**values, "dtype": "bf16"} for layout, values in layouts.items()}
-        results = run(self.folder / name, self.checkpoint, world, rounded, gpu=gpu, choices=self.choices)
+        job = (world, self.checkpoint, rounded, self.choices)
+        results = run_processes(world, steps_of, *job, folder=self.folder / name, on_host=not gpu)
         found = {}
         for layout in layouts:
             steps = [result[layout][0] for result in results]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_ranks import run_processes
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
@@ -75,13 +76,24 @@ EP2 = dict(expert_model_parallel_size=2, expert_tensor_parallel_size=1)
 @pytest.mark.slow
 @pytest.mark.parametrize("world, layout", [(2, EP2), (3, {}), (1, {})], ids=["EP2", "DP3", "one rank"])
 def test_each_state_is_made_once_and_is_what_megatron_gathers(glm, world, layout):
-    ranks = run_ranks(world, both, glm, layout)
+    expect_once(run_ranks(world, both, glm, layout), has_experts_apart=bool(layout))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("layout", [EP2, {}], ids=["EP2", "DP2"])
+def test_over_nccl_it_is_the_same(glm, tmp_path, layout):
+    expect_once(run_processes(2, both, glm, layout, folder=tmp_path / "two"), has_experts_apart=bool(layout))
+
+
+def expect_once(ranks: list[Seen], *, has_experts_apart: bool) -> None:
     # Experts of EP2 have data-parallel groups of one rank: the same number is another parameter on the other rank.
     wanted = {(entry.key, key, entry.replica_id[:2]): entry for seen in ranks for key, entry in seen.theirs.items()}
     made = [(entry.key, key, entry.replica_id[:2]) for seen in ranks for key, entry in seen.ours.items()]
     assert sorted(set(made)) == sorted(wanted)
     repeated = {key for key, count in Counter(made).items() if count > 1}
-    assert all(".mlp.experts." in key[0] for key in repeated) and (layout or not repeated)
+    assert all(".mlp.experts." in key[0] for key in repeated) and (has_experts_apart or not repeated)
     for seen in ranks:
         for key, entry in seen.ours.items():
             assert torch.equal(entry.data, seen.theirs[key].data) and entry.key == seen.theirs[key].key, key
