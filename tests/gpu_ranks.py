@@ -25,13 +25,13 @@ def run_processes(
 ) -> list[Any]:
     """The results in rank order; an AssertionError with the end of every rank's output where one fails."""
     folder.mkdir(parents=True)
-    job = dict(path=sys.path, module=fn.__module__, function=fn.__name__, args=args, world=world, store=str(folder / "store"))
+    job = dict(module=fn.__module__, function=fn.__name__, args=args, world=world, store=str(folder / "store"))
     torch.save(job, folder / "JOB.pt")
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"} if on_host else {}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    if on_host:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rank)], env={**os.environ, **hidden}, stderr=subprocess.PIPE
-        )
+        subprocess.Popen([sys.executable, __file__, str(folder), str(rank)], env=environment, stderr=subprocess.PIPE)
         for rank in range(world)
     ]
     try:
@@ -44,10 +44,11 @@ def run_processes(
 
 
 def _main(folder: Path, rank: int) -> None:
-    job = torch.load(folder / "JOB.pt", weights_only=False)
-    sys.path[:] = job["path"]
+    from slime.compat.megatron import prepare
     from slime.device import get_device
 
+    prepare()  # before arguments are read, whose classes may want megatron-core
+    job = torch.load(folder / "JOB.pt", weights_only=False)
     device = get_device()
     device.init_process(rank)
     store = dist.FileStore(job["store"], job["world"])
@@ -59,6 +60,4 @@ def _main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    here = Path(__file__).parent
-    sys.path[:0] = [str(here), str(here.parent)]
     _main(Path(sys.argv[1]), int(sys.argv[2]))
