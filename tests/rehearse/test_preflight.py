@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -250,16 +250,30 @@ def test_bad_nodes_of_a_real_cluster_are_named(tmp_path: Path) -> None:
     assert list(shared.iterdir()) == [], "nothing is left behind"
 
 
+def _listening(port: int, patience: float = 240.0) -> socket.socket:
+    """A listener on `port` once no engine of another test has it. One that stays longer is a user's, and listens itself.
+
+    Without SO_REUSEADDR: with it we could listen where an engine only holds the port as yet, and that engine could not.
+    """
+    deadline = time.monotonic() + patience
+    held = socket.socket()
+    while time.monotonic() < deadline:
+        try:
+            held.bind(("", port))
+        except OSError:
+            time.sleep(0.1)
+        else:
+            held.listen(1)
+            break
+    return held
+
+
 @pytest.mark.slow
 def test_a_launcher_asks_its_own_cluster_and_stops_it(tmp_path: Path) -> None:
     """bash run-glm5.2-tiny.sh --preflight: one real Ray node on CPUs, with the engines' first port taken."""
     report = tmp_path / "report.json"
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and k not in ("RAY_ADDRESS", "SOCKET_IFNAME")}
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(OSError):  # then it is somebody else's
-            held.bind(("", FIRST_PORT))
-            held.listen(1)
+    with _listening(FIRST_PORT):
         child = subprocess.run(
             ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), "--preflight", "--json", str(report)],
             env={**env, "BASE_DIR": str(tmp_path), "PYTHON": sys.executable, "RAY_TEMP_DIR": f"/tmp/slime-pf-{os.getpid()}"},
@@ -272,7 +286,8 @@ def test_a_launcher_asks_its_own_cluster_and_stops_it(tmp_path: Path) -> None:
     told = json.loads(report.read_text())
     found = {one["what"]: one for one in told["findings"]}
     busy = found["ports are free: not on 1 of 1 nodes"]
-    assert busy["severity"] == "violation" and busy["values"].endswith(f": {FIRST_PORT}")
+    # The second port that is asked for may belong to an engine of another test.
+    assert busy["severity"] == "violation" and re.search(rf": {FIRST_PORT}(, {FIRST_PORT + 1})?$", busy["values"])
     bad = [what for what, one in found.items() if one["severity"] == "violation" and "room" not in what]
     assert bad == [busy["what"]] and found["no GPUs, as the run computes on CPUs"]["severity"] == "ok"
     assert found["shared folders are seen, written and renamed in"]["severity"] == "ok"
