@@ -1,4 +1,4 @@
-"""Rules for every test: one thread per process, `gpu` tests only where there is a CUDA device, floors importable."""
+"""Rules for every test: one thread per process, torch seeded, `gpu` tests only where there is a CUDA device, floors importable."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ for folder in (_TESTS, _TESTS.parent):
         sys.path.insert(0, str(folder))
 
 import pytest  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """torch's generator starts anew: what a test draws does not depend on the tests that this process ran before."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
