@@ -1,4 +1,4 @@
-"""Rules for every test: one thread per process, torch seeded, `gpu` tests only where there is a CUDA device, floors importable."""
+"""Rules for every test: one thread per process, torch seeded, `gpu` tests only where a CUDA device is, floors importable."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Ray's default is 15, which trainers and engines inherit: beside tests in a second process it leaves them little of a core.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 _TESTS = pathlib.Path(__file__).parent
 for folder in (_TESTS, _TESTS.parent):
