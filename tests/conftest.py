@@ -19,6 +19,30 @@ for folder in (_TESTS, _TESTS.parent):
 import pytest  # noqa: E402
 
 
+SERVERS = (
+    "tests/e2e/",
+    "tests/engine/",
+    "tests/launchers/",
+    "tests/ray/",
+    "tests/rollout/",
+    "tests/rehearse/test_preflight.py",
+)
+"""Tests that start engines, routers and Ray: they pick ports one after the other and wait for each other's answers."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Whole files to each process (`--dist loadfile`), and all that start servers to the same one, as if nobody ran beside
+    it."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ServersTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "servers" if nodeid.startswith(SERVERS) else super()._split_scope(nodeid)
+
+    return ServersTogether(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """torch's generator starts anew: what a test draws does not depend on the tests that this process ran before."""
