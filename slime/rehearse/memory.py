@@ -25,8 +25,8 @@ class Assumed:
     sleeping_trainer_gb: float = 4.0
     """What stays of a trainer that handed its memory back."""
     sleeping_engine_gb: float = 5.0
-    """What stays of an engine rank that handed its memory back: contexts, workspaces, communication buffers, graphs. 5.2 GB of one
-    H100 with SGLang 0.5.17, one rank and no graphs."""
+    """What stays of an engine rank that handed its memory back: contexts, workspaces, communication buffers, graphs. 5.2 GB on
+    one H100 with SGLang 0.5.17, one rank and no graphs."""
     engine_overhead_gb: float = 8.0
     """Context, DeepEP buffers, CUDA graphs, activations of an engine rank."""
     host_process_gb: float = 0.415

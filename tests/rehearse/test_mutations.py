@@ -159,8 +159,8 @@ FULL: dict[str, tuple[Edit, str]] = {
     "no recomputation at the same length": (drop("--recompute-granularity"), "in phase train"),
     "micro-batches sixteen times as long": (flag("--max-tokens-per-gpu", "131072"), "in phase train"),
     # By queries these fit: a rank then keeps a quarter of the index selections.
-    "micro-batches eight times as long, core by heads": (
-        lambda r: r.with_flag("--max-tokens-per-gpu", "65536").with_flag("--dsa-core-axis", "heads"),
+    "micro-batches ten times as long, core by heads": (
+        lambda r: r.with_flag("--max-tokens-per-gpu", "81920").with_flag("--dsa-core-axis", "heads"),
         "in phase train",
     ),
     "optimizer on the GPU": (
@@ -236,7 +236,7 @@ def test_a_legal_variant_passes(name: str, flagship: Recipe, tmp_path: Path) -> 
 def test_node_counts_that_would_fit(flagship: Recipe, tmp_path: Path) -> None:
     """32 nodes fit 80 GB, 8 only 141: four times the experts per GPU. 16 layers x 32 experts alone are 19.3 B x 6 bytes."""
     fits = {fit.nodes: fit for fit in run(flagship, tmp_path, quick=False).budget.fits}
-    assert fits[32].fits and (fits[32].cp, fits[32].ep) == (8, 32) and fits[32].peak_gb == pytest.approx(49.0, abs=0.1)
+    assert fits[32].fits and (fits[32].cp, fits[32].ep) == (8, 32) and fits[32].peak_gb == pytest.approx(54.2, abs=0.1)
     assert not fits[8].fits and (fits[8].cp, fits[8].ep) == (2, 8) and fits[8].peak_gb > 16 * 32 * 37_748_736 * 6 / 1e9
     larger = {fit.nodes: fit.fits for fit in run(flagship, tmp_path, quick=False, gpu_memory_gb=141).budget.fits}
     assert larger[8] and not larger[4]
