@@ -18,7 +18,6 @@ for folder in (_TESTS, _TESTS.parent):
 
 import pytest  # noqa: E402
 
-
 SERVERS = (
     "tests/e2e/",
     "tests/engine/",

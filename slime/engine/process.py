@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -187,6 +187,7 @@ class EngineProcess:
         self.ports = ports or take_engine_ports(self._book, prefill=spec.role == "prefill", dp_size=spec.dp_size)
         self.child = ChildProcess(f"engine {spec.label}", Path(log_path))
         self.notes: tuple[str, ...] = ()
+        self._stopped: float | None = None
 
     @property
     def url(self) -> str:
@@ -201,8 +202,11 @@ class EngineProcess:
     def start(self) -> None:
         """Returns when the process runs, not when it serves. Options are checked before anything starts.
 
-        After `stop` it may be called again: the new process has the same address, so nobody needs to be told.
+        After `stop` it may be called again: the new process has the same address, so nobody needs to be told. A prefill engine
+        waits until decode engines have noticed that it was gone: those that have not would send to its old buffers and wait.
         """
+        if self._stopped is not None and self.spec.role == "prefill":
+            time.sleep(max(0.0, self._stopped + seconds_until_missed(os.environ) - time.monotonic()))
         found = installed_version()
         plan = kinds.command(self.device_kind, self.spec, self.place, self.ports, capabilities(found))
         argv = typed_argv(plan.settings, option_table(found))
@@ -249,3 +253,12 @@ class EngineProcess:
     def stop(self) -> None:
         self._book.release()
         self.child.stop()
+        self._stopped = time.monotonic()
+
+
+def seconds_until_missed(environment: Mapping[str, str]) -> float:
+    """After which a decode engine has surely forgotten a prefill engine that is gone: SGLang asks at intervals, and forgets
+    after so many failures (sglang/srt/disaggregation/common/conn.py)."""
+    interval = max(float(environment.get("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL") or 5.0), 2.0)
+    failures = max(int(environment.get("SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE") or 2), 1)
+    return interval * failures + 1.0

@@ -264,8 +264,10 @@ def test_an_engine_started_again_serves_behind_the_same_router(pair, dead):
     if engine.is_alive():
         os.killpg(engine.child.pid, signal.SIGKILL)
     engine.stop()
-    died = engine.child.pid
+    died, stopped = engine.child.pid, time.monotonic()
     engine.start()
+    if dead == "prefill":
+        assert engine.child.started - stopped > 10, "its decode engine misses it after two heartbeats of 5 s"
     engine.wait_ready()
     assert engine.url == url and Path(f"{first_log}.{died}").stat().st_size > 0
     tokens = prompt(7, 60)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slime.engine.process import ChildProcess, EngineDied, EngineProcess, group_exists
+from slime.engine.process import ChildProcess, EngineDied, EngineProcess, group_exists, seconds_until_missed
 from slime.engine.spec import EngineSpec, NodePlacement
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -132,3 +132,9 @@ def test_an_address_of_another_machine_is_refused(tmp_path):
             log_path=tmp_path / "e.log",
             place=NodePlacement(0, "203.0.113.7", 0),
         )
+
+
+def test_a_prefill_engine_is_away_for_as_many_heartbeats_as_decode_engines_allow():
+    assert seconds_until_missed({}) == 2 * 5.0 + 1
+    own = {"SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "1", "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE": "3"}
+    assert seconds_until_missed(own) == 3 * 2.0 + 1, "SGLang asks every 2 s at the most"
