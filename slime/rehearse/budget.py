@@ -58,6 +58,10 @@ class Budget:
     caches: tuple[KvCache, ...]
     fits: tuple[Fit, ...]
     assumed: Mapping[str, float]
+    node_optimizer: int
+    """Bytes of optimizer state in main memory of the fullest node."""
+    node_checkpoint: int
+    """The same and the copies that wait for the disk, while a checkpoint is written."""
     measured: Measured | None = None
     comparisons: tuple[Comparison, ...] = ()
 
@@ -134,7 +138,16 @@ def check_memory(
     _judge_stages(stages, options.gpu_memory_gb, findings)
     caches = tuple(_judge_cache(reading, engines, rank, options.gpu_memory_gb, findings) for rank in ranks.values())
     fits = tuple(_node_counts(reading, shapes, assumed, options.gpu_memory_gb))
-    budget = Budget(stages, caches, fits, {item.name: getattr(assumed, item.name) for item in fields(assumed)})
+    cluster = config.cluster
+    nodes = (reading.grid.ranks_per_stage, cluster.actor_num_gpus_per_node, cluster.actor_num_nodes)
+    budget = Budget(
+        stages,
+        caches,
+        fits,
+        {item.name: getattr(assumed, item.name) for item in fields(assumed)},
+        node_optimizer=fullest_node([stage.host_optimizer for stage in stages], *nodes),
+        node_checkpoint=fullest_node([stage.host_checkpoint for stage in stages], *nodes),
+    )
     return _beside_measured(budget, reading, shares, shapes, engine, options, findings) if options.measured else budget
 
 
@@ -234,17 +247,14 @@ def _node_counts(reading: Reading, shapes: TrainShapes, assumed: Assumed, limit_
             for share in shares_of(parts, grid, padded_vocab=reading.config.model.padded_vocab_size)
         ]
         peak = max(stage.peak.total for stage in stages) / 1e9
-        host = host_bytes_per_node(stages, grid.ranks_per_stage, per_node, nodes) / 1e9
+        host = fullest_node([stage.host_optimizer for stage in stages], grid.ranks_per_stage, per_node, nodes) / 1e9
         found.append(Fit(nodes, cp, grid.dp, ep, peak, host, peak <= limit_gb))
     return found
 
 
-def host_bytes_per_node(
-    stages: Sequence[StageMemory], ranks_per_stage: int, gpus_per_node: int, nodes: int, *, at_checkpoint: bool = False
-) -> int:
-    """Optimizer state in main memory of the fullest node; at_checkpoint: and the copies that wait for the disk."""
-    sizes = [stage.host_checkpoint if at_checkpoint else stage.host_optimizer for stage in stages]
-    ranks = [sizes[rank // ranks_per_stage] for rank in range(nodes * gpus_per_node)]
+def fullest_node(per_rank: Sequence[int], ranks_per_stage: int, gpus_per_node: int, nodes: int) -> int:
+    """Bytes on the node whose ranks hold most. per_rank: of one rank of each stage."""
+    ranks = [per_rank[rank // ranks_per_stage] for rank in range(nodes * gpus_per_node)]
     return max(sum(ranks[node * gpus_per_node : (node + 1) * gpus_per_node]) for node in range(nodes))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from slime.config.resolve_model import layout_string
 from slime.engine.spec import EngineSpec
-from slime.rehearse.budget import Budget, host_bytes_per_node
+from slime.rehearse.budget import Budget
 from slime.rehearse.cost import rates_shown
 from slime.rehearse.result import Rehearsal
 from slime.rehearse.stages import Split
@@ -80,7 +80,10 @@ def _memory(done: Rehearsal) -> list[str]:
             f"{share.stage:5d}  {len(share.layers):6d}  {share.parameters / 1e9:8.3f}  {cells}  "
             f"{stage.host_optimizer * per_node / 1e9:12.0f}"
         )
-    lines.append(_checkpoint_line(done))
+    lines.append(
+        f"main memory of the fullest node: {done.budget.node_optimizer / 1e9:.0f} GB of optimizer, "
+        f"up to {done.budget.node_checkpoint / 1e9:.0f} GB while a checkpoint is written"
+    )
     for cache in done.budget.caches:
         batch = (
             f"; an engine of {cache.gpus} GPUs holds {cache.at_once:,} samples of {cache.longest:,}" if cache.longest else ""
@@ -95,13 +98,6 @@ def _memory(done: Rehearsal) -> list[str]:
         )
     lines.append("assumed: " + ", ".join(f"{name} {value:g}" for name, value in done.budget.assumed.items()))
     return lines
-
-
-def _checkpoint_line(done: Rehearsal) -> str:
-    cluster, per_stage = done.reading.config.cluster, done.reading.grid.ranks_per_stage
-    nodes = (cluster.actor_num_gpus_per_node, cluster.actor_num_nodes)
-    held, peak = (host_bytes_per_node(done.budget.stages, per_stage, *nodes, at_checkpoint=way) / 1e9 for way in (False, True))
-    return f"main memory of the fullest node: {held:.0f} GB of optimizer, up to {peak:.0f} GB while a checkpoint is written"
 
 
 def _measured(done: Rehearsal) -> list[str]:

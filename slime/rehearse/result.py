@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from slime.rehearse.budget import DEFAULT_LENGTH, Budget, check_memory, host_bytes_per_node, train_shapes
+from slime.rehearse.budget import DEFAULT_LENGTH, Budget, check_memory, train_shapes
 from slime.rehearse.cost import Cost, Rates, Shape, SyncBytes, predict, sync_bytes, with_rates
 from slime.rehearse.engine_checks import EnginePlan, check_engines
 from slime.rehearse.file_checks import check_files
@@ -133,9 +133,7 @@ def _cost(done: Rehearsal, length: int, sync: SyncBytes | None, shapes: TrainSha
         trainer_bytes_per_gpu=max(
             stage.share.parameters * shapes.param_bytes + stage.share.trained * shapes.grad_bytes for stage in stages
         ),
-        optimizer_bytes_per_node=host_bytes_per_node(
-            stages, grid.ranks_per_stage, config.cluster.actor_num_gpus_per_node, config.cluster.actor_num_nodes
-        ),
+        optimizer_bytes_per_node=done.budget.node_optimizer,
         checkpoint_bytes=saved,
         save_interval=config.checkpoint.save_interval if config.checkpoint.save else None,
     )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from slime.compat.megatron import prepare
 from slime.device import get_device
 from slime.training.memory import torch_optimizers
-from slime.training.optimizer_state import share_state_lean
+from slime.training.optimizer_state import put_state_together_by_parameter
 
 if TYPE_CHECKING:
     from slime.config import Config
@@ -171,7 +171,7 @@ def make_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) -
         }
     optimizer = get_megatron_optimizer(OptimizerConfig(**values, **dict(rules.megatron)), list(wrapped))
     for part in parts_of(optimizer):
-        share_state_lean(part)
+        put_state_together_by_parameter(part)
     return optimizer
 
 

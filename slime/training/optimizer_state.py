@@ -31,7 +31,7 @@ PREFIX = "optimizer.state"
 Sharded = ShardedTensor | ShardedTensorFactory
 
 
-def share_state_lean(optimizer: DistributedOptimizer) -> None:
+def put_state_together_by_parameter(optimizer: DistributedOptimizer) -> None:
     """From here on its `fully_reshardable` state is made parameter by parameter."""
     optimizer.sharded_param_state_fully_reshardable = functools.partial(param_state, optimizer)
 
