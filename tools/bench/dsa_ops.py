@@ -2,9 +2,10 @@
 
     python3 tools/bench/dsa_ops.py [--out FILE.json] [--only NAME ...] [--repeats N]
 
-Medians over random inputs, the L2 cache overwritten before each timed call. Prints a table with the floor of each row, and the
-goals; --out also writes it as JSON, which dsa_table.py prints again. Peers: FlashMLA (flash_mla or sgl_kernel), the cuDNN
-front-end's DSA backward (cudnn), DeepGEMM's FP8 scores (deep_gemm); an absent one is named with the reason.
+Medians over random inputs, the L2 cache overwritten before each timed call; meanwhile the call is queued, so that the device's
+time is measured and not Python's. Prints a table with the floor of each row, and the goals; --out also writes it as JSON, which
+dsa_table.py prints again. Peers: FlashMLA (flash_mla or sgl_kernel), the cuDNN front-end's DSA backward (cudnn), DeepGEMM's FP8
+scores (deep_gemm); an absent one is named with the reason.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Bench:
     def __init__(self, repeats: int):
         self.table = Table()
         self.repeats = repeats
-        self._l2 = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+        self._l2 = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")  # 0.5 ms and more to fill
 
     def time(self, call: Callable[[], object]) -> float:
         """Median milliseconds."""

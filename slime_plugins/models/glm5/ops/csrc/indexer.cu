@@ -4,9 +4,10 @@
 // 64 keys at a time from its own ring of shared-memory stages. The product is computed in two halves of 4 queries: while the sums over
 // heads of one half run, the other half's product does. Keys are the rows of the product and the queries' rows are so ordered that all heads
 // of a query lie in one thread's registers: a sum over heads needs no exchange between threads.
-// select_topk: one block per row. A first reading counts the scores by their upper 13 bits, which leaves few candidates for the threshold; a
-// second lists, in key order, what is above or a candidate; the rest happens on that list in shared memory. (Scores so alike that the
-// list overflows are read three more times instead.)
+// select_topk: one block per row. A sixteenth of the scores, counted by their upper 13 bits, tells above which value there are about 1.6
+// times as many as are wanted; one reading lists these, in key order, and the rest happens on that list in shared memory. Where the
+// sample misled (too few listed, or more than there is room for), and for short rows, the counts are of all scores: a second reading. (Scores so
+// alike that this list overflows too are read three more times instead.)
 #include "hopper.cuh"
 
 using namespace hopper;
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x
     copies_wait<0>();
 }
 
-constexpr int kThreads = 1024, kBins = 8192, kListed = 6144;
+constexpr int kThreads = 512, kBins = 8192, kListed = 6144;
 
 // Larger float -> larger unsigned; -0 and 0 are one value.
 __device__ __forceinline__ uint32_t ordered(float f) {
@@ -216,7 +217,7 @@ __device__ __forceinline__ uint32_t block_prefix(uint32_t value, uint32_t* space
     }
     if (lane == 31) space[warp] = sum;
     __syncthreads();
-    uint32_t of_warp = space[lane];
+    uint32_t of_warp = lane < kThreads / 32 ? space[lane] : 0;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
         const uint32_t other = __shfl_up_sync(0xffffffffu, of_warp, offset);
@@ -255,16 +256,113 @@ __global__ void __launch_bounds__(kThreads, 2) select_topk(const float* scores, 
         for (int i = threadIdx.x; i < topk; i += kThreads) picked[i] = i < count ? start + i : -1;
         return;
     }
+    // Thread i owns kOwn bins from the top down; the bin where the running count reaches `wanted_of` the total is the threshold's.
+    constexpr int kOwn = kBins / kThreads;
+    auto find_bin = [&](auto wanted_of) {
+        const uint32_t* const top = bins + kBins - 1 - threadIdx.x * kOwn;
+        uint32_t sum = 0, total;
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) sum += top[-i];
+        uint32_t before = block_prefix(sum, space, &total) - sum;
+        const uint32_t wanted = wanted_of(total);
+        if (before < wanted && before + sum >= wanted) {
+#pragma unroll
+            for (int i = 0; i < kOwn; ++i) {
+                const uint32_t here = top[-i];
+                if (before < wanted && before + here >= wanted)
+                    found[0] = kBins - 1 - (threadIdx.x * kOwn + i), found[1] = wanted - before, found[2] = here;
+                before += here;
+            }
+        }
+        __syncthreads();
+    };
+    // Lists what is at least `lowest`, in key order, as far as there is room; returns how many there are.
+    auto list_from = [&](float lowest) {
+        uint32_t done = 0;
+        // A warp takes 512 scores at a time, a thread four runs of 4 among them. The counts of the four runs are the bytes of one word.
+        const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+        auto load = [&](int at) { return at < end ? __ldcs(reinterpret_cast<const float4*>(scores + at)) : float4{0.f, 0.f, 0.f, 0.f}; };
+        int at = (start & ~3) + warp * 512 + lane * 4;
+        float4 next[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) next[r] = load(at + r * 128);
+        uint32_t* buffer = space;
+        for (int begin = start & ~3; begin < end; begin += kThreads * 16, at += kThreads * 16) {
+            float4 now[4];
+#pragma unroll
+            for (int r = 0; r < 4; ++r) now[r] = next[r], next[r] = load(at + kThreads * 16 + r * 128);
+            uint32_t hits = 0;
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                hits |= (now[r].x >= lowest ? 1u : 0u) << (4 * r) | (now[r].y >= lowest ? 2u : 0u) << (4 * r) |
+                        (now[r].z >= lowest ? 4u : 0u) << (4 * r) | (now[r].w >= lowest ? 8u : 0u) << (4 * r);
+            }
+            const int first = at - lane * 4;
+            if (first < start || first + 511 >= end) {  // the same for a whole warp
+#pragma unroll
+                for (int i = 0; i < 16; ++i) {
+                    const int key = at + i / 4 * 128 + i % 4;
+                    if (key < start || key >= end) hits &= ~(1u << i);
+                }
+            }
+            const uint32_t mine = __popc(hits & 0xf) | __popc(hits & 0xf0) << 8 | __popc(hits & 0xf00) << 16 | __popc(hits & 0xf000) << 24;
+            uint32_t until = mine;  // no byte exceeds 128
+#pragma unroll
+            for (int offset = 1; offset < 32; offset *= 2) {
+                const uint32_t other = __shfl_up_sync(0xffffffffu, until, offset);
+                if (lane >= offset) until += other;
+            }
+            const uint32_t runs = __shfl_sync(0xffffffffu, until, 31);
+            const uint32_t of_runs[4] = {runs & 0xff, runs >> 8 & 0xff, runs >> 16 & 0xff, runs >> 24};
+            if (lane == 0) buffer[warp] = of_runs[0] + of_runs[1] + of_runs[2] + of_runs[3];
+            __syncthreads();
+            uint32_t of_warps = lane < kThreads / 32 ? buffer[lane] : 0;
+#pragma unroll
+            for (int offset = 1; offset < kThreads / 32; offset *= 2) {
+                const uint32_t other = __shfl_up_sync(0xffffffffu, of_warps, offset);
+                if (lane >= offset) of_warps += other;
+            }
+            uint32_t to = done + (warp ? __shfl_sync(0xffffffffu, of_warps, warp - 1) : 0);
+            done += __shfl_sync(0xffffffffu, of_warps, kThreads / 32 - 1);
+            buffer = buffer == space ? space + 16 : space;  // the next step writes the other half: one barrier per step is enough
+            const uint32_t before = until - mine;
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                // Few threads have a hit and hardly one has two: a loop over hits, not a branch per score.
+                uint32_t place = to + (before >> (8 * r) & 0xff);
+                for (uint32_t left = hits >> (4 * r) & 0xf; left; left &= left - 1, ++place) {
+                    const int i = __ffs(left) - 1;
+                    const float low_pair = i & 1 ? now[r].y : now[r].x, high_pair = i & 1 ? now[r].w : now[r].z;
+                    if (place < kListed) list[place] = at + r * 128 + i, list_score[place] = ordered(i & 2 ? high_pair : low_pair);
+                }
+                to += of_runs[r];
+            }
+        }
+        __syncthreads();  // `space` serves other counts next
+        return done;
+    };
     uint32_t prefix = 0, wanted = topk;  // the threshold's bits so far; how many of the values with these bits are taken
     uint32_t listed = 0;                 // > 0: the list holds all that can still be taken
-    for (int round = 0; round < 3; ++round) {
-        const int shift = round == 0 ? 19 : round == 1 ? 6 : 0, bits = round == 2 ? 6 : 13, above = round == 0 ? 32 : round == 1 ? 19 : 6;
+    // Round -1: pieces of 16 scores, one in 16 of all, tell where a list of about `aim` begins. Whether it holds enough and not too many
+    // is known when it is made; if not, the threshold's upper bits are counted as without it.
+    const float aim = 0.93f * sqrtf(static_cast<float>(topk) * kListed);
+    const bool sampled = count >= 16384 && 2 * topk <= kListed && aim >= 800.f;
+    for (int round = sampled ? -1 : 0; round < 3; ++round) {
+        const int shift = round <= 0 ? 19 : round == 1 ? 6 : 0, bits = round == 2 ? 6 : 13, above = round <= 0 ? 32 : round == 1 ? 19 : 6;
         for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
         __syncthreads();
-        if (listed) {
+        if (round < 0) {
+            for (int at = (start & ~3) + static_cast<int>(threadIdx.x) / 4 * 256 + (threadIdx.x & 3) * 4; at < end; at += kThreads / 4 * 256) {
+                const float4 v = __ldcg(reinterpret_cast<const float4*>(scores + at));
+                const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (at + i >= start && at + i < end) atomicAdd(&bins[ordered(values[i]) >> 19], 1u);
+            }
+        } else if (listed) {
             for (uint32_t i = threadIdx.x; i < listed; i += kThreads) {
                 const uint32_t u = list_score[i];
-                if ((u >> above) == (prefix >> above)) atomicAdd(&bins[(u >> shift) & ((1u << bits) - 1)], 1u);
+                if (round == 0 || (u >> above) == (prefix >> above)) atomicAdd(&bins[(u >> shift) & ((1u << bits) - 1)], 1u);
             }
         } else {
             for_each_score(scores, start, end, [&](const float4 v, int at) {
@@ -283,51 +381,24 @@ __global__ void __launch_bounds__(kThreads, 2) select_topk(const float* scores, 
             });
         }
         __syncthreads();
-        // Thread i owns the 8 bins from the top down; the bin where the running count reaches `wanted` is the threshold's.
-        uint32_t own[8], sum = 0, total;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) own[i] = bins[kBins - 1 - (threadIdx.x * 8 + i)], sum += own[i];
-        uint32_t before = block_prefix(sum, space, &total) - sum;
-        if (before < wanted && before + sum >= wanted) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if (before < wanted && before + own[i] >= wanted) {
-                    found[0] = kBins - 1 - (threadIdx.x * 8 + i), found[1] = wanted - before, found[2] = own[i];
-                }
-                before += own[i];
-            }
+        find_bin([&](uint32_t total) {
+            return round < 0 ? max(1u, static_cast<uint32_t>(aim / static_cast<float>(count) * static_cast<float>(total))) : wanted;
+        });
+        uint32_t lowest = found[0] << shift, candidates = 0;
+        if (round >= 0) {
+            prefix |= lowest, wanted = found[1], lowest = prefix;
+            candidates = topk - wanted + found[2];  // everything above, and all that share the threshold's upper bits
         }
         __syncthreads();
-        prefix |= found[0] << shift, wanted = found[1];
-        const uint32_t candidates = topk - wanted + found[2];  // everything above, and all that share the threshold's upper bits
-        __syncthreads();
-        if (round == 0 && candidates <= kListed && prefix >= 0x00800000u && prefix < 0xff800000u) {  // not among NaN: those do not compare
-            uint32_t done = 0;
-            const float lowest = from_ordered(prefix);  // all bits below the upper ones are 0
-            for_each_score(scores, start, end, [&](const float4 v, int at) {
-                const float values[4] = {v.x, v.y, v.z, v.w};
-                bool listed_here[4];
-                uint32_t mine = 0, total;
-                if (at >= start && at + 3 < end) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) listed_here[i] = values[i] >= lowest;
-                } else {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) listed_here[i] = at + i >= start && at + i < end && values[i] >= lowest;
-                }
-#pragma unroll
-                for (int i = 0; i < 4; ++i) mine += listed_here[i];
-                uint32_t to = done + block_prefix(mine, space, &total) - mine;
-                if (mine) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        if (listed_here[i]) list[to] = at + i, list_score[to++] = ordered(values[i]);
-                }
-                done += total;
-            });
-            listed = done;
-            if (done != candidates)  // NaN among the row's own scores: the rest of the row must still be defined
-                for (int i = threadIdx.x; i < topk; i += kThreads) picked[i] = -1;
+        if (round <= 0 && !listed && candidates <= kListed && lowest >= 0x00800000u && lowest < 0xff800000u) {  // not among NaN: those do not compare
+            const uint32_t done = list_from(from_ordered(lowest));  // all bits below the upper ones are 0
+            if (round == 0) {
+                listed = done;
+                if (done != candidates)  // NaN among the row's own scores: the rest of the row must still be defined
+                    for (int i = threadIdx.x; i < topk; i += kThreads) picked[i] = -1;
+            } else if (done >= static_cast<uint32_t>(topk) && done <= kListed) {
+                listed = done;
+            }
             __syncthreads();
         }
     }

@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
         for (int block = 0; block < blocks; ++block) {
             const uint64_t keys_at = beyond(keys_operand, (block & 1) * kStageBytes);
             barrier_sync(1, kThreads);
+            publish_to_wgmma();  // for all who copied keys: here no stores or copies of this thread's own are under way
             float s[32];
             wgmma_begin();
 #pragma unroll
@@ -168,7 +169,6 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
         publish_to_wgmma();
         barrier_arrive(4, kThreads);  // this thread's part of Q
         copies_wait<1>();
-        publish_to_wgmma();
         if (blocks > 0) barrier_arrive(1, kThreads);
 
         const uint64_t p_operand = operand(base + kP), values_operand = operand(base + kK + side * 4 * kTileBytes);
@@ -177,9 +177,6 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
         for (int i = 0; i < 128; ++i) o[i] = 0.f;
         for (int block = 0; block < blocks; ++block) {
             barrier_sync(2, kThreads);
-            copies_wait<0>();
-            publish_to_wgmma();
-            if (block + 1 < blocks) barrier_arrive(1, kThreads);
             const float low = rescale[row], high = rescale[row + 8];
             if (__any_sync(0xffffffffu, low != 1.f || high != 1.f)) {
 #pragma unroll
@@ -193,6 +190,8 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
                 if (step & 1) wgmma_commit();
             }
             wgmma_wait<1>();
+            copies_wait<0>();  // the next keys: waited for here, since P V does not need them
+            if (block + 1 < blocks) barrier_arrive(1, kThreads);
             barrier_sync(6 + side, 128);  // all four warps of this side have read their columns of the first 32 keys
             fetch(block + 2, 0);
             wgmma_wait<0>();
