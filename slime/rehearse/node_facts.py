@@ -10,6 +10,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import time
 import uuid
 from collections import Counter
@@ -63,6 +64,8 @@ class NodeFacts:
     python: str
     unreachable: Mapping[str, str] = field(default_factory=dict)
     """Other node's name -> the error of connecting to it."""
+    unloadable: Mapping[str, str] = field(default_factory=dict)
+    """Python module -> the error of importing it."""
 
     @property
     def address(self) -> str:
@@ -80,6 +83,8 @@ class Wanted:
     ib_devices: tuple[str, ...]
     paths: tuple[str, ...]
     ports: tuple[int, ...]
+    modules: tuple[str, ...] = ()
+    """Python modules that the engines import only when they come up."""
 
 
 def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts:
@@ -98,7 +103,22 @@ def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts
         proxies={name: os.environ[name] for name in PROXIES + NO_PROXY if os.environ.get(name)},
         packages={name: _version(name) for name in PACKAGES},
         python=platform.python_version(),
+        unloadable={name: error for name in wanted.modules if (error := import_error(name))},
     )
+
+
+def import_error(module: str) -> str:
+    """What importing it after torch ends with, in a process of its own; "" where it works.
+
+    Torch comes first in an engine too: it loads the CUDA libraries of its version, which the module may need and not bring.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", f"import torch, {module}"], capture_output=True, text=True, timeout=60
+        )
+    except subprocess.TimeoutExpired:
+        return "the import took more than 60 s"
+    return "" if done.returncode == 0 else (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -294,6 +314,14 @@ def _questions(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[_Question]:
     ]
     if wanted.gpus_per_node:
         questions.append(_Question("GPU memory free", _memory_problem, "end what else uses the GPUs (nvidia-smi names it)"))
+    if wanted.modules:
+        questions.append(
+            _Question(
+                f"{', '.join(wanted.modules)} can be imported",
+                lambda node: "; ".join(f"{module}: {error}" for module, error in node.unloadable.items()),
+                "run scripts/setup.sh there; a shared library that is missing is of another CUDA version or a system package",
+            )
+        )
     if len(nodes) > 1:
         questions.append(
             _Question(

@@ -25,6 +25,8 @@ ANSWER_SECONDS = 120.0
 """A node that says nothing for so long is named as silent."""
 JOIN_SECONDS = 60.0
 INTERFACE_VARIABLES = ("SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+TRANSFER_MODULES = {"mooncake": "mooncake.engine", "mooncake_tcp": "mooncake.engine"}
+"""Transfer backend of a prefill/decode pair -> what its engines import. SGLang names any failure of that "not installed"."""
 
 
 def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = False) -> Wanted:
@@ -35,6 +37,8 @@ def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = 
     config = reading.config
     cluster = config.cluster
     devices = str(config.engine.sglang.get("disaggregation_ib_device", ""))
+    paired = any(group.worker_type == "prefill" for model in config.engine.groups for group in model.server_groups)
+    transfer = str(config.engine.sglang.get("disaggregation_transfer_backend", "mooncake"))
     folders = {
         str(Path(path).parent)
         for path in (config.checkpoint.hf_checkpoint, config.checkpoint.save, config.checkpoint.load, config.data.prompt_data)
@@ -47,6 +51,7 @@ def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = 
         ib_devices=tuple(name for name in re.split(r"[,\s]+", devices) if name and not name.startswith("{")),
         paths=tuple(sorted(folders)),
         ports=(FIRST_PORT, FIRST_PORT + 1),
+        modules=(TRANSFER_MODULES[transfer],) if paired and transfer in TRANSFER_MODULES else (),
     )
 
 

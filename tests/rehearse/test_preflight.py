@@ -19,6 +19,8 @@ import pytest
 from slime.engine.ports import FIRST_PORT
 from slime.rehearse.findings import Findings
 from slime.rehearse.node_facts import Gpu, NodeFacts, Wanted, clock_offset, gather, judge, rdma_devices, reach, try_shared
+from slime.rehearse.preflight import wanted_of
+from slime.rehearse.reading import read
 from tests.rehearse.recipes import ROOT
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "580.1", 81559, 81000)
@@ -37,7 +39,7 @@ GOOD = NodeFacts(
     {"torch": "2.13.0", "ray": "2.60.0"},
     "3.11.9",
 )
-WANTED = Wanted(4, 8, "eth0", ("mlx5_100", "mlx5_101"), ("/shared",), (15000,))
+WANTED = Wanted(4, 8, "eth0", ("mlx5_100", "mlx5_101"), ("/shared",), (15000,), ("mooncake.engine",))
 
 FAULTS: dict[str, tuple[Callable[[NodeFacts], NodeFacts], str]] = {
     "a GPU fell off": (lambda n: replace(n, gpus=n.gpus[:7]), "7 GPUs, wanted 8"),
@@ -63,6 +65,10 @@ FAULTS: dict[str, tuple[Callable[[NodeFacts], NodeFacts], str]] = {
     ),
     "package": (lambda n: replace(n, packages={**n.packages, "torch": "2.12.0"}), "torch 2.12.0, the others 2.13.0"),
     "python": (lambda n: replace(n, python="3.12.1"), "python 3.12.1, the others 3.11.9"),
+    "a library of another CUDA": (
+        lambda n: replace(n, unloadable={"mooncake.engine": "ImportError: libcudart.so.12: cannot open"}),
+        "mooncake.engine: ImportError: libcudart.so.12",
+    ),
     "firewall": (lambda n: replace(n, unreachable={"10.0.0.1": "timed out"}), "10.0.0.1: timed out"),
 }
 
@@ -86,7 +92,7 @@ def test_a_fault_is_found_and_its_node_named(name: str) -> None:
 def test_sound_nodes_pass_and_a_missing_one_is_counted() -> None:
     findings = Findings()
     judge(cluster(lambda node: node), WANTED, findings)
-    assert findings.launchable and len(findings.items) == 13
+    assert findings.launchable and len(findings.items) == 14
     covered = {"http_proxy": "http://p:8080", "no_proxy": "localhost,10.0.0.0/8"}
     findings = Findings()
     judge(cluster(lambda node: replace(node, proxies=covered)), WANTED, findings)
@@ -126,13 +132,31 @@ def test_facts_of_this_machine(tmp_path: Path) -> None:
         held.bind(("", 0))
         held.listen(1)
         port = held.getsockname()[1]
-        facts = gather("127.0.0.1", replace(WANTED, paths=(str(tmp_path), "/no/such/folder"), ports=(port,)), {})
+        wanted = replace(WANTED, paths=(str(tmp_path), "/no/such/folder"), ports=(port,), modules=("json", "slime.nowhere"))
+        facts = gather("127.0.0.1", wanted, {})
+        assert facts.unloadable == {"slime.nowhere": "ModuleNotFoundError: No module named 'slime.nowhere'"}
         assert facts.busy_ports == (port,) and facts.interfaces["lo"] == "127.0.0.1" and facts.packages["ray"] != "-"
         assert facts.shared[str(tmp_path)] == "" and "No such file" in facts.shared["/no/such/folder"]
         assert reach({"a": ("127.0.0.1", port)}) == {}
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
     assert reach({"a": ("127.0.0.1", port)}, timeout=1.0).keys() == {"a"}
     assert "not visible" in try_shared(str(tmp_path), str(tmp_path / "seed"))
+
+
+@pytest.mark.parametrize(
+    "flags, modules",
+    [
+        ((), ()),
+        (("--prefill-num-servers", "1"), ("mooncake.engine",)),
+        (("--prefill-num-servers", "1", "--sglang-disaggregation-transfer-backend", "nixl"), ()),
+    ],
+    ids=["one kind of engine", "prefill and decode", "by something else"],
+)
+def test_only_a_prefill_and_decode_pair_wants_the_library_that_moves_kv(
+    flags: tuple[str, ...], modules: tuple[str, ...]
+) -> None:
+    run = ("--colocate", "--actor-num-gpus-per-node", "8", "--hf-checkpoint", "/no/model", "--rollout-batch-size", "8")
+    assert wanted_of(read([*run, *flags], Findings()), {}).modules == modules
 
 
 def test_a_clock_is_compared_by_the_quickest_answer(monkeypatch: pytest.MonkeyPatch) -> None:
