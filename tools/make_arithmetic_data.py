@@ -107,25 +107,32 @@ def prompt_row(problem: Problem, *, task: str, index: int, part: str, before: st
     }
 
 
-def sft_row(problem: Problem, *, answer: str, boxed: bool = True) -> dict[str, object]:
+def sft_row(problem: Problem, *, answer: str, boxed: bool = True, before: str = "") -> dict[str, object]:
     return {
         "messages": [
-            {"role": "user", "content": problem.question},
+            {"role": "user", "content": before + problem.question},
             {"role": "assistant", "content": f"\\boxed{{{answer}}}" if boxed else answer},
         ],
         "label": problem.answer,
     }
 
 
-def sft_rows(problems: list[Problem], *, label_noise: float, plain_share: float, seed: int) -> list[dict[str, object]]:
-    """A share `label_noise` of the answers is another problem's, and a share `plain_share` is given without the box."""
-    generator = random.Random(f"noise/{seed}")
+def sft_rows(
+    problems: list[Problem], *, label_noise: float, plain_share: float, seed: int, examples: int = 0
+) -> list[dict[str, object]]:
+    """A share `label_noise` of the answers is another problem's, and a share `plain_share` is given without the box.
+
+    Before a question stand 0 to `examples` solved ones, so that the model has seen every position that a prompt of train has.
+    """
+    generator, lengths = random.Random(f"noise/{seed}"), random.Random(f"lengths/{seed}")
     answers = sorted({problem.answer for problem in problems})
+    solved = list(dict.fromkeys(problems))
     rows = []
-    for problem in problems:
+    for number, problem in enumerate(problems):
+        before = preamble(solved, lengths.randint(0, examples), seed=f"examples/{seed}/sft/{number}")
         noisy = generator.random() < label_noise
         answer = generator.choice(answers) if noisy else problem.answer
-        rows.append(sft_row(problem, answer=answer, boxed=generator.random() >= plain_share))
+        rows.append(sft_row(problem, answer=answer, boxed=generator.random() >= plain_share, before=before))
     return rows
 
 
@@ -151,7 +158,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--wordings", type=int, default=2, choices=range(1, len(WORDINGS) + 1))
     parser.add_argument(
-        "--examples", type=int, default=0, help="solved problems before each question of train and eval, for long prompts"
+        "--examples",
+        type=int,
+        default=0,
+        help="solved problems before each question of train and eval, for long prompts; in sft any number up to that",
     )
     parser.add_argument("--label-noise", type=float, default=0.0, help="share of wrong answers in sft.jsonl, 0 to 1")
     parser.add_argument(
@@ -179,7 +189,8 @@ def main(argv: list[str] | None = None) -> None:
         _write(args.output / f"{part}.jsonl", made)
     if args.sft:
         warm = draw(train, args.sft, seed=f"sft/{args.seed}")
-        rows = sft_rows(warm, label_noise=args.label_noise, plain_share=args.plain_share, seed=args.seed)
+        how = {"label_noise": args.label_noise, "plain_share": args.plain_share, "examples": args.examples}
+        rows = sft_rows(warm, **how, seed=args.seed)
         _write(args.output / "sft.jsonl", rows)
 
 

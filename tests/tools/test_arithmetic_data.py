@@ -50,6 +50,19 @@ def test_the_sft_answer_is_what_the_grader_wants_and_noise_is_the_share_asked_fo
     assert sum(bool(grade_math(answer, label)) for answer, label in answers) == 500 - len(plain)
 
 
+def test_the_warm_start_sees_prompts_of_every_length_up_to_those_of_training(tmp_path):
+    tool.main(["--output", str(tmp_path), "--train", "40", "--eval", "8", "--sft", "200", "--examples", "12"])
+    solved = re.compile(r"(\d) plus (\d)\D+(\d+)\. ")  # the question itself has no answer behind it
+    counts = {"train": Counter(), "sft": Counter()}
+    for name, count in counts.items():
+        for row in rows(tmp_path / f"{name}.jsonl"):
+            shown = solved.findall(question(row))
+            assert all(int(a) + int(b) == int(answer) for a, b, answer in shown)
+            count[len(shown)] += 1
+    assert set(counts["train"]) == {12} and set(counts["sft"]) == set(range(13)), "all equally often: none is rare"
+    assert max(counts["sft"].values()) < 40
+
+
 def test_the_prompt_file_reads_as_dapo_math_17k_does(tmp_path):
     tool.main(["--output", str(tmp_path), "--train", "4"])
     sample = read_prompts(str(tmp_path / "train.jsonl"), PromptFormat(input_key="prompt", label_key="label"))[0]
