@@ -13,18 +13,17 @@ SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 source "${SCRIPT_DIR}/lib/launch.sh"
 
 # Without a GPU two device slots are declared, and the CPU answers for both. With GPUs the head sizes are those that the kernels accept
-# and prompts are longer than the 2048 keys that sparse attention keeps; its eight times wider layers learn at a tenth of the rates. The
-# rest is the same.
+# and prompts are longer than the 2048 keys that sparse attention keeps; layers eight times as wide learn at a tenth of the rates. The rest
+# is the same.
+TRANSFER=mooncake # a CPU engine takes its TCP half, and says so
 NUM_DEVICES=$({ nvidia-smi -L 2>/dev/null || true; } | { grep -c '^GPU ' || true; })
 if ((NUM_DEVICES == 0)); then
    export GLM52_TINY=cpu NUM_GPUS=2 LOGICAL_GPUS=1
    # Sequences have about 24 tokens, three times the keys that sparse attention keeps.
    TINY_MODEL=(--index-topk 8) DATA_ARGS=() MAX_TOKENS=512 PROMPTS=32 SFT_BATCH=64 SFT_LR=3e-3 RL_LR=5e-4
-   TRANSFER=mooncake # a CPU engine takes its TCP half, and says so
 else
    export GLM52_TINY=h200 NUM_GPUS="${NUM_GPUS:-$((NUM_DEVICES > 1 ? 2 : 1))}"
    TINY_MODEL=() DATA_ARGS=(--examples 120) MAX_TOKENS=16384 PROMPTS=16 SFT_BATCH=32 SFT_LR=3e-4 RL_LR=5e-5
-   TRANSFER=mooncake
    compgen -G '/sys/class/infiniband/*' >/dev/null || TRANSFER=mooncake_tcp # no RDMA device
 fi
 source "${SCRIPT_DIR}/models/glm5.2-tiny.sh"

@@ -118,18 +118,14 @@ def sft_row(problem: Problem, *, answer: str, boxed: bool = True, before: str = 
 
 
 def sft_rows(
-    problems: list[Problem], *, label_noise: float, plain_share: float, seed: int, examples: int = 0
+    problems: list[Problem], texts: list[str], *, label_noise: float, plain_share: float, seed: int
 ) -> list[dict[str, object]]:
-    """A share `label_noise` of the answers is another problem's, and a share `plain_share` is given without the box.
-
-    Before a question stand 0 to `examples` solved ones, so that the model has seen every position that a prompt of train has.
-    """
-    generator, lengths = random.Random(f"noise/{seed}"), random.Random(f"lengths/{seed}")
+    """texts: what stands before each question. A share `label_noise` of the answers is another problem's, and a share
+    `plain_share` is given without the box."""
+    generator = random.Random(f"noise/{seed}")
     answers = sorted({problem.answer for problem in problems})
-    solved = list(dict.fromkeys(problems))
     rows = []
-    for number, problem in enumerate(problems):
-        before = preamble(solved, lengths.randint(0, examples), seed=f"examples/{seed}/sft/{number}")
+    for problem, before in zip(problems, texts, strict=True):
         noisy = generator.random() < label_noise
         answer = generator.choice(answers) if noisy else problem.answer
         rows.append(sft_row(problem, answer=answer, boxed=generator.random() >= plain_share, before=before))
@@ -189,8 +185,10 @@ def main(argv: list[str] | None = None) -> None:
         _write(args.output / f"{part}.jsonl", made)
     if args.sft:
         warm = draw(train, args.sft, seed=f"sft/{args.seed}")
-        how = {"label_noise": args.label_noise, "plain_share": args.plain_share, "examples": args.examples}
-        rows = sft_rows(warm, **how, seed=args.seed)
+        lengths = random.Random(f"lengths/{args.seed}")  # so that the model has seen every position that a prompt of train has
+        counts = [lengths.randint(0, args.examples) for _ in warm]
+        texts = [preamble(train, count, seed=f"examples/{args.seed}/sft/{i}") for i, count in enumerate(counts)]
+        rows = sft_rows(warm, texts, label_noise=args.label_noise, plain_share=args.plain_share, seed=args.seed)
         _write(args.output / "sft.jsonl", rows)
 
 

@@ -25,6 +25,7 @@ ANSWER_SECONDS = 120.0
 """A node that says nothing for so long is named as silent."""
 JOIN_SECONDS = 60.0
 INTERFACE_VARIABLES = ("SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+TRANSFER_OPTION = "disaggregation_transfer_backend"
 TRANSFER_MODULES = {"mooncake": "mooncake.engine", "mooncake_tcp": "mooncake.engine"}
 """Transfer backend of a prefill/decode pair -> what its engines import. SGLang names any failure of that "not installed"."""
 
@@ -37,8 +38,12 @@ def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = 
     config = reading.config
     cluster = config.cluster
     devices = str(config.engine.sglang.get("disaggregation_ib_device", ""))
-    paired = any(group.worker_type == "prefill" for model in config.engine.groups for group in model.server_groups)
-    transfer = str(config.engine.sglang.get("disaggregation_transfer_backend", "mooncake"))
+    transfers = {
+        group.overrides.get(TRANSFER_OPTION, config.engine.sglang.get(TRANSFER_OPTION, "mooncake"))
+        for model in config.engine.groups
+        for group in model.server_groups
+        if group.worker_type in ("prefill", "decode")
+    }
     folders = {
         str(Path(path).parent)
         for path in (config.checkpoint.hf_checkpoint, config.checkpoint.save, config.checkpoint.load, config.data.prompt_data)
@@ -51,7 +56,7 @@ def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = 
         ib_devices=tuple(name for name in re.split(r"[,\s]+", devices) if name and not name.startswith("{")),
         paths=tuple(sorted(folders)),
         ports=(FIRST_PORT, FIRST_PORT + 1),
-        modules=(TRANSFER_MODULES[transfer],) if paired and transfer in TRANSFER_MODULES else (),
+        modules=tuple({TRANSFER_MODULES[name]: None for name in transfers if name in TRANSFER_MODULES}),
     )
 
 

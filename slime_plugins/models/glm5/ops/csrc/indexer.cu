@@ -196,6 +196,7 @@ __global__ void __launch_bounds__(kGroups * 128, 1) score(const ScoreArguments x
 }
 
 constexpr int kThreads = 512, kBins = 8192, kListed = 6144;
+static_assert(kThreads / 32 <= 16, "list_from keeps two steps' counts per warp in 32 places");
 
 // Larger float -> larger unsigned; -0 and 0 are one value.
 __device__ __forceinline__ uint32_t ordered(float f) {
@@ -344,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 2) select_topk(const float* scores, 
     uint32_t prefix = 0, wanted = topk;  // the threshold's bits so far; how many of the values with these bits are taken
     uint32_t listed = 0;                 // > 0: the list holds all that can still be taken
     // Round -1: pieces of 16 scores, one in 16 of all, tell where a list of about `aim` begins. Whether it holds enough and not too many
-    // is known when it is made; if not, the threshold's upper bits are counted as without it.
+    // is known when it is made; if not, the threshold's upper bits are counted as without it. Of short rows and lists the sample knows too little.
     const float aim = 0.93f * sqrtf(static_cast<float>(topk) * kListed);
     const bool sampled = count >= 16384 && 2 * topk <= kListed && aim >= 800.f;
     for (int round = sampled ? -1 : 0; round < 3; ++round) {
