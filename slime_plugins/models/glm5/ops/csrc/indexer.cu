@@ -1,5 +1,10 @@
 // The indexer for Hopper: score[i, j] = key_scale_j * sum over 32 heads of gate[i, h] * relu(q[i, h] . k[j]), then the top-k of each row.
 //
+// In:  q [t, 32, 128] and k [T, 128] in bf16, or both as e4m3 codes, with q's scale folded into the gates and k's in key_scale [T];
+//      gates [t, 32] float32. Row i looks at the keys starts[i] .. ends[i] - 1.
+// Out: picked [t, topk] int32, positions ascending, -1 behind the last; of equal scores the lowest positions win.
+// Between the two kernels: scores [t, stride] float32. The caller gives as many rows at a time as its workspace holds (hopper_ops._index_topk).
+//
 // scores: one block holds 8 queries (8 x 32 heads = 256 columns of the product) and walks through keys; each of its two warpgroups takes
 // 64 keys at a time from its own ring of shared-memory stages. The product is computed in two halves of 4 queries: while the sums over
 // heads of one half run, the other half's product does. Keys are the rows of the product and the queries' rows are so ordered that all heads
