@@ -53,6 +53,9 @@ class ParallelConfig:
     dsa_index_scoring: Literal["params", "fp8"] = "params"
     """How the indexer multiplies queries by keys: in the type of the parameters, or as SGLang's engine does on a GPU, with
     both rounded to FP8 (e4m3, one float32 scale per vector), so that the trainer selects the keys that generation selected."""
+    dsa_attention_forward: Literal["ours", "flashmla"] = "ours"
+    """Whose kernel computes sparse attention's output on a Hopper GPU: this project's, the faster one, or that of an installed
+    FlashMLA (flash_mla or sgl_kernel). The backward is this project's either way; a CPU computes with torch."""
     dsa_send_indices: bool = False
     """Sparse attention's selected keys travel with the hidden states to the next pipeline stage, which may then start on a
     layer that shares them; off, every stage must start on a layer that computes its own."""

@@ -59,6 +59,7 @@ PARALLEL = {
     "dsa_core_axis": "queries",
     "dsa_move_cost": 20480,
     "dsa_index_scoring": "params",
+    "dsa_attention_forward": "ours",
     "dsa_send_indices": False,
 }
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

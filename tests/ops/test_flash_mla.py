@@ -35,13 +35,14 @@ def test_the_base_of_the_logarithm_is_found_and_any_number_of_heads_and_keys_is_
     _, forward, finding = flash_mla.choose({"a": missing, "b": lambda: kernel_with(unit)}, CPU)
     assert finding == f"FlashMLA of b, {base} lse, agrees with the reference"
     for heads, keys in ((5, 70), (64, 128), (80, 1)):
-        q, kv = torch.randn(4, heads, 576).bfloat16(), torch.randn(90, 576).bfloat16()
+        q, kv = torch.randn(4, heads, 576), torch.randn(90, 576)
         indices = torch.randint(-1, 90, (4, keys)).int()
         indices[2] = -1
         out, lse = forward(q, kv, indices, 0.1)
         want, want_lse = torch_ops.sparse_mla(q, kv, indices, scale=0.1, v_dim=512)
-        assert torch.equal(out, want) and out.is_contiguous()
-        torch.testing.assert_close(lse, want_lse)
+        assert out.is_contiguous()
+        # Close and not equal: a product of 64 heads may be cut otherwise than one of 5.
+        torch.testing.assert_close((out, lse), (want, want_lse))
         assert lse[2].isneginf().all()
 
 

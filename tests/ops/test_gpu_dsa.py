@@ -84,10 +84,45 @@ def test_sparse_mla_forward_and_backward(hopper, t, heads, keys, k, holes, store
     assert torch.equal(grad_kv[~listed], torch.zeros_like(grad_kv[~listed]))
 
 
-def test_sparse_mla_through_autograd_with_the_chosen_operators():
+@pytest.mark.parametrize("heads,k", [(64, 640), (16, 330), (100, 128)])
+def test_forward_of_more_rows_than_multiprocessors_whose_lists_end_anywhere(hopper, heads, k):
+    """A block takes one row after the other; the next row's keys, Q and length arrive while it works on this one."""
+    rows = 700
+    q, kv, reference_kv, indices, _, _ = attention_inputs(rows, heads, 3000, k, 0.2)
+    lengths = torch.randint(0, k + 1, (rows, 1), device="cuda")
+    indices[torch.arange(k, device="cuda") >= lengths] = -1
+    want, want_lse = torch_ops.sparse_mla(q.float(), reference_kv, indices, scale=SCALE, v_dim=512)
+    for _ in range(3):
+        poison()
+        out, lse = hopper.sparse_mla_forward(q, kv, indices, SCALE)
+        assert error(out, want) < 4e-3
+        torch.testing.assert_close(lse, want_lse, rtol=0, atol=1e-4)
+        empty = (indices < 0).all(1)
+        assert empty.any() and torch.equal(out[empty], torch.zeros_like(out[empty]))
+
+
+def test_forward_whose_later_keys_score_higher_and_higher(hopper):
+    """The running maximum is raised again and again, by both warpgroups."""
+    q, kv, _, indices, _, _ = attention_inputs(200, 64, 4000, 1024, 0.0)
+    kv = (torch.randn(4000, 576, device="cuda") * torch.linspace(0, 4, 4000, device="cuda")[:, None]).bfloat16()
+    indices = indices.sort(dim=1).values
+    want, want_lse = torch_ops.sparse_mla(q.float(), kv.float(), indices, scale=SCALE, v_dim=512)
+    assert want_lse[5:].mean() > 12  # in nats: the slack of 8 in log2 is passed
+    out, lse = hopper.sparse_mla_forward(q, kv, indices, SCALE)
+    assert error(out, want) < 6e-3
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("whose", ["ours", "flashmla"])
+def test_sparse_mla_through_autograd_with_the_chosen_operators(whose):
+    device = torch.device("cuda", torch.cuda.current_device())
+    if whose == "flashmla" and flash_mla.find(device)[1] is None:
+        with pytest.raises(RuntimeError, match="--dsa-attention-forward flashmla: no FlashMLA: flash_mla: "):
+            get_ops("cuda", whose)
+        return
     q, kv, reference_kv, indices, grad, _ = attention_inputs(40, 64, 900, 256, 0.2)
     q.requires_grad_(), kv.requires_grad_()
-    out, _ = get_ops("cuda").sparse_mla(q, kv, indices, scale=SCALE, v_dim=512)
+    out, _ = get_ops("cuda", whose).sparse_mla(q, kv, indices, scale=SCALE, v_dim=512)
     out.backward(grad)
     q_ref, kv_ref = q.detach().float().requires_grad_(), reference_kv.requires_grad_()
     torch_ops.sparse_mla(q_ref, kv_ref, indices, scale=SCALE, v_dim=512)[0].backward(grad.float())

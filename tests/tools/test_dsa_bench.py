@@ -16,7 +16,7 @@ def table(**more):
         Row(*dsa_table.COPY, 2.0, bytes=8e9),
         Row(*dsa_table.PRODUCT, 1.25, flops=1e12),
         Row(dsa_table.FORWARD, "FlashMLA kernel", 1.0, flops=0.4e12, bytes=4e8),
-        Row(dsa_table.FORWARD, "as chosen (get_ops)", more.get("chosen", 1.0), flops=0.4e12, bytes=4e8),
+        Row(dsa_table.FORWARD, "as chosen", more.get("chosen", 1.0), flops=0.4e12, bytes=4e8),
         Row(dsa_table.BACKWARD, "cuDNN front-end", None, note="ImportError: none"),
         Row(dsa_table.INDEXER, "ours FP8", 1.6, flops=1.6e12, fp8=True),
         Row(dsa_table.INDEXER, "ours bf16", 2.0, flops=1.6e12),

@@ -3,14 +3,15 @@
     python3 tools/bench/dsa_ops.py [--out FILE.json] [--only NAME ...] [--repeats N]
 
 Medians over random inputs, the L2 cache overwritten before each timed call; meanwhile the call is queued, so that the device's
-time is measured and not Python's. Prints a table with the floor of each row, and the goals; --out also writes it as JSON, which
-dsa_table.py prints again. Peers: FlashMLA (flash_mla or sgl_kernel), the cuDNN front-end's DSA backward (cudnn), DeepGEMM's FP8
-scores (deep_gemm); an absent one is named with the reason.
+time is measured and not Python's. The versions of the attention forward take turns. Prints a table with the floor of each row,
+and the goals; --out also writes it as JSON, which dsa_table.py prints again. Peers: FlashMLA (flash_mla or sgl_kernel), the
+cuDNN front-end's DSA backward (cudnn), DeepGEMM's FP8 scores (deep_gemm); an absent one is named with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import pathlib
 import statistics
@@ -37,24 +38,30 @@ class Bench:
         self.repeats = repeats
         self._l2 = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")  # 0.5 ms and more to fill
 
-    def time(self, call: Callable[[], object]) -> float:
-        """Median milliseconds."""
-        for _ in range(2):
+    def time(self, *calls: Callable[[], object]) -> list[float]:
+        """Median milliseconds of each. They take turns: a warm card is slower, and should be so for all."""
+        for call in calls * 2:
             call()
-        times = []
+        times = [[] for _ in calls]
         for _ in range(self.repeats):
-            self._l2.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        return statistics.median(times)
+            for call, measured in zip(calls, times, strict=True):
+                self._l2.zero_()
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                call()
+                end.record()
+                torch.cuda.synchronize()
+                measured.append(start.elapsed_time(end))
+        return [statistics.median(measured) for measured in times]
 
     def add(self, operator: str, version: str, call: Callable[[], object], **figures) -> None:
         """Times `call`; figures: the other fields of Row."""
-        self.table.rows.append(Row(operator, version, self.time(call), **figures))
+        self.add_by_turns(operator, {version: call}, **figures)
+
+    def add_by_turns(self, operator: str, versions: dict[str, Callable[[], object]], **figures) -> None:
+        """Times calls that do the same, a row each."""
+        for version, milliseconds in zip(versions, self.time(*versions.values()), strict=True):
+            self.table.rows.append(Row(operator, version, milliseconds, **figures))
 
     def absent(self, operator: str, version: str, why: str) -> None:
         self.table.rows.append(Row(operator, version, None, note=why))
@@ -97,15 +104,17 @@ def sparse_mla(bench: Bench) -> None:
     pairs = QUERIES * HEADS * TOPK
     read = q.nbytes + kv.nbytes + indices.nbytes
     forward = {"flops": 2 * pairs * (576 + 512), "bytes": read + out.nbytes + lse.nbytes}
-    bench.add(FORWARD, "ours", lambda: hopper_ops.sparse_mla_forward(q, kv, indices, SCALE), **forward)
-    kernel, _, finding = flash_mla.find(q.device)
+    chosen, (kernel, _, finding) = get_ops("cuda").sparse_mla, flash_mla.find(q.device)
     if kernel is None:
         bench.absent(FORWARD, "FlashMLA kernel", finding)
-    else:
-        kv3, indices3 = kv[:, None], indices[:, None]
-        bench.add(FORWARD, "FlashMLA kernel", lambda: kernel(q, kv3, indices3, SCALE), **forward, note=finding)
-    chosen = get_ops("cuda").sparse_mla
-    bench.add(FORWARD, "as chosen (get_ops)", lambda: chosen(q, kv, indices, scale=SCALE, v_dim=512), **forward)
+    for order, lists in (("", indices), (", ascending lists", indices.sort(dim=1).values)):
+        versions = {
+            "ours" + order: functools.partial(hopper_ops.sparse_mla_forward, q, kv, lists, SCALE),
+            "as chosen" + order: functools.partial(chosen, q, kv, lists, scale=SCALE, v_dim=512),
+        }
+        if kernel is not None:
+            versions["FlashMLA kernel" + order] = functools.partial(kernel, q, kv[:, None], lists[:, None], SCALE)
+        bench.add_by_turns(FORWARD, versions, **forward)
 
     backward = {
         "flops": 2 * pairs * (576 + 512 + 576 + 576 + 512),

@@ -142,8 +142,13 @@ FORWARD, BACKWARD, INDEXER, MILLION = (
 )
 LOG_PROB = "linear log-prob"
 GOALS = (
-    Goal(FORWARD, "as chosen (get_ops)", "<= FlashMLA's kernel", _of_row(FORWARD, "FlashMLA kernel", 1.0)),
-    Goal(FORWARD, "ours", "our own kernel <= FlashMLA's", _of_row(FORWARD, "FlashMLA kernel", 1.0)),
+    Goal(FORWARD, "as chosen", "<= FlashMLA's kernel", _of_row(FORWARD, "FlashMLA kernel", 1.0)),
+    Goal(
+        FORWARD,
+        "as chosen, ascending lists",
+        "ascending lists: <= FlashMLA's kernel",
+        _of_row(FORWARD, "FlashMLA kernel, ascending lists", 1.0),
+    ),
     Goal(BACKWARD, "ours, staged (default)", "<= 5 ms", _milliseconds(5.0)),
     Goal(INDEXER, "ours FP8", "FP8 scores and top-k <= 1.5 ms", _milliseconds(1.5)),
     Goal(INDEXER, "ours bf16", "bf16 scores and top-k <= 3 ms", _milliseconds(3.0)),

@@ -54,6 +54,7 @@ class SparseLatentAttention(LatentAttention):
     rows, and the only copy of their indices. "heads": a rank has its heads of all rows, and a copy of every index.
     move_cost: of slime_plugins.models.glm5.balance.deal_rows, for the indexer's rows.
     index_scoring: "params" or "fp8", the operator index_topk or index_topk_fp8.
+    attention_forward: of get_ops.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class SparseLatentAttention(LatentAttention):
         core_axis: str = "queries",
         move_cost: int = -1,
         index_scoring: str = "params",
+        attention_forward: str = "ours",
         **kwargs: object,
     ) -> None:
         super().__init__(config, layer_number, shape, **kwargs)
@@ -73,7 +75,7 @@ class SparseLatentAttention(LatentAttention):
         self.rows_are_split = self.tp_size > 1 and config.sequence_parallel
         self.by_queries = self.rows_are_split and core_axis == "queries"
         self.move_cost, self.sharing_group = move_cost, kwargs["pg_collection"].tp_cp
-        self.index_scoring = index_scoring
+        self.index_scoring, self.attention_forward = index_scoring, attention_forward
         if self.runs_indexer:
             self.wq_b = DuplicatedLinear(shape.q_latent, indexer.heads * indexer.width, config=config)
             self.wk = DuplicatedLinear(config.hidden_size, indexer.width, config=config)
@@ -119,7 +121,7 @@ class SparseLatentAttention(LatentAttention):
         w_key, w_value = up.view(-1, shape.nope + shape.value, shape.kv_latent).split([shape.nope, shape.value], dim=1)
         nope, rope = query.split([shape.nope, shape.rope_width], dim=-1)
         query = torch.cat([torch.einsum("thn,hnl->thl", nope, w_key), rope], dim=-1)
-        ops = get_ops(query.device.type)
+        ops = get_ops(query.device.type, self.attention_forward)
         out, _ = ops.sparse_mla(query, keys, indices, scale=shape.scale, v_dim=shape.kv_latent)
         return torch.einsum("thl,hvl->thv", out, w_value)
 
@@ -143,7 +145,7 @@ class SparseLatentAttention(LatentAttention):
         keys; where contexts are long some rows are scored by a rank with shorter ones.
         """
         index, mine = self.indexer_shape, self._slice(stream)
-        ops = get_ops(hidden.device.type)
+        ops = get_ops(hidden.device.type, self.attention_forward)
         index_topk = ops.index_topk_fp8 if self.index_scoring == "fp8" else ops.index_topk
         flat = hidden.squeeze(1)
         query = self.wq_b(self.linear_q_up_proj.normalised(query_latent).squeeze(1)).view(-1, index.heads, index.width)

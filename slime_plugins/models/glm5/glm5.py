@@ -76,6 +76,7 @@ def _layer_spec(args: object, config: MLATransformerConfig, hf: HfConfig, layer:
             "core_axis": args.dsa_core_axis,
             "move_cost": args.dsa_move_cost,
             "index_scoring": args.dsa_index_scoring,
+            "attention_forward": args.dsa_attention_forward,
             "contiguous_cp": True,
         },
     )

@@ -33,14 +33,18 @@ class Ops:
 
 
 @functools.cache
-def get_ops(device_type: str) -> Ops:
-    """The operators for tensors on `device_type` ("cpu", "cuda"); chosen at the first call, logged, the same afterwards."""
-    ops = _choose(device_type)
+def get_ops(device_type: str, attention_forward: str = "ours") -> Ops:
+    """The operators for tensors on `device_type` ("cpu", "cuda"); chosen at the first call, logged, the same afterwards.
+
+    attention_forward: "ours", or "flashmla" for an installed FlashMLA's kernel where ours could run; RuntimeError, with what
+    was tried, where no package serves.
+    """
+    ops = _choose(device_type, attention_forward)
     logger.info("DSA operators: %s", ops.reason)
     return ops
 
 
-def _choose(device_type: str) -> Ops:
+def _choose(device_type: str, attention_forward: str) -> Ops:
     if device_type != "cuda":
         return Ops(
             sparse_mla=torch_ops.sparse_mla,
@@ -67,13 +71,20 @@ def _choose(device_type: str) -> Ops:
 
     from slime_plugins.models.glm5.ops import flash_mla, hopper_ops
 
-    _, forward, finding = flash_mla.find(torch.device("cuda", torch.cuda.current_device()))
+    forward, whose = None, "all of sparse attention"
+    if attention_forward == "flashmla":
+        _, forward, finding = flash_mla.find(torch.device("cuda", torch.cuda.current_device()))
+        if forward is None:
+            raise RuntimeError(
+                f"--dsa-attention-forward flashmla: {finding}. Install sgl-flash-mla (or the sglang-kernel of SGLang 0.5.17), "
+                "or leave the flag out: this project's kernel needs no package"
+            )
+        whose = f"sparse attention's backward, its forward by {finding}"
     return Ops(
         sparse_mla=functools.partial(hopper_ops.sparse_mla, flash_mla=forward),
         index_topk=hopper_ops.index_topk,
         index_topk_fp8=hopper_ops.index_topk_fp8,
         rope_interleaved=triton_ops.rope_interleaved,
         rms_norm=triton_ops.rms_norm,
-        reason=f"Hopper CUDA kernels, attention forward by {'FlashMLA' if forward else 'our kernel'} ({finding}), "
-        "Triton for RoPE and norm",
+        reason=f"our Hopper kernels for the indexer and {whose}, Triton for RoPE and norm",
     )

@@ -1,4 +1,4 @@
-"""DSA operators on Hopper: CUDA C++ kernels of this folder (csrc/), FlashMLA's forward where it is installed.
+"""DSA operators on Hopper: CUDA C++ kernels of this folder (csrc/), and FlashMLA's forward where it is asked for.
 
 Same signatures and results as torch_ops, up to 16-bit rounding. A shape or dtype that the kernels do not take (a tiny model's)
 goes to torch_ops: `takes_sparse_mla` and `takes_index_topk` say which.
@@ -100,9 +100,10 @@ def sparse_mla_forward(q: Tensor, kv: Tensor, indices: Tensor, scale: float) -> 
     t, heads, _ = q.shape
     out = q.new_empty(t, heads, DV)
     lse = torch.empty(t, heads, dtype=torch.float32, device=q.device)
+    taken = torch.empty(1, dtype=torch.int32, device=q.device)
     with torch.cuda.device(q.device):
         library = _library("sparse_mla_fwd")
-        cuda_build.call(library.sparse_mla_forward, q, kv, indices, out, lse, t, heads, indices.shape[1], float(scale))
+        cuda_build.call(library.sparse_mla_forward, q, kv, indices, out, lse, taken, t, heads, indices.shape[1], float(scale))
     return out, lse
 
 
