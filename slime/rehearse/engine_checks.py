@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from slime.engine.kinds import DEFAULT_TRANSFER
 from slime.engine.plan import Slots, _engine
 from slime.engine.spec import EngineSpec
 from slime.engine.versions import TABLE, capabilities, installed_version, option_table, translate, typed_argv
@@ -380,12 +381,14 @@ def _check_pair(by_label: Mapping[tuple[str, str], EngineSpec], findings: Findin
             values="; ".join(wrong),
             fix="give both groups the same values",
         )
-        transfer = _text(prefill, "disaggregation_transfer_backend") or "mooncake"
+        transfer, receives = (
+            _text(engine, "disaggregation_transfer_backend") or DEFAULT_TRANSFER for engine in (prefill, decode)
+        )
         devices = _text(prefill, "disaggregation_ib_device")
-        if transfer != (_text(decode, "disaggregation_transfer_backend") or "mooncake"):
+        if transfer != receives:
             findings.violation(
                 "engines",
-                f"{model}: prefill sends by {transfer}, decode receives by {_text(decode, 'disaggregation_transfer_backend')}",
+                f"{model}: prefill sends by {transfer}, decode receives by {receives}",
                 "",
                 "give both the same backend",
             )

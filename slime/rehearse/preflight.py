@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from slime.engine.kinds import DEFAULT_TRANSFER
 from slime.engine.ports import FIRST_PORT
 from slime.rehearse.findings import Findings
 from slime.rehearse.node_facts import NodeFacts, Wanted, clock_offset, gather, judge, listen, reach
@@ -39,7 +40,7 @@ def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = 
     cluster = config.cluster
     devices = str(config.engine.sglang.get("disaggregation_ib_device", ""))
     transfers = {
-        group.overrides.get(TRANSFER_OPTION, config.engine.sglang.get(TRANSFER_OPTION, "mooncake"))
+        group.overrides.get(TRANSFER_OPTION, config.engine.sglang.get(TRANSFER_OPTION, DEFAULT_TRANSFER))
         for model in config.engine.groups
         for group in model.server_groups
         if group.worker_type in ("prefill", "decode")

@@ -150,6 +150,18 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
         yaml("deepep_mode: auto", "deepep_mode: auto\n          kv_cache_dtype: bf16"),
         "prefill and decode differ on the KV cache",
     ),
+    "KV awaited by another than the default": (
+        lambda r: r.without("--sglang-disaggregation-transfer-backend").with_yaml(
+            "deepep_mode: low_latency", "deepep_mode: low_latency\n          disaggregation_transfer_backend: nixl"
+        ),
+        "prefill sends by mooncake, decode receives by nixl",
+    ),
+    "KV sent by another than the flag's": (
+        lambda r: r.with_flag("--sglang-disaggregation-transfer-backend", "nixl").with_yaml(
+            "deepep_mode: auto", "deepep_mode: auto\n          disaggregation_transfer_backend: mooncake"
+        ),
+        "prefill sends by mooncake, decode receives by nixl",
+    ),
     "draft tokens 4": (flag("--sglang-speculative-num-draft-tokens", "4"), "a chain of 4 steps has 5 tokens, not 4"),
     "two-batch overlap": (flag("--sglang-enable-two-batch-overlap"), "two-batch overlap is refused"),
     "flag that slime sets": (flag("--sglang-port", "30000"), "--sglang-port is set by slime itself"),
