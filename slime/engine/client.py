@@ -34,6 +34,10 @@ class EngineError(RuntimeError):
         self.status = status
 
 
+class EngineGone(EngineError):
+    """Nobody is at the address, or the connection broke."""
+
+
 def text_of(response: httpx.Response) -> str:
     """The server's explanation, without its JSON packing."""
     try:
@@ -85,7 +89,7 @@ class HttpClient:
         except httpx.TimeoutException as error:
             raise EngineError(f"{method} {self.url}{path}: no answer within {timeout:.0f} s ({type(error).__name__})") from None
         except httpx.TransportError as error:
-            raise EngineError(
+            raise EngineGone(
                 f"{method} {self.url}{path}: {type(error).__name__} {error}; the server is gone or not reachable"
             ) from None
         if not response.is_success:
@@ -150,9 +154,18 @@ class EngineClient(HttpClient):
         return str((await self.call("GET", "/model_info", timeout=CONTROL_SECONDS)).json()["weight_version"])
 
     async def begin_weight_update(self, version: str | int) -> None:
-        """Open an update; the engine reports `incomplete:<version>` from here on. Pause it before, or it serves a mixture."""
+        """Open an update; the engine reports `incomplete:<version>` from here on. Pause it before, or it serves a mixture.
+
+        One that was broken off is closed first.
+        """
         if capabilities(await self.sglang_version()).update_session:
-            await self.call("POST", "/begin_weight_update", {}, timeout=CONTROL_SECONDS)
+            try:
+                await self.call("POST", "/begin_weight_update", {}, timeout=CONTROL_SECONDS)
+            except EngineError as error:
+                if error.status != 400:
+                    raise
+                await self.call("POST", "/end_weight_update", {}, timeout=CONTROL_SECONDS)
+                await self.call("POST", "/begin_weight_update", {}, timeout=CONTROL_SECONDS)
         await self._stamp(f"{INCOMPLETE}{version}")
 
     async def update_weights_from_tensor(

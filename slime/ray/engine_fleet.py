@@ -131,13 +131,16 @@ class EngineFleet:
 
     def release_memory(self, labels: Sequence[str] | None = None) -> None:
         """labels: of the engines that are to do it; None: all that share their devices."""
-        sharing = [e for e in self.engines if e.spec.needs_offload and (labels is None or e.label in labels)]
+        sharing = self._sharing(labels)
         self._each(sharing, lambda client: client.flush_cache())
         self._each(sharing, lambda client: client.release_memory())
 
-    def resume_memory(self, what: str) -> None:
+    def resume_memory(self, what: str, labels: Sequence[str] | None = None) -> None:
         tags = {"weights": ["weights"], "kv_cache": ["kv_cache", "cuda_graph"]}[what]
-        self._each([engine for engine in self.engines if engine.spec.needs_offload], lambda client: client.resume_memory(tags))
+        self._each(self._sharing(labels), lambda client: client.resume_memory(tags))
+
+    def _sharing(self, labels: Sequence[str] | None) -> list[Engine]:
+        return [e for e in self.engines if e.spec.needs_offload and (labels is None or e.label in labels)]
 
     # ------------------------------------------------------------------ health
 
@@ -229,7 +232,7 @@ class EngineFleet:
         self.engines.clear()
 
     def _each(self, engines: list[Engine], call: Callable[[EngineClient], Awaitable[object]]) -> dict[str, object]:
-        """The call's answer of each engine, all asked at once."""
+        """The call's answer of each engine, all asked at once. If one fails its error is raised, when all are done."""
 
         async def one(engine: Engine) -> object:
             # A client belongs to one event loop, and these calls are few: a fresh one each time.
@@ -240,6 +243,10 @@ class EngineFleet:
                 await client.close()
 
         async def everyone() -> list[object]:
-            return await asyncio.gather(*(one(engine) for engine in engines))
+            return await asyncio.gather(*(one(engine) for engine in engines), return_exceptions=True)
 
-        return dict(zip((engine.label for engine in engines), asyncio.run(everyone()), strict=True))
+        answers = asyncio.run(everyone())
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return dict(zip((engine.label for engine in engines), answers, strict=True))

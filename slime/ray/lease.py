@@ -21,7 +21,7 @@ class Holder(enum.Enum):
 
 class EngineMemory(Protocol):
     def release_memory(self, labels: Sequence[str] | None = None) -> None: ...
-    def resume_memory(self, what: str) -> None: ...
+    def resume_memory(self, what: str, labels: Sequence[str] | None = None) -> None: ...
 
 
 class TrainerMemory(Protocol):
@@ -81,6 +81,18 @@ class Lease:
         self._engines.resume_memory("kv_cache")
         self.holder = Holder.ENGINES
 
+    def restart_engines(self) -> bool:
+        """Within `syncing`, after a death: the dead are started while the trainer sleeps, then all is as before, but for their
+        weights. False: nobody was dead."""
+        self._expect(Holder.SYNC)
+        revived = self._revive(lambda: self._trainers.sleep("weights"))
+        if revived:
+            self._engines.release_memory(revived)
+            self._trainers.wake()
+            self._trainers.sleep("steps")
+            self._engines.resume_memory("weights", revived)
+        return bool(revived)
+
     def _sleep(self) -> None:
         self._trainers.sleep("steps")
         self._trainers.sleep("weights")
@@ -103,3 +115,6 @@ class FreeLease(Lease):
     def syncing(self) -> Iterator[None]:
         self._revive(lambda: None)
         yield
+
+    def restart_engines(self) -> bool:
+        return bool(self._revive(lambda: None))

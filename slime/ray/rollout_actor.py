@@ -215,8 +215,8 @@ class RolloutSide:
     def release_memory(self, labels: Sequence[str] | None = None) -> None:
         self._call("fleet", "release_memory", labels)
 
-    def resume_memory(self, what: str) -> None:
-        self._call("fleet", "resume_memory", what)
+    def resume_memory(self, what: str, labels: Sequence[str] | None = None) -> None:
+        self._call("fleet", "resume_memory", what, labels)
 
     def _call(self, method: str, *args):
         return self._wait(getattr(self._actor, method).remote(*args), " ".join(str(part) for part in (method, *args))[:80])

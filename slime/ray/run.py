@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 # A server that dies in every attempt has a cause that a restart does not take away.
 _GENERATE_AGAIN = 2
+_SEND_AGAIN = 2
+_DYING_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -259,12 +261,36 @@ class Run:
         return Training(dict(report.metrics), list(report.per_step), time.monotonic() - started)
 
     def sync_weights(self) -> SyncReport | None:
-        """The next weight version, on every engine; None where there are no engines."""
+        """The next weight version, on every engine; None where there are no engines.
+
+        With --use-fault-tolerance an engine that dies meanwhile is started again, and all get the weights from the beginning.
+        """
         if not (self._has_trainer and self._has_engines):
             return None
         self._version += 1
+        for _ in range(_SEND_AGAIN):
+            try:
+                return self._send_weights()
+            except RuntimeError as broken:
+                if self._trainers.has_failed or not self._died_lately() or not self.lease.restart_engines():
+                    raise
+                logger.warning("sending weights v%d again, to all engines; what broke: %s", self._version, broken)
+        return self._send_weights()
+
+    def _send_weights(self) -> SyncReport:
         read_back = self._config.engine.check_weight_update_equal
         return sync_weights(self._rollout, self._trainers, version=self._version, read_back=read_back)
+
+    def _died_lately(self) -> bool:
+        """Whether a server is dead, or within seconds: it stops answering before its process has ended."""
+        deadline = time.monotonic() + _DYING_SECONDS
+        while self._tolerates_deaths:
+            if self._rollout.obituaries():
+                return True
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+        return False
 
     def save_if_due(self, rollout_id: int) -> None:
         checkpoint = self._config.checkpoint

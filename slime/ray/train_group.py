@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import ray
@@ -66,7 +67,9 @@ class TrainGroup:
         self._call("export_hf", folder, doing=f"writing the Hugging Face checkpoint {folder}")
 
     def stream(self, version: int) -> StreamReport:
-        return self._first(self._call("stream", version, list(self.targets), doing=f"sending weights v{version}"))
+        reports = self._call("stream", version, list(self.targets), doing=f"sending weights v{version}")
+        lost = tuple(engine for report in reports.values() for engine in report.lost)
+        return replace(self._first(reports), lost=lost)
 
     def check(self, version: int) -> None:
         """Every engine's weights against those that were sent (--check-weight-update-equal)."""

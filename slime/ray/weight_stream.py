@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slime.device import Device
 from slime.device.host import HostDevice
-from slime.engine.client import EngineClient, EngineError
+from slime.engine.client import EngineClient, EngineError, EngineGone
 from slime.engine.payload import bucket_payload
 from slime.model.export import export_weights
 from slime.model.hf_config import HfConfig
@@ -47,6 +47,26 @@ class _Place:
         return _Place(ranks.rank, ranks.is_dense_source, ranks.is_expert_source, tp, etp)
 
 
+class _Post:
+    """Posts buckets to one engine while it is there."""
+
+    def __init__(self, target: EngineTarget, runner: asyncio.Runner):
+        self._name, self._client, self._runner = target.name, EngineClient(target.url, target.token), runner
+        self.lost: str | None = None
+        """How the engine was lost."""
+
+    def __call__(self, payloads: list[bytes]) -> None:
+        if self.lost is not None:
+            return
+        try:
+            self._runner.run(self._client.update_weights_from_tensor(payloads))
+        except EngineGone as error:
+            self.lost = f"{self._name}: {error}"
+
+    def close(self) -> None:
+        self._runner.run(self._client.close())
+
+
 class WeightStream:
     """Built once per run on every rank; `send` is a collective of all of them."""
 
@@ -74,7 +94,10 @@ class WeightStream:
         self._sharing_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def send(self, version: int, targets: Sequence[EngineTarget]) -> StreamReport:
-        """Every weight to every engine. Trainer ranks serve an engine that shares their devices, rank 0 the others."""
+        """Every weight to every engine. Trainer ranks serve an engine that shares their devices, rank 0 the others.
+
+        An engine that is gone is named in the report and the others get everything: the ranks stay together.
+        """
         self._open_groups(targets)
         buckets = self._buckets_of_all(self._wire)
         count = nbytes = tensors = 0
@@ -82,21 +105,22 @@ class WeightStream:
         keeps = self._read_back and any(self._posts(target) for target in targets)
         self._expected = Expected(self._wire.fp8_block or 1) if keeps else None
         with asyncio.Runner() as runner:
-            clients = {target.name: EngineClient(target.url, target.token) for target in targets if self._posts(target)}
+            posts = {target.name: _Post(target, runner) for target in targets if self._posts(target)}
             try:
                 for bucket in buckets:
                     if self._expected is not None:
                         self._expected.add(unpack_bucket(bucket))
                     for target in targets:
-                        self._deliver(bucket, target, clients.get(target.name), runner)
+                        self._deliver(bucket, target, posts.get(target.name))
                     digest.add((meta.name, meta.shape, meta.nbytes) for meta in bucket.metas)
                     count, nbytes, tensors = count + 1, nbytes + bucket.nbytes, tensors + len(bucket.metas)
                     del bucket  # the last one would be held while the cache is emptied
             finally:
-                for client in clients.values():
-                    runner.run(client.close())
+                for post in posts.values():
+                    post.close()
         self._device.empty_cache()
-        return StreamReport(count, nbytes, tensors, digest.hex())
+        lost = tuple(post.lost for post in posts.values() if post.lost is not None)
+        return StreamReport(count, nbytes, tensors, digest.hex(), lost)
 
     def check(self, version: int, targets: Sequence[EngineTarget]) -> list[str]:
         """Read what the last `send` gave to this rank's engines back; a log line each. No collective, engines still paused.
@@ -162,24 +186,24 @@ class WeightStream:
             if len(target.sharing_ranks) > 1 and target.sharing_ranks not in self._sharing_groups:
                 self._sharing_groups[target.sharing_ranks] = dist.new_group(list(target.sharing_ranks), backend="gloo")
 
-    def _deliver(self, bucket: WeightBucket, target: EngineTarget, client: EngineClient | None, runner: asyncio.Runner) -> None:
+    def _deliver(self, bucket: WeightBucket, target: EngineTarget, post: _Post | None) -> None:
         """Each sharing rank gives the handle of its own copy; one of them posts all handles in the engine's rank order."""
         if not target.sharing_ranks:
-            if client is not None:
+            if post is not None:
                 # On the way to other devices only bytes make sense: a handle would name memory that they cannot open.
                 payload = bucket_payload(WeightBucket(bucket.metas, bucket.flat.cpu()), HostDevice())
-                runner.run(client.update_weights_from_tensor([payload] * target.num_ranks))
+                post([payload] * target.num_ranks)
             return
         if self._ranks.rank not in target.sharing_ranks:
             return
         payloads: list[bytes] = [bucket_payload(bucket, self._device)]
         if len(target.sharing_ranks) > 1:
-            gathered: list | None = [None] * len(target.sharing_ranks) if client is not None else None
+            gathered: list | None = [None] * len(target.sharing_ranks) if post is not None else None
             group = self._sharing_groups[target.sharing_ranks]
             dist.gather_object(payloads[0], gathered, dst=target.sharing_ranks[0], group=group)
             payloads = gathered or []
-        if client is not None:
-            runner.run(client.update_weights_from_tensor(payloads))
+        if post is not None:
+            post(payloads)
         if len(target.sharing_ranks) > 1:
             # The other ranks' buffers are mapped into the engine until it has answered.
             dist.barrier(group=self._sharing_groups[target.sharing_ranks])

@@ -5,7 +5,8 @@
 
 Between begin and end an engine holds a mixture of two models, so it is paused and answers no request; `check` reads the
 version back from every engine before any is allowed to continue, and with `read_back` the weights themselves. If anything
-raises on the way, the engines stay paused: a half-updated model never answers.
+raises on the way, the engines stay paused: a half-updated model never answers. The same order from its beginning, with every
+engine alive, is the way on.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class StreamReport:
     tensors: int
     digest: str = ""
     """Of names, shapes, formats, order and buckets (slime.weights.digest)."""
+    lost: tuple[str, ...] = ()
+    """Engines that were gone before they had all of it, with what was seen of that."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class SyncReport:
 
 
 def sync_weights(engines: Engines, trainers: Trainers, *, version: int, read_back: bool = False) -> SyncReport:
-    """Give the engines weight version `version`. Raises RuntimeError if one of them reports another version afterwards.
+    """Give the engines weight version `version`. Raises RuntimeError if one of them is lost or reports another version.
 
     read_back: the trainers also compare the engines' weights with what they sent, and raise RuntimeError if they differ.
     """
@@ -73,6 +76,8 @@ def sync_weights(engines: Engines, trainers: Trainers, *, version: int, read_bac
     streaming = time.monotonic()
     stream = trainers.stream(version)
     streamed = time.monotonic()
+    if stream.lost:
+        raise RuntimeError(f"lost while weights v{version} were sent: {'; '.join(stream.lost)}")
     engines.end(version)
     stale = {engine: found for engine, found in engines.versions().items() if found != str(version)}
     if stale:

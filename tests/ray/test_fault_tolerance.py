@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 
+from slime.engine.client import EngineGone
 from slime.ray.engine_fleet import EngineFleet
 from slime.ray.health import HealthWatch, Strikes
 from slime.ray.run import Run
@@ -102,6 +104,76 @@ def test_without_the_flag_nobody_is_started_again(run_with):
     with pytest.raises(RuntimeError, match="8 of 8 groups failed"):
         run.generate(3)
     assert side.events == ["generate from 10"]
+
+
+@pytest.fixture
+def sync_with(run_with, monkeypatch):
+    """A run whose attempts to send weights kill the engines named, one entry each, and what each attempt raises."""
+
+    def make(deaths: list[list[str]], **how) -> tuple[Run, Side]:
+        run, side = run_with([], **how)
+        del run.sync_weights
+        run._trainers = SimpleNamespace(has_failed=False)
+        run._config.engine.check_weight_update_equal = False
+        left = list(deaths)
+
+        def send(engines, trainers, *, version, read_back):
+            side.events.append(f"send v{version}")
+            side.dead = left.pop(0)
+            if side.dead:
+                raise RuntimeError(f"lost while weights v{version} were sent: {side.dead[0]}")
+            return f"report of v{version}"
+
+        def restart_engines() -> bool:
+            side.events.append(f"start {side.recover()}")
+            return True
+
+        monkeypatch.setattr("slime.ray.run.sync_weights", send)
+        monkeypatch.setattr("slime.ray.run._DYING_SECONDS", 0.0)
+        run.lease.restart_engines = restart_engines
+        return run, side
+
+    return make
+
+
+def test_an_engine_that_dies_while_weights_are_sent_is_started_again_and_all_get_the_same_version(sync_with):
+    run, side = sync_with([["decode-1"], [], []])
+    assert run.sync_weights() == "report of v1"
+    assert side.events == ["send v1", "start ['decode-1']", "send v1"]
+    assert run.sync_weights() == "report of v2"
+
+
+@pytest.mark.parametrize("why", ["every time", "without the flag", "the trainer failed too"])
+def test_a_sync_that_cannot_be_made_good_ends_the_run(sync_with, why):
+    run, side = sync_with([["decode-1"]] * 4, tolerant=why != "without the flag")
+    run._trainers.has_failed = why == "the trainer failed too"
+    with pytest.raises(RuntimeError, match="lost while weights v1 were sent: decode-1"):
+        run.sync_weights()
+    assert side.events.count("send v1") == (3 if why == "every time" else 1)
+
+
+def test_a_sync_that_breaks_while_all_servers_live_ends_the_run(sync_with):
+    run, side = sync_with([["decode-1"]])
+    side.obituaries = lambda: []
+    with pytest.raises(RuntimeError, match="lost while weights v1 were sent"):
+        run.sync_weights()
+    assert side.events == ["send v1"]
+
+
+def test_a_call_to_all_engines_waits_for_all_answers_before_one_error_is_raised():
+    fleet = EngineFleet.__new__(EngineFleet)
+    fleet._token, answered = "token", []
+    engines = [SimpleNamespace(label=name, url=f"http://127.0.0.1:{port}") for port, name in enumerate(("a", "b"), start=1)]
+
+    async def call(client):
+        if client.url.endswith(":1"):
+            raise EngineGone("nobody is there")
+        await asyncio.sleep(0.05)
+        answered.append(client.url)
+
+    with pytest.raises(EngineGone, match="nobody is there"):
+        fleet._each(engines, call)
+    assert answered == ["http://127.0.0.1:2"]
 
 
 def test_three_missed_checks_in_a_row_are_one_end():

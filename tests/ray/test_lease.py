@@ -13,8 +13,8 @@ class Recorder:
     def release_memory(self):
         self.events.append("engines release")
 
-    def resume_memory(self, what):
-        self.events.append(f"engines resume {what}")
+    def resume_memory(self, what, labels=None):
+        self.events.append(f"{'engines' if labels is None else labels} resume {what}")
 
     def sleep(self, what):
         self.events.append(f"trainer puts {what} to sleep")
@@ -92,6 +92,31 @@ def test_on_devices_of_its_own_an_engine_that_died_beside_training_is_started_be
     with lease.syncing():
         both.events.append("sync")
     assert both.events == ["train", "start ['decode-1']", "sync"]
+
+
+def test_an_engine_that_died_in_the_sync_is_started_again_while_the_trainer_sleeps():
+    both = Mortal()
+    both.dead = []
+    lease = Lease(both, both, holder=Holder.TRAINER, revive=both.revive)
+    with lease.syncing():
+        both.events.clear()
+        assert not lease.restart_engines() and both.events == [], "nobody is dead"
+        both.dead = ["decode-1"]
+        assert lease.restart_engines()
+        both.events.append("sync")
+    assert both.events == [
+        "trainer puts weights to sleep",
+        "start ['decode-1']",
+        "['decode-1'] release",
+        "trainer wakes",
+        "trainer puts steps to sleep",
+        "['decode-1'] resume weights",
+        "sync",
+        "trainer puts weights to sleep",
+        "engines resume kv_cache",
+    ]
+    with pytest.raises(AssertionError, match="devices are with engines"):
+        lease.restart_engines()
 
 
 def test_training_twice_without_giving_the_devices_back_is_our_mistake():

@@ -70,6 +70,10 @@ def test_what_the_engine_serves_equals_what_was_sent_and_one_flipped_value_is_na
         lines, error = [], ""
         for version in (1, 2, 3):
             asyncio.run(call("begin_weight_update", version))
+            if version == 3:  # broken off, as when another engine dies: the whole order again
+                stream.send(version, [target])
+                asyncio.run(call("pause_generation"))
+                asyncio.run(call("begin_weight_update", version))
             report = stream.send(version, [target])
             if version == 2:
                 asyncio.run(call("update_weights_from_tensor", [payload(flipped)]))

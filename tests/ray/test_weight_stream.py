@@ -30,9 +30,14 @@ class RecordingEngine:
         outer = self
         self.ranks: dict[int, dict[str, torch.Tensor]] = defaultdict(dict)
         self.repeated: list[str] = []
+        self.posts, self.breaks_at = 0, 0
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
+                outer.posts += 1
+                if outer.posts == outer.breaks_at:
+                    self.close_connection = True
+                    return
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 allowed = self.headers["Authorization"] == "Bearer secret"
                 for rank, text in enumerate(body["serialized_named_tensors"] if allowed else []):
@@ -101,3 +106,27 @@ def test_every_engine_gets_every_tensor_once_and_bit_for_bit(tiny_pair, layout):
             for name, tensor in expected.items():
                 assert received[name].dtype == tensor.dtype, name
                 assert torch.equal(received[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+
+
+def test_an_engine_that_is_lost_is_named_and_the_others_get_everything(tiny_pair):
+    """Two ranks share it: the one that does not post must not wait for the other for ever."""
+    bf16, hf = str(tiny_pair / "bf16"), read_hf_config(str(tiny_pair / "fp8"))
+    engines = [RecordingEngine() for _ in range(2)]
+    engines[0].breaks_at = 3  # and is there again for the second time
+    targets = [
+        EngineTarget("decode-0", engines[0].url, "secret", (0, 1), 2),
+        EngineTarget("decode-1", engines[1].url, "secret", (), 1),
+    ]
+
+    def send_twice(rank: int) -> list[tuple[int, tuple[str, ...]]]:
+        chunks, ranks, _, _ = build(rank, 2, bf16, tp=2)
+        stream = WeightStream(chunks, hf, ranks, HostDevice(), limit_bytes=200_000)
+        return [(report.buckets, report.lost) for report in (stream.send(1, targets), stream.send(1, targets))]
+
+    (first, second), (other_first, _) = run_ranks(2, send_twice)
+    assert first[0] == other_first[0] > 5 and other_first[1] == ()
+    (line,) = first[1]
+    assert line.startswith(f"decode-0: POST {engines[0].url}/update_weights_from_tensor: ") and "gone" in line
+    assert second == (first[0], ())
+    assert engines[0].posts == 3 + second[0], "nothing is posted to it after the first failure"
+    assert set(engines[1].ranks[0]) == set(engines[0].ranks[0]) and len(engines[1].ranks[0]) > 100

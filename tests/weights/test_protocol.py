@@ -30,14 +30,14 @@ class RecordingEngines:
 
 
 class RecordingTrainers:
-    def __init__(self, events, error=None, differs=None):
-        self.events, self.error, self.differs = events, error, differs
+    def __init__(self, events, error=None, differs=None, lost=()):
+        self.events, self.error, self.differs, self.lost = events, error, differs, lost
 
     def stream(self, version):
         self.events.append(f"stream {version}")
         if self.error:
             raise self.error
-        return StreamReport(buckets=2, nbytes=10, tensors=5)
+        return StreamReport(buckets=2, nbytes=10, tensors=5, lost=self.lost)
 
     def check(self, version):
         self.events.append(f"read back {version}")
@@ -64,6 +64,14 @@ def test_a_failed_stream_leaves_the_engines_paused_and_the_session_open():
     with pytest.raises(OSError):
         sync_weights(RecordingEngines(events, {}), RecordingTrainers(events, OSError("rank 3 died")), version=1)
     assert events == ["pause", "flush", "begin 1", "stream 1"]
+
+
+def test_an_engine_that_was_lost_is_named_and_the_others_stay_paused():
+    events = []
+    with pytest.raises(RuntimeError, match=r"lost while weights v4 were sent: decode-1: nobody is there"):
+        trainers = RecordingTrainers(events, lost=("decode-1: nobody is there",))
+        sync_weights(RecordingEngines(events, {"d": "4"}), trainers, version=4)
+    assert events == ["pause", "flush", "begin 4", "stream 4"]
 
 
 def test_weights_are_read_back_only_when_asked_and_before_any_engine_continues():
