@@ -405,7 +405,8 @@ __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments x) {
 #pragma unroll
         for (int i = 0; i < 6; ++i) mbarrier_init(base + kFull + i * 8, 128), mbarrier_init(base + kEmpty + i * 8, 4);
         mbarrier_init(base + kPThere, 4), mbarrier_init(base + kPThere + 8, 4);
-        mbarrier_init(base + kQThere, 128), mbarrier_init(base + kQRead, 8), mbarrier_init(base + kHeaderThere, 1), mbarrier_init(base + kHeaderThere + 8, 1);
+        mbarrier_init(base + kQThere, 128), mbarrier_init(base + kQRead, 8);
+        mbarrier_init(base + kHeaderThere, 1), mbarrier_init(base + kHeaderThere + 8, 1);
         mbarrier_publish_init();
     }
     __syncthreads();
