@@ -21,9 +21,11 @@
 //   header (2 by turns)   number and pairs of the item are there; all who compute wait, before they store the O of the item before it
 //   Q there               all who compute wait, before S
 //   Q read                the last S of both warpgroups is done
-// (Two headers, since nobody keeps the next but one from being written before all have seen this one. A barrier's phases cannot get ahead.)
+// Two headers, since the next may be written before all have seen this one. The next but one may not: before it the next item's keys were
+// fetched, into places that this item's readers gave back. No phase of any of these ends before all who wait for it have seen the one before.
 // P and alpha take the places of those two groups before: their writer has then waited for full, hence for empty of the columns of the
-// other warpgroup, which has read both by then. Named barriers pass top(b) from warp to warp. The rope columns of Q lie in registers.
+// other warpgroup, which has read both by then. top(b) stands before P(b) does, and P(b + 1) keeps it from being overwritten; named barriers
+// pass it on from warp to warp as well. The rope columns of Q lie in registers.
 #include <type_traits>
 #include "hopper.cuh"
 
@@ -273,7 +275,7 @@ __device__ __forceinline__ void compute(const Arguments& x, char* shared) {
         passed += pairs;
         next(n + 1);
 
-        float* sums = reinterpret_cast<float*>(shared + kSum) + (n & 1) * 2 * kHeads + row;  // by turns: the other may still read the last item's
+        float* sums = reinterpret_cast<float*>(shared + kSum) + (n & 1) * 2 * kHeads + row;  // by turns
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             sum[half] = quad_sum(sum[half]);
@@ -333,7 +335,7 @@ __device__ __forceinline__ void fetch(const Arguments& x, char* shared) {
         const bool more = next < x.items;
         if (in_group == 0 && more) after = gridDim.x + atomicAdd(x.taken, 1);
 
-        if (in_group == 0) {  // the header of two items ago has been read: keys of the last item were
+        if (in_group == 0) {  // the one of two items ago has been read: the last item's keys went where that one's were given back
             volatile Header* header = reinterpret_cast<volatile Header*>(shared + kHeader) + (n & 1);
             header->item = item, header->pairs = pairs;
             mbarrier_arrive(base + kHeaderThere + (n & 1) * 8);
