@@ -39,6 +39,7 @@ T = TypeVar("T")
 # A server that dies in every attempt has a cause that a restart does not take away.
 _GENERATE_AGAIN = 2
 _SEND_AGAIN = 2
+# From the first call that a dying server does not answer to the end of its process.
 _DYING_SECONDS = 10.0
 
 
@@ -283,14 +284,14 @@ class Run:
 
     def _died_lately(self) -> bool:
         """Whether a server is dead, or within seconds: it stops answering before its process has ended."""
+        if not self._tolerates_deaths:
+            return False
         deadline = time.monotonic() + _DYING_SECONDS
-        while self._tolerates_deaths:
-            if self._rollout.obituaries():
-                return True
+        while not self._rollout.obituaries():
             if time.monotonic() > deadline:
-                break
+                return False
             time.sleep(0.5)
-        return False
+        return True
 
     def save_if_due(self, rollout_id: int) -> None:
         checkpoint = self._config.checkpoint

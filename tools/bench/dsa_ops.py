@@ -115,6 +115,8 @@ def sparse_mla(bench: Bench) -> None:
         if kernel is not None:
             versions["FlashMLA kernel" + order] = functools.partial(kernel, q, kv[:, None], lists[:, None], SCALE)
         bench.add_by_turns(FORWARD, versions, **forward)
+    if kernel is not None:
+        bench.table.row(FORWARD, "FlashMLA kernel").note = finding
 
     backward = {
         "flops": 2 * pairs * (576 + 512 + 576 + 576 + 512),

@@ -1,4 +1,5 @@
-// Forward of sparse MLA for Hopper: q [t, h, 576], latent KV [T, 576] (value = first 512 columns), indices [t, k] with -1 = no key.
+// Forward of sparse MLA for Hopper: q [t, h, 576], latent KV [T, 576] (value = first 512 columns), indices [t, k] with -1 = no key
+// -> out [t, h, 512] and the natural log-sum-exp lse [t, h]; zeros and -inf for a row without a key.
 //
 // As many blocks as multiprocessors; each takes one item after the other, a query and up to 64 of its heads, from a counter. Keys come in
 // groups of 64, two groups in shared memory (a stage each):
