@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Set up the environment (once) and run the tests.
 #
-#   bash scripts/test.sh             everything that this machine can run
-#   bash scripts/test.sh --quick     the tier without servers, Ray and several ranks, under 5 minutes
+#   bash scripts/test.sh             scripts/lint.sh, then everything that this machine can run
+#   bash scripts/test.sh --quick     scripts/lint.sh, then the tier without servers, Ray and several ranks, under 5 minutes
 #   bash scripts/test.sh ARGS...     ARGS go to pytest, e.g. tests/model -k names
 #
 # TEST_WORKERS   processes that share the tests, each taking whole files; 0: none but pytest itself, for -s and --pdb
@@ -22,6 +22,8 @@ for arg in "$@"; do
     *) args+=("$arg") selects=yes ;;
     esac
 done
+
+if [[ $selects == no ]]; then SLIME_VENV=$venv bash scripts/lint.sh; fi
 
 # Two, which need 8 GiB between them, and not one per core: one has the tests with servers, which take more than half of the
 # time. None where there is a GPU: the tests that are marked so share its memory.
