@@ -12,10 +12,10 @@ from slime.config.config import Config
 from slime.config.errors import ConfigError, load_yaml, nearest
 from slime.config.facts import Facts, gather_facts
 from slime.config.flags import Flag, FrozenMap, field_default
-from slime.config.resolve import Values, resolve
+from slime.config.resolve import MAPPINGS, resolve
+from slime.config.rules import Values
 
 Door = Literal["train", "convert", "rehearse"]
-MAPPINGS = ("model.megatron", "optimizer.megatron", "optimizer.ddp")
 
 
 def parse(argv: Sequence[str], *, door: Door = "train", facts: Facts | None = None) -> Config:
@@ -25,14 +25,11 @@ def parse(argv: Sequence[str], *, door: Door = "train", facts: Facts | None = No
     run's files need not exist. `facts` replaces what would be read from the disk.
     """
     words = parse_words(argv, door=door)
-    start = _defaults()
-    start.update(words.given)
-    start.update({name: dict(words.megatron[name]) for name in MAPPINGS})
-    start.update(sglang=FrozenMap(words.sglang), router=FrozenMap(words.router))
-    notes = _apply_yaml(start, words)
+    start = starting_values(words)
+    notes = apply_yaml(start, words)
     facts = facts or gather_facts(load=start["load"], ref_load=start["ref_load"], hf_checkpoint=start["hf_checkpoint"])
     final = resolve(start, given=words.given, door=door, facts=facts)
-    return _build(final, notes=(*notes, *final.notes), door=door)
+    return build(final, notes=(*notes, *final.notes), door=door)
 
 
 def load(argv: Sequence[str], *, door: Door = "train") -> Config:
@@ -51,15 +48,19 @@ def load(argv: Sequence[str], *, door: Door = "train") -> Config:
         raise SystemExit(2) from None
 
 
-def _defaults() -> dict[str, Any]:
+def starting_values(words: CommandLine) -> dict[str, Any]:
+    """Each attribute's word, or its default."""
     values: dict[str, Any] = {}
     for section, cls in SECTIONS.items():
         for item in dataclasses.fields(cls):
             values[f"{section}.{item.name}" if item.name in ("megatron", "ddp") else item.name] = field_default(item)
+    values.update(words.given)
+    values.update({name: dict(words.megatron[name]) for name in MAPPINGS})
+    values.update(sglang=FrozenMap(words.sglang), router=FrozenMap(words.router))
     return values
 
 
-def _apply_yaml(start: dict[str, Any], words: CommandLine) -> list[str]:
+def apply_yaml(start: dict[str, Any], words: CommandLine) -> list[str]:
     """--custom-config-path wins over flags, and before anything is derived from them. Unknown keys are refused."""
     file = words.given.get("custom_config_path")
     if file is None:
@@ -116,7 +117,8 @@ def _from_yaml(row: Flag, value: object) -> object:
     return (one,) if row.num_values != 1 or row.append else one
 
 
-def _build(values: Values, *, notes: tuple[str, ...], door: str) -> Config:
+def build(values: Values, *, notes: tuple[str, ...], door: str) -> Config:
+    """The frozen configuration of final values."""
     sections = {}
     for section, cls in SECTIONS.items():
         kept = {}

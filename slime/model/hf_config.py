@@ -1,5 +1,4 @@
-"""config.json of a Hugging Face checkpoint, read as plain data: no transformers, so that a laptop checks a 744B model in a
-second."""
+"""Reading config.json of a checkpoint folder; what its fields mean is in slime.config.hf_config."""
 
 from __future__ import annotations
 
@@ -8,109 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slime.config.hf_config import HfConfig
 
-class HfConfig(Mapping[str, Any]):
-    """One model's config.json. A missing key raises ValueError naming the file; `get` is for keys that may be absent."""
-
-    def __init__(self, raw: Mapping[str, Any], source: str = "the HF config") -> None:
-        # Vision-language checkpoints nest the language model's fields.
-        self._raw = {**raw, **raw.get("text_config", {})}
-        self.source = source
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self._raw:
-            raise ValueError(f"{self.source} has no {key!r}; is it the config.json of a {self._raw.get('model_type')} model?")
-        return self._raw[key]
-
-    def __iter__(self):
-        return iter(self._raw)
-
-    def __len__(self) -> int:
-        return len(self._raw)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._raw
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self._raw.get(key)
-        return default if value is None else value
-
-    @property
-    def model_type(self) -> str:
-        return self["model_type"]
-
-    @property
-    def is_float32(self) -> bool:
-        """Whether the weights are meant to be float32; all else counts as bf16 (FP8 checkpoints are of bf16 models)."""
-        return (self.get("dtype") or self.get("torch_dtype")) == "float32"
-
-    @property
-    def num_layers(self) -> int:
-        return self["num_hidden_layers"]
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head of a GQA model. Meaningless for MLA, where GLM-5.2's own `head_dim` is wrong."""
-        return self.get("head_dim") or self["hidden_size"] // self["num_attention_heads"]
-
-    @property
-    def is_mla(self) -> bool:
-        return "kv_lora_rank" in self
-
-    @property
-    def has_indexer(self) -> bool:
-        return "index_topk" in self and self.model_type in ("glm_moe_dsa", "deepseek_v32")
-
-    @property
-    def rope_parameters(self) -> dict[str, Any]:
-        """Theta and scaling under one roof: newer files nest theta, older ones have it flat beside `rope_scaling`."""
-        nested = self.get("rope_parameters") or self.get("rope_scaling") or {}
-        merged = {"rope_type": nested.get("rope_type", nested.get("type", "default")), **nested}
-        merged.setdefault("rope_theta", self.get("rope_theta", 10000.0))
-        return merged
-
-    @property
-    def rope_theta(self) -> float:
-        return float(self.rope_parameters["rope_theta"])
-
-    @property
-    def partial_rotary_factor(self) -> float:
-        fallback = 0.5 if self.model_type == "glm4" else 1.0
-        return float(self.rope_parameters.get("partial_rotary_factor", self.get("partial_rotary_factor", fallback)))
-
-    @property
-    def num_experts(self) -> int:
-        """Routed experts per MoE layer; 0 for a dense model."""
-        # transformers 5 writes Qwen3-MoE's number under its own name for it.
-        return next((self[key] for key in ("n_routed_experts", "num_experts", "num_local_experts") if self.get(key)), 0)
-
-    @property
-    def num_mtp_layers(self) -> int:
-        return self.get("num_nextn_predict_layers", 0)
-
-    def is_moe_layer(self, layer: int) -> bool:
-        """0-based; the multi-token-prediction layers after the last one are MoE layers too."""
-        if not self.num_experts or layer in self.get("mlp_only_layers", []):
-            return False
-        if "first_k_dense_replace" in self:
-            return layer >= self["first_k_dense_replace"] and layer % self.get("moe_layer_freq", 1) == 0
-        return (layer + 1) % self.get("decoder_sparse_step", 1) == 0
-
-    def runs_indexer(self, layer: int) -> bool:
-        """True on a computing layer (0-based), False where the nearest earlier one's indices are reused.
-
-        A multi-token-prediction layer always owns an indexer, wherever the schedule would put it.
-        """
-        if not self.has_indexer:
-            return False
-        if layer >= self.num_layers:
-            return True
-        frequency, offset = self.get("index_topk_freq", 1), self.get("index_skip_topk_offset", 0)
-        return max(layer + 1 - offset, 0) % frequency == 0
-
-    def index_source(self, layer: int) -> int:
-        """The computing layer whose indices `layer` uses: itself, or the nearest earlier one."""
-        return next(candidate for candidate in range(layer, -1, -1) if self.runs_indexer(candidate))
+__all__ = ["HfConfig", "as_hf_config", "read_hf_config"]
 
 
 def read_hf_config(folder: str | Path) -> HfConfig:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slime.config.resolve_model import layout_string
+from slime.config.stages import layout_string, wrong_starts
 from slime.model.names import Entry
 from slime.model.splits import computing_layers
 from slime.rehearse.findings import Findings
 from slime.rehearse.flops import ModelWork, model_work
 from slime.rehearse.reading import Reading
 from slime.rehearse.shares import Grid
-from slime.rehearse.stages import Split, balance, best_list, legal_first_last, wrong_starts
+from slime.rehearse.stages import Split, balance, best_list, legal_first_last
 from slime.rehearse.weight_map import fp8_block_is_local
 
 

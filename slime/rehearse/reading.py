@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from slime.config import resolve_model, resolve_rollout
 from slime.config.command_line import CommandLine, parse_words
 from slime.config.config import Config
 from slime.config.errors import ConfigError
 from slime.config.facts import Facts, gather_facts
-from slime.config.flags import FrozenMap
-from slime.config.loader import MAPPINGS, _apply_yaml, _build, _defaults
+from slime.config.loader import apply_yaml, build, starting_values
 from slime.config.megatron_flags import default_of
-from slime.config.resolve import Values
+from slime.config.resolve import values_of
+from slime.config.rules import STAGES, Values, collect
+from slime.config.stages import Chunk, Cut, cut_layers
 from slime.model.geometry import differences, megatron_values
 from slime.model.hf_config import HfConfig
 from slime.model.names import FAMILIES, NameTable
 from slime.rehearse.findings import Findings
 from slime.rehearse.known_models import known_config, known_names
 from slime.rehearse.shares import Grid
-from slime.rehearse.stages import Chunk, Cut, cut_layers
-
-# The order of slime.config.resolve.resolve; there each stage stops at its first mistakes, here all are wanted.
-RULES: tuple[Callable[[Values], None], ...] = (
-    resolve_model.dtype_and_optimizer,
-    resolve_model.shape,
-    resolve_model.checkpoint_fields,
-    resolve_model.mtp,
-    resolve_rollout.debug_modes,
-    resolve_rollout.placement,
-    resolve_model.layout,
-    resolve_rollout.algorithm,
-    resolve_rollout.batch,
-    resolve_rollout.lengths,
-    resolve_rollout.evaluation,
-    resolve_rollout.engines,
-    resolve_rollout.saving,
-    resolve_rollout.initial_weights,
-)
 
 
 @dataclass(frozen=True)
@@ -75,10 +56,11 @@ class Reading:
         return self.table.num_parameters(mtp=False) + (self.table.num_parameters(mtp=True) if self.trains_mtp else 0)
 
 
-def read(argv: Sequence[str], findings: Findings) -> Reading:
+def read(argv: Sequence[str], findings: Findings, *, env: Mapping[str, str] | None = None) -> Reading:
+    """env: the job's environment variables, where the launcher's are known."""
     words = _words(argv, findings)
-    values, notes = _resolved(words, findings)
-    config = _build(values, notes=tuple(notes), door="rehearse")
+    values, notes = _resolved(words, findings, env)
+    config = build(values, notes=tuple(notes), door="rehearse")
     hf, stored = _hf_config(config, findings)
     if hf is not None:
         _compare(config, hf, findings)
@@ -121,41 +103,24 @@ def _flag_fix(line: str) -> str:
     return "correct or remove the flag; `python3 -m slime.config.help` lists all"
 
 
-def _resolved(words: CommandLine, findings: Findings) -> tuple[Values, list[str]]:
-    start = _defaults()
-    start.update(words.given)
-    start.update({name: dict(words.megatron[name]) for name in MAPPINGS})
-    start.update(sglang=FrozenMap(words.sglang), router=FrozenMap(words.router))
+def _resolved(words: CommandLine, findings: Findings, env: Mapping[str, str] | None) -> tuple[Values, list[str]]:
+    start = starting_values(words)
     notes: list[str] = []
     try:
-        notes = _apply_yaml(start, words)
+        notes = apply_yaml(start, words)
     except ConfigError as error:
         findings.violation("flags", str(error), fix="correct the file of --custom-config-path")
-    values = Values(start, given=words.given, door="rehearse", facts=_facts(start, findings))
-    sound = True
-    for rule in RULES:
-        values.mistakes = []
-        said: list[str] = []
-        try:
-            rule(values)
-        except ConfigError as error:
-            said = str(error).split("\n") if not values.mistakes else []
-        except (TypeError, ValueError, KeyError, ZeroDivisionError) as consequence:
-            # A rule that relies on a value which an earlier mistake left open; alone it would be our own mistake.
-            assert not sound, f"{rule.__name__}: {consequence!r}"
-        for mistake in values.mistakes or said:
-            sound = False
-            findings.violation("config", mistake, fix=_rule_fix(mistake))
-    values.mistakes = []
-    if sound:
+    values = values_of(start, given=words.given, door="rehearse", facts=_facts(start, findings), env=env)
+    found = collect(STAGES, values)
+    for said in found.wrong:
+        findings.violation(said.subject, said.what, said.values, said.fix)
+    for said in found.held:
+        findings.ok(said.subject, said.what, said.values)
+    for said in found.open:
+        findings.unchecked(said.subject, said.what, said.values, said.fix)
+    if not found.wrong:
         findings.ok("config", "the flags agree with each other", f"{len(values.notes)} values derived")
     return values, [*notes, *values.notes]
-
-
-def _rule_fix(mistake: str) -> str:
-    if ";" in mistake:
-        return mistake.rpartition(";")[2].strip()
-    return "change one of the named values so that the sentence no longer holds"
 
 
 def _facts(start: dict, findings: Findings) -> Facts:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
-from slime.config.resolve_model import layout_string
+from slime.config.stages import layout_string
 from slime.engine.spec import EngineSpec
 from slime.rehearse.budget import Budget
 from slime.rehearse.cost import rates_shown

@@ -43,7 +43,7 @@ def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
     """Every part that the flags allow; a part that needs what an earlier mistake left open is left out and said so."""
     findings, clock = Findings(), {}
     started = time.monotonic()
-    reading = read(argv, findings)
+    reading = read(argv, findings, env=options.env)
     check_files(reading, findings, checkpoint_index=options.checkpoint_index, hostfile=options.hostfile, head=options.head)
     clock["flags and files"] = time.monotonic() - started
     length = options.length or longest_sample(reading.config) or DEFAULT_LENGTH

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from slime.config.stages import Chunk
 from slime.model.names import Entry, NameTable
 from slime.rehearse.flops import is_mtp, layer_of
-from slime.rehearse.stages import Chunk
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from slime.config.stages import Chunk
 from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
 from slime.model.names import Entry, HfTensor, NameTable
 from slime.rehearse.flops import is_mtp, layer_of
 from slime.rehearse.holders import Holders, Keepers, faults, holders_of
 from slime.rehearse.shares import Grid, has_embedding_copy
-from slime.rehearse.stages import Chunk
 from slime.weights.digest import StreamDigest
 
 SCALE_BYTES = 4

@@ -29,7 +29,7 @@ from model.replay import Choices  # noqa: E402
 from ranks import end_grid  # noqa: E402
 
 from slime.batch.layout import SequenceLayout  # noqa: E402
-from slime.config.resolve_model import layout_string  # noqa: E402
+from slime.config.stages import layout_string  # noqa: E402
 from slime.device import get_device  # noqa: E402
 from slime.model.build import build_model, own_vocabulary, padded_vocab_size  # noqa: E402
 from slime.model.geometry import megatron_values  # noqa: E402

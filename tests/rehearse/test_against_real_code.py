@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slime.config.stages import Cut, cut_layers
 from slime.model.hf_config import read_hf_config
 from slime.model.layout import shard_shape
 from slime.model.names import NameTable
@@ -15,7 +16,6 @@ from slime.ops import vocab_logprob
 from slime.rehearse import memory
 from slime.rehearse.known_models import known_config
 from slime.rehearse.shares import Grid, local_numel
-from slime.rehearse.stages import Cut, cut_layers
 from slime.rehearse.weight_map import build_weight_map, fp8_format
 from slime.weights.quantize import WireFormat
 from slime_plugins.models.glm5.ops import hopper_ops

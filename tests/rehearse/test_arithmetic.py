@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slime.config.resolve_model import layout_string
+from slime.config.stages import Cut, cut_layers, layout_string, wrong_starts
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
 from slime.rehearse.cost import Rates, sync_bytes
@@ -33,7 +33,7 @@ from slime.rehearse.memory import (
     working_sets,
 )
 from slime.rehearse.shares import Grid, stage_shares
-from slime.rehearse.stages import Cut, balance, best_list, cut_layers, legal_first_last, stage_costs, wrong_starts
+from slime.rehearse.stages import balance, best_list, legal_first_last, stage_costs
 from slime.rehearse.weight_map import Places, Row, build_weight_map, checkpoint_bytes, problems
 
 HF = known_config("/any/GLM-5.2-FP8")

@@ -7,8 +7,9 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slime.config.stages import Cut, cut_layers
 from slime.model.hf_config import HfConfig
-from slime.rehearse.stages import Cut, balance, best_list, cut_layers, legal_first_last, stage_costs
+from slime.rehearse.stages import balance, best_list, legal_first_last, stage_costs
 
 
 @st.composite

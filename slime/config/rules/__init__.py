@@ -1,0 +1,52 @@
+"""The rule book: one ordered list of everything that a configuration must fulfil, run by whoever asks.
+
+The launcher's check (`python3 -m slime.config --check`) and the start of a run stop at the first stage with a mistake
+(`stop_at_first`); the rehearsal collects what every rule says (`collect`). Nobody else holds rules of his own.
+
+A rule is a function `rule(v: Values) -> None` in the file of its subject. It reads `v[attribute]`, `v.facts` (what the disk
+says) and `v.env` (the job's environment, None when unknown), and calls
+    v.derive(name, value, why)              a value that follows from others
+    v.require(good, mistake, holds=...)     a law: the mistake names the values and, after the last semicolon, the way out
+    v.undecided(what, values, fix)          what decides is not at hand; the rehearsal's verdict is then "not proven"
+    v.holds(what, values)                   something proven, for the report
+To add one: write it, put it into its stage below, and add a row to tests/rehearse/test_rule_book.py.
+
+Must never know: torch, other rooms, what a disk holds (that is gathered once, in slime.config.facts).
+"""
+
+from __future__ import annotations
+
+from slime.config.rules import (
+    algorithm,
+    batch,
+    engines,
+    evaluation,
+    layout,
+    lengths,
+    model,
+    optimizer,
+    placement,
+    saving,
+)
+from slime.config.rules.book import Collected, Rule, Said, Stage, Values, collect, stop_at_first, way_out
+
+STAGES: tuple[Stage, ...] = (
+    Stage((optimizer.numbers, model.shape, model.checkpoint_fields, model.mtp), converts=True),
+    Stage((placement.debug_modes, placement.placement)),
+    Stage((layout.layout,), converts=True),
+    Stage(
+        (
+            algorithm.algorithm,
+            batch.batch,
+            lengths.lengths,
+            evaluation.evaluation,
+            engines.engines,
+            saving.saving,
+            saving.initial_weights,
+        )
+    ),
+)
+
+RULES: tuple[Rule, ...] = tuple(rule for stage in STAGES for rule in stage.rules)
+
+__all__ = ["Collected", "RULES", "Rule", "STAGES", "Said", "Stage", "Values", "collect", "stop_at_first", "way_out"]

@@ -1,0 +1,60 @@
+"""Samples of a rollout into steps and micro-batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slime.config.rules.book import Values
+
+
+def batch(v: Values) -> None:
+    prompts, samples = v["rollout_batch_size"], v["n_samples_per_prompt"]
+    v.require(
+        prompts is not None and prompts > 0, f"--rollout-batch-size (prompts per rollout) is needed, above 0; got {prompts}"
+    )
+    v.require(samples > 0, f"--n-samples-per-prompt must be above 0, got {samples}")
+    v.stop_if_wrong()
+    total = prompts * samples
+    steps = v["num_steps_per_rollout"]
+    if steps is not None:
+        v.require(
+            steps > 0 and total % steps == 0,
+            f"{total} samples ({prompts} x {samples}) do not divide into --num-steps-per-rollout {steps}",
+        )
+        v.stop_if_wrong()
+        v.require(
+            v["global_batch_size"] in (None, total // steps),
+            f"--num-steps-per-rollout {steps} means a global batch of {total // steps}, "
+            f"but --global-batch-size is {v['global_batch_size']}",
+        )
+        v.derive("global_batch_size", total // steps, f"{prompts} x {samples} samples in {steps} steps")
+    if v["global_batch_size"] is None:
+        v.derive("global_batch_size", total, f"all {prompts} x {samples} samples of a rollout make one step")
+    v.require(
+        v["global_batch_size"] > 0 and total % v["global_batch_size"] == 0,
+        f"{total} samples ({prompts} x {samples}) are no multiple of --global-batch-size {v['global_batch_size']}; "
+        "the rest would be lost",
+    )
+    if v["balance_by_flops"]:
+        v.require(v["use_dynamic_batch_size"], "--balance-by-flops needs --use-dynamic-batch-size")
+        v.derive("balance_data", True, "--balance-by-flops implies it")
+    if v["use_dynamic_batch_size"]:
+        v.require(v["max_tokens_per_gpu"], "--use-dynamic-batch-size needs --max-tokens-per-gpu")
+    if v["log_probs_max_tokens_per_gpu"] is None and v["max_tokens_per_gpu"] is not None:
+        v.derive("log_probs_max_tokens_per_gpu", v["max_tokens_per_gpu"], "it defaults to --max-tokens-per-gpu")
+    v.require(v["micro_batch_size"] > 0, f"--micro-batch-size must be above 0, got {v['micro_batch_size']}")
+    v.require(
+        v["log_probs_chunk_size"] == -1 or v["log_probs_chunk_size"] > 0,
+        f"--log-probs-chunk-size is -1 (all) or above 0, got {v['log_probs_chunk_size']}",
+    )
+    if v["over_sampling_batch_size"] is None:
+        v.derive("over_sampling_batch_size", prompts, "it defaults to --rollout-batch-size")
+    v.require(
+        v["over_sampling_batch_size"] >= prompts,
+        f"--over-sampling-batch-size {v['over_sampling_batch_size']} is below --rollout-batch-size {prompts}",
+    )
+    v.require(
+        v["partial_rollout"] or not v["mask_offpolicy_in_partial_rollout"],
+        "--mask-offpolicy-in-partial-rollout needs --partial-rollout",
+    )

@@ -1,0 +1,33 @@
+"""Data sets of the evaluation and when it comes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slime.config.errors import ConfigError
+from slime.config.eval_datasets import read_eval_datasets
+
+if TYPE_CHECKING:
+    from slime.config.rules.book import Values
+
+
+def evaluation(v: Values) -> None:
+    try:
+        v["datasets"], notes = read_eval_datasets(v)
+    except ConfigError as error:
+        v.mistakes.append(str(error))
+        return
+    v.notes += notes
+    if v["datasets"]:
+        v["eval_prompt_data"] = tuple(word for one in v["datasets"] for word in (one.name, one.path))
+    v.require(v["eval_interval"] is None or v["datasets"], "--eval-interval needs --eval-prompt-data or --eval-config")
+    v.require(
+        v["eval_interval"] is None or v["eval_interval"] > 0, f"--eval-interval must be above 0, got {v['eval_interval']}"
+    )
+    v.require(
+        v["num_rollout"] != 0 or v["datasets"], "--num-rollout 0 only evaluates; give --eval-prompt-data or --eval-config"
+    )
+    if v["eval_function_path"] is None:
+        v.derive("eval_function_path", v["rollout_function_path"], "it defaults to --rollout-function-path")
+    if v["eval_reward_key"] is None and v["reward_key"] is not None:
+        v.derive("eval_reward_key", v["reward_key"], "it defaults to --reward-key")

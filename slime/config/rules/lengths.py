@@ -1,0 +1,40 @@
+"""How many rollouts, and how long prompts and responses may be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slime.config.rules.book import Values
+
+
+def lengths(v: Values) -> None:
+    """How many rollouts, and how long prompts may be."""
+    if v["num_rollout"] is None:
+        v.require(v["num_epoch"] is not None, "give --num-rollout or --num-epoch")
+        v.require(
+            v["num_epoch"] is None or v["rollout_global_dataset"],
+            "--num-epoch needs a data set to count; with --disable-rollout-global-dataset give --num-rollout",
+        )
+        if v["num_epoch"] is not None:
+            v.notes.append(
+                f"num_rollout is known once the prompts are read: {v['num_epoch']} epochs x "
+                f"(prompts // {v['rollout_batch_size']})"
+            )
+    elif v["num_epoch"] is not None:
+        v.notes.append(f"--num-epoch {v['num_epoch']} is not used, because --num-rollout is given")
+    needs_prompts = v["rollout_global_dataset"] and v["num_rollout"] != 0 and v["load_debug_rollout_data"] is None
+    v.require(
+        not needs_prompts or v["prompt_data"],
+        "--prompt-data is needed (or --disable-rollout-global-dataset with a rollout function of your own)",
+    )
+    context = v["rollout_max_context_len"]
+    if context is not None:
+        if v["rollout_max_prompt_len"] is None:
+            v.derive("rollout_max_prompt_len", context - 1, "--rollout-max-context-len leaves one token for the response")
+        v.require(
+            v["rollout_max_prompt_len"] <= context - 1,
+            f"--rollout-max-prompt-len {v['rollout_max_prompt_len']} must be below --rollout-max-context-len {context}",
+        )
+        if v["eval_max_context_len"] is None:
+            v.derive("eval_max_context_len", context, "it defaults to --rollout-max-context-len")

@@ -1,0 +1,68 @@
+"""Where weights come from and go to, and how often."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from slime.config.facts import HF_MODEL_TYPES
+
+if TYPE_CHECKING:
+    from slime.config.rules.book import Values
+
+
+def saving(v: Values) -> None:
+    v.require(v["save_interval"] is None or v["save"], "--save-interval needs --save")
+    v.require(
+        v["save_interval"] is None or v["save_interval"] > 0, f"--save-interval must be above 0, got {v['save_interval']}"
+    )
+    interval = v["ref_update_interval"]
+    if interval is not None:
+        v.require(interval > 0, f"--ref-update-interval must be above 0, got {interval}")
+        v.require(
+            v["save_interval"] is None or interval < 1 or v["save_interval"] % interval == 0,
+            f"--save-interval {v['save_interval']} is no multiple of --ref-update-interval {interval}: a run could not be "
+            "continued, because a checkpoint does not hold the reference",
+        )
+        if not (v["use_kl_loss"] or v["kl_coef"]):
+            v.notes.append("--ref-update-interval changes nothing: without --use-kl-loss and --kl-coef there is no reference")
+    v.require(v["save_hf"] is None or v["save"], "--save-hf writes along with checkpoints; it needs --save")
+    v.require(
+        not v["use_tensorboard"] or v["tb_project_name"] or v.facts.tensorboard_dir,
+        "--use-tensorboard needs --tb-project-name or the environment variable TENSORBOARD_DIR",
+    )
+
+
+def initial_weights(v: Values) -> None:
+    """Where the first weights come from: --load if it holds a checkpoint, else --ref-load, else the HF folder."""
+    if v["debug_rollout_only"]:
+        return
+    kind = v.facts.load
+    if kind == "iteration":
+        folder = v["load"].rstrip("/")
+        step = re.fullmatch(r"iter_0*(\d+)", os.path.basename(folder))
+        hint = f" --ckpt-step {step.group(1)}" if step else ""
+        v.mistakes.append(f"--load {v['load']} is one iteration's folder; give --load {os.path.dirname(folder) or '.'}{hint}")
+        return
+    if kind == "unknown":
+        v.mistakes.append(
+            f"--load {v['load']} is an HF model of a type that no weight-name table knows ({', '.join(HF_MODEL_TYPES)})"
+        )
+        return
+    if kind == "megatron":
+        return
+    why = {
+        "nothing": f"--load {v['load']} holds no checkpoint" if v["load"] else "--load is not given",
+        "release": f"--load {v['load']} is a converted model without optimizer state",
+        "hf": f"--load {v['load']} is an HF model without optimizer state",
+    }[kind]
+    for name in ("no_load_optim", "no_load_rng", "finetune"):
+        v.derive(name, True, why)
+    if v["start_rollout_id"] is None:
+        v.derive("start_rollout_id", 0, why)
+    if kind == "nothing" and v["ref_load"] is not None:
+        v.derive("load", v["ref_load"], why + "; the run starts from --ref-load")
+        v.derive("ckpt_step", v["ref_ckpt_step"], "the run starts from --ref-load")
+    elif kind == "nothing":
+        v.derive("load", v["hf_checkpoint"], why + " and there is no --ref-load; the run starts from --hf-checkpoint")
