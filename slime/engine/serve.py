@@ -12,6 +12,12 @@ import os
 import signal
 import sys
 
+if __name__ in ("__main__", "__mp_main__"):
+    # SGLang's debug dumper imports megatron-core in every scheduler where it is installed, and megatron-core then switches
+    # torch_memory_saver to a mode in which CUDA graphs cannot be paused. Here and not in main(), because a spawned child runs
+    # this module again under the second name before it does anything else; a forked one inherits it.
+    sys.modules["megatron"] = None  # type: ignore[assignment]
+
 
 def read_token() -> str:
     """The first line of file descriptor 0, byte by byte: a buffered reader would hold a lock at exit."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from engine.engines import TOKEN, make_checkpoint, payload, prompt, request, spec
@@ -17,7 +21,21 @@ ROUND_OFF = 1e-4
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def megatron_imports(tmp_path_factory):
+    """A file with a line for each process that imports megatron while this module's engines run."""
+    folder = tmp_path_factory.mktemp("tripwire")
+    imports = folder / "imports"
+    (folder / "megatron").mkdir()
+    (folder / "megatron" / "__init__.py").write_text(
+        f"import os, sys\nwith open({str(imports)!r}, 'a') as file:\n    print(os.getpid(), sys.argv, file=file)\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        yield imports
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, megatron_imports):
     """(GLM engine with TP2, Qwen3 engine, checkpoint of each)."""
     folder = tmp_path_factory.mktemp("regular")
     glm = make_checkpoint("cpu", folder / "glm", seed=1) / "fp8"
@@ -91,6 +109,16 @@ def test_two_ranks_with_chunked_prefill_equal_transformers_before_and_after_an_u
     assert before > 0.02, "the update was too small to be seen"
     assert largest_gap(glm, load_reference(checkpoint, weights, folder / "reference"), 9, 200) < ROUND_OFF
     assert sync(EngineClient(glm.url, TOKEN).weight_version()) == "7"
+
+
+def test_no_process_of_an_engine_imports_megatron(served, megatron_imports):
+    # megatron-core would switch torch_memory_saver to a mode in which CUDA graphs cannot be paused.
+    (glm, _), _, _ = served
+    assert sync(EngineClient(glm.url, TOKEN).generate(request(prompt(2, 8), 2), timeout=60))["output_ids"]
+    assert not megatron_imports.exists(), megatron_imports.read_text()
+    subprocess.run([sys.executable, "-c", "import megatron"], check=True)
+    assert "-c" in megatron_imports.read_text()  # the wire is there
+    megatron_imports.unlink()
 
 
 def test_a_dense_model_is_served_by_sglangs_own_class_and_updated_too(served, tmp_path):
