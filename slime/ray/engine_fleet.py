@@ -18,7 +18,7 @@ from slime.engine.router import RouterProcess, Worker
 from slime.engine.spec import EngineSpec, NodePlacement
 from slime.ray.calls import gather
 from slime.ray.engine_actor import EngineActor
-from slime.ray.placement import ENGINE_SHARE, Placement
+from slime.ray.placement import ALL_DEVICES, ENGINE_SHARE, Placement
 from slime.ray.train_actor import EngineTarget
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class EngineFleet:
             num_gpus=ENGINE_SHARE,
             num_cpus=ENGINE_SHARE,
             scheduling_strategy=self._placement.strategy(slot),
-            runtime_env={"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}},
+            runtime_env={"env_vars": ALL_DEVICES},
         ).remote(spec, NodePlacement(node, host, slot.device_index, dist_init_addr), self._token, self._log_folder)
 
     # ------------------------------------------------------------------ weights

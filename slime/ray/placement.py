@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import socket
 import time
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 TRAINER_SHARE = 0.4
 ENGINE_SHARE = 0.2
 
+ALL_DEVICES = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+"""Environment of an actor that picks its device by the slot's index: Ray must not hide the node's others."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -26,6 +30,7 @@ class Slot:
     bundle: int
     node_ip: str
     device_index: int
+    """Counted within what CUDA_VISIBLE_DEVICES shows on the node, as torch and SGLang count."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,27 @@ def _wait_until_ready(group: PlacementGroup, total: int, wait_seconds: float) ->
             logger.info("waiting for devices: %s (%.0f s)", missing, waited)
 
 
+def visible_index(device: int | str, visible: str | None) -> int:
+    """Position of a device among those that CUDA_VISIBLE_DEVICES lists; all are visible without that variable.
+
+    device: as Ray names it, a number or the variable's own text ("GPU-5f0c...", "MIG-..."). ValueError where it is not listed.
+    """
+    names = [name.strip() for name in (visible or "").split(",") if name.strip()]
+    if not names:
+        return int(device)
+    if str(device) not in names:
+        raise ValueError(
+            f"Ray hands out device {device}, which CUDA_VISIBLE_DEVICES={visible} does not list: start Ray with the variable "
+            "that its processes have"
+        )
+    return names.index(str(device))
+
+
 @ray.remote(num_cpus=0)
 class _Probe:
     def where(self) -> tuple[str, int]:
-        return ray.util.get_node_ip_address(), int(ray.get_gpu_ids()[0])
+        device = ray.get_gpu_ids()[0]
+        return ray.util.get_node_ip_address(), visible_index(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _ordered_slots(group: PlacementGroup, total: int) -> list[Slot]:
@@ -92,6 +114,7 @@ def _ordered_slots(group: PlacementGroup, total: int) -> list[Slot]:
         _Probe.options(
             num_gpus=0.01,
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle),
+            runtime_env={"env_vars": ALL_DEVICES},
         ).remote()
         for bundle in range(total)
     ]

@@ -11,7 +11,7 @@ import ray
 
 from slime.config import Config
 from slime.ray.calls import gather
-from slime.ray.placement import TRAINER_SHARE, Placement
+from slime.ray.placement import ALL_DEVICES, TRAINER_SHARE, Placement
 from slime.ray.train_actor import EngineTarget, RankMemory, TrainActor
 from slime.weights.protocol import StreamReport
 
@@ -104,9 +104,8 @@ class TrainGroup:
 
 
 def _environment() -> dict[str, str]:
-    # The trainer picks its device by the slot's index among all of the node's, so Ray must not hide the others.
     return {
-        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        **ALL_DEVICES,
         "NCCL_CUMEM_ENABLE": "0",
         "TOKENIZERS_PARALLELISM": "false",
         # megatron-core warns on every import about each optional package that is not there.
