@@ -14,15 +14,15 @@ from slime.config.flags import derived, flag
 class ClusterConfig:
     """GPUs (or, on a machine without any, ranks) for training and rollout."""
 
-    actor_num_nodes: int = 1
+    actor_num_nodes: int = flag(1, low=0)
     """Training nodes."""
-    actor_num_gpus_per_node: int = 8
+    actor_num_gpus_per_node: int = flag(8, low=0)
     """Training GPUs (ranks) per node."""
-    rollout_num_gpus: int | None = None
+    rollout_num_gpus: int | None = flag(None, low=0)
     """GPUs of all rollout engines together. Colocated runs derive it from the training GPUs."""
-    rollout_num_gpus_per_engine: int = 1
+    rollout_num_gpus_per_engine: int = flag(1, low=1)
     """GPUs of one engine (its tensor- times pipeline-parallel size)."""
-    num_gpus_per_node: int = 8
+    num_gpus_per_node: int = flag(8, low=1)
     """GPUs per node as seen by the rollout layout; lower it when a node has fewer than 8."""
     colocate: bool = False
     """Training and rollout take turns on the same GPUs; turns both offload switches on."""
@@ -48,19 +48,19 @@ class EngineConfig:
 
     sglang_config: str | None = None
     """YAML file with models and server groups (prefill, decode, regular, ...)."""
-    prefill_num_servers: int | None = None
+    prefill_num_servers: int | None = flag(None, low=1)
     """Short form without YAML: this many prefill engines, the rest decode."""
     sglang_router_ip: str | None = None
     """Address of a router that already runs; None starts one."""
-    sglang_router_port: int | None = None
+    sglang_router_port: int | None = flag(None, low=1, high=65535)
     """Port of the router; None takes a free one."""
-    sglang_router_request_timeout_secs: int = 14400
+    sglang_router_request_timeout_secs: int = flag(14400, low=1)
     """The router gives a request up after this many seconds."""
-    sglang_server_concurrency: int = 512
+    sglang_server_concurrency: int = flag(512, low=1)
     """Requests in flight per engine."""
     rollout_external_engine_addrs: tuple[str, ...] | None = flag(None, later="engines that somebody else started")
     """host:port of engines that already run."""
-    update_weight_buffer_size: int = 512 * 1024 * 1024
+    update_weight_buffer_size: int = flag(512 * 1024 * 1024, low=1)
     """Bytes of one weight bucket on its way to the engines."""
     update_weights_interval: int = flag(1, later="the asynchronous loop")
     """Sync the weights to the engines every so many rollouts (asynchronous loop)."""
@@ -86,11 +86,11 @@ class EngineConfig:
     """Report of a rehearsal (--rehearse --json FILE); the run stops when its first weight stream is not the rehearsed one."""
     use_fault_tolerance: bool = False
     """Watch the engines while they generate, start those that die again, and repeat what they broke."""
-    rollout_health_check_interval: float = 30.0
+    rollout_health_check_interval: float = flag(30.0, above=0)
     """Seconds between health checks of an engine."""
-    rollout_health_check_timeout: float = 30.0
+    rollout_health_check_timeout: float = flag(30.0, above=0)
     """Seconds that an engine has for an answer; after three misses in a row it is ended and started again."""
-    rollout_health_check_first_wait: float = 0.0
+    rollout_health_check_first_wait: float = flag(0.0, low=0)
     """Seconds without health checks at the start of every rollout and evaluation."""
     groups: tuple[SglangModel, ...] = derived(())
     """Models and their engine groups, from --sglang-config, --prefill-num-servers or the plain flags."""

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from slime.config.errors import ConfigError, load_yaml, refuse_unknown_keys
-from slime.config.flags import FrozenMap
+from slime.config.flags import FrozenMap, flag
+from slime.config.ranges import ANY
 
 LATER_KEYS = {
     "multimodal_keys", "app_service", "eval_task_timeout", "min_eval_samples", "eval_early_stop_remaining",
@@ -31,17 +32,17 @@ class EvalDataset:
     metadata_key: str = "metadata"
     apply_chat_template: bool = False
     apply_chat_template_kwargs: Mapping[str, object] = dataclasses.field(default_factory=FrozenMap)
-    n_samples_per_eval_prompt: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    max_response_len: int | None = None
-    max_prompt_len: int | None = None
-    max_context_len: int | None = None
-    min_new_tokens: int | None = None
+    n_samples_per_eval_prompt: int = flag(1, low=1)
+    temperature: float = flag(1.0, low=0)
+    top_p: float = flag(1.0, above=0, high=1)
+    top_k: int = flag(-1, low=1, also=(-1,))
+    max_response_len: int | None = flag(None, low=1)
+    max_prompt_len: int | None = flag(None, low=1)
+    max_context_len: int | None = flag(None, low=2)
+    min_new_tokens: int | None = flag(None, low=0)
     stop: tuple[str, ...] | None = None
-    stop_token_ids: tuple[int, ...] | None = None
-    repetition_penalty: float | None = None
+    stop_token_ids: tuple[int, ...] | None = flag(None, low=0)
+    repetition_penalty: float | None = flag(None, above=0)
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
     rm_type: str | None = None
@@ -163,15 +164,21 @@ def _typed(item: dataclasses.Field, value: object, where: str) -> object:
     """`value` of a YAML file as the field's type; YAML reads 1e-5 as text and one stop word as text."""
     kind = str(item.type).removesuffix(" | None")
     try:
+        bounds = item.metadata.get("flag", {}).get("range", ANY)
         if kind.startswith("tuple"):
             inner = int if "int" in kind else str
-            return tuple(inner(one) for one in (value if isinstance(value, list) else [value]))
+            listed = tuple(inner(one) for one in (value if isinstance(value, list) else [value]))
+            for one in listed:
+                bounds.refuse(one)
+            return listed
         if kind.startswith("Mapping"):
             return FrozenMap(dict(value))  # type: ignore[call-overload]
         if kind == "bool" and not isinstance(value, bool):
             raise ValueError("wants true or false")
         if kind == "int" and (isinstance(value, bool) or int(value) != float(value)):  # type: ignore[call-overload, arg-type]
             raise ValueError("wants a whole number")
-        return {"int": int, "float": float, "str": str, "bool": bool}[kind](value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+        made = {"int": int, "float": float, "str": str, "bool": bool}[kind](value)  # type: ignore[arg-type]
+        bounds.refuse(made)
+        return made
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{where}.{item.name}: {value!r} is no {kind} ({error})") from None

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from slime.config.ranges import Range, within
+
 Converter = Callable[[str], object]
 
 
@@ -50,7 +52,8 @@ class Flag:
     later: str = ""
     """Not empty: this version does not do it, and says this when it is asked for."""
     later_values: tuple[object, ...] = ()
-    values_shown: str = ""
+    optional: bool = False
+    """A YAML file may say null."""
 
 
 def flag(
@@ -62,15 +65,21 @@ def flag(
     append: bool = False,
     later: str = "",
     later_values: tuple[object, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    also: tuple[float, ...] = (),
 ) -> Any:
-    """A field with flag names, an off-switch, a converter or a "not in this version" mark of its own.
+    """A field with flag names, an off-switch, a converter, a range or a "not in this version" mark of its own.
 
     `off="--disable-x"` declares a switch that stores False (and no on-switch). `later` names what is missing: a value other
-    than the default is refused with it; `later_values` refuses single values only.
+    than the default is refused with it; `later_values` refuses single values only. low to also: the numbers that it takes
+    (slime.config.ranges.Range).
     """
     meta = {
         "names": names, "off": off, "values": values, "convert": convert, "append": append, "later": later,
-        "later_values": later_values,
+        "later_values": later_values, "range": Range(low, high, above, below, also),
     }  # fmt: skip
     if isinstance(default, dict):
         return field(default_factory=lambda: FrozenMap(default), metadata={"flag": meta})
@@ -175,16 +184,17 @@ def flags_of(section: str, cls: type) -> Iterator[Flag]:
         hint = hints[item.name]
         if _bare(hint) is bool and meta.get("convert") is None:
             for name in names:
-                yield Flag(name, item.name, section, to_bool, 0, later=later)
+                yield Flag(name, item.name, section, to_bool, 0, later=later, optional=hint is not bool)
             if hint is not bool:  # bool | None: absence means "derive it", so both answers need a flag
                 yield Flag("--no-" + names[0][2:], item.name, section, to_bool, 0, switch_value=False, later=later)
             continue
         convert, count = _converter_for(hint) if meta.get("convert") is None else (meta["convert"], 1)
+        convert = within(convert, meta.get("range", Range()))
         count = meta.get("values") or count
         for name in names:
             yield Flag(
                 name, item.name, section, convert, 1 if meta.get("append") else count, append=meta.get("append", False),
-                later=later, later_values=meta.get("later_values", ()),
+                later=later, later_values=meta.get("later_values", ()), optional=hint != _bare(hint),
             )  # fmt: skip
 
 

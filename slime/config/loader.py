@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -102,13 +103,18 @@ def apply_yaml(start: dict[str, Any], words: CommandLine) -> list[str]:
 def _from_yaml(row: Flag, value: object) -> object:
     """A YAML value as the flag's type; text is read as the command line would read it (YAML takes 1e-5 for text)."""
     if value is None:
+        if not row.optional:
+            raise ValueError("wants a value, got null")
         return None
     if row.num_values == 0:
         if not isinstance(value, bool):
             raise ValueError(f"wants true or false, got {value!r}")
         return value
     if isinstance(value, Mapping):
-        return FrozenMap(value)
+        made = convert_word(row, json.dumps(value, default=str))
+        if not isinstance(made, FrozenMap):
+            raise ValueError(f"wants one value, got the mapping {value!r}")
+        return made
     if isinstance(value, list) and row.num_values == 1 and not row.append:
         return convert_word(row, str(value).replace("'", ""))
     if isinstance(value, list):

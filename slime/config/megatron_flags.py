@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from slime.config.expressions import layer_frequency
 from slime.config.flags import SCALARS, Converter, Flag, one_of, to_bool, to_float, to_int
 from slime.config.megatron_table import read_table
+from slime.config.ranges import ANY, Range, within
 
 SECTION_OF = {
     "ModelParallelConfig": "model.megatron",
@@ -61,6 +63,26 @@ LATER_PREFIXES = {
 """Beginning of a field name -> what is missing; such a flag parses and is refused."""
 
 
+_COUNT, _POSITIVE, _SHARE, _WEIGHT = Range(low=1), Range(above=0), Range(low=0, below=1), Range(low=0)
+RANGES = {
+    **dict.fromkeys(
+        ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
+         "num_moe_experts", "recompute_num_layers", "moe_shared_expert_intermediate_size", "moe_ffn_hidden_size",
+         "moe_router_topk", "moe_router_num_groups", "moe_router_group_topk", "q_lora_rank", "kv_lora_rank", "qk_head_dim",
+         "qk_pos_emb_head_dim", "v_head_dim", "original_max_position_embeddings", "moe_latent_size"), _COUNT),
+    **dict.fromkeys(("hidden_dropout", "attention_dropout"), _SHARE),
+    "layernorm_epsilon": Range(above=0, below=1),
+    **dict.fromkeys(("moe_router_topk_scaling_factor", "moe_expert_capacity_factor", "rotary_scaling_factor", "softmax_scale",
+                     "init_method_std", "embedding_init_method_std"), _POSITIVE),
+    **dict.fromkeys(("moe_router_bias_update_rate", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_input_jitter_eps"), _WEIGHT),
+}  # fmt: skip
+"""Field -> the numbers that it takes; other whole numbers begin at 0, other numbers are finite."""
+
+
+def _bounded(row: Flag, *, whole: bool) -> Flag:
+    return replace(row, convert=within(row.convert, RANGES.get(row.dest, _WEIGHT if whole else ANY)))
+
+
 def _list_or_one(convert: Converter) -> Callable[[tuple[object, ...]], object]:
     return lambda values: values[0] if len(values) == 1 else list(values)
 
@@ -108,7 +130,9 @@ def _generated(taken: set[str]) -> Iterator[Flag]:
                 yield Flag(text, name, section, to_bool, 0, True, later=later)
                 yield Flag("--no-" + text[2:], name, section, to_bool, 0, False, later=later)
             else:
-                yield Flag(text, name, section, kind[0], kind[1], later=later)
+                row_type = str(row["type"])
+                flag = Flag(text, name, section, kind[0], kind[1], later=later, optional=row_type.startswith("Optional"))
+                yield _bounded(flag, whole=row_type in ("int", "Optional[int]"))
 
 
 M, D = "model.megatron", "optimizer.ddp"
@@ -146,7 +170,7 @@ ALIASES = {
 
 def megatron_flags(taken: set[str]) -> list[Flag]:
     """Every Megatron flag that no section declares. `taken` holds the flag names that sections declare."""
-    rows = [row for row in HAND_WRITTEN if row.name not in taken]
+    rows = [_bounded(row, whole=row.convert is to_int) for row in HAND_WRITTEN if row.name not in taken]
     return rows + list(_generated(taken | {row.name for row in rows}))
 
 

@@ -15,29 +15,29 @@ _ROPE = "RoPE scaling by flag (rope_parameters of the HF config decide)"
 class ParallelConfig:
     """How the model is cut over training ranks; data parallelism is what remains."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: int = flag(1, low=1)
     """Ranks that share every matrix."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = flag(1, low=1)
     """Pipeline stages."""
-    context_parallel_size: int = 1
+    context_parallel_size: int = flag(1, low=1)
     """Ranks that share every sequence."""
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: int = flag(1, low=1)
     """Ranks that share the experts of a layer."""
-    expert_tensor_parallel_size: int | None = None
+    expert_tensor_parallel_size: int | None = flag(None, low=1)
     """Ranks that share each expert's matrices; None takes the tensor-parallel size."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel ranks outside the matrix products."""
-    num_layers_per_virtual_pipeline_stage: int | None = None
+    num_layers_per_virtual_pipeline_stage: int | None = flag(None, low=1)
     """Layers of one model chunk with interleaved pipelining."""
-    num_virtual_stages_per_pipeline_rank: int | None = None
+    num_virtual_stages_per_pipeline_rank: int | None = flag(None, low=1)
     """The same, said as chunks per stage."""
     microbatch_group_size_per_virtual_pipeline_stage: int | None = flag(
         None, later="micro-batch groups of other than the pipeline's size"
     )
     """Consecutive micro-batches of one chunk; None takes the pipeline size."""
-    decoder_first_pipeline_num_layers: int | None = None
+    decoder_first_pipeline_num_layers: int | None = flag(None, low=1)
     """Layers of the first stage when stages differ."""
-    decoder_last_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = flag(None, low=1)
     """Layers of the last stage when stages differ."""
     pipeline_model_parallel_layout: str | None = None
     """Megatron's layout string, one letter per layer and | between stages; or a plain list of layers per stage, 10,12,8,8, in
@@ -47,7 +47,7 @@ class ParallelConfig:
     dsa_core_axis: Literal["queries", "heads"] = "queries"
     """What sparse attention's core is split by between tensor-parallel ranks: its queries (each rank all heads of its rows), or
     its heads, as the projections are; heads is for comparison."""
-    dsa_move_cost: int = 20480
+    dsa_move_cost: int = flag(20480, low=-1)
     """Rows of the indexer with long contexts are scored by tensor- or context-parallel ranks whose rows have short ones; what
     moving a row may cost, in keys scored. 0 moves whenever it evens the ranks, -1 never."""
     dsa_index_scoring: Literal["params", "fp8"] = "params"
@@ -59,7 +59,7 @@ class ParallelConfig:
     dsa_send_indices: bool = False
     """Sparse attention's selected keys travel with the hidden states to the next pipeline stage, which may then start on a
     layer that shares them; off, every stage must start on a layer that computes its own."""
-    distributed_timeout_minutes: int = 10
+    distributed_timeout_minutes: int = flag(10, low=1)
     """A collective that takes longer fails."""
     virtual_pipeline_model_parallel_size: int | None = derived(None)
     """Model chunks per stage."""
@@ -79,11 +79,11 @@ class ModelConfig:
     """Dotted path of a function that builds the whole model."""
     model_name: str | None = flag(None, later="choosing a weight-name table by flag (the HF config's model_type does)")
     """Key of the weight-name table."""
-    vocab_size: int | None = None
+    vocab_size: int | None = flag(None, low=1)
     """Rows of the tokenizer's vocabulary."""
-    padded_vocab_size: int | None = None
+    padded_vocab_size: int | None = flag(None, low=1)
     """Rows of the embedding; None pads vocab_size."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: int = flag(128, low=1)
     """The embedding has a multiple of this times the tensor-parallel size."""
     untie_embeddings_and_output_weights: bool = False
     """The output layer has weights of its own."""
@@ -93,9 +93,9 @@ class ModelConfig:
     """Older spelling of --position-embedding-type rope."""
     add_position_embedding: bool = flag(True, off="--no-position-embedding")
     """Off: no table of absolute positions (rotary models)."""
-    rotary_base: float = 10000.0
+    rotary_base: float = flag(10000.0, above=0)
     """RoPE theta."""
-    rotary_percent: float = 1.0
+    rotary_percent: float = flag(1.0, above=0, high=1)
     """Share of the head that RoPE turns."""
     rotary_seq_len_interpolation_factor: int | None = flag(None, later=_ROPE)
     """Linear RoPE interpolation."""
@@ -103,9 +103,9 @@ class ModelConfig:
     """Llama 3's RoPE scaling."""
     rope_scaling_factor: float = flag(8.0, later=_ROPE)
     """Its factor."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: int | None = flag(None, low=1)
     """Longest position; None takes seq_length. YaRN reads it as the original context."""
-    seq_length: int = 4096
+    seq_length: int = flag(4096, low=1)
     """Nominal length; packed batches are not bound to it."""
     swiglu: bool = False
     """Gated SiLU feed-forward."""
@@ -123,7 +123,7 @@ class ModelConfig:
     """Same as --params-dtype bf16."""
     fp16: bool = flag(False, later="fp16 training")
     """Half precision."""
-    seed: int = 1234
+    seed: int = flag(1234, low=0)
     """Base of every random stream."""
     enable_experimental: bool = False
     """Megatron's consent to experimental features."""
@@ -135,9 +135,9 @@ class ModelConfig:
     """The sparse-attention indexer is not trained, which is this project's default."""
     qwen_gdn_backend: Literal["fla", "flashqla"] = flag("fla", later="Qwen's gated delta-net layers")
     """Kernels of Qwen's gated delta-net layers."""
-    mtp_num_layers: int | None = None
+    mtp_num_layers: int | None = flag(None, low=0)
     """1 converts the checkpoint's multi-token-prediction layer too, and builds it where --enable-mtp-training trains it."""
-    mtp_loss_scaling_factor: float = 0.2
+    mtp_loss_scaling_factor: float = flag(0.2, low=0)
     """Weight of its loss beside the policy's."""
     enable_mtp_training: bool = False
     """Train it, and send it to the engines' draft model."""

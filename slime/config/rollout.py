@@ -34,15 +34,15 @@ class DataConfig:
     """JSON object of arguments for the template."""
     rollout_shuffle: bool = False
     """Shuffle the prompts in every epoch."""
-    rollout_seed: int = 42
+    rollout_seed: int = flag(42, low=0)
     """Seed of the shuffle and of deterministic sampling."""
-    num_rollout: int | None = None
+    num_rollout: int | None = flag(None, low=0)
     """Rollouts of the run; 0 evaluates only."""
-    num_epoch: int | None = None
+    num_epoch: int | None = flag(None, low=1)
     """The same, said as passes over the prompts."""
-    rollout_batch_size: int | None = None
+    rollout_batch_size: int | None = flag(None, low=1)
     """Prompts of one rollout."""
-    n_samples_per_prompt: int = 1
+    n_samples_per_prompt: int = flag(1, low=1)
     """Samples per prompt (one group)."""
     rollout_global_dataset: bool = flag(True, off="--disable-rollout-global-dataset")
     """Off: the rollout function finds its own prompts."""
@@ -62,25 +62,25 @@ class RolloutConfig:
 
     rollout_function_path: str = "slime.rollout.sglang_rollout.generate_rollout"
     """Function that makes one rollout."""
-    rollout_temperature: float = 1.0
+    rollout_temperature: float = flag(1.0, above=0)
     """Sampling temperature, above 0; the trainer divides its logits by it too."""
-    rollout_top_p: float = 1.0
+    rollout_top_p: float = flag(1.0, above=0, high=1)
     """Nucleus sampling."""
-    rollout_top_k: int = -1
+    rollout_top_k: int = flag(-1, low=1, also=(-1,))
     """Top-k sampling; -1 is off."""
-    rollout_max_context_len: int | None = None
+    rollout_max_context_len: int | None = flag(None, low=2)
     """Longest prompt plus response."""
-    rollout_max_prompt_len: int | None = None
+    rollout_max_prompt_len: int | None = flag(None, low=1)
     """Longer prompts are left out of the data set."""
-    rollout_max_response_len: int | None = None
+    rollout_max_response_len: int | None = flag(None, low=1)
     """Most new tokens of a response."""
     rollout_skip_special_tokens: bool = False
     """Leave special tokens out of the text."""
     rollout_stop: tuple[str, ...] | None = None
     """Texts that end a response."""
-    rollout_stop_token_ids: tuple[int, ...] | None = None
+    rollout_stop_token_ids: tuple[int, ...] | None = flag(None, low=0)
     """Tokens that end a response."""
-    over_sampling_batch_size: int | None = None
+    over_sampling_batch_size: int | None = flag(None, low=1)
     """Prompts started at once; more than rollout_batch_size feeds a dynamic filter."""
     dynamic_sampling_filter_path: str | None = None
     """Keeps or drops a finished group."""
@@ -134,7 +134,7 @@ class RolloutConfig:
 class EvalConfig:
     """Evaluation between rollouts."""
 
-    eval_interval: int | None = None
+    eval_interval: int | None = flag(None, low=1)
     """Evaluate every so many rollouts."""
     eval_prompt_data: tuple[str, ...] | None = None
     """NAME FILE pairs."""
@@ -152,21 +152,21 @@ class EvalConfig:
     """None takes --tool-key."""
     eval_reward_key: str | None = None
     """None takes --reward-key."""
-    n_samples_per_eval_prompt: int = 1
+    n_samples_per_eval_prompt: int = flag(1, low=1)
     """Samples per prompt."""
-    eval_temperature: float | None = None
+    eval_temperature: float | None = flag(None, low=0)
     """None takes the rollout's."""
-    eval_top_p: float | None = None
+    eval_top_p: float | None = flag(None, above=0, high=1)
     """None takes the rollout's."""
-    eval_top_k: int | None = None
+    eval_top_k: int | None = flag(None, low=1, also=(-1,))
     """None takes the rollout's."""
-    eval_max_response_len: int | None = None
+    eval_max_response_len: int | None = flag(None, low=1)
     """None takes the rollout's."""
-    eval_max_prompt_len: int | None = None
+    eval_max_prompt_len: int | None = flag(None, low=1)
     """Longer prompts are left out."""
-    eval_min_new_tokens: int | None = None
+    eval_min_new_tokens: int | None = flag(None, low=0)
     """Fewest new tokens."""
-    eval_max_context_len: int | None = None
+    eval_max_context_len: int | None = flag(None, low=2)
     """None takes the rollout's."""
     datasets: tuple[EvalDataset, ...] = derived(())
     """The data sets with every setting filled in."""

@@ -66,7 +66,7 @@ class DebugConfig:
     """File per rollout with its samples; must hold {rollout_id}."""
     load_debug_rollout_data: str | None = None
     """Replay such files instead of generating; implies --debug-train-only."""
-    load_debug_rollout_data_subsample: float | None = None
+    load_debug_rollout_data_subsample: float | None = flag(None, above=0, high=1)
     """Share of a dump's groups to replay: the first and the last half of so many."""
     load_forge_rollout_data: str | None = flag(None, later="replaying while engines stay alive")
     """Replay while the engines stay up."""
@@ -88,7 +88,7 @@ class DebugConfig:
     """Stop the run unless its figures hold together: KL and clip share 0 in a first step, a small train/rollout gap."""
     ci_disable_kl_checker: bool = False
     """--ci-test without the identities of the KL (weights that are not the reference's, kernels that are not deterministic)."""
-    ci_train_rollout_logprob_abs_diff_threshold: float = 0.1
+    ci_train_rollout_logprob_abs_diff_threshold: float = flag(0.1, low=0)
     """--ci-test: largest mean |log-prob of the trainer - log-prob of the engine|."""
     ci_save_grad_norm: str | None = None
     """File per step with its gradient norm; may hold {role}, {rollout_id}, {step_id}."""

@@ -19,41 +19,41 @@ class OptimizerConfig:
 
     optimizer: Literal["adam", "sgd"] = "adam"
     """Algorithm."""
-    lr: float = 1e-6
+    lr: float = flag(1e-6, above=0, high=1)
     """Peak learning rate."""
-    min_lr: float = 0.0
+    min_lr: float = flag(0.0, low=0)
     """Lowest learning rate of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """Shape of the decay."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: int | None = flag(None, low=1)
     """Steps of the decay; None takes the whole run."""
-    lr_warmup_fraction: float | None = None
+    lr_warmup_fraction: float | None = flag(None, low=0, high=1)
     """Warm-up as a share of the decay."""
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: int = flag(0, low=0)
     """Warm-up in steps."""
-    lr_warmup_init: float = 0.0
+    lr_warmup_init: float = flag(0.0, low=0)
     """Learning rate at the start of the warm-up."""
-    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_iters: int | None = flag(None, low=1)
     """WSD: steps of the final decay."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """WSD: shape of the final decay."""
-    weight_decay: float = 0.01
+    weight_decay: float = flag(0.01, low=0)
     """Decoupled weight decay."""
-    start_weight_decay: float | None = None
+    start_weight_decay: float | None = flag(None, low=0)
     """Start of a growing weight decay."""
-    end_weight_decay: float | None = None
+    end_weight_decay: float | None = flag(None, low=0)
     """End of a growing weight decay."""
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of its growth."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = flag(0.9, low=0, below=1)
     """First-moment decay."""
-    adam_beta2: float = 0.999
+    adam_beta2: float = flag(0.999, low=0, below=1)
     """Second-moment decay."""
-    adam_eps: float = 1e-8
+    adam_eps: float = flag(1e-8, above=0)
     """Added to the denominator."""
-    sgd_momentum: float = 0.9
+    sgd_momentum: float = flag(0.9, low=0, below=1)
     """SGD's momentum."""
-    clip_grad: float = 1.0
+    clip_grad: float = flag(1.0, low=0)
     """Largest global gradient norm; 0 does not clip."""
     use_distributed_optimizer: bool = False
     """Always on; the flag is accepted because recipes carry it."""
@@ -69,7 +69,7 @@ class OptimizerConfig:
     """Second moment, with the precision-aware optimizer."""
     optimizer_cpu_offload: bool = False
     """Optimizer state and step on the CPU."""
-    optimizer_offload_fraction: float = 1.0
+    optimizer_offload_fraction: float = flag(1.0, low=0, high=1)
     """Share of the state on the CPU."""
     overlap_cpu_optimizer_d2h_h2d: bool = False
     """Copy gradients and weights while the CPU steps."""
@@ -83,9 +83,9 @@ class OptimizerConfig:
     """Always on: gradients are summed in fp32 buffers."""
     check_for_nan_in_loss_and_grad: bool = flag(True, off="--no-check-for-nan-in-loss-and-grad")
     """Stop at the first NaN. Off: a step with a non-finite gradient is skipped, counted and named in the log."""
-    max_skipped_steps: int = 3
+    max_skipped_steps: int = flag(3, low=0)
     """Steps that --no-check-for-nan-in-loss-and-grad may skip in a run; the next one stops it."""
-    ddp_bucket_size: int | None = None
+    ddp_bucket_size: int | None = flag(None, low=1)
     """Parameters of one gradient bucket."""
     override_opt_param_scheduler: bool = flag(False, "--override-opt-param-scheduler", "--override-opt_param-scheduler")
     """Take the schedule from the flags although a checkpoint has one."""
@@ -115,7 +115,7 @@ class CheckpointConfig:
     """Reference model; also where a first run starts when --load holds nothing."""
     save: str | None = None
     """Folder for Megatron checkpoints."""
-    save_interval: int | None = None
+    save_interval: int | None = flag(None, low=1)
     """Save every so many rollouts (and at the end)."""
     async_save: bool = False
     """Write the checkpoint while training goes on; a failure shows at the next step, save or at the end."""
@@ -129,13 +129,13 @@ class CheckpointConfig:
     """Do not load random states."""
     finetune: bool = False
     """Take the weights only and start counting at 0."""
-    ckpt_step: int | None = None
+    ckpt_step: int | None = flag(None, low=0)
     """Iteration of --load to use; None takes the newest."""
-    ref_ckpt_step: int | None = None
+    ref_ckpt_step: int | None = flag(None, low=0)
     """Iteration of --ref-load to use."""
-    start_rollout_id: int | None = None
+    start_rollout_id: int | None = flag(None, low=0)
     """First rollout; None continues after the loaded iteration. An explicit value always wins."""
-    ref_update_interval: int | None = None
+    ref_update_interval: int | None = flag(None, low=1)
     """Copy the trained model to the reference every so many rollouts."""
 
 
@@ -143,15 +143,15 @@ class CheckpointConfig:
 class BatchConfig:
     """From samples of a rollout to micro-batches of a step."""
 
-    global_batch_size: int | None = None
+    global_batch_size: int | None = flag(None, low=1)
     """Samples (trajectories, when they fan out) of one optimizer step."""
-    num_steps_per_rollout: int | None = None
+    num_steps_per_rollout: int | None = flag(None, low=1)
     """The same, said as steps per rollout."""
-    micro_batch_size: int = 1
+    micro_batch_size: int = flag(1, low=1)
     """Samples of one micro-batch; unused with dynamic batches."""
     use_dynamic_batch_size: bool = False
     """Fill micro-batches up to --max-tokens-per-gpu."""
-    max_tokens_per_gpu: int | None = None
+    max_tokens_per_gpu: int | None = flag(None, low=1)
     """Tokens of one micro-batch per rank; a micro-batch holds this times the context-parallel size."""
     log_probs_max_tokens_per_gpu: int | None = flag(None, later="a token cap of its own for passes without gradient")
     """The same for passes without gradient; None takes max_tokens_per_gpu."""
@@ -159,9 +159,9 @@ class BatchConfig:
     """Spread the samples so that data-parallel ranks get equal work."""
     balance_by_flops: bool = False
     """Also fill micro-batches by estimated FLOPs instead of tokens."""
-    data_pad_size_multiplier: int = 128
+    data_pad_size_multiplier: int = flag(128, low=1)
     """The packed stream is padded to a multiple of this times the tensor- and context-parallel sizes."""
-    log_probs_chunk_size: int = -1
+    log_probs_chunk_size: int = flag(-1, low=1, also=(-1,))
     """Rows of logits that exist at once, 4,096 words of each; -1 is 16,384 rows."""
     recompute_loss_function: bool = False
     """Recompute log-probabilities and loss in the backward pass."""
@@ -189,19 +189,19 @@ class AlgorithmConfig:
     """Runs on the training ranks after advantages."""
     compute_advantages_and_returns: bool = flag(True, off="--disable-compute-advantages-and-returns")
     """Off: no old log-probs, no advantages (supervised training)."""
-    eps_clip: float = 0.2
+    eps_clip: float = flag(0.2, low=0)
     """Lower clip distance of the ratio."""
-    eps_clip_high: float | None = None
+    eps_clip_high: float | None = flag(None, low=0)
     """Upper clip distance; None takes eps_clip."""
-    eps_clip_c: float | None = None
+    eps_clip_c: float | None = flag(None, above=1)
     """Dual clip, above 1."""
     value_clip: float = flag(0.2, later=_CRITIC)
     """Clip distance of the value loss."""
-    kl_coef: float = 0.0
+    kl_coef: float = flag(0.0, low=0)
     """KL to the reference inside the reward."""
     use_kl_loss: bool = False
     """KL to the reference as a loss term."""
-    kl_loss_coef: float = 0.0
+    kl_loss_coef: float = flag(0.0, low=0)
     """Weight of that term."""
     kl_loss_type: Literal["k1", "k2", "k3", "low_var_kl"] = "k1"
     """Estimator of the KL; low_var_kl is k3 with a clamp."""
@@ -209,7 +209,7 @@ class AlgorithmConfig:
     """Weight the KL estimate by the importance ratio."""
     entropy_coef: float = 0.0
     """Entropy bonus."""
-    gamma: float = 1.0
+    gamma: float = flag(1.0, low=0, high=1)
     """Discount."""
     lambd: float = flag(1.0, later=_CRITIC)
     """GAE's lambda."""
@@ -227,15 +227,15 @@ class AlgorithmConfig:
     """Old log-probs are the engine's."""
     use_tis: bool = False
     """Truncated importance sampling between engine and trainer."""
-    tis_clip: float = 2.0
+    tis_clip: float = flag(2.0, above=0)
     """Upper bound of its weight."""
-    tis_clip_low: float = 0.0
+    tis_clip_low: float = flag(0.0, low=0)
     """Lower bound of its weight."""
     get_mismatch_metrics: bool = False
     """Report the train/rollout mismatch without using it (needs a custom TIS path)."""
     use_opsm: bool = False
     """Mask sequences that are far off-policy."""
-    opsm_delta: float = 1e-4
+    opsm_delta: float = flag(1e-4, low=0)
     """Its threshold."""
     use_routing_replay: bool = flag(False, later="routing replay")
     """Train with the expert choices of the log-prob pass."""

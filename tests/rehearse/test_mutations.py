@@ -99,7 +99,7 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
         "the stream is padded to a multiple of 262,144",
     ),
     "kl without reference": (lambda r: r.without("--ref-load").with_flag("--use-kl-loss"), "give --ref-load"),
-    "save interval 0": (flag("--save-interval", "0"), "--save-interval must be above 0"),
+    "save interval 0": (flag("--save-interval", "0"), "--save-interval must be at least 1, got 0"),
     "prompts in csv": (flag("--prompt-data", "/data/prompts.csv"), "neither .jsonl nor .parquet"),
     "reward path without a module": (flag("--custom-rm-path", "grade"), "no dotted path"),
     "reward module that is not there": (

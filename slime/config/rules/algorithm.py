@@ -10,10 +10,6 @@ if TYPE_CHECKING:
 
 def algorithm(v: Values) -> None:
     v.require(
-        v["rollout_temperature"] > 0,
-        f"--rollout-temperature must be above 0 (the trainer divides by it), got {v['rollout_temperature']}",
-    )
-    v.require(
         not (v["kl_coef"] and v["kl_loss_coef"]),
         "--kl-coef and --kl-loss-coef would both count the KL to the reference; use one",
     )
@@ -40,7 +36,6 @@ def algorithm(v: Values) -> None:
         not v["get_mismatch_metrics"] or v["custom_tis_function_path"],
         "--get-mismatch-metrics needs --custom-tis-function-path",
     )
-    v.require(v["eps_clip_c"] is None or v["eps_clip_c"] > 1, f"--eps-clip-c must be above 1, got {v['eps_clip_c']}")
     v.require(v["tis_clip_low"] <= v["tis_clip"], f"--tis-clip-low {v['tis_clip_low']} is above --tis-clip {v['tis_clip']}")
     if v["eps_clip_high"] is None:
         v.derive("eps_clip_high", v["eps_clip"], "it defaults to --eps-clip")

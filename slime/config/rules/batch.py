@@ -10,16 +10,13 @@ if TYPE_CHECKING:
 
 def batch(v: Values) -> None:
     prompts, samples = v["rollout_batch_size"], v["n_samples_per_prompt"]
-    v.require(
-        prompts is not None and prompts > 0, f"--rollout-batch-size (prompts per rollout) is needed, above 0; got {prompts}"
-    )
-    v.require(samples > 0, f"--n-samples-per-prompt must be above 0, got {samples}")
+    v.require(prompts is not None, "--rollout-batch-size (prompts per rollout) is needed; give a number above 0")
     v.stop_if_wrong()
     total = prompts * samples
     steps = v["num_steps_per_rollout"]
     if steps is not None:
         v.require(
-            steps > 0 and total % steps == 0,
+            total % steps == 0,
             f"{total} samples ({prompts} x {samples}) do not divide into --num-steps-per-rollout {steps}",
         )
         v.stop_if_wrong()
@@ -32,7 +29,7 @@ def batch(v: Values) -> None:
     if v["global_batch_size"] is None:
         v.derive("global_batch_size", total, f"all {prompts} x {samples} samples of a rollout make one step")
     v.require(
-        v["global_batch_size"] > 0 and total % v["global_batch_size"] == 0,
+        total % v["global_batch_size"] == 0,
         f"{total} samples ({prompts} x {samples}) are no multiple of --global-batch-size {v['global_batch_size']}; "
         "the rest would be lost",
     )
@@ -43,11 +40,6 @@ def batch(v: Values) -> None:
         v.require(v["max_tokens_per_gpu"], "--use-dynamic-batch-size needs --max-tokens-per-gpu")
     if v["log_probs_max_tokens_per_gpu"] is None and v["max_tokens_per_gpu"] is not None:
         v.derive("log_probs_max_tokens_per_gpu", v["max_tokens_per_gpu"], "it defaults to --max-tokens-per-gpu")
-    v.require(v["micro_batch_size"] > 0, f"--micro-batch-size must be above 0, got {v['micro_batch_size']}")
-    v.require(
-        v["log_probs_chunk_size"] == -1 or v["log_probs_chunk_size"] > 0,
-        f"--log-probs-chunk-size is -1 (all) or above 0, got {v['log_probs_chunk_size']}",
-    )
     if v["over_sampling_batch_size"] is None:
         v.derive("over_sampling_batch_size", prompts, "it defaults to --rollout-batch-size")
     v.require(

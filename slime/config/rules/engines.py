@@ -16,13 +16,10 @@ def engines(v: Values) -> None:
         v.notes.append("no engine is started (--debug-train-only)")
         return
     per_engine = v["rollout_num_gpus_per_engine"]
-    v.require(per_engine >= 1, f"--rollout-num-gpus-per-engine must be at least 1, got {per_engine}")
     v.require(
         v["sglang_config"] is None or v["prefill_num_servers"] is None,
         "--sglang-config and --prefill-num-servers exclude each other",
     )
-    for name in ("rollout_health_check_interval", "rollout_health_check_timeout"):
-        v.require(v[name] > 0, f"--{name.replace('_', '-')} must be positive, got {v[name]:g}")
     v.stop_if_wrong()
     _attention_dp(v)
     if v["sglang_config"] is not None:

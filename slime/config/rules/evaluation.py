@@ -22,9 +22,6 @@ def evaluation(v: Values) -> None:
         v["eval_prompt_data"] = tuple(word for one in v["datasets"] for word in (one.name, one.path))
     v.require(v["eval_interval"] is None or v["datasets"], "--eval-interval needs --eval-prompt-data or --eval-config")
     v.require(
-        v["eval_interval"] is None or v["eval_interval"] > 0, f"--eval-interval must be above 0, got {v['eval_interval']}"
-    )
-    v.require(
         v["num_rollout"] != 0 or v["datasets"], "--num-rollout 0 only evaluates; give --eval-prompt-data or --eval-config"
     )
     if v["eval_function_path"] is None:

@@ -20,9 +20,6 @@ def layout(v: Values) -> None:
         "context_parallel_size",
         "expert_model_parallel_size",
     )
-    for name in sizes:
-        v.require(v[name] >= 1, f"--{name.replace('_', '-')} must be at least 1, got {v[name]}")
-    v.stop_if_wrong()
     tp, pp, cp, ep = (v[name] for name in sizes)
     if v["expert_tensor_parallel_size"] is None:
         v.derive("expert_tensor_parallel_size", tp, "it defaults to --tensor-model-parallel-size")

@@ -36,8 +36,4 @@ def numbers(v: Values) -> None:
         v["lr_warmup_fraction"] is None or not v["lr_warmup_iters"],
         "--lr-warmup-fraction and --lr-warmup-iters exclude each other",
     )
-    v.require(
-        v["lr_warmup_fraction"] is None or 0 <= v["lr_warmup_fraction"] <= 1,
-        f"--lr-warmup-fraction is a share between 0 and 1, got {v['lr_warmup_fraction']}",
-    )
     v.require(v["min_lr"] <= v["lr"], f"--min-lr {v['min_lr']} is above --lr {v['lr']}")

@@ -36,10 +36,6 @@ def debug_modes(v: Values) -> None:
     for name in ("ci_save_grad_norm", "ci_load_grad_norm"):
         whole = v[name] is None or ("{rollout_id}" in v[name] and "{step_id}" in v[name])
         v.require(whole, f"--{name.replace('_', '-')} must hold {{rollout_id}} and {{step_id}}, got {v[name]!r}")
-    share = v["load_debug_rollout_data_subsample"]
-    v.require(
-        share is None or 0 < share <= 1, f"--load-debug-rollout-data-subsample is a share above 0, at most 1; got {share}"
-    )
     for name in ("save_debug_rollout_data", "load_debug_rollout_data", "save_debug_train_data"):
         v.require(
             v[name] is None or "{rollout_id}" in v[name],

@@ -14,12 +14,8 @@ if TYPE_CHECKING:
 
 def saving(v: Values) -> None:
     v.require(v["save_interval"] is None or v["save"], "--save-interval needs --save")
-    v.require(
-        v["save_interval"] is None or v["save_interval"] > 0, f"--save-interval must be above 0, got {v['save_interval']}"
-    )
     interval = v["ref_update_interval"]
     if interval is not None:
-        v.require(interval > 0, f"--ref-update-interval must be above 0, got {interval}")
         v.require(
             v["save_interval"] is None or interval < 1 or v["save_interval"] % interval == 0,
             f"--save-interval {v['save_interval']} is no multiple of --ref-update-interval {interval}: a run could not be "
