@@ -99,7 +99,7 @@ async def _evaluate(args: Any, dataset: Any, base: GenerateState) -> dict[str, A
         generate_and_rm(args, sample, dict(settings), state=state, evaluation=True) for sample in _fresh_samples(args, dataset)
     ]
     samples = flatten(list(await asyncio.gather(*tasks)))
-    good = [sample for sample in samples if sample.status in (Status.COMPLETED, Status.TRUNCATED)]
+    good = [sample for sample in samples if sample.is_settled]
     failed = len(samples) - len(good)
     if failed:
         last = next(sample.metadata.get("error", sample.status.value) for sample in samples if sample not in good)

@@ -23,6 +23,7 @@ from slime.rollout.base_types import Group, flatten
 from slime.rollout.plugins import accepted_keywords, load_function
 from slime.rollout.rm_hub import async_rm, batched_async_rm
 from slime.rollout.tokenizer import load_tokenizer
+from slime.types.reward import plain_reward
 from slime.types.sample import Sample, Status
 
 logger = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ async def generate_and_rm(
 async def _generate_and_rm(
     args: Any, sample: Sample, sampling_params: dict[str, Any], *, state: GenerateState, evaluation: bool
 ) -> Sample | list[Sample]:
-    if sample.status in _FINISHED and sample.reward is not None:
+    if sample.is_settled:
         return sample
     if args.mask_offpolicy_in_partial_rollout and sample.response_length > 0 and sample.status is Status.ABORTED:
         sample.loss_mask = [0] * sample.response_length
@@ -219,14 +220,19 @@ async def _generate_and_rm(
                 return sample
             result = await _call_generate(args, sample, sampling_params, state, evaluation)
     produced = flatten([result])
-    if any(item.status is Status.ABORTED for item in produced):
+    if any(item.status is Status.ABORTED and not _is_given_up(item) for item in produced):
         return result
     for item in produced:
         await _run_hooks(args, item, state.rollout_id, evaluation)
         _check_produced(item, len(produced))
-    if not (args.group_rm and not evaluation):
-        await _grade(args, produced)
+    if evaluation or not args.group_rm:
+        await _grade(args, produced, together=args.group_rm or isinstance(result, list))
     return result
+
+
+def _is_given_up(sample: Sample) -> bool:
+    """Its plugin ended it for good, whatever its status: nothing of it is trained, but it counts in its group."""
+    return sample.remove_sample or sample.is_settled
 
 
 async def _call_generate(
@@ -239,9 +245,16 @@ async def _call_generate(
     # A function of the user's gets its own copy of the parameters: changing it must not reach other samples.
     params = copy.deepcopy(sampling_params)
     result = await function(args, sample, params, **accepted_keywords(function, {"evaluation": evaluation}))
-    for item in flatten([result]):
+    produced = flatten([result])
+    if not produced:
+        raise ValueError(f"{path} returned an empty list; expected a Sample or a list of Samples")
+    for item in produced:
         if not isinstance(item, Sample):
             raise ValueError(f"{path} returned a {type(item).__name__}; expected a Sample or a list of Samples")
+        item.status = Status(item.status)  # a plugin may say "completed"
+        # A sample of the plugin's own making belongs where the one that it was given does.
+        item.index = sample.index if item.index is None else item.index
+        item.group_index = sample.group_index if item.group_index is None else item.group_index
         item.validate()
     return result
 
@@ -258,23 +271,25 @@ async def _run_hooks(args: Any, sample: Sample, rollout_id: int, evaluation: boo
 
 
 def _check_produced(sample: Sample, num_siblings: int) -> None:
-    if sample.status not in _FINISHED:
+    if sample.status not in _FINISHED and not _is_given_up(sample):
         raise ValueError(f"generation ended with status {sample.status.value}; expected completed, truncated or aborted")
-    if sample.response_length == 0:
-        raise ValueError("generation ended without a response token")
+    if sample.response_length == 0 and not sample.remove_sample:
+        raise ValueError("generation ended without a response token; set remove_sample to keep it in its group, masked")
     if num_siblings > 1 and sample.rollout_id is None:
         raise ValueError("samples that fan out of one trajectory must share a rollout_id that is not None")
 
 
-async def _grade(args: Any, samples: list[Sample]) -> None:
+async def _grade(args: Any, samples: list[Sample], *, together: bool) -> None:
+    """Reward those without one. together: a grader of the user's gets a list, also of one; otherwise each by itself."""
+    for sample in samples:
+        if sample.reward is not None:  # a generate function or a hook has graded it
+            sample.reward = plain_reward(sample.reward)
+            _check_reward(sample, sample.reward)
     ungraded = [sample for sample in samples if sample.reward is None]
     if not ungraded:
         return
     started = time.monotonic()
-    if len(ungraded) == 1:
-        rewards = [await async_rm(args, ungraded[0])]
-    else:
-        rewards = await batched_async_rm(args, ungraded)
+    rewards = await batched_async_rm(args, ungraded) if together else [await async_rm(args, sample) for sample in ungraded]
     for sample, reward in zip(ungraded, rewards, strict=True):
         _check_reward(sample, reward)
         sample.reward = reward
@@ -312,10 +327,10 @@ async def generate_and_rm_group(
 
 
 async def _grade_group(args: Any, samples: list[Sample]) -> None:
-    if any(sample.status not in _FINISHED for sample in samples):
+    if any(sample.status not in _FINISHED and not _is_given_up(sample) for sample in samples):
         return
     try:
-        await _grade(args, samples)
+        await _grade(args, samples, together=True)
     except Exception as error:
         for sample in samples:
             sample.status, sample.reward = Status.FAILED, None

@@ -148,13 +148,13 @@ async def _collect(
 def _settle(args: Any, ledger: Ledger, group: list, *, original: Group, num_pending: int, target: int) -> None:
     """Enter one finished group into the ledger."""
     samples = flatten(group)
-    failed = [sample for sample in samples if sample.status is Status.FAILED]
+    failed = [sample for sample in samples if sample.status is Status.FAILED and not sample.is_settled]
     if failed:
         ledger.dropped["failed"] += 1
         ledger.last_error = failed[0].metadata.get("error", "")
         _refuse_many_failures(args, ledger)
         return
-    if any(sample.status not in (Status.COMPLETED, Status.TRUNCATED) for sample in samples):
+    if any(sample.status not in (Status.COMPLETED, Status.TRUNCATED) and not sample.is_settled for sample in samples):
         # Aborted by us or by somebody else (an operator), or never begun; with --partial-rollout what is there is not lost.
         _put_back(args, ledger, original, reason="aborted")
         return

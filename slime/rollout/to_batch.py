@@ -1,11 +1,12 @@
 """Groups of samples -> one RolloutBatch: the only door from the rollout to training.
 
 A column is there for all samples or for none; where some have it and some do not, that is an error with the sample's index,
-never a decision made by the first sample.
+never a decision made by the first sample. Samples of which nothing is trained need none.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from slime.algorithms.rewards import normalize_by_group
 from slime.rollout.base_types import Group, flatten
 from slime.rollout.plugins import load_function
 from slime.types import RolloutBatch
+from slime.types.reward import plain_reward
 from slime.types.sample import Sample, Status
 
 _CENTRED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
@@ -28,6 +30,7 @@ def make_rollout_batch(groups: list[Group], *, rollout_id: int, config: Any) -> 
         raise ValueError(f"rollout {rollout_id} has no samples to train on")
     for sample in samples:
         _check_trainable(sample, rollout_id)
+    samples = [_with_a_response(sample) for sample in samples]
     if args.custom_convert_samples_to_train_data_path:
         return _from_custom(args, samples, group_column, rollout_id)
     raw, rewards = _rewards(args, samples, group_column)
@@ -61,11 +64,21 @@ def _rows(groups: list[Group]) -> tuple[list[Sample], np.ndarray]:
 
 def _check_trainable(sample: Sample, rollout_id: int) -> None:
     where = f"rollout {rollout_id}, sample {sample.index}"
-    if sample.status not in (Status.COMPLETED, Status.TRUNCATED):
+    if sample.status not in (Status.COMPLETED, Status.TRUNCATED) and not sample.is_settled:
         raise ValueError(f"{where} is {sample.status.value}; only completed and truncated samples are trained")
-    if sample.response_length == 0:
-        raise ValueError(f"{where} has no response token; drop it in the rollout function")
+    if sample.response_length == 0 and not sample.remove_sample:
+        raise ValueError(f"{where} has no response token; set its remove_sample, or drop it in the rollout function")
     sample.validate()
+
+
+def _with_a_response(sample: Sample) -> Sample:
+    """A removed sample may be empty, a row may not: one masked token (id 0, which every vocabulary has) stands for it."""
+    if sample.response_length > 0:
+        return sample
+    row = copy.copy(sample)
+    row.tokens, row.response_length, row.loss_mask = [*(sample.tokens or [0]), 0], 1, [0]
+    row.rollout_log_probs = row.teacher_log_probs = None
+    return row
 
 
 def _loss_mask(sample: Sample) -> np.ndarray:
@@ -96,18 +109,20 @@ def _optional(samples: list[Sample], name: str) -> tuple[np.ndarray, ...] | None
     present = [column is not None for column in columns]
     if not any(present):
         return None
-    if not all(present):
-        missing = samples[present.index(False)]
-        raise ValueError(
-            f"sample {missing.index} has no {name}, but {sum(present)} of {len(samples)} samples of this rollout have; "
-            f"give it to all or none"
-        )
+    for row, sample in enumerate(samples):
+        if columns[row] is None and sample.trains_nothing:
+            columns[row] = [0.0] * sample.response_length
+        elif columns[row] is None:
+            raise ValueError(
+                f"sample {sample.index} has no {name}, but {sum(present)} of {len(samples)} samples of this rollout have; "
+                f"give it to all or none"
+            )
     return tuple(np.asarray(column, dtype=np.float32) for column in columns)
 
 
 def raw_reward(args: Any, sample: Sample) -> float:
     """What the grader said; a plugin that shapes rewards leaves the original in metadata["raw_reward"]."""
-    value = sample.metadata.get("raw_reward", None)
+    value = plain_reward(sample.metadata.get("raw_reward", None))
     value = sample.get_reward_value(args) if value is None else value
     if not isinstance(value, int | float):
         raise ValueError(f"the reward of sample {sample.index} is {value!r}, not a number; name its entry with --reward-key")

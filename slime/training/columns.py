@@ -114,6 +114,8 @@ def _advantage(columns: Columns, position: int, batch: RolloutBatch, config: Con
     rules = config.algorithm
     reward, kl = float(batch.rewards[position]), columns.kl[position]
     mask = torch.from_numpy(batch.loss_masks[position])
+    if not mask.any():
+        return torch.zeros(len(kl))  # of a removed sample nothing is trained; an estimator may find no place for its reward
     match rules.advantage_estimator:
         case "grpo" | "gspo" | "cispo":
             return adv.broadcast_reward(reward, len(kl))

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from slime.types.reward import plain_reward
+
 
 class Status(Enum):
     """Why the sample is as it is."""
@@ -83,6 +85,16 @@ def _int32(value: Any) -> np.ndarray:
     return np.asarray(value, dtype=np.int32).reshape(-1)
 
 
+def _grown(column: Any, new: list, *, absent: list) -> list:
+    """`column` with `new` behind it: the same list where it is one, another where it is an array or a tuple."""
+    if column is None:
+        return absent + new
+    if not isinstance(column, list):
+        return [*column, *new]
+    column += new
+    return column
+
+
 def _first(meta_info: dict[str, Any], *names: str) -> Any:
     return next((meta_info[name] for name in names if meta_info.get(name) is not None), None)
 
@@ -127,7 +139,7 @@ class Sample:
     rollout_routed_experts: np.ndarray | None = None
     """int32 [len(tokens) - 1, num_layers, topk]: the engine's routing."""
     remove_sample: bool = False
-    """Keep it in the group statistics but train nothing of it."""
+    """Keep it in its group's statistics but train nothing of it, whatever its status and even without a response."""
     teacher_log_probs: list[float] | None = None
     status: Status = Status.PENDING
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -152,15 +164,27 @@ class Sample:
         """Trained tokens of the response."""
         return sum(self.loss_mask) if self.loss_mask is not None else self.response_length
 
+    @property
+    def trains_nothing(self) -> bool:
+        """Removed, or all of its response is masked."""
+        masked = self.loss_mask is not None and len(self.loss_mask) > 0 and not any(self.loss_mask)
+        return self.remove_sample or masked
+
+    @property
+    def is_settled(self) -> bool:
+        """Graded, and nothing more is to be generated: it ended, or its plugin gave it up but counts it in its group."""
+        ended = self.status in (Status.COMPLETED, Status.TRUNCATED)
+        return self.reward is not None and (ended or self.trains_nothing)
+
     def get_reward_value(self, args: Any) -> float:
         """The number that training uses: the reward itself, or its entry `--reward-key`."""
         reward_key = getattr(args, "reward_key", None)
         if not reward_key:
-            return self.reward
+            return plain_reward(self.reward)
         if not isinstance(self.reward, dict) or reward_key not in self.reward:
             found = sorted(self.reward) if isinstance(self.reward, dict) else repr(self.reward)
             raise ValueError(f"sample {self.index}: --reward-key is {reward_key!r}, but its reward is {found}")
-        return self.reward[reward_key]
+        return plain_reward(self.reward[reward_key])
 
     def validate(self) -> None:
         """All lengths agree. Raises ValueError with the numbers."""
@@ -196,21 +220,24 @@ class Sample:
         """Grow the response by what an engine generated (trainable) or an environment said (not trainable).
 
         `meta_info` is the engine's: top-p spans, routed experts and, at the end of a request, finish reason, weight version and
-        cache statistics. Raises ValueError and leaves the sample unchanged when a length disagrees.
+        cache statistics. A mask or log-probs that are a list stay that list and grow: who assigned it sees what is appended.
+        Raises ValueError and leaves the sample unchanged when a length disagrees.
         """
+        self.validate()
         tokens = [int(token) for token in tokens]
         meta_info = meta_info or {}
         new_log_probs = self._checked_log_probs(len(tokens), log_probs, trainable)
         spans = self._checked_top_p(len(tokens), meta_info, trainable)
         routed = self._checked_routing(len(tokens), meta_info, args)
 
+        if tokens and self.teacher_log_probs is not None:
+            raise ValueError(f"sample {self.index} has a teacher's log-probs of its whole response; append before it speaks")
+
         before = self.response_length
         # Masks are made explicit from the first append on: an absent one stands for ones over the earlier response.
-        self.loss_mask = (self.loss_mask if self.loss_mask is not None else [1] * before) + [int(trainable)] * len(tokens)
+        self.loss_mask = _grown(self.loss_mask, [int(trainable)] * len(tokens), absent=[1] * before)
         if new_log_probs is not None:
-            self.rollout_log_probs = (
-                self.rollout_log_probs if self.rollout_log_probs is not None else [0.0] * before
-            ) + new_log_probs
+            self.rollout_log_probs = _grown(self.rollout_log_probs, new_log_probs, absent=[0.0] * before)
         if spans is not None:
             self.rollout_top_p_token_ids, self.rollout_top_p_token_offsets = spans
         if routed is not None:
@@ -221,7 +248,6 @@ class Sample:
             self.response += text
         if update_terminal_info and meta_info.get("finish_reason") is not None:
             self.update_terminal_info(args, meta_info)
-        self.validate()
 
     def update_terminal_info(self, args: Any, meta_info: dict[str, Any]) -> None:
         """What the end of one request tells: version, cache and speculation statistics, and why it ended."""
@@ -236,7 +262,9 @@ class Sample:
         if not trainable:
             if log_probs is not None:
                 raise ValueError(f"sample {self.index}: tokens that no engine generated have no log-probs; pass none")
-            return [0.0] * count
+            return [0.0] * count if count else None
+        if count == 0 and (log_probs is None or len(log_probs) == 0):
+            return None  # the end of a request that gave nothing
         if log_probs is None or len(log_probs) != count:
             found = "none" if log_probs is None else len(log_probs)
             raise ValueError(f"sample {self.index}: {count} trainable tokens need {count} log-probs, got {found}")

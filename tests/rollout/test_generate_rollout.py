@@ -7,13 +7,17 @@ import logging
 import threading
 import time
 
+import numpy as np
 import pytest
+import torch
 from rollout_helpers import sum_in
 
+from slime.rollout.base_types import flatten
 from slime.rollout.data_source import RolloutDataSourceWithBuffer
 from slime.rollout.filter_hub.base_types import DynamicFilterOutput
 from slime.rollout.sglang_rollout import generate, generate_rollout
-from slime.types.sample import Status
+from slime.rollout.to_batch import make_rollout_batch
+from slime.types.sample import Sample, Status
 
 CHECK_STD = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
 
@@ -225,6 +229,108 @@ def test_custom_generate_hooks_and_group_reward_take_part(run, router):
     assert sample.loss_mask == [1, 1, 1, 1, 0, 0] and sample.metadata["hook"] == (sample.label, 5)
     assert sample.reward == 2.0 and sample.metadata["evaluation"] is False
     assert {payload["sampling_params"]["max_new_tokens"] for payload, _ in router.requests} == {5}
+
+
+asked: list = []
+
+
+async def as_told(args, samples, **kwargs):
+    """Notes what it was given; answers with an array, with rewards of NumPy's and torch's."""
+    asked.append(samples)
+    if isinstance(samples, list):
+        return np.array([len(s.response) % 2 for s in samples], dtype=np.bool_)
+    return torch.tensor(float(len(samples.response)))
+
+
+async def grades_all_but_the_last(args, sample, sampling_params):
+    await generate(args, sample, sampling_params)
+    if sample.index % args.n_samples_per_prompt < args.n_samples_per_prompt - 1:
+        sample.reward = np.float32(0.5)
+    return sample
+
+
+async def alone_in_a_list(args, sample, sampling_params):
+    return [await generate(args, sample, sampling_params)]
+
+
+@pytest.mark.parametrize(
+    "values, sizes",
+    [
+        ({"group_rm": True, "n_samples_per_prompt": 1}, {1}),
+        ({"group_rm": True}, {2}),
+        ({"group_rm": True, "custom_generate_function_path": f"{__name__}.grades_all_but_the_last"}, {1}),
+        ({"custom_generate_function_path": f"{__name__}.alone_in_a_list"}, {1}),
+        ({}, {None}),
+    ],
+)
+def test_a_group_grader_always_gets_a_list_and_may_answer_with_an_array(run, values, sizes):
+    asked.clear()
+    output, _ = run(custom_rm_path=f"{__name__}.as_told", **values)
+    assert {len(given) if isinstance(given, list) else None for given in asked} == sizes
+    samples = [sample for group in output.samples for sample in flatten(group)]
+    assert len(output.samples) == 4 and {type(sample.reward) for sample in samples} <= {float, bool}
+
+
+async def gives_up(args, sample, sampling_params):
+    """Of each pair the second: aborted with a reward, or without a response, as metadata of the run says."""
+    if sample.index % 2 == 0:
+        return await generate(args, sample, sampling_params)
+    sample.remove_sample = True
+    kind = args.kind
+    sample.status = Status.ABORTED if "aborted" in kind else Status.COMPLETED
+    sample.reward = None if "ungraded" in kind else np.float32(0)
+    if "some" in kind:
+        sample.tokens, sample.response_length, sample.loss_mask = [0, 0], 1, [0]
+    if "masked" in kind:
+        sample.remove_sample = False
+    return sample
+
+
+@pytest.mark.parametrize("group_rm", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["aborted some", "aborted some masked", "aborted empty", "empty", "empty ungraded", "aborted empty ungraded"]
+)
+def test_a_sample_that_its_plugin_gave_up_stays_in_its_group_masked(run, rollout_config, kind, group_rm):
+    values = dict(custom_generate_function_path=f"{__name__}.gives_up", custom={"kind": kind}, group_rm=group_rm)
+    output, _ = run(custom_rm_path=f"{__name__}.ones", **values)
+    assert output.metrics["rollout/groups_submitted"] == 4 and len(output.samples) == 4
+    batch = make_rollout_batch(output.samples, rollout_id=0, config=rollout_config(**values))
+    assert batch.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [bool(mask.any()) for mask in batch.loss_masks] == [True, False] * 4
+    assert batch.raw_rewards.tolist() == [1, 1 if "ungraded" in kind else 0] * 4
+
+
+async def ones(args, samples, **kwargs):
+    return [1.0] * len(samples) if isinstance(samples, list) else 1.0
+
+
+async def nothing(args, sample, sampling_params):
+    return []
+
+
+async def of_its_own_making(args, sample, sampling_params):
+    made = Sample(prompt=sample.prompt, tokens=[1, 2], response_length=1, reward=1.0, status="completed")
+    return made if sample.index % 2 else [made]
+
+
+def test_what_a_generate_function_returns_belongs_to_its_prompt(run):
+    with pytest.raises(RuntimeError, match="returned an empty list; expected a Sample or a list of Samples"):
+        run(custom_generate_function_path=f"{__name__}.nothing")
+    output, _ = run(custom_generate_function_path=f"{__name__}.of_its_own_making")
+    samples = [sample for group in output.samples for sample in flatten(group)]
+    assert [(s.group_index, s.index) for s in samples] == [(i // 2, i) for i in range(8)]
+    assert {sample.status for sample in samples} == {Status.COMPLETED}
+
+
+async def infinite(args, sample, sampling_params):
+    await generate(args, sample, sampling_params)
+    sample.reward = np.float32("inf")
+    return sample
+
+
+def test_a_reward_that_is_not_finite_fails_its_sample_not_the_run(run):
+    with pytest.raises(RuntimeError, match="groups of this rollout failed.*the reward of sample .* is inf; expected a finite"):
+        run(custom_generate_function_path=f"{__name__}.infinite")
 
 
 def test_fan_out_groups_hold_all_siblings(run):

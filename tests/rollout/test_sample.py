@@ -38,6 +38,35 @@ def test_an_absent_mask_stands_for_ones_over_the_earlier_response():
     assert sample.loss_mask == [1, 1, 0] and sample.rollout_log_probs == [0.0, 0.0, 0.0]
 
 
+def test_lists_that_a_plugin_assigned_grow_in_place():
+    mask, log_probs = [], []
+    sample = Sample(tokens=[1], loss_mask=mask, rollout_log_probs=log_probs)
+    sample.append_response_tokens(tokens=[2, 3], log_probs=[-0.1, -0.2])
+    sample.append_response_tokens(tokens=[4], trainable=False)
+    assert sample.loss_mask is mask and mask == [1, 1, 0]
+    assert sample.rollout_log_probs is log_probs and log_probs == [-0.1, -0.2, 0.0]
+    other = Sample(tokens=[1, 2], response_length=1, loss_mask=np.array([0]), rollout_log_probs=(-0.5,))
+    other.append_response_tokens(tokens=[3], log_probs=np.array([-1.0]))
+    assert other.loss_mask == [0, 1] and other.rollout_log_probs == [-0.5, -1.0]
+
+
+@pytest.mark.parametrize("log_probs", [None, [], np.zeros(0)])
+@pytest.mark.parametrize("before", [{}, {"response_length": 1}, {"response_length": 1, "rollout_log_probs": [-0.5]}])
+def test_a_request_that_gave_nothing_ends_the_sample_and_changes_no_length(log_probs, before):
+    sample = Sample(tokens=[1, 2], **before)
+    sample.append_response_tokens(tokens=[], log_probs=log_probs, meta_info={"finish_reason": {"type": "abort"}})
+    assert sample.status is Status.ABORTED and sample.tokens == [1, 2]
+    assert sample.rollout_log_probs == before.get("rollout_log_probs")
+    sample.validate()
+
+
+def test_nothing_is_appended_behind_a_teachers_log_probs():
+    sample = Sample(tokens=[1, 2], response_length=1, rollout_log_probs=[-1.0], teacher_log_probs=[-2.0])
+    with pytest.raises(ValueError, match="teacher's log-probs"):
+        sample.append_response_tokens(tokens=[3], log_probs=[-1.0])
+    assert sample.tokens == [1, 2] and sample.rollout_log_probs == [-1.0]
+
+
 BAD_APPENDS = {
     "no log-probs": ({"tokens": [5]}, "1 trainable tokens need 1 log-probs, got none"),
     "too few log-probs": ({"tokens": [5, 6], "log_probs": [-1.0]}, "2 trainable tokens need 2 log-probs, got 1"),

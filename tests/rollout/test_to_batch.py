@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from rollout_helpers import make_config
 
 from slime.rollout.to_batch import make_rollout_batch
@@ -52,6 +53,32 @@ def test_masks_truncation_and_versions_travel():
     assert batch.weight_versions == (("1", "2"), (), ())
     assert batch.rollout_log_probs[2].tolist() == [0.0, -2.0] and batch.rollout_log_probs[2].dtype == np.float32
     assert batch.tokens[2].tolist() == [0, 1, 2, 3] and batch.response_lengths.tolist() == [3, 3, 2]
+
+
+def test_a_removed_sample_counts_in_its_group_and_trains_nothing_whatever_it_lacks():
+    """Rewards 1, 0, 0, 0 less their mean 1/4; the rows of the removed ones are one masked token at least."""
+    gone = {"response": 0, "loss_mask": None, "rollout_log_probs": None, "remove_sample": True}
+    group = [
+        sample(0, 0, 1.0),
+        sample(1, 0, np.float32(0), status=Status.ABORTED, loss_mask=[0, 0, 0], rollout_log_probs=None),
+        sample(2, 0, 0.0, status=Status.ABORTED, **gone),
+        sample(3, 0, 0.0, prompt=0, **gone),
+    ]
+    batch = make_rollout_batch([group], rollout_id=0, config=make_config(grpo_std_normalization=False))
+    assert batch.rewards.tolist() == [0.75, -0.25, -0.25, -0.25]
+    assert [mask.tolist() for mask in batch.loss_masks] == [[1, 1, 1], [0, 0, 0], [0], [0]]
+    assert [row.tolist() for row in batch.rollout_log_probs] == [[-0.25] * 3, [0, 0, 0], [0], [0]]
+    assert [row.tolist() for row in batch.tokens[2:]] == [[0, 1, 0], [0, 0]] and batch.response_lengths.tolist() == [3, 3, 1, 1]
+    assert group[2].response_length == 0, "the sample itself is as its plugin left it"
+
+
+def test_rewards_of_other_libraries_are_trained():
+    group = [sample(0, 0, np.float32(1)), sample(1, 0, torch.tensor(0)), sample(2, 0, np.bool_(True))]
+    batch = make_rollout_batch([group], rollout_id=0, config=make_config(rewards_normalization=False))
+    assert batch.rewards.tolist() == batch.raw_rewards.tolist() == [1, 0, 1]
+    group = [sample(0, 0, {"score": np.int64(2)}, metadata={"raw_reward": np.float32(5)}), sample(1, 0, {"score": 0})]
+    batch = make_rollout_batch([group], rollout_id=0, config=make_config(reward_key="score", rewards_normalization=False))
+    assert batch.rewards.tolist() == [2, 0] and batch.raw_rewards.tolist() == [5, 0]
 
 
 def test_siblings_of_a_fan_out_share_a_trajectory():

@@ -11,7 +11,7 @@ import torch
 from ranks import RankFailed, run_ranks
 from tiny import config_for, gradients, plans, rollout, start
 
-from slime.training.columns import passes_of
+from slime.training.columns import Columns, fill_advantages, passes_of
 
 pytestmark = pytest.mark.slow
 
@@ -284,6 +284,16 @@ def test_a_rollout_without_a_trained_token_changes_nothing_but_keeps_every_rank_
     batch = replace(batch, loss_masks=tuple(np.zeros_like(mask) for mask in batch.loss_masks))
     for report, _ in run_ranks(2, step_of, qwen3, dict(weight_decay=0.0, pipeline_model_parallel_size=2), batch, 2):
         assert report.per_step[0]["train/loss"] == 0.0 and report.per_step[0]["train/grad_norm"] == 0.0
+
+
+def test_a_removed_sample_has_no_place_for_reinforce_plus_plus_and_needs_none(qwen3):
+    batch = rollout(seed=20)
+    batch.loss_masks[3][:] = 0
+    columns = Columns(positions=tuple(range(len(batch))))
+    fill_advantages(columns, batch, config_for(qwen3, advantage_estimator="reinforce_plus_plus"), ranks=None)
+    assert not columns.advantages[3].any() and len(columns.advantages[3]) == batch.response_lengths[3]
+    last = np.flatnonzero(batch.loss_masks[0])[-1]
+    assert columns.advantages[0][last] == pytest.approx(batch.rewards[0]), "the others have theirs on the last trained token"
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "gspo"])

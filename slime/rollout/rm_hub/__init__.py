@@ -20,6 +20,7 @@ from slime.rollout.rm_hub.f1 import token_f1
 from slime.rollout.rm_hub.gpqa import grade_gpqa
 from slime.rollout.rm_hub.math_grader import grade_math, last_boxed
 from slime.rollout.rm_hub.remote import remote_rm
+from slime.types.reward import one_reward_each, plain_reward
 from slime.types.sample import Sample
 
 Reward = float | dict[str, Any]
@@ -72,7 +73,7 @@ async def async_rm(args: Any, sample: Sample, **kwargs: Any) -> Reward:
     """The reward of one sample. Raises ValueError when no grader is named or the named one does not exist."""
     path = sample.custom_rm_path or args.custom_rm_path
     if path:
-        return await load_function("--custom-rm-path", path)(args, sample, **kwargs)
+        return plain_reward(await load_function("--custom-rm-path", path)(args, sample, **kwargs))
     name = (sample.metadata.get("rm_type") or args.rm_type or "").strip()
     if not name:
         raise ValueError("nothing grades the samples: pass --rm-type NAME or --custom-rm-path PATH")
@@ -88,9 +89,6 @@ async def async_rm(args: Any, sample: Sample, **kwargs: Any) -> Reward:
 async def batched_async_rm(args: Any, samples: list[Sample], **kwargs: Any) -> list[Reward]:
     """Rewards of several samples. --custom-rm-path gets the whole list; the built-in graders get one at a time."""
     if args.custom_rm_path and all(not sample.custom_rm_path for sample in samples):
-        rewards = await load_function("--custom-rm-path", args.custom_rm_path)(args, samples, **kwargs)
-        if not isinstance(rewards, list) or len(rewards) != len(samples):
-            found = f"{len(rewards)} rewards" if isinstance(rewards, list) else repr(rewards)[:80]
-            raise ValueError(f"--custom-rm-path {args.custom_rm_path} gave {found} for a list of {len(samples)} samples")
-        return rewards
+        answer = await load_function("--custom-rm-path", args.custom_rm_path)(args, samples, **kwargs)
+        return one_reward_each(answer, len(samples), who=f"--custom-rm-path {args.custom_rm_path}")
     return list(await asyncio.gather(*(async_rm(args, sample, **kwargs) for sample in samples)))
