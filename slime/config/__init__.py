@@ -8,7 +8,7 @@ Must never know: torch, numpy, megatron, sglang, ray. A laptop reads a 256-GPU r
 """
 
 from slime.config.cluster import ClusterConfig, EngineConfig
-from slime.config.config import SECTION_NAMES, Config, FlatArgs
+from slime.config.config import SECTION_NAMES, Config, FlatArgs, view_for_call
 from slime.config.engine_groups import EngineGroup, SglangModel
 from slime.config.errors import ConfigError
 from slime.config.eval_datasets import EvalDataset
@@ -23,4 +23,5 @@ __all__ = [
     "AlgorithmConfig", "BatchConfig", "CheckpointConfig", "ClusterConfig", "Config", "ConfigError", "DataConfig", "DebugConfig",
     "EngineConfig", "EngineGroup", "EvalConfig", "EvalDataset", "FlatArgs", "FrozenMap", "ModelConfig", "OptimizerConfig",
     "ParallelConfig", "RolloutConfig", "SECTION_NAMES", "SglangModel", "TrackingConfig", "load", "parse",
+    "view_for_call",
 ]  # fmt: skip

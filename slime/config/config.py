@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from slime.config import megatron_flags
 from slime.config.cluster import ClusterConfig, EngineConfig
@@ -66,7 +68,7 @@ def section_of() -> Mapping[str, str]:
 
 
 class FlatArgs:
-    """`args` as slime's plugins know it: one namespace, slime's and Megatron's names, no assignment.
+    """`args` as slime's plugins know it: one namespace, slime's and Megatron's names. No assignment: see `for_call`.
 
     A missing name raises AttributeError with the nearest one, so `getattr(args, name, default)` works.
     """
@@ -80,6 +82,10 @@ class FlatArgs:
     def with_runtime(self, **values: object) -> FlatArgs:
         """The same view plus values that exist only while running (the router's address, a token); they win."""
         return FlatArgs(self._config, {**self._runtime, **values})
+
+    def for_call(self) -> CallArgs:
+        """A view that may be written, for one call of a plugin."""
+        return CallArgs(self._config, self._runtime)
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
@@ -106,7 +112,10 @@ class FlatArgs:
             raise AttributeError(f"args has no {name!r}{nearest(name, self)}") from None
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"args is read-only (tried to set {name!r}); with_runtime() makes a view with another value")
+        raise AttributeError(
+            f"args is read-only here (tried to set {name!r}): the run was built from it. Keep your own values in your module, "
+            f"or give them under `custom:` in the file of --custom-config-path"
+        )
 
     def __iter__(self) -> Iterator[str]:
         """Every name that was declared or given."""
@@ -114,11 +123,66 @@ class FlatArgs:
         names = {*section_of(), *self._runtime, *config.model.megatron, *config.optimizer.megatron, *config.optimizer.ddp}
         return iter(sorted(names | set(config.debug.custom) | {"eval_datasets", "use_critic", "rollout_external"}))
 
-    def __dir__(self) -> list[str]:
-        return [*self, "with_runtime"]
+    @property
+    def __dict__(self) -> dict[str, object]:  # type: ignore[override]
+        """`vars(args)`, as of an argparse namespace: a new mapping, so a change of it changes nothing here."""
+        return {name: getattr(self, name) for name in self}
 
-    def __reduce__(self) -> tuple[type, tuple[Config, FrozenMap]]:
-        return FlatArgs, (self._config, self._runtime)
+    def __dir__(self) -> list[str]:
+        return [*self, "with_runtime", "for_call"]
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self._config, self._runtime)
 
     def __repr__(self) -> str:
-        return f"FlatArgs({len(list(self))} names)"
+        return f"{type(self).__name__}({len(list(self))} names)"
+
+
+class CallArgs(FlatArgs):
+    """The view that one call of a plugin gets. What it sets is seen by that call and by what it passes its args to, alone.
+
+    A deep copy holds copies of what was set and can be written as well.
+    """
+
+    __slots__ = ("_own",)
+
+    def __init__(
+        self, config: Config, runtime: Mapping[str, object] | None = None, own: Mapping[str, object] | None = None
+    ) -> None:
+        super().__init__(config, runtime)
+        object.__setattr__(self, "_own", dict(own or {}))
+
+    def with_runtime(self, **values: object) -> CallArgs:
+        return CallArgs(self._config, {**self._runtime, **values}, self._own)
+
+    def for_call(self) -> CallArgs:
+        """With what was set so far; what the call sets is not seen here."""
+        return CallArgs(self._config, self._runtime, self._own)
+
+    def __getattr__(self, name: str) -> object:
+        # Copying and unpickling ask before there is an _own.
+        return self._own[name] if name != "_own" and name in self._own else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._own[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self._own:
+            raise AttributeError(f"this call set no {name!r}, so there is nothing to delete")
+        del self._own[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*super().__iter__(), *self._own}))
+
+    def __deepcopy__(self, memo: dict) -> CallArgs:
+        twin = memo[id(self)] = CallArgs(self._config, self._runtime)
+        object.__setattr__(twin, "_own", copy.deepcopy(self._own, memo))
+        return twin
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self._config, self._runtime, self._own)
+
+
+def view_for_call(args: Any) -> Any:
+    """`args` as one call of a plugin gets it: a view of its own that it may write. A plugin's own namespace stays that."""
+    return args.for_call() if isinstance(args, FlatArgs) else args

@@ -73,15 +73,13 @@ def apply_yaml(start: dict[str, Any], words: CommandLine) -> list[str]:
     rows.update(
         {name[2:].replace("-", "_"): row for name, row in flag_table().items() if "." in row.section and row.num_values != 0}
     )
-    notes, mistakes = [], []
+    notes, mistakes, unknown = [], [], []
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name == "custom":
-            if not isinstance(value, dict):
-                raise ConfigError(f"{file}: 'custom' must be a mapping of a plugin's own settings, found {value!r}")
-            start["custom"] = FrozenMap(value)
+            start["custom"] = _own_settings(value, rows, file=str(file))
         elif name not in rows:
-            mistakes.append(f"{file}: unknown key {key!r}{nearest(name, rows)} (a plugin's own settings go under 'custom:')")
+            unknown.append(key)
         else:
             row = rows[name]
             try:
@@ -95,9 +93,25 @@ def apply_yaml(start: dict[str, Any], words: CommandLine) -> list[str]:
             target = start[row.section] if "." in row.section else start
             notes.append(f"{row.dest} = {converted!r}, because {file} says so")
             target[row.dest] = converted
+    if unknown:
+        said = ", ".join(f"{key!r}{nearest(str(key).replace('-', '_'), rows)}" for key in unknown)
+        mistakes.append(
+            f"{file}: unknown {'keys' if len(unknown) > 1 else 'key'} {said}; the top holds flags: move what a plugin alone "
+            f"reads under 'custom:' (custom: {{{unknown[0]}: ...}}), it is args.{unknown[0]} all the same"
+        )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return notes
+
+
+def _own_settings(value: object, rows: Mapping[str, Flag], *, file: str) -> FrozenMap:
+    """What `custom:` holds. Raises ConfigError where a key is a flag's: plugins would see the flag instead."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file}: 'custom' must be a mapping of a plugin's own settings, found {value!r}")
+    flags = [str(key) for key in value if str(key) in rows]
+    if flags:
+        raise ConfigError(f"{file}: custom: {', '.join(flags)}: a flag of this name exists; move it to the top of the file")
+    return FrozenMap({str(key): one for key, one in value.items()})
 
 
 def _from_yaml(row: Flag, value: object) -> object:

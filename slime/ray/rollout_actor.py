@@ -47,7 +47,7 @@ class RolloutActor:
             self._fleet.start()
         try:
             if self._replay is None:
-                self._data_source = plugins.data_source(self._config.args)
+                self._data_source = plugins.data_source(self._config.args.for_call())
             self._save_tokenizer()
             if has_engines:
                 self._fleet.wait_ready()

@@ -18,6 +18,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from slime.config import view_for_call
 from slime.engine.client import EngineError, RouterClient
 from slime.rollout.base_types import Group, flatten
 from slime.rollout.plugins import accepted_keywords, load_function
@@ -244,7 +245,8 @@ async def _call_generate(
     function = load_function("--custom-generate-function-path", path)
     # A function of the user's gets its own copy of the parameters: changing it must not reach other samples.
     params = copy.deepcopy(sampling_params)
-    result = await function(args, sample, params, **accepted_keywords(function, {"evaluation": evaluation}))
+    offered = accepted_keywords(function, {"evaluation": evaluation})
+    result = await function(view_for_call(args), sample, params, **offered)
     produced = flatten([result])
     if not produced:
         raise ValueError(f"{path} returned an empty list; expected a Sample or a list of Samples")
@@ -263,7 +265,7 @@ async def _run_hooks(args: Any, sample: Sample, rollout_id: int, evaluation: boo
     for path in args.rollout_sample_hook_path or ():
         hook = load_function("--rollout-sample-hook-path", path)
         offered = accepted_keywords(hook, {"rollout_id": rollout_id, "evaluation": evaluation})
-        value = hook(args, sample, **offered)
+        value = hook(view_for_call(args), sample, **offered)
         if inspect.isawaitable(value):
             value = await value
         if value is not None and value is not sample:
@@ -289,7 +291,10 @@ async def _grade(args: Any, samples: list[Sample], *, together: bool) -> None:
     if not ungraded:
         return
     started = time.monotonic()
-    rewards = await batched_async_rm(args, ungraded) if together else [await async_rm(args, sample) for sample in ungraded]
+    if together:
+        rewards = await batched_async_rm(view_for_call(args), ungraded)
+    else:
+        rewards = [await async_rm(view_for_call(args), sample) for sample in ungraded]
     for sample, reward in zip(ungraded, rewards, strict=True):
         _check_reward(sample, reward)
         sample.reward = reward

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from slime.config import view_for_call
+
 _ROLLOUT = "args, rollout_id, data_source, evaluation=False"
 
 # flag -> (expected call, how many positional arguments it is called with, names it is called with by keyword).
@@ -149,8 +151,8 @@ def load_plugins(config: Any) -> Plugins:
     rollout = loaded["--rollout-function-path"][0]
     evaluate = loaded.get("--eval-function-path", (rollout,))[0]
     return Plugins(
-        rollout=lambda *a, **k: train_output(rollout(*a, **k)),
-        evaluate=lambda *a, **k: eval_output(evaluate(*a, **k)),
+        rollout=lambda args, *rest, **k: train_output(rollout(view_for_call(args), *rest, **k)),
+        evaluate=lambda args, *rest, **k: eval_output(evaluate(view_for_call(args), *rest, **k)),
         data_source=loaded["--data-source-path"][0],
         others=loaded,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from slime.config import view_for_call
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, flatten
 from slime.rollout.metrics import asked_metrics, evaluation_metrics, rollout_metrics
 from slime.rollout.plugins import load_function
@@ -26,7 +27,7 @@ def report_rollout(args: Any, rollout_id: int, output: RolloutFnTrainOutput, *, 
     default_log = output.default_log
     if args.custom_rollout_log_function_path:
         log = load_function("--custom-rollout-log-function-path", args.custom_rollout_log_function_path)
-        default_log = not log(rollout_id, args, flatten(output.samples), extra, seconds) and default_log
+        default_log = not log(rollout_id, view_for_call(args), flatten(output.samples), extra, seconds) and default_log
     return Report(rollout_metrics(output.samples, extra) | asked_metrics(args, output.samples), default_log)
 
 
@@ -35,5 +36,5 @@ def report_evaluation(args: Any, rollout_id: int, output: RolloutFnEvalOutput) -
     default_log = output.default_log
     if args.custom_eval_rollout_log_function_path:
         log = load_function("--custom-eval-rollout-log-function-path", args.custom_eval_rollout_log_function_path)
-        default_log = not log(rollout_id, args, output.data, output.metrics) and default_log
+        default_log = not log(rollout_id, view_for_call(args), output.data, output.metrics) and default_log
     return Report(evaluation_metrics(output.data) | dict(output.metrics or {}), default_log)

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from slime.config import view_for_call
 from slime.engine.client import EngineClient, EngineError, sync
 from slime.rollout.base_types import Group, RolloutFnEvalOutput, RolloutFnTrainOutput, flatten
 from slime.rollout.evaluation import evaluate_rollout
@@ -163,7 +164,8 @@ def _settle(args: Any, ledger: Ledger, group: list, *, original: Group, num_pend
         _put_back(args, ledger, group, reason="surplus")
         return
     if args.dynamic_sampling_filter_path:
-        verdict = filter_output(load_function("--dynamic-sampling-filter-path", args.dynamic_sampling_filter_path)(args, group))
+        keeps = load_function("--dynamic-sampling-filter-path", args.dynamic_sampling_filter_path)
+        verdict = filter_output(keeps(view_for_call(args), group))
         enough_without = len(ledger.kept) + num_pending >= target
         if not verdict.keep and (enough_without or not verdict.keep_when_insufficient):
             ledger.dropped[verdict.reason or "filtered"] += 1
@@ -244,10 +246,10 @@ def _finish(args: Any, rollout_id: int, data_source: Any, ledger: Ledger, *, sec
         data_source.add_samples(sorted(ledger.returned, key=_index_of))
     ledger.kept.sort(key=_index_of)
     if args.rollout_sample_filter_path:
-        load_function("--rollout-sample-filter-path", args.rollout_sample_filter_path)(args, ledger.kept)
+        load_function("--rollout-sample-filter-path", args.rollout_sample_filter_path)(view_for_call(args), ledger.kept)
     if args.rollout_all_samples_process_path:
         process = load_function("--rollout-all-samples-process-path", args.rollout_all_samples_process_path)
-        process(args, sorted(ledger.finished, key=_index_of), data_source)
+        process(view_for_call(args), sorted(ledger.finished, key=_index_of), data_source)
     metrics = ledger.metrics() | {"perf/rollout_time": seconds}
     if ledger.dropped["failed"]:
         logger.warning(

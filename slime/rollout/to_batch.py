@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from slime.algorithms.rewards import normalize_by_group
+from slime.config import view_for_call
 from slime.rollout.base_types import Group, flatten
 from slime.rollout.plugins import load_function
 from slime.types import RolloutBatch
@@ -133,7 +134,7 @@ def _rewards(args: Any, samples: list[Sample], groups: np.ndarray) -> tuple[np.n
     """(raw, what advantages are made of), float32 [n]."""
     if args.custom_reward_post_process_path:
         path = args.custom_reward_post_process_path
-        raw, rewards = load_function("--custom-reward-post-process-path", path)(args, samples)
+        raw, rewards = load_function("--custom-reward-post-process-path", path)(view_for_call(args), samples)
         if len(raw) != len(samples) or len(rewards) != len(samples):
             raise ValueError(
                 f"--custom-reward-post-process-path {path} gave {len(raw)} and {len(rewards)} rewards for {len(samples)}"
@@ -153,7 +154,7 @@ _CUSTOM_REQUIRED = ("tokens", "response_lengths", "rewards", "loss_masks", "roll
 def _from_custom(args: Any, samples: list[Sample], groups: np.ndarray, rollout_id: int) -> RolloutBatch:
     """The mapping of a --custom-convert-samples-to-train-data-path function, with slime's keys, as columns."""
     path = args.custom_convert_samples_to_train_data_path
-    data = load_function("--custom-convert-samples-to-train-data-path", path)(args, samples)
+    data = load_function("--custom-convert-samples-to-train-data-path", path)(view_for_call(args), samples)
     missing = [key for key in _CUSTOM_REQUIRED if key not in data]
     if missing:
         raise ValueError(f"--custom-convert-samples-to-train-data-path {path}: its mapping lacks {', '.join(missing)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 import dataclasses
 import pickle
 import subprocess
@@ -223,6 +225,36 @@ def test_args_is_a_flat_read_only_view():
     more = args.with_runtime(sglang_router_ip="127.0.0.1", engine_token="t")
     assert (more.sglang_router_ip, more.engine_token, args.sglang_router_ip) == ("127.0.0.1", "t", None)
     assert "lr" in list(args) and "engine_token" in list(more)
+
+
+def test_one_call_of_a_plugin_may_write_its_view_and_nobody_else_sees_it():
+    args = config_of().args.with_runtime(engine_token="t")
+    mine, other = args.for_call(), args.for_call()
+    mine.sampling_params, mine.lr = {"top_p": 0.5}, 3.0
+    assert (mine.lr, mine.engine_token, other.lr, args.lr) == (3.0, "t", 1e-6, 1e-6)
+    assert not hasattr(other, "sampling_params") and not hasattr(args, "sampling_params")
+    inner = mine.for_call()
+    inner.lr = 4.0
+    assert (inner.sampling_params, mine.lr) == ({"top_p": 0.5}, 3.0)
+    del inner.lr
+    assert inner.lr == 1e-6
+    with pytest.raises(AttributeError, match="set no 'lr'"):
+        del inner.lr
+
+
+def test_a_view_can_be_copied_sent_and_listed_like_a_namespace():
+    mine = config_of().args.for_call()
+    mine.results, mine.lr = {"solver": []}, 3.0
+    deep, shallow, sent = copy.deepcopy(mine), copy.copy(mine), pickle.loads(pickle.dumps(mine))
+    deep.results["solver"].append(1)
+    shallow.more = 1
+    assert mine.results == {"solver": []} == sent.results and sent.lr == 3.0 and not hasattr(mine, "more")
+    deep.itself = deep
+    assert copy.deepcopy(deep).itself is not deep
+    listed = vars(mine)
+    listed["lr"] = 9
+    assert listed["results"] is mine.results and mine.lr == 3.0 and set(listed) == set(mine)
+    assert argparse.Namespace(**vars(mine)).rollout_batch_size == 4
 
 
 def test_every_flag_has_a_meaning_in_the_listing():

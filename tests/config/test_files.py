@@ -177,7 +177,13 @@ def test_the_yaml_wins_and_is_there_before_anything_is_derived(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("esp_clip: 0.4\n", "unknown key 'esp_clip'; did you mean eps_clip? (a plugin's own settings go under 'custom:')"),
+        ("esp_clip: 0.4\n", "unknown key 'esp_clip'; did you mean eps_clip?"),
+        (
+            "use_tis: true\nmis_level: token\nmis_veto_threshold: 1.0e-4\n",
+            "move what a plugin alone reads under 'custom:' (custom: {mis_level: ...}), it is args.mis_level",
+        ),
+        ("custom: {use_tis: true, mine: 1}\n", "custom: use_tis: a flag of this name exists; move it to the top"),
+        ("custom: [1]\n", "'custom' must be a mapping"),
         ("eps_clip: far\n", "eps_clip: --eps-clip wants a number, got 'far'"),
         ("colocate: 3\n", "colocate: wants true or false, got 3"),
         ("use_wandb: true\n", "use_wandb: this version does not have"),
