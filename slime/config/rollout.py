@@ -84,6 +84,8 @@ class RolloutConfig:
     """Prompts started at once; more than rollout_batch_size feeds a dynamic filter."""
     dynamic_sampling_filter_path: str | None = None
     """Keeps or drops a finished group."""
+    max_drops_in_a_row: int | None = flag(None, low=1)
+    """Groups that may be dropped one after the other before the run ends; None is 16 rollouts' worth, 512 at least."""
     partial_rollout: bool = False
     """Put unfinished groups back into the buffer."""
     mask_offpolicy_in_partial_rollout: bool = False

@@ -29,9 +29,10 @@ INCOMPLETE = "incomplete:"
 class EngineError(RuntimeError):
     """An engine refused a call or did not answer; the message holds the address, the status and the server's text."""
 
-    def __init__(self, message: str, status: int | None = None):
+    def __init__(self, message: str, status: int | None = None, retry_after: float | None = None):
+        """retry_after: seconds after which the server wants to be asked again, where it says so."""
         super().__init__(message)
-        self.status = status
+        self.status, self.retry_after = status, retry_after
 
 
 class EngineGone(EngineError):
@@ -48,6 +49,12 @@ def text_of(response: httpx.Response) -> str:
         if isinstance(body, dict):
             body = next((body[key] for key in ("error", "message", "detail") if body.get(key)), body)
     return str(body)[:2000]
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """The header's seconds; a date is not read, since clocks of nodes differ."""
+    value = response.headers.get("Retry-After", "")
+    return float(value) if value.isdecimal() else None
 
 
 class HttpClient:
@@ -95,7 +102,9 @@ class HttpClient:
         if not response.is_success:
             hint = "; the token is not this run's" if response.status_code == 401 else ""
             raise EngineError(
-                f"{method} {self.url}{path} answered {response.status_code}: {text_of(response)}{hint}", response.status_code
+                f"{method} {self.url}{path} answered {response.status_code}: {text_of(response)}{hint}",
+                response.status_code,
+                _retry_after(response),
             )
         return response
 

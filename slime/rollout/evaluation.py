@@ -7,15 +7,16 @@ import copy
 import logging
 from typing import Any
 
-from slime.rollout.base_types import RolloutFnEvalOutput, flatten
+from slime.rollout.base_types import Group, RolloutFnEvalOutput, flatten
 from slime.rollout.dataset import PromptFormat, read_prompts
 from slime.rollout.generation import GenerateState, enter, generate_and_rm, sampling_params
 from slime.rollout.tokenizer import load_tokenizer
+from slime.rollout.watch import Watch
 from slime.types.sample import Sample, Status
 
 logger = logging.getLogger(__name__)
 
-_MOST_FAILED = 0.1
+_MOST_FAILED = 0.5
 
 
 _read: dict[tuple, list[Sample]] = {}
@@ -41,7 +42,7 @@ def _prompts(dataset: Any, hf_checkpoint: str, on_broken: str) -> list[Sample]:
 
 
 async def evaluate_rollout(args: Any, rollout_id: int) -> RolloutFnEvalOutput:
-    """Rewards of all data sets. Raises RuntimeError when more than a tenth of a data set's samples failed."""
+    """Rewards of all data sets. Raises RuntimeError when more than half of a data set's samples failed."""
     if not args.datasets:
         raise ValueError("nothing to evaluate: pass --eval-prompt-data NAME FILE or --eval-config FILE")
     base = GenerateState(args, rollout_id=rollout_id)
@@ -95,10 +96,17 @@ async def _evaluate(args: Any, dataset: Any, base: GenerateState) -> dict[str, A
         rollout_id=base.rollout_id,
     )
     enter(state)
+    samples = _fresh_samples(args, dataset)
     tasks = [
-        generate_and_rm(args, sample, dict(settings), state=state, evaluation=True) for sample in _fresh_samples(args, dataset)
+        asyncio.create_task(generate_and_rm(args, sample, dict(settings), state=state, evaluation=True)) for sample in samples
     ]
-    samples = flatten(list(await asyncio.gather(*tasks)))
+
+    def waiting() -> tuple[list[Group], int]:
+        groups = [[sample] for sample, task in zip(samples, tasks, strict=True) if not task.done()]
+        return groups, len(tasks) - len(groups)
+
+    with Watch(waiting, f"evaluation {dataset.name}"):
+        samples = flatten(list(await asyncio.gather(*tasks)))
     good = [sample for sample in samples if sample.is_settled]
     failed = len(samples) - len(good)
     if failed:

@@ -13,6 +13,7 @@ import copy
 import inspect
 import logging
 import math
+import random
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 _TRIES = 4
 _FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 15.0
+# A server that says "later" is well: it gets as long as a full queue may take.
+_BUSY_PATIENCE_SECONDS = 600.0
+_BUSY = (408, 425, 429)
 _FAILURES_SHOWN = 3
 _FINISHED = (Status.COMPLETED, Status.TRUNCATED)
 
@@ -51,6 +56,8 @@ class GenerateState:
     aborted: bool = False
     """Set when the rollout has enough: samples still waiting do not start."""
     rollout_id: int = 0
+    generating: set[int] = field(default_factory=set)
+    """id() of the samples that are with an engine or a generate function just now; the others wait their turn or are graded."""
 
     def __post_init__(self) -> None:
         args = self.args
@@ -150,7 +157,10 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], *
         sample.status = Status.TRUNCATED
         return sample
     payload = {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True}
-    answer = await _ask(state.client, payload, sample.session_id)
+    answer = await _ask(state, payload, sample.session_id)
+    if answer is None:
+        sample.status = Status.ABORTED
+        return sample
     meta_info = answer.get("meta_info") or {}
     tokens, log_probs = read_output(meta_info)
     sample.append_response_tokens(args, tokens=tokens, log_probs=log_probs, meta_info=meta_info, text=answer.get("text", ""))
@@ -174,18 +184,28 @@ def read_output(meta_info: dict[str, Any]) -> tuple[list[int], list[float]]:
     return tokens, [float(value) for value in log_probs]
 
 
-async def _ask(client: RouterClient, payload: dict[str, Any], routing_key: str | None) -> dict[str, Any]:
-    """A request that failed in transport or with a 5xx is sent again a few times; what the server refuses (4xx) is not."""
-    pause = _FIRST_PAUSE_SECONDS
-    for attempt in range(1, _TRIES + 1):
+async def _ask(state: GenerateState, payload: dict[str, Any], routing_key: str | None) -> dict[str, Any] | None:
+    """The router's answer; None when the rollout has ended meanwhile.
+
+    A request that failed in transport or with a 5xx is sent again a few times, one that was put off (429) for minutes; what the
+    server refuses (other 4xx) is not.
+    """
+    pause, tries, deadline = _FIRST_PAUSE_SECONDS, 0, time.monotonic() + _BUSY_PATIENCE_SECONDS
+    while not (tries and state.aborted):
+        tries += 1
         try:
-            return await client.generate(payload, routing_key=routing_key)
+            return await state.client.generate(payload, routing_key=routing_key)
         except EngineError as error:
-            if attempt == _TRIES or (error.status is not None and error.status < 500):
+            if error.status in _BUSY or error.retry_after is not None:
+                if time.monotonic() > deadline:
+                    raise
+                pause = max(pause, min(error.retry_after or 0.0, _LONGEST_PAUSE_SECONDS))
+            elif tries >= _TRIES or (error.status is not None and error.status < 500):
                 raise
-            await asyncio.sleep(pause)
-            pause *= 2
-    raise AssertionError("unreachable")
+        # Each request waits a little longer or shorter: those that were refused together do not come back together.
+        await asyncio.sleep(pause * random.uniform(0.75, 1.25))
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+    return None
 
 
 # -------------------------------------------------------------------------------------------------- sample and group
@@ -219,7 +239,11 @@ async def _generate_and_rm(
             if state.aborted:
                 sample.status = Status.ABORTED
                 return sample
-            result = await _call_generate(args, sample, sampling_params, state, evaluation)
+            state.generating.add(id(sample))
+            try:
+                result = await _call_generate(args, sample, sampling_params, state, evaluation)
+            finally:
+                state.generating.discard(id(sample))
     produced = flatten([result])
     if any(item.status is Status.ABORTED and not _is_given_up(item) for item in produced):
         return result

@@ -30,7 +30,8 @@ from slime.rollout.generation import (
     generate_and_rm_group,
 )
 from slime.rollout.plugins import load_function
-from slime.types.sample import Sample, Status
+from slime.rollout.watch import Watch
+from slime.types.sample import Status
 
 __all__ = ["GenerateState", "current_state", "generate", "generate_and_rm", "generate_and_rm_group", "generate_rollout"]
 
@@ -38,8 +39,11 @@ logger = logging.getLogger(__name__)
 
 _ABORT_AGAIN_SECONDS = 2.0
 _ABORT_PATIENCE_SECONDS = 120.0
-_SILENCE_SECONDS = 60.0
-_LOOK_SECONDS = 5.0
+# Where what comes back is dropped, it is waited for only so long as engines need to end it.
+_ABORT_PATIENCE_FOR_NOTHING_SECONDS = 15.0
+_CANCEL_SECONDS = 10.0
+# Drops in a row that end the run: a filter that keeps one group of a hundred fails this once in 170 times.
+_MOST_DROPS_IN_A_ROW = 512
 
 
 def generate_rollout(
@@ -49,31 +53,6 @@ def generate_rollout(
     if evaluation:
         return sync(evaluate_rollout(args, rollout_id))
     return sync(generate_rollout_async(args, rollout_id, data_source))
-
-
-def _is_waiting(sample: Sample) -> bool:
-    return sample.status in (Status.PENDING, Status.ABORTED) or (sample.reward is None and sample.status is not Status.FAILED)
-
-
-class Silence:
-    """Says so when no sample ends for a minute: how many are waiting, and since when; once a minute while it lasts."""
-
-    def __init__(self) -> None:
-        self._num_waiting = -1
-        self._last_end, self._said = time.time(), time.time()
-
-    def look(self, groups: Iterable[Group], *, any_back: bool) -> None:
-        """`groups` are those that have not come back. Progress: one came back since the last look, or fewer samples wait."""
-        groups, now = list(groups), time.time()
-        waiting = sum(_is_waiting(sample) for group in groups for sample in flatten(group))
-        if any_back or waiting != self._num_waiting:
-            self._num_waiting, self._last_end, self._said = waiting, now, now
-        elif now - self._said >= _SILENCE_SECONDS:
-            self._said = now
-            logger.info(
-                "no sample has ended for %.0f s: %d samples of %d prompts are waiting since %s",
-                now - self._last_end, waiting, len(groups), time.strftime("%H:%M:%S", time.localtime(self._last_end)),
-            )  # fmt: skip
 
 
 @dataclass
@@ -89,6 +68,13 @@ class Ledger:
     finished: list[list] = field(default_factory=list)
     """Every group that came back graded, dropped ones too; for --rollout-all-samples-process-path."""
     last_error: str = ""
+    in_a_row: int = 0
+    """Groups that came back and were not kept since the last one that was."""
+    told: int = 0
+    """Drops when they were last told."""
+
+    def drops(self) -> str:
+        return ", ".join(f"{reason}: {count}" for reason, count in self.dropped.most_common())
 
     def check(self) -> None:
         accounted = len(self.kept) + self.dropped.total() + len(self.returned)
@@ -112,12 +98,11 @@ async def generate_rollout_async(args: Any, rollout_id: int, data_source: Any) -
     ledger = Ledger()
     pending: dict[asyncio.Task, Group] = {}
     try:
-        await _collect(args, state, data_source, ledger, pending)
-        await _abort_rest(args, state, ledger, pending)
+        with Watch(lambda: (list(pending.values()), ledger.submitted - len(pending)), f"rollout {rollout_id + 1}"):
+            await _collect(args, state, data_source, ledger, pending)
+            await _abort_rest(args, state, ledger, pending)
     finally:
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+        await _cancel(pending)
         await state.client.close()
     return _finish(args, rollout_id, data_source, ledger, seconds=time.monotonic() - started)
 
@@ -129,7 +114,6 @@ async def _collect(
     target = args.rollout_batch_size
     chunk = max(args.over_sampling_batch_size or target, 1)
     order: dict[asyncio.Task, int] = {}
-    silence = Silence()
     while len(ledger.kept) < target:
         while len(pending) + len(ledger.kept) < target:
             groups = data_source.get_samples(chunk)
@@ -139,11 +123,13 @@ async def _collect(
                 task = asyncio.create_task(generate_and_rm_group(args, group, state.sampling_params, state=state))
                 pending[task], order[task] = group, ledger.submitted
                 ledger.submitted += 1
-        done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED, timeout=_LOOK_SECONDS)
-        silence.look(pending.values(), any_back=bool(done))
+        done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         for task in sorted(done, key=order.__getitem__):
             group = pending.pop(task)
+            kept = len(ledger.kept)
             _settle(args, ledger, task.result(), original=group, num_pending=len(pending), target=target)
+            ledger.in_a_row = 0 if len(ledger.kept) > kept else ledger.in_a_row + 1
+        _tell_drops(args, state.rollout_id, ledger)
 
 
 def _settle(args: Any, ledger: Ledger, group: list, *, original: Group, num_pending: int, target: int) -> None:
@@ -183,6 +169,23 @@ def _refuse_many_failures(args: Any, ledger: Ledger) -> None:
         )
 
 
+def _tell_drops(args: Any, rollout_id: int, ledger: Ledger) -> None:
+    """A line whenever the drops have doubled. Raises RuntimeError when nothing is kept any more."""
+    target, total = args.rollout_batch_size, ledger.dropped.total()
+    progress = f"rollout {rollout_id + 1}: {len(ledger.kept)} of {target} groups are kept so far"
+    if total >= max(8, target, 2 * ledger.told):
+        ledger.told = total
+        logger.info("%s, %d were dropped (%s)", progress, total, ledger.drops())
+    limit = args.max_drops_in_a_row or max(_MOST_DROPS_IN_A_ROW, 16 * target)
+    if ledger.in_a_row >= limit:
+        back = f", {len(ledger.returned)} went back into the buffer" if ledger.returned else ""
+        raise RuntimeError(
+            f"{progress}, and none of the last {ledger.in_a_row} was; dropped: {ledger.drops() or 'none'}{back}. Such prompts "
+            f"cannot fill a rollout: change them, the reward or --dynamic-sampling-filter-path "
+            f"({args.dynamic_sampling_filter_path}), or raise --max-drops-in-a-row ({limit})"
+        )
+
+
 def _put_back(args: Any, ledger: Ledger, group: list, *, reason: str) -> None:
     if args.partial_rollout and len(group) == args.n_samples_per_prompt:
         ledger.returned.append(group)
@@ -194,25 +197,48 @@ def _put_back(args: Any, ledger: Ledger, group: list, *, reason: str) -> None:
 
 
 async def _abort_rest(args: Any, state: GenerateState, ledger: Ledger, pending: dict[asyncio.Task, Group]) -> None:
-    """End what still runs and account for it."""
+    """End what still runs and account for it. Nobody waits for a grader: an ungraded group is graded when it is taken again."""
     state.aborted = True
-    deadline = time.monotonic() + _ABORT_PATIENCE_SECONDS
+    patience = _ABORT_PATIENCE_SECONDS if args.partial_rollout else _ABORT_PATIENCE_FOR_NOTHING_SECONDS
+    deadline = time.monotonic() + patience
     while pending:
         await _abort_engines(args, state)
-        done, _ = await asyncio.wait(pending, timeout=_ABORT_AGAIN_SECONDS)
+        done, _ = await asyncio.wait(pending, timeout=_ABORT_AGAIN_SECONDS if state.generating else 0)
         for task in sorted(done, key=lambda done_task: pending[done_task][0].index or 0):
             original = pending.pop(task)
             group = task.result()
-            for sample in flatten(group):
-                if sample.status is Status.ABORTED:
-                    sample.metadata.setdefault("start_rollout_id", state.rollout_id)
+            _note_start(state, group)
             _settle(args, ledger, group, original=original, num_pending=0, target=0)
-        if pending and time.monotonic() > deadline:
+        late, generating = time.monotonic() > deadline, set(state.generating)
+        left = {task: group for task, group in pending.items() if late or not any(id(sample) in generating for sample in group)}
+        await _cancel(left)
+        for task, group in left.items():
+            del pending[task]
+            if any(id(sample) in generating for sample in group):
+                ledger.dropped["abort_timeout"] += 1
+            elif any(sample.status is Status.FAILED and not sample.is_settled for sample in group):
+                ledger.dropped["failed"] += 1
+            else:
+                _note_start(state, group)
+                _put_back(args, ledger, group, reason="surplus")
+        if late and ledger.dropped["abort_timeout"]:
             logger.warning(
-                "%d groups did not end within %.0f s of the abort; they are dropped", len(pending), _ABORT_PATIENCE_SECONDS
+                "%d groups did not end within %.0f s of the abort; they are dropped", ledger.dropped["abort_timeout"], patience
             )
-            ledger.dropped["abort_timeout"] += len(pending)
-            return
+
+
+def _note_start(state: GenerateState, group: list) -> None:
+    for sample in flatten(group):
+        if sample.status is Status.ABORTED:
+            sample.metadata.setdefault("start_rollout_id", state.rollout_id)
+
+
+async def _cancel(tasks: Iterable[asyncio.Task]) -> None:
+    """A task that swallows its cancellation is left alone after some seconds."""
+    for task in (tasks := list(tasks)):
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_CANCEL_SECONDS)
 
 
 async def _abort_engines(args: Any, state: GenerateState) -> None:
@@ -253,6 +279,7 @@ def _finish(args: Any, rollout_id: int, data_source: Any, ledger: Ledger, *, sec
     metrics = ledger.metrics() | {"perf/rollout_time": seconds}
     if ledger.dropped["failed"]:
         logger.warning(
-            "rollout %d: %d groups failed and were replaced; last: %s", rollout_id, ledger.dropped["failed"], ledger.last_error
-        )
+            "rollout %d: %d groups failed and were replaced; last: %s",
+            rollout_id + 1, ledger.dropped["failed"], ledger.last_error,
+        )  # fmt: skip
     return RolloutFnTrainOutput(samples=ledger.kept, metrics=metrics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-import logging
+import re
 import threading
 import time
 
@@ -182,6 +182,79 @@ def test_a_busy_server_is_asked_again(run, router):
     router.answer = busy_once
     output, _ = run(n_samples_per_prompt=1, rm_type="math")
     assert len(output.samples) == 4 and "rollout/dynamic_filter/drop_failed" not in output.metrics
+
+
+@pytest.mark.parametrize("status", [408, 429])
+def test_a_server_that_says_later_is_asked_again_for_as_long_as_that_takes(run, router, monkeypatch, status):
+    from slime.rollout import generation
+
+    calls = collections.Counter()
+    good = router.answer
+
+    def later_seven_times(text, payload):
+        calls[tuple(payload["input_ids"])] += 1
+        return status if calls[tuple(payload["input_ids"])] <= 7 else good(text, payload)
+
+    router.answer = later_seven_times
+    monkeypatch.setattr(generation, "_FIRST_PAUSE_SECONDS", 0.001)
+    output, _ = run(n_samples_per_prompt=1, rm_type="math")
+    assert len(output.samples) == 4 and set(calls.values()) == {8}
+    assert "rollout/dynamic_filter/drop_failed" not in output.metrics
+
+
+def keep_nothing(args, group):
+    return DynamicFilterOutput(keep=False, reason="dull")
+
+
+def test_a_filter_that_keeps_nothing_is_told_with_its_reasons_and_ends_the_run(run, caplog):
+    caplog.set_level("INFO")
+    end = r"rollout 3: 0 of 4 groups are kept so far, and none of the last 6\d was; dropped: dull: 6\d"
+    with pytest.raises(RuntimeError, match=end):
+        run(rollout_id=2, dynamic_sampling_filter_path=f"{__name__}.keep_nothing", max_drops_in_a_row=64)
+    line = r"rollout 3: 0 of 4 groups are kept so far, (\d+) were dropped \(dull: \1\)"
+    counts = [int(told[1]) for record in caplog.records if (told := re.fullmatch(line, record.getMessage()))]
+    assert len(counts) >= 3 and 8 <= counts[0] < 12, counts
+    assert all(later >= 2 * earlier for earlier, later in zip(counts, counts[1:], strict=False)), counts
+
+
+_JUDGE = {"started": threading.Event(), "cancelled": 0}
+
+
+async def slow_on_large_sums(args, sample, **kwargs):
+    import asyncio
+
+    if sum_in(sample.prompt) < 4:
+        return 1.0
+    _JUDGE["started"].set()
+    try:
+        await asyncio.sleep(3600)
+    except asyncio.CancelledError:
+        _JUDGE["cancelled"] += 1
+        raise
+
+
+async def slow_on_large_sums_in_a_group(args, samples, **kwargs):
+    return [await slow_on_large_sums(args, samples[0])] * len(samples)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("group_rm", [False, True])
+def test_a_judge_of_surplus_groups_is_not_waited_for(run, router, partial, group_rm):
+    _JUDGE["cancelled"] = 0
+    judge = slow_on_large_sums_in_a_group if group_rm else slow_on_large_sums
+    how = {"custom_rm_path": f"{__name__}.{judge.__name__}", "group_rm": group_rm, "partial_rollout": partial}
+    output, source = run(over_sampling_batch_size=5, **how)  # 0+0 ... 0+4
+    assert [group[0].label for group in output.samples] == ["0", "1", "2", "3"] and conserved(output, source)
+    assert _JUDGE["cancelled"] == (1 if group_rm else 2)
+    if not partial:
+        assert output.metrics["rollout/dynamic_filter/drop_surplus"] == 1 and source.buffer == []
+        return
+    (kept,) = source.buffer
+    assert [(sample.status, sample.reward, sample.response_length) for sample in kept] == [(Status.COMPLETED, None, 4)] * 2
+    # It is graded when its turn comes, and not generated again.
+    router.requests.clear()
+    output, _ = run(rollout_id=1, source=source, partial_rollout=True, rm_type="math")
+    assert output.samples[0][0] is kept[0] and kept[0].reward == 1 and len(router.requests) == 6
 
 
 def test_a_missing_grader_is_an_error_not_a_zero(run):
@@ -376,52 +449,18 @@ def test_evaluation_takes_every_prompt_of_every_data_set(rollout_config, runtime
     assert temperatures == [0.5] * 8 + [1.0]
 
 
-def test_silence_is_said_once_a_minute_with_how_many_wait_and_since_when(monkeypatch, caplog):
-    from slime.rollout import sglang_rollout
-    from slime.types.sample import Sample
+def test_an_evaluation_counts_what_was_refused_and_ends_only_where_most_was(rollout_config, runtime_args, router, prompt_file):
+    from slime.config import EvalDataset
+    from slime.rollout.metrics import evaluation_metrics
 
-    start = time.mktime((2026, 1, 2, 10, 20, 0, 0, 0, -1))
-    now = [start]
-    monkeypatch.setattr(sglang_rollout.time, "time", lambda: now[0])
-    caplog.set_level("INFO")
-    groups = [[Sample(), Sample()], [Sample(), Sample()]]
-    silence = sglang_rollout.Silence()
-
-    def said(seconds, groups, any_back=False):
-        caplog.clear()
-        now[0] = start + seconds
-        silence.look(groups, any_back=any_back)
-        return [record.getMessage() for record in caplog.records]
-
-    assert said(0, groups) == said(55, groups) == []
-    assert said(60, groups) == ["no sample has ended for 60 s: 4 samples of 2 prompts are waiting since 10:20:00"]
-    assert said(90, groups) == [] and len(said(120, groups)) == 1
-    groups[0][0].status, groups[0][0].reward = Status.COMPLETED, 1.0  # one sample has ended: that is progress
-    assert said(130, groups) == said(185, groups) == []
-    assert said(190, groups) == ["no sample has ended for 60 s: 3 samples of 2 prompts are waiting since 10:22:10"]
-    assert said(251, groups, any_back=True) == [] and said(300, groups) == []
-
-
-def test_a_rollout_that_waits_says_so_and_ends_well(run, router, monkeypatch, caplog):
-    from slime.rollout import sglang_rollout
-
-    lines, said = [], threading.Event()
-
-    class Listener(logging.Handler):
-        def emit(self, record):
-            if "no sample has ended" in record.getMessage():
-                lines.append(record.getMessage())
-                said.set()
-
-    monkeypatch.setattr(sglang_rollout, "_SILENCE_SECONDS", 0.1)
-    monkeypatch.setattr(sglang_rollout, "_LOOK_SECONDS", 0.05)
-    caplog.set_level("INFO")
-    # Nobody is answered before the silence was said, so nothing here depends on how long that takes.
-    router.answer = lambda text, payload: said.wait(60) and (f"\\boxed{{{sum_in(text)}}}<|endoftext|>", "stop")
-    listener = Listener()
-    sglang_rollout.logger.addHandler(listener)
-    try:
-        output, _ = run()
-    finally:
-        sglang_rollout.logger.removeHandler(listener)
-    assert len(output.samples) == 4 and "8 samples of 4 prompts are waiting since" in lines[0]
+    common = {"input_key": "prompt", "label_key": "label", "apply_chat_template": True, "max_response_len": 6}
+    datasets = (EvalDataset(name="sums", path=prompt_file + "@[:5]", **common),)  # 0+0 ... 0+4
+    args = runtime_args(rollout_config(datasets=datasets))
+    good = router.answer
+    router.answer = lambda text, payload: 400 if sum_in(text) < 2 else good(text, payload)
+    output = generate_rollout(args, 0, None, evaluation=True)
+    metrics = evaluation_metrics(output.data)
+    assert output.data["sums"]["rewards"] == [1, 1, 1] and metrics["eval/sums/num_failed"] == 2.0
+    router.answer = lambda text, payload: 400 if sum_in(text) < 3 else good(text, payload)
+    with pytest.raises(RuntimeError, match="evaluation sums: 3 of 5 samples failed. One error: .*answered 400: made to fail"):
+        generate_rollout(args, 0, None, evaluation=True)
