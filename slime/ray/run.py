@@ -21,7 +21,7 @@ from slime.config import Config
 from slime.model.hf_config import read_hf_config
 from slime.observability.identities import broken_identities, compare_norm, norm_path, save_norm
 from slime.observability.report import RolloutLine, evaluation_line
-from slime.observability.tracking import TensorBoardSink, Tracker, tensorboard_directory
+from slime.observability.tracking import Axis, JsonLinesSink, Sink, Start, TensorBoardSink, Tracker, tensorboard_directory
 from slime.ray.lease import FreeLease, Holder, Lease
 from slime.ray.placement import Placement, place
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
@@ -71,10 +71,9 @@ class Run:
         self._placement: Placement | None = None
         self._trainers: TrainGroup | None = None
         self._rollout: RolloutSide | None = None
-        self._tracker = Tracker([])
+        self._tracker = Tracker()
         self._version = 0
         self._saved: int | None = None
-        self._steps_done = 0
         self._released = False
         self._rehearsed: str | None = None
         self.lease: Lease = FreeLease(self._revive)
@@ -138,7 +137,6 @@ class Run:
         config, started = self._config, time.monotonic()
         if config.engine.rehearsed:  # before anything starts: the file may be wrong
             self._rehearsed = rehearsed_digest(config.engine.rehearsed, key=os.environ.get(KEY_VARIABLE))
-        self._tracker = _open_tracker(config)
         self._placement = place(
             num_trainer=self._num_trainer_slots(), num_engine=self._num_engine_slots(), colocate=config.cluster.colocate
         )
@@ -162,6 +160,8 @@ class Run:
         self.num_rollout = self._rollout.num_rollout()
         if self._has_trainer and loaded.data_state is not None:
             self._rollout.restore(loaded.data_state)
+        done = Start(self.start_rollout_id, loaded.train_steps) if self._has_trainer else Start()
+        self._tracker = _open_tracker(config, done)
         if self._has_trainer and self._has_engines:
             self._trainers.targets = self._rollout.targets()
             self._take_first_lease()
@@ -323,7 +323,7 @@ class Run:
             return
         scores, report = self._recovering(lambda: self._rollout.evaluate(rollout_id))
         if report.to_trackers:
-            self._tracker.write(report.metrics, rollout_id + 1)
+            self._tracker.write(report.metrics, Axis.ROLLOUT, rollout_id + 1)
         logger.info("%s", evaluation_line(rollout_id + 1, scores, when=when))
 
     # ------------------------------------------------------------------ what the user sees
@@ -335,28 +335,27 @@ class Run:
         metrics = dict(told) if rollout.report.to_trackers else {}
         metrics["perf/rollout_time"] = rollout.seconds
         metrics["perf/step_time"] = seconds
-        trained: dict[str, float] = {}
+        last_step: dict[str, float] = {}
         if training is not None:
-            trained = training.metrics
+            last_step = training.per_step[-1]
             metrics["perf/train_time"] = training.seconds
-            for step, step_metrics in enumerate(training.per_step):
-                self._tracker.write(step_metrics, self._steps_done + step)
-            self._steps_done += len(training.per_step)
-            metrics.update(trained)
+            for step in training.per_step:
+                self._tracker.write(step, Axis.TRAIN_STEP, int(step["train/step"]))
+            metrics.update(training.metrics)
             self._write_memory()
         if sync is not None:
             metrics["perf/update_weights_time"] = sync.pause_seconds
             metrics["perf/update_weights_wire_bytes"] = float(sync.stream.nbytes)
             logger.debug("%s", sync.line())
-        self._tracker.write(metrics, rollout.rollout_id)
+        self._tracker.write(metrics, Axis.ROLLOUT, rollout.rollout_id + 1)
         line = RolloutLine(
             rollout_id=rollout.rollout_id,
             num_rollout=self.num_rollout,
             reward=None if self._config.algorithm.loss_type == "sft_loss" else float(rollout.batch.raw_rewards.mean()),
             response_length=told.get("rollout/response_len/mean", 0.0),
-            log_prob_gap=trained.get("train/train_rollout_logprob_abs_diff"),
-            entropy=trained.get("train/entropy_loss"),
-            loss=trained.get("train/loss"),
+            log_prob_gap=last_step.get("train/train_rollout_logprob_abs_diff"),
+            entropy=last_step.get("train/entropy_loss"),
+            loss=last_step.get("train/loss"),
             generate_seconds=rollout.seconds,
             train_seconds=training.seconds if training else 0.0,
             sync_seconds=sync.pause_seconds if sync else 0.0,
@@ -368,10 +367,14 @@ class Run:
         """Measured peaks of every trainer rank, for `python3 -m slime.rehearse --measured`; replaced after every rollout."""
         rows = [vars(row) for row in self._trainers.memory()]
         file = _run_folder(self._config) / "memory.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps({"ranks": rows}, indent=1) + "\n")
-        part.replace(file)
+
+        def write() -> None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps({"ranks": rows}, indent=1) + "\n")
+            part.replace(file)
+
+        self._tracker.attempt(str(file), write)
 
     def farewell(self) -> None:
         """Where things are, and how to go on."""
@@ -429,17 +432,14 @@ def _run_folder(config: Config) -> Path:
     return Path(os.environ.get("SLIME_RUN_DIR") or Path(config.checkpoint.save or "outputs") / "logs").absolute()
 
 
-def _open_tracker(config: Config) -> Tracker:
-    sinks = []
+def _open_tracker(config: Config, done: Start) -> Tracker:
     tracking = config.tracking
+    sinks: list[Sink] = [JsonLinesSink(_run_folder(config) / "metrics.jsonl", done)]
     if tracking.use_tensorboard:
-        sinks.append(
-            TensorBoardSink(
-                tensorboard_directory(
-                    environment_dir=os.environ.get("TENSORBOARD_DIR"),
-                    project=tracking.tb_project_name,
-                    experiment=tracking.tb_experiment_name,
-                )
-            )
+        directory = tensorboard_directory(
+            environment_dir=os.environ.get("TENSORBOARD_DIR"),
+            project=tracking.tb_project_name,
+            experiment=tracking.tb_experiment_name,
         )
+        sinks.append(TensorBoardSink(directory, done))
     return Tracker(sinks)

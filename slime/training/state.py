@@ -43,6 +43,8 @@ class LoadedState:
     start_rollout_id: int
     data_state: dict[str, Any] | None
     """What the driver gave to the save this run continues from; None where nothing is continued."""
+    train_steps: int = 0
+    """Optimizer steps that the run has done before, skipped ones included."""
 
 
 def load(trainer: Trainer) -> LoadedState:
@@ -64,7 +66,7 @@ def load(trainer: Trainer) -> LoadedState:
     if trainer.ranks.rank == 0:
         how = "continues" if source.resumes else "weights only, counting from the start"
         log.info("load %s: %s (%s); first rollout %d", source.folder, source.why, how, start)
-    return LoadedState(start, data_state)
+    return LoadedState(start, data_state, trainer.steps_done)
 
 
 def save(trainer: Trainer, rollout_id: int, data_state: Mapping[str, Any] | None) -> Path:
@@ -85,6 +87,7 @@ def save(trainer: Trainer, rollout_id: int, data_state: Mapping[str, Any] | None
         "rollout_id": rollout_id,
         "data_state": dict(data_state) if data_state is not None else None,
         "world_size": trainer.ranks.world_size,
+        "train_steps": trainer.steps_done,
         "skipped_steps": trainer.guard.skipped,
     }
     trainer.pending_save = checkpoint.begin_save(Path(config.checkpoint.save), str(rollout_id), state, trainer.ranks)
@@ -156,6 +159,8 @@ def _resume(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
     if with_random:
         checkpoint.restore_random_state(state["rng_state"])
     trainer.guard.skipped = int(common.get("skipped_steps", 0))
+    # A checkpoint without a count is of a time when metrics took one step a rollout for granted.
+    trainer.steps_done = int(common.get("train_steps", common.get("rollout_id", -1) + 1))
     return common.get("data_state")
 
 

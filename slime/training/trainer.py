@@ -64,9 +64,9 @@ class TrainReport:
     """What one rollout's training did; equal on every rank."""
 
     metrics: dict[str, float]
-    """rollout/* values, perf/*_time seconds, and the train/* values of the last step."""
+    """rollout/* values and perf/*_time seconds of the whole rollout."""
     per_step: list[dict[str, float]]
-    """train/* of every step."""
+    """train/* of every step; train/step counts the steps of the run from 1, and on over a resume."""
 
 
 class Trainer:
@@ -81,6 +81,8 @@ class Trainer:
         """Rows of a rank's longest micro-batch so far, padding included."""
         self.most_micro_batches = 0
         """Of one step on one rank."""
+        self.steps_done = 0
+        """Of the run, skipped ones and those before a resume included."""
         self.keeps_reference = ref or config.algorithm.use_kl_loss or config.algorithm.kl_coef != 0
         self.objective = Objective.from_config(config, ranks)
         self._hooks = {
@@ -136,12 +138,12 @@ class Trainer:
         per_step = []
         with clock("actor_train"), self.peaks("train"):
             for plan in steps:
-                per_step.append(self._step(batch, plan, columns, num_steps=len(steps)))
+                per_step.append(self._step(batch, plan, columns))
         metrics = self._from_last_stage(metrics)
         interval = self.config.checkpoint.ref_update_interval
         if interval and self.keeps_reference and (batch.rollout_id + 1) % interval == 0:
             self.snapshots.take("ref")
-        return TrainReport({**metrics, **clock.metrics(), **per_step[-1]}, per_step)
+        return TrainReport({**metrics, **clock.metrics()}, per_step)
 
     def log_probs(self, batch: RolloutBatch, steps: Sequence[StepPlan]) -> dict[int, Tensor]:
         """Per-token log-probs of this data-parallel rank's samples under the current weights; {} before the last stage."""
@@ -208,7 +210,7 @@ class Trainer:
 
     # --- a step ---
 
-    def _step(self, batch: RolloutBatch, plan: StepPlan, columns: Columns, *, num_steps: int) -> dict[str, float]:
+    def _step(self, batch: RolloutBatch, plan: StepPlan, columns: Columns) -> dict[str, float]:
         where = f"rollout {batch.rollout_id} step {plan.step_id}"
         carried = columns.for_packing() if self.ranks.is_last_stage else {}
         micro_batches = self._pack(batch, plan, carried)
@@ -238,7 +240,8 @@ class Trainer:
         metrics |= {"grad_norm": grad_norm, "global_batch_size": float(plan.num_trajectories)}
         metrics["skipped_steps"] = float(self.guard.skipped)
         metrics |= {f"lr-pg_{n}": float(group["lr"]) for n, group in enumerate(self.optimizer.param_groups)}
-        metrics["step"] = float(batch.rollout_id * num_steps + plan.step_id)
+        self.steps_done += 1
+        metrics["step"] = float(self.steps_done)
         return {f"train/{name}": value for name, value in metrics.items()}
 
     def _expert_biases(self) -> list[Tensor]:

@@ -126,6 +126,8 @@ def test_the_launcher_trains_saves_evaluates_outlives_an_engine_and_stops_only_w
         # v1 at the start, then one for each rollout, and one more unless the dead engine was missed at a hand-over.
         assert re.search(rf"weights v[34]: (\d+) of \1 tensors read back equal from {engine}", run.text), engine
     assert list((base / "run" / "tensorboard" / "grpo").glob("events.out.tfevents.*"))
+    assert _positions(base, "eval/arithmetic") == [0, 2] and _positions(base, "rollout/raw_reward") == [1, 2]
+    assert _positions(base, "train/loss") == [1, 2]
     assert re.search(r"to continue from the newest checkpoint.*run-glm5.2-tiny.sh", run.text)
     assert _processes_mentioning(str(base)) == []
 
@@ -142,6 +144,12 @@ def test_the_rehearsal_predicted_the_memory_of_the_run(base):
         predicted, measured = (max(row[kind] for row in rows) for kind in ("predicted", "measured"))
         assert abs(predicted / measured - 1) < 0.10, rows
         assert abs(next(row["error"] for row in rows if row["phase"] == "train")) < 0.10, rows
+
+
+def _positions(base: Path, name: str) -> list[int]:
+    """Where metrics.jsonl has that figure: rollouts or steps done."""
+    lines = map(json.loads, (base / "run" / "metrics.jsonl").read_text().splitlines())
+    return [line.get("rollout", line.get("train_step")) for line in lines if name in line]
 
 
 def _rehearse(base: Path, report: Path, *flags: str) -> None:
@@ -164,6 +172,8 @@ def test_a_second_run_resumes_with_the_next_prompts_and_a_dead_engine_ends_it_wi
     assert run.wait() != 0
     rollouts = run.rollouts()
     assert min(rollouts) == 3, "rollouts 1 and 2 are in the checkpoint"
+    for name in ("rollout/raw_reward", "train/loss"):
+        assert _positions(base, name)[:3] == [1, 2, 3], "metrics count on from the checkpoint"
     assert rollouts[3][1] < 1e-3, "float32 on both sides: the trainer and the engines are the same function"
     assert "default-decode-1 was killed by signal 9 (SIGKILL)" in run.text, run.text[-6000:]
     assert "run the same command again to resume" in run.text

@@ -24,7 +24,7 @@ class Recorder:
 
     def load(self):
         self.events.append("trainer loads")
-        return SimpleNamespace(start_rollout_id=0, data_state=None)
+        return SimpleNamespace(start_rollout_id=0, data_state=None, train_steps=0)
 
     def begin_start(self):
         self.events.append("engines start")
@@ -48,7 +48,7 @@ def started(monkeypatch):
         monkeypatch.setattr(run_module, "RolloutActor", SimpleNamespace(options=lambda **_: actor))
         monkeypatch.setattr(run_module, "RolloutSide", lambda actor: both)
         monkeypatch.setattr(run_module, "TrainGroup", lambda config, placement: both)
-        monkeypatch.setattr(run_module, "_open_tracker", lambda config: None)
+        monkeypatch.setattr(run_module, "_open_tracker", lambda config, done: None)
         monkeypatch.setattr(run_module, "start_page", lambda shares, config: [])
         monkeypatch.setattr(
             run_module, "sync_weights", lambda *_, **__: both.events.append("first weights") or SimpleNamespace(line=str)

@@ -72,6 +72,7 @@ def test_one_and_one_more_is_two_to_the_bit(qwen3, glm, tmp_path, layout):
     resumed = run_ranks(world, run, qwen3, files, 2, False)
     for (_, whole, end), (loaded, second, again) in zip(straight, resumed, strict=True):
         assert loaded.start_rollout_id == 1 and loaded.data_state == {"sample_offset": 4, "epoch": 0}
+        assert loaded.train_steps == 2 and [step["train/step"] for steps in whole for step in steps] == [1, 2, 3, 4]
         assert whole[1] == second[0]
         assert end.keys() == again.keys()
         different = [key for key in end if not torch.equal(end[key], again[key])]
