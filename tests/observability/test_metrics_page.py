@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from metrics_page import listed
+from metrics_page import listed, not_listed
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = re.compile(r"(rollout|train|perf|eval|passrate|multi_turn)/")
@@ -100,3 +100,9 @@ def test_the_reader_sees_what_is_written():
     assert {"rollout/correct_response_len/max", "eval/{}/num_failed", "rollout/zero_std/count_{}"} <= written_of_samples()
     assert {"train/pg_clipfrac", "train/lr-pg_{}", "train/grad_norm", "train/mtp_loss", "train/step"} <= written_of_steps()
     assert written_as_times() == {"perf/log_probs_time", "perf/ref_log_probs_time", "perf/actor_train_time"}
+
+
+def test_other_pages_name_metrics_that_exist():
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        named = re.findall(r"`((?:rollout|train|perf|eval|passrate|multi_turn)/\w[\w@/*-]*)`", page.read_text())
+        assert not_listed(name.replace("/*", "/mean") for name in named) == [], page.name
