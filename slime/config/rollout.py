@@ -8,6 +8,7 @@ from typing import Literal
 
 from slime.config.eval_datasets import EvalDataset
 from slime.config.flags import derived, flag, to_json_object
+from slime.config.graders import grader_name
 
 _BUFFER_SERVER = "the rollout-buffer server"
 
@@ -104,8 +105,12 @@ class RolloutConfig:
     """Marks samples that must not count."""
     rollout_all_samples_process_path: str | None = None
     """Sees all groups, dropped ones too."""
-    rm_type: str | None = None
-    """Built-in reward."""
+    rm_type: str | None = flag(None, convert=grader_name)
+    """Built-in grader, with boxed_ before its name for the content of the last box alone."""
+    rm_workers: int | None = flag(None, low=1, high=256)
+    """Gradings at a time, each in a process of its own (an own reward function: a thread); None: one a core, 4 to 16."""
+    rm_timeout: float | None = flag(None, above=0)
+    """Seconds for one grading; None: 10 for a built-in grader, 600 for an own reward function."""
     rm_url: str | None = None
     """Address of a reward server."""
     reward_key: str | None = None

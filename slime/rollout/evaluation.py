@@ -9,6 +9,7 @@ from typing import Any
 
 from slime.rollout.base_types import Group, RolloutFnEvalOutput, flatten
 from slime.rollout.dataset import PromptFormat, read_prompts
+from slime.rollout.failures import by_reason
 from slime.rollout.generation import GenerateState, enter, generate_and_rm, sampling_params
 from slime.rollout.tokenizer import load_tokenizer
 from slime.rollout.watch import Watch
@@ -114,8 +115,9 @@ async def _evaluate(args: Any, dataset: Any, base: GenerateState) -> dict[str, A
         if failed > _MOST_FAILED * len(samples):
             raise RuntimeError(f"evaluation {dataset.name}: {failed} of {len(samples)} samples failed. One error: {last}")
         logger.warning(
-            "evaluation %s: %d of %d samples failed and are left out; one error: %s", dataset.name, failed, len(samples), last
-        )
+            "evaluation %s: %d of %d samples failed and are left out (%s); one error: %s",
+            dataset.name, failed, len(samples), by_reason(state.failures), last,
+        )  # fmt: skip
     key = args.eval_reward_key or args.reward_key
     return {
         "rewards": [_number(sample, key) for sample in good],

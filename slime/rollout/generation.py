@@ -16,15 +16,19 @@ import math
 import random
 import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from slime.config import view_for_call
 from slime.engine.client import EngineError, RouterClient
 from slime.rollout.base_types import Group, flatten
+from slime.rollout.failures import told
+from slime.rollout.grading.pool import GradingError
 from slime.rollout.plugins import accepted_keywords, load_function
 from slime.rollout.rm_hub import async_rm, batched_async_rm
 from slime.rollout.tokenizer import load_tokenizer
+from slime.rollout.ungraded import keep_ungraded
 from slime.types.reward import plain_reward
 from slime.types.sample import Sample, Status
 
@@ -52,7 +56,10 @@ class GenerateState:
     sampling_params: dict[str, Any] = field(default_factory=dict)
     max_context_len: int | None = None
     """Most tokens of prompt and response together; None does not bound them."""
-    num_failed: int = 0
+    failures: Counter = field(default_factory=Counter)
+    """What broke -> samples: grading_timeout, grading_KeyError, generation_EngineError."""
+    told: set[str] = field(default_factory=set)
+    """What has been said about failures; said once."""
     aborted: bool = False
     """Set when the rollout has enough: samples still waiting do not start."""
     rollout_id: int = 0
@@ -218,12 +225,25 @@ async def generate_and_rm(
     try:
         return await _generate_and_rm(args, sample, sampling_params, state=state, evaluation=evaluation)
     except Exception as error:
-        sample.status, sample.reward = Status.FAILED, None
-        sample.metadata["error"] = f"{type(error).__name__}: {error}"
-        state.num_failed += 1
-        level = logging.WARNING if state.num_failed <= _FAILURES_SHOWN else logging.DEBUG
-        logger.log(level, "sample %s failed: %s", sample.index, sample.metadata["error"])
+        _fail([sample], error, state)
         return sample
+
+
+def _fail(samples: list[Sample], error: Exception, state: GenerateState) -> None:
+    """Mark, count by reason, and say each kind of failure once."""
+    if isinstance(error, GradingError):
+        reason, words = f"grading_{error.reason}", str(error)
+    else:
+        reason, words = f"generation_{type(error).__name__}", told(error)
+    for sample in samples:
+        if isinstance(error, GradingError):
+            sample.metadata["ungraded"] = {"reason": error.reason, "status": sample.status.value}
+        sample.status, sample.reward = Status.FAILED, None
+        sample.metadata["error"] = words
+    state.failures[reason] += len(samples)
+    new = words not in state.told and len(state.told) < _FAILURES_SHOWN
+    state.told.add(words)
+    logger.log(logging.WARNING if new else logging.DEBUG, "sample %s failed: %s", samples[0].index, words)
 
 
 async def _generate_and_rm(
@@ -315,12 +335,18 @@ async def _grade(args: Any, samples: list[Sample], *, together: bool) -> None:
     if not ungraded:
         return
     started = time.monotonic()
-    if together:
-        rewards = await batched_async_rm(view_for_call(args), ungraded)
-    else:
-        rewards = [await async_rm(view_for_call(args), sample) for sample in ungraded]
+    try:
+        if together:
+            rewards = await batched_async_rm(view_for_call(args), ungraded)
+        else:
+            rewards = [await async_rm(view_for_call(args), sample) for sample in ungraded]
+        for sample, reward in zip(ungraded, rewards, strict=True):
+            _check_reward(sample, reward)
+    except GradingError:
+        raise
+    except Exception as error:
+        raise GradingError(type(error).__name__, told(error)) from error
     for sample, reward in zip(ungraded, rewards, strict=True):
-        _check_reward(sample, reward)
         sample.reward = reward
         sample.metadata.setdefault("reward_seconds", 0.0)
         sample.metadata["reward_seconds"] += time.monotonic() - started
@@ -351,20 +377,19 @@ async def generate_and_rm_group(
         tasks.append(generate_and_rm(args, sample, params, state=state, evaluation=evaluation))
     results = list(await asyncio.gather(*tasks))
     if args.group_rm and not evaluation:
-        await _grade_group(args, flatten(results))
+        await _grade_group(args, flatten(results), state)
+    elif not evaluation:
+        keep_ungraded(flatten(results))
     return results
 
 
-async def _grade_group(args: Any, samples: list[Sample]) -> None:
+async def _grade_group(args: Any, samples: list[Sample], state: GenerateState) -> None:
     if any(sample.status not in _FINISHED and not _is_given_up(sample) for sample in samples):
         return
     try:
         await _grade(args, samples, together=True)
     except Exception as error:
-        for sample in samples:
-            sample.status, sample.reward = Status.FAILED, None
-            sample.metadata["error"] = f"group reward: {type(error).__name__}: {error}"
-        logger.warning("group %s failed: %s", samples[0].group_index, samples[0].metadata["error"])
+        _fail(samples, error, state)
 
 
 def _deterministic_seed(args: Any) -> int | None:

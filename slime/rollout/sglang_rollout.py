@@ -20,6 +20,7 @@ from slime.config import view_for_call
 from slime.engine.client import EngineClient, EngineError, sync
 from slime.rollout.base_types import Group, RolloutFnEvalOutput, RolloutFnTrainOutput, flatten
 from slime.rollout.evaluation import evaluate_rollout
+from slime.rollout.failures import by_reason
 from slime.rollout.filter_hub.base_types import filter_output
 from slime.rollout.generation import (
     GenerateState,
@@ -68,6 +69,8 @@ class Ledger:
     finished: list[list] = field(default_factory=list)
     """Every group that came back graded, dropped ones too; for --rollout-all-samples-process-path."""
     last_error: str = ""
+    failures: Counter = field(default_factory=Counter)
+    """What broke -> samples, those of kept groups included."""
     in_a_row: int = 0
     """Groups that came back and were not kept since the last one that was."""
     told: int = 0
@@ -85,6 +88,7 @@ class Ledger:
 
     def metrics(self) -> dict[str, float]:
         metrics = {f"rollout/dynamic_filter/drop_{reason}": float(count) for reason, count in sorted(self.dropped.items())}
+        metrics |= {f"rollout/failed_samples/{reason}": float(count) for reason, count in sorted(self.failures.items())}
         return metrics | {
             "rollout/groups_submitted": float(self.submitted),
             "rollout/groups_buffered": float(len(self.returned)),
@@ -95,7 +99,7 @@ async def generate_rollout_async(args: Any, rollout_id: int, data_source: Any) -
     started = time.monotonic()
     state = GenerateState(args, rollout_id=rollout_id, max_context_len=args.rollout_max_context_len)
     enter(state)
-    ledger = Ledger()
+    ledger = Ledger(failures=state.failures)
     pending: dict[asyncio.Task, Group] = {}
     try:
         with Watch(lambda: (list(pending.values()), ledger.submitted - len(pending)), f"rollout {rollout_id + 1}"):
@@ -160,12 +164,13 @@ def _settle(args: Any, ledger: Ledger, group: list, *, original: Group, num_pend
 
 
 def _refuse_many_failures(args: Any, ledger: Ledger) -> None:
-    """One bad prompt is left out; when as many groups failed as a rollout holds (8 at least), something is wrong for all."""
-    limit = max(8, args.rollout_batch_size)
-    if ledger.dropped["failed"] >= limit:
+    """One bad prompt is left out; when as many groups failed as a rollout holds (8 at least), and more than came back well,
+    something is wrong for all."""
+    limit, failed = max(8, args.rollout_batch_size), ledger.dropped["failed"]
+    if failed >= limit and 2 * failed > len(ledger.kept) + ledger.dropped.total():
         raise RuntimeError(
-            f"{ledger.dropped['failed']} of {ledger.submitted} groups of this rollout failed (the limit is {limit}). "
-            f"The last error: {ledger.last_error}"
+            f"{failed} of {ledger.submitted} groups of this rollout failed (the limit is {limit}; samples by reason: "
+            f"{by_reason(ledger.failures)}). The last error: {ledger.last_error}"
         )
 
 
@@ -277,9 +282,9 @@ def _finish(args: Any, rollout_id: int, data_source: Any, ledger: Ledger, *, sec
         process = load_function("--rollout-all-samples-process-path", args.rollout_all_samples_process_path)
         process(view_for_call(args), sorted(ledger.finished, key=_index_of), data_source)
     metrics = ledger.metrics() | {"perf/rollout_time": seconds}
-    if ledger.dropped["failed"]:
+    if ledger.failures:
         logger.warning(
-            "rollout %d: %d groups failed and were replaced; last: %s",
-            rollout_id + 1, ledger.dropped["failed"], ledger.last_error,
+            "rollout %d: samples that failed, by reason: %s; %d groups were replaced",
+            rollout_id + 1, by_reason(ledger.failures), ledger.dropped["failed"],
         )  # fmt: skip
     return RolloutFnTrainOutput(samples=ledger.kept, metrics=metrics)

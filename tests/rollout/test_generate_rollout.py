@@ -260,7 +260,7 @@ def test_a_judge_of_surplus_groups_is_not_waited_for(run, router, partial, group
 def test_a_missing_grader_is_an_error_not_a_zero(run):
     with pytest.raises(RuntimeError, match="pass --rm-type NAME or --custom-rm-path PATH"):
         run(rm_type=None)
-    with pytest.raises(RuntimeError, match="'maths' is not one of dapo, deepscaler"):
+    with pytest.raises(RuntimeError, match="'maths' is no grader; did you mean math?"):
         run(rm_type="maths")
 
 

@@ -10,13 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from rollout_helpers import make_config
 
+from slime.rollout.grading.dapo import grade_dapo
+from slime.rollout.grading.deepscaler import grade_deepscaler
+from slime.rollout.grading.expressions import equal as same_expression
+from slime.rollout.grading.f1 import token_f1
+from slime.rollout.grading.gpqa import grade_gpqa
+from slime.rollout.grading.math_grader import equal_answers, grade_math, last_boxed
 from slime.rollout.rm_hub import async_rm, batched_async_rm, remote
-from slime.rollout.rm_hub.dapo import grade_dapo
-from slime.rollout.rm_hub.deepscaler import grade_deepscaler
-from slime.rollout.rm_hub.f1 import token_f1
-from slime.rollout.rm_hub.gpqa import grade_gpqa
-from slime.rollout.rm_hub.math_grader import equal_answers, grade_math, last_boxed
-from slime.rollout.rm_hub.symbolic import SymbolicProcess
 from slime.types.sample import Sample
 
 BOXED = [
@@ -84,31 +84,9 @@ ALGEBRA = [
 ]
 
 
-def test_algebra_is_compared_by_a_process_that_knows_no_python():
-    process = SymbolicProcess(answer_seconds=120)
-    try:
-        for left, right, expected in ALGEBRA:
-            assert process.equal(left, right) is expected, (left, right)
-        assert process.num_timeouts == 0
-    finally:
-        process.close()
-
-
-def test_a_comparison_that_takes_too_long_is_ended_counted_and_the_next_one_works(monkeypatch, tmp_path):
-    worker = tmp_path / "worker.py"
-    worker.write_text(
-        "import sys, json, time\nprint('ready', flush=True)\n"
-        "for line in sys.stdin:\n    left, right = json.loads(line)\n    time.sleep(600 if left == 'slow' else 0)\n"
-        "    print(json.dumps(left == right), flush=True)\n"
-    )
-    monkeypatch.setattr("slime.rollout.rm_hub.symbolic._WORKER", worker)
-    process = SymbolicProcess(answer_seconds=0.3)
-    try:
-        assert process.equal("slow", "slow") is False and process.num_timeouts == 1
-        process.answer_seconds = 120
-        assert process.equal("a", "a") is True
-    finally:
-        process.close()
+@pytest.mark.parametrize("left, right, expected", ALGEBRA)
+def test_algebra_is_compared_by_a_parser_that_knows_no_python(left, right, expected):
+    assert same_expression(left, right) is expected
 
 
 @pytest.mark.parametrize(
@@ -205,7 +183,7 @@ def test_who_grades_a_sample_the_nearest_wins():
     assert grade(own, custom_rm_path=f"{__name__}.by_length") == 9.0
     with pytest.raises(ValueError, match="no label to grade against"):
         grade(Sample(response=r"\boxed{7}"), rm_type="math")
-    with pytest.raises(ValueError, match="'math2' is not one of"):
+    with pytest.raises(ValueError, match="'math2' is no grader; did you mean math"):
         grade(sample, rm_type="math2")
 
 

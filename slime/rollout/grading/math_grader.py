@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from slime.rollout.rm_hub.symbolic import symbolically_equal
+from slime.rollout.grading.expressions import equal as symbolically_equal
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)(?P<rest>\s*\{|\s+\S)")
 _SPACES = ("\\!", "\\,", "\\;", "\\:", "\\ ", "\\quad", "\\qquad", "~")

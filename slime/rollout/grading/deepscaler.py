@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slime.rollout.rm_hub.math_grader import grade_math
+from slime.rollout.grading.math_grader import grade_math
 
 
 def grade_deepscaler(response: str, label: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from slime.rollout.rm_hub.math_grader import last_boxed, normalise
+from slime.rollout.grading.math_grader import last_boxed, normalise
 
 _ANSWER = re.compile(r"(?i)answer\s*:\s*([^\n]+)")
 # The answer is asked for in the last line; looking further back would reward a guess that was revised.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from slime.rollout.rm_hub.math_grader import last_boxed
+from slime.rollout.grading.math_grader import last_boxed
 
 _DEFAULT_LETTERS = ("A", "B", "C", "D")
 _ANSWER_IS = r"(?i:answer|option|choice)\s*(?i:is|:|=)*\s*[*_(\[{{$]*\s*(?P<letter>[{letters}])\b"

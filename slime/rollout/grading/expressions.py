@@ -1,4 +1,4 @@
-"""Runs alone (`python -P symbolic_worker.py`): reads [left, right] as JSON lines, answers true or false, one line each.
+"""Whether two expressions are the same mathematics, with a parser of our own.
 
 The parser below knows numbers, single-letter variables, + - * / ^ !, fractions, roots, a few functions and constants; it
 builds sympy objects by itself. sympy's own string parsers are not used: they evaluate Python.
@@ -6,9 +6,7 @@ builds sympy objects by itself. sympy's own string parsers are not used: they ev
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 
 import sympy
 
@@ -235,14 +233,3 @@ def equal(left: str, right: str) -> bool:
         return bool(ratio.is_number and ratio.is_finite and ratio != 0)
     except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError):
         return False
-
-
-def main() -> None:
-    print("ready", flush=True)
-    for line in sys.stdin:
-        left, right = json.loads(line)
-        print(json.dumps(equal(left, right)), flush=True)
-
-
-if __name__ == "__main__":
-    main()
