@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -15,7 +16,7 @@ class ImportanceWeights:
     weight: Tensor
     """[r] multiplies the token's policy loss."""
     ratio: Tensor
-    """[r] the raw ratio trainer / engine."""
+    """[r] the raw ratio trainer / engine; infinite where the engine gave the token no probability."""
     changed: Tensor
     """[r] 1 where weight is not the raw ratio."""
 
@@ -32,4 +33,5 @@ def icepop(train_log_probs: Tensor, rollout_log_probs: Tensor, *, low: float, hi
     (Ling team, https://ringtech.notion.site/icepop; GLM-5, arXiv 2602.15763)."""
     ratio = (train_log_probs.detach() - rollout_log_probs).exp()
     inside = (ratio >= low) & (ratio <= high)
-    return ImportanceWeights(ratio * inside, ratio, (~inside).float())
+    # Not ratio * inside: an infinite ratio times 0 is nan.
+    return ImportanceWeights(torch.where(inside, ratio, torch.zeros_like(ratio)), ratio, (~inside).float())

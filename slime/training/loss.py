@@ -7,13 +7,13 @@ StepPlan, so adding over micro-batches and ranks gives the step's value with no 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from slime.algorithms import importance, policy_loss
+from slime.algorithms import policy_loss
 from slime.algorithms.kl import approx_kl
 from slime.algorithms.sft import nll
 from slime.model.build import own_vocabulary, padded_vocab_size
@@ -22,6 +22,7 @@ from slime.model.hf_config import read_hf_config
 from slime.parallel import Ranks
 from slime.training.forward import Output, draft_log_probs, response_log_probs
 from slime.training.hooks import load_hook
+from slime.training.importance_functions import vanilla_tis_function
 from slime.types.micro_batch import MicroBatch
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class Objective:
     """Global token ids of this rank's rows of the output layer, padding excluded."""
     temperature: float
     custom_loss: Callable[..., Any] | None
-    custom_tis: Callable[..., Any] | None
+    importance: Callable[..., Any]
+    """slime's signature: see slime.training.importance_functions."""
     custom_reducer: Callable[..., Any] | None
 
     @staticmethod
@@ -56,7 +58,7 @@ class Objective:
             # Supervised data was not sampled, so there is no sampling temperature to undo.
             temperature=1.0 if rules.loss_type == "sft_loss" else config.rollout.rollout_temperature,
             custom_loss=custom,
-            custom_tis=load_hook("--custom-tis-function-path", rules.custom_tis_function_path),
+            importance=load_hook("--custom-tis-function-path", rules.custom_tis_function_path) or vanilla_tis_function,
             custom_reducer=load_hook("--custom-pg-loss-reducer-function-path", rules.custom_pg_loss_reducer_function_path),
         )
 
@@ -112,22 +114,26 @@ class Objective:
             # An engine may say -inf of a token that is not trained; its ratio, inf, would make every gradient nan.
             old = torch.where(micro.loss_mask > 0, micro.rollout_log_probs, trainers)
         token_loss, clipped, divergence = self._policy_gradient(micro, log_probs, old)
-        values: dict[str, Tensor] = {"ppo_kl": total(micro, divergence), "pg_clipfrac": total(micro, clipped)}
+        values: dict[str, Tensor] = {}
         if rules.use_opsm:
             keep = policy_loss.off_policy_sequence_mask(
                 log_probs - old, micro.advantages, micro.loss_mask, micro.segments, micro.num_samples, delta=rules.opsm_delta
             )
             token_loss = token_loss * keep
             values["opsm_clipfrac"] = total(micro, 1 - keep)
+        if rules.use_tis or rules.get_mismatch_metrics:
+            weighted, narrowed, shown = self._importance(micro, token_loss, trainers)
+            # Over all trained tokens: a share of dropped tokens among those that were kept would be 0.
+            values |= {name: total(micro, value) for name, value in shown.items()}
+            values["ois"] = total(micro, (log_probs.detach() - old).exp())
+            if rules.use_tis:
+                # A token that the function drops is dropped from every term; the denominators stay the plan's.
+                token_loss, micro = weighted, narrowed
         if micro.rollout_log_probs is not None:
             # With the engine's log-probs as the old ones the gap is between them and what the trainer computes now.
             mine = log_probs.detach() if rules.use_rollout_logprobs else old
             values["train_rollout_logprob_abs_diff"] = total(micro, (mine - micro.rollout_log_probs).abs())
-        if rules.use_tis or rules.get_mismatch_metrics:
-            weighted, weights = self._importance(micro, token_loss, trainers)
-            values |= weights | {"ois": total(micro, (log_probs.detach() - old).exp())}
-            if rules.use_tis:
-                token_loss = weighted
+        values |= {"ppo_kl": total(micro, divergence), "pg_clipfrac": total(micro, clipped)}
         pg_loss = total(micro, token_loss) if self.custom_reducer is None else self._custom_reduction(micro, token_loss)
         entropy_loss = total(micro, entropy)
         loss = pg_loss
@@ -159,35 +165,38 @@ class Objective:
             )
         return loss, clipped, -log_ratio.detach()
 
-    def _importance(self, micro: MicroBatch, token_loss: Tensor, old: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The token loss weighted by trainer / engine, and the weights' own values. old: the trainer's at rollout time."""
-        rules = self.config.algorithm
-        if micro.rollout_log_probs is None:
-            raise ValueError("--use-tis needs the engine's log-probs, but this rollout has none; keep return_logprob on")
-        if self.custom_tis is not None:
-            return self._custom_importance(micro, token_loss, old)
-        weights = importance.truncated(old, micro.rollout_log_probs, low=rules.tis_clip_low, high=rules.tis_clip)
-        return token_loss * weights.weight, {
-            "tis": total(micro, weights.ratio),
-            "tis_clipfrac": total(micro, weights.changed),
-            "tis_abs": total(micro, (weights.ratio - 1).abs()),
-        }
+    def _importance(
+        self, micro: MicroBatch, token_loss: Tensor, trainers: Tensor
+    ) -> tuple[Tensor, MicroBatch, dict[str, Tensor]]:
+        """(the weighted token loss, the micro-batch with the narrowed mask, per-token values to report).
 
-    def _custom_importance(self, micro: MicroBatch, token_loss: Tensor, old: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """slime's signature: lists with one tensor per sample, keyword arguments, (loss, masks, metrics) back."""
+        trainers: the trainer's log-probs at rollout time.
+        """
+        engines = micro.rollout_log_probs
+        if engines is None:
+            raise ValueError("--use-tis needs the engine's log-probs, but this rollout has none; keep return_logprob on")
+        # An engine may say -inf of a token that is not trained: its weight, inf, would make every gradient nan.
+        engines = torch.where((micro.loss_mask > 0) | engines.isfinite(), engines, trainers)
         lengths = torch.bincount(micro.segments, minlength=micro.num_samples).tolist()
-        weighted, masks, metrics = self.custom_tis(
+        weighted, masks, shown = self.importance(
             args=self.config.args,
             pg_loss=token_loss,
-            train_log_probs=list(old.split(lengths)),
-            rollout_log_probs=list(micro.rollout_log_probs.split(lengths)),
+            train_log_probs=list(trainers.split(lengths)),
+            rollout_log_probs=list(engines.split(lengths)),
             loss_masks=list(micro.loss_mask.split(lengths)),
             total_lengths=list(micro.layout.lengths),
             response_lengths=lengths,
         )
         kept = torch.cat(list(masks)) if len(masks) else micro.loss_mask
-        # total() applies the loss mask again, so a mask that only removes tokens is exact.
-        return weighted * kept, {name: total(micro, value) for name, value in metrics.items()}
+        if kept.shape != micro.loss_mask.shape or weighted.shape != token_loss.shape:
+            raise ValueError(
+                f"--custom-tis-function-path {self.config.algorithm.custom_tis_function_path} gave a loss of "
+                f"{tuple(weighted.shape)} and masks of {tuple(kept.shape)} tokens, the micro-batch has "
+                f"{tuple(token_loss.shape)}; it returns the loss of all tokens and one mask per sample"
+            )
+        # It may drop trained tokens, never train others.
+        kept = torch.where(micro.loss_mask > 0, kept.to(micro.loss_mask), torch.zeros_like(micro.loss_mask))
+        return weighted, replace(micro, loss_mask=kept), shown
 
     def _custom_reduction(self, micro: MicroBatch, token_loss: Tensor) -> Tensor:
         """slime's signature: the user's reducer sums over the samples it is given; the step's denominator is ours."""
@@ -196,14 +205,17 @@ class Objective:
             return total(micro, token_loss)
         masks = list(micro.loss_mask.split(lengths))
         reduce = self.custom_reducer(list(micro.layout.lengths), lengths, masks, self.config.algorithm.calculate_per_token_loss)
-        return reduce(token_loss) / micro.denominator
+        return reduce(_kept(micro, token_loss)) / micro.denominator
 
 
 def total(micro: MicroBatch, token_values: Tensor) -> Tensor:
     """sum(loss_weight * loss_mask * token_values [r]); 0, still connected to the graph, where there is no token."""
-    # A masked token may hold inf or nan (an engine log-prob of -inf, say), and 0 * nan is nan.
-    kept = torch.where(micro.loss_mask > 0, token_values, torch.zeros_like(token_values))
-    return (kept * (micro.loss_weight * micro.loss_mask)).sum()
+    return (_kept(micro, token_values) * (micro.loss_weight * micro.loss_mask)).sum()
+
+
+def _kept(micro: MicroBatch, token_values: Tensor) -> Tensor:
+    """0 in the place of masked tokens: they may hold inf or nan (an engine log-prob of -inf, say), and 0 * nan is nan."""
+    return torch.where(micro.loss_mask > 0, token_values, torch.zeros_like(token_values))
 
 
 def _report(values: dict[str, Tensor]) -> dict[str, Tensor]:

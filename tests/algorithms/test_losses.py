@@ -98,6 +98,8 @@ def test_truncated_importance_clamps_and_icepop_drops():
     tis = importance.truncated(train, rollout, low=0.5, high=2.0)
     torch.testing.assert_close(tis.weight, T([0.5, 1.5, 2.0]))
     assert tis.changed.tolist() == [1, 0, 1]
+    never = importance.icepop(T([-1.0, -3.0]), T([-math.inf, -3.0]), low=0.5, high=2.0)
+    assert never.weight.tolist() == [0.0, 1.0] and never.changed.tolist() == [1.0, 0.0], "an infinite ratio is outside"
     pop = importance.icepop(train, rollout, low=0.5, high=2.0)
     torch.testing.assert_close(pop.weight, T([0.0, 1.5, 0.0]))
     torch.testing.assert_close(pop.ratio, T([0.25, 1.5, 4.0]))

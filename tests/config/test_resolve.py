@@ -82,6 +82,7 @@ def test_derived_values_and_why(words: list[str], section: str, name: str, value
         (["--advantage-estimator", "reinforce_plus_plus"], "needs --normalize-advantages"),
         (["--use-rollout-logprobs", "--use-tis"], "use one"),
         (["--get-mismatch-metrics"], "needs --custom-tis-function-path"),
+        (["--custom-tis-function-path", "a.b"], "--custom-tis-function-path a.b is called by nothing; add --use-tis"),
         (["--eps-clip-c", "0.9"], "--eps-clip-c must be above 1"),
         (["--tis-clip-low", "3"], "--tis-clip-low 3.0 is above --tis-clip 2.0"),
         (["--loss-type", "custom_loss"], "needs --custom-loss-function-path"),

@@ -241,6 +241,77 @@ def test_user_functions_are_called_with_slimes_signatures(qwen3, monkeypatch):
     assert report.per_step[0]["train/half"] == pytest.approx(0.5 * np.mean([m.any() for m in batch.loss_masks]))
 
 
+def drops_uneven_ratios(*, args, pg_loss, train_log_probs, rollout_log_probs, loss_masks, **rest):
+    """Rejection as mis.yaml's mask mode: tokens whose ratio leaves [1/2, 2] are dropped, and their ratio is not a weight."""
+    gaps = [train - rollout for train, rollout in zip(train_log_probs, rollout_log_probs, strict=True)]
+    masks = [mask * (gap.abs() <= np.log(2.0)) for mask, gap in zip(loss_masks, gaps, strict=True)]
+    return pg_loss, masks, {"dropped": 1 - torch.cat(masks)}
+
+
+def test_a_token_that_the_importance_function_drops_is_dropped_from_every_term(qwen3, second, monkeypatch):
+    """Policy loss, KL and entropy of the kept tokens, each over the tokens that were there before (slime's denominators)."""
+    monkeypatch.setitem(sys.modules, "made_up_tis", SimpleNamespace(drop=drops_uneven_ratios))
+    batch = rollout(seed=21)
+    for values in batch.rollout_log_probs:
+        values[::3] -= 3.0
+    changes = dict(
+        use_tis=True, custom_tis_function_path="made_up_tis.drop", use_kl_loss=True, kl_loss_coef=0.3, kl_loss_type="k2",
+        entropy_coef=0.05, load=str(qwen3), ref_load=str(second),
+    )  # fmt: skip
+    report, grads = run_ranks(1, step_of, qwen3, changes, batch)[0]
+    model, log_probs, entropies = hf_log_probs(qwen3, batch)
+    with torch.no_grad():
+        reference = hf_log_probs(second, batch)[1]
+    kept = [
+        ((lp.detach() - torch.from_numpy(old)).abs() <= np.log(2.0)).float()
+        for lp, old in zip(log_probs, batch.rollout_log_probs, strict=True)
+    ]
+    share = mean(batch, [1 - keep for keep in kept]).item()
+    assert 0.1 < share < 0.9, "the made-up rollout has both kinds of tokens"
+
+    def kept_mean(values):
+        return mean(batch, [value * keep for value, keep in zip(values, kept, strict=True)])
+
+    pg = kept_mean([-float(r) * (lp - lp.detach()).exp() for r, lp in zip(batch.rewards, log_probs, strict=True)])
+    kl = kept_mean([(lp - ref) ** 2 / 2 for lp, ref in zip(log_probs, reference, strict=True)])
+    entropy = kept_mean(entropies)
+    step = report.per_step[0]
+    assert step["train/kl_loss"] == pytest.approx(kl.item(), rel=1e-4)
+    assert step["train/entropy_loss"] == pytest.approx(entropy.item(), rel=1e-4)
+    assert step["train/dropped"] == pytest.approx(share, rel=1e-5), "measured over all trained tokens"
+    check_against(qwen3, batch, report, grads, (model, pg + 0.3 * kl - 0.05 * entropy))
+    measured, _ = run_ranks(1, step_of, qwen3, changes | dict(use_tis=False, get_mismatch_metrics=True), batch)[0]
+    assert measured.per_step[0]["train/dropped"] == pytest.approx(share, rel=1e-5)
+    assert measured.per_step[0]["train/entropy_loss"] == pytest.approx(mean(batch, entropies).item(), rel=1e-4)
+
+
+def test_icepop_by_its_public_name_is_finite_where_the_engine_gave_no_probability(qwen3):
+    """Ratio inside [1/2, 2] as weight, 0 outside; -inf of the engine, trained or not, reaches no gradient."""
+    batch = rollout(seed=22)
+    for values in batch.rollout_log_probs:
+        values[::4] -= 2.0
+        values[1::5] = -np.inf
+    path = "slime.backends.megatron_utils.loss.icepop_function"
+    changes = dict(use_tis=True, custom_tis_function_path=path, tis_clip_low=0.5, tis_clip=2.0)
+    report, grads = run_ranks(1, step_of, qwen3, changes, batch)[0]
+    model, log_probs, _ = hf_log_probs(qwen3, batch)
+    losses = []
+    for lp, old, reward in zip(log_probs, batch.rollout_log_probs, batch.rewards, strict=True):
+        ratio = np.exp(lp.detach().numpy().astype(np.float64) - old)
+        weight = [r if 0.5 <= r <= 2.0 else 0.0 for r in ratio]
+        losses.append(-float(reward) * (lp - lp.detach()).exp() * torch.tensor(weight, dtype=torch.float32))
+    check_against(qwen3, batch, report, grads, (model, mean(batch, losses)))
+    assert all(torch.isfinite(gradient).all() for gradient in grads.values())
+
+
+def test_an_importance_function_that_answers_with_other_lengths_is_named(qwen3, monkeypatch):
+    module = SimpleNamespace(short=lambda *, pg_loss, loss_masks, **rest: (pg_loss, loss_masks[:-1], {}))
+    monkeypatch.setitem(sys.modules, "made_up_tis", module)
+    changes = dict(use_tis=True, custom_tis_function_path="made_up_tis.short")
+    with pytest.raises(RankFailed, match="--custom-tis-function-path made_up_tis.short gave a loss of .* and masks of"):
+        run_ranks(1, step_of, qwen3, changes, rollout(seed=23))
+
+
 def test_a_users_reducer_sums_and_the_step_divides(qwen3, monkeypatch):
     def dr_grpo(total_lengths, response_lengths, loss_masks, calculate_per_token_loss):
         """Dr. GRPO: every token divided by one constant instead of its sample's length."""

@@ -36,6 +36,11 @@ def algorithm(v: Values) -> None:
         not v["get_mismatch_metrics"] or v["custom_tis_function_path"],
         "--get-mismatch-metrics needs --custom-tis-function-path",
     )
+    v.require(
+        not v["custom_tis_function_path"] or v["use_tis"] or v["get_mismatch_metrics"],
+        f"--custom-tis-function-path {v['custom_tis_function_path']} is called by nothing; add --use-tis, or "
+        f"--get-mismatch-metrics to measure alone, or remove it",
+    )
     v.require(v["tis_clip_low"] <= v["tis_clip"], f"--tis-clip-low {v['tis_clip_low']} is above --tis-clip {v['tis_clip']}")
     if v["eps_clip_high"] is None:
         v.derive("eps_clip_high", v["eps_clip"], "it defaults to --eps-clip")
