@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
     from slime.device import get_device
     from slime.model.build import build_model, padded_vocab_size
     from slime.model.conversion import fill, gather_records
+    from slime.model.coverage import check_files
     from slime.model.dist_ckpt import DESCRIPTION, describe, sharded_model
     from slime.model.hf_config import read_hf_config
     from slime.model.hf_io import SafetensorsReader
@@ -56,13 +57,14 @@ def main(argv: list[str]) -> int:
     say = partial(print, flush=True) if rank == 0 else (lambda *_, **__: None)
     table = NameTable.for_model(hf)
     reader = SafetensorsReader(config.checkpoint.hf_checkpoint)
+    coverage = check_files(table, reader, needs_mtp=bool(config.model.mtp_num_layers))
     chunks = build_model(config, hf, ranks, device, dtype=torch.float32 if hf.is_float32 else torch.bfloat16, weights_only=True)
     say(f"{hf.model_type}: {table.num_parameters(mtp=False):,} parameters on {world_size} ranks ({device.reason})")
-    if hf.num_mtp_layers:
+    if hf.num_mtp_layers and not coverage.mtp_note:
         size = f"{table.num_parameters(mtp=True):,} parameters"
         kept = "converted too" if config.model.mtp_num_layers else "left out; pass --mtp-num-layers 1 to train it"
         say(f"multi-token-prediction layer ({size}): {kept}")
-    say(_coverage(table, reader))
+    say(f"{reader.folder}: {coverage}")
     work = _open_work(folder.parent, reader.folder, argv, world_size, say)
     filled = fill(chunks, table, reader, ranks, work, padded_vocab=padded_vocab_size(config, hf), progress=_progress(rank))
     state = {
@@ -117,12 +119,6 @@ def _target(config: object) -> Path:
     if folder.resolve() == Path(config.checkpoint.hf_checkpoint).resolve():
         raise ValueError(f"--save {config.checkpoint.save} would overwrite --hf-checkpoint")
     return folder
-
-
-def _coverage(table: object, reader: object) -> str:
-    from slime.model.coverage import check_files
-
-    return f"{reader.folder}: {check_files(table, reader)}"
 
 
 def _progress(rank: int):

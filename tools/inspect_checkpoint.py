@@ -12,56 +12,17 @@ that is cut short, an FP8 weight without scales (or the reverse). --filter short
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
-import struct
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
-BYTES = {
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "BF16": 2,
-    "F16": 2,
-    "I16": 2,
-    "F32": 4,
-    "I32": 4,
-    "F64": 8,
-    "I64": 8,
-}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from slime.model.hf_headers import TensorInfo, read_header, read_index  # noqa: E402
+
 SCALE = "weight_scale_inv"
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * BYTES[self.dtype]
-
-
-def read_header(path: Path) -> list[TensorInfo]:
-    """Names, types and shapes of one safetensors file. Raises ValueError when its size is not what the header says."""
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if path.stat().st_size != 8 + length + end:
-        raise ValueError(
-            f"{path.name}: {path.stat().st_size} bytes, its header needs {8 + length + end}; the file is cut short"
-        )
-    return [TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path.name) for name, entry in header.items()]
 
 
 def read_folder(folder: Path) -> tuple[list[TensorInfo], list[str]]:
@@ -71,22 +32,28 @@ def read_folder(folder: Path) -> tuple[list[TensorInfo], list[str]]:
         raise ValueError(f"{folder} holds no .safetensors file")
     tensors: list[TensorInfo] = []
     faults: list[str] = []
+    torn = set()
     for path in files:
         try:
             tensors += read_header(path)
-        except (ValueError, struct.error) as error:
+        except ValueError as error:
             faults.append(str(error))
-    faults += _index_faults(folder, tensors) + _scale_faults(tensors)
+            torn.add(path.name)
+    faults += _index_faults(folder, tensors, torn) + _scale_faults(tensors)
     return tensors, faults
 
 
-def _index_faults(folder: Path, tensors: list[TensorInfo]) -> list[str]:
-    index_path = folder / "model.safetensors.index.json"
-    if not index_path.exists():
+def _index_faults(folder: Path, tensors: list[TensorInfo], torn: set[str]) -> list[str]:
+    """torn: files that could not be read; what they should hold is no further fault."""
+    try:
+        promised = read_index(folder)
+    except ValueError as error:
+        return [str(error)]
+    if promised is None:
         return []
-    promised = json.loads(index_path.read_text())["weight_map"]
     found = {tensor.name: tensor.file for tensor in tensors}
-    faults = [f"{name}: the index says {file}, it is nowhere" for name, file in promised.items() if name not in found]
+    lost = {name: file for name, file in promised.items() if name not in found and file not in torn}
+    faults = [f"{name}: the index says {file}, it is nowhere" for name, file in lost.items()]
     for name, file in found.items():
         if promised.get(name) != file:
             faults.append(f"{name}: it is in {file}, the index says {promised.get(name, 'nothing')}")
@@ -125,7 +92,6 @@ def table(tensors: list[TensorInfo]) -> list[str]:
 
 def verify(folder: Path) -> int:
     """Every file of a torch_dist checkpoint by size and crc32, and every tensor by shape, dtype and sha256, one at a time."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from slime.model.conversion import wrong_tensors
     from slime.model.dist_reader import TorchDistReader
     from slime.training.checkpoint import read_manifest, wrong_files

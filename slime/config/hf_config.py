@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 
@@ -102,8 +103,37 @@ class HfConfig(Mapping[str, Any]):
             return False
         if layer >= self.num_layers:
             return True
-        frequency, offset = self.get("index_topk_freq", 1), self.get("index_skip_topk_offset", 0)
-        return max(layer + 1 - offset, 0) % frequency == 0
+        return self._indexer_schedule[layer]
+
+    @cached_property
+    def _indexer_schedule(self) -> tuple[bool, ...]:
+        """Per layer, whether it runs an indexer, by the rules of transformers: a list, or a pattern, or frequency and offset.
+
+        Raises ValueError where the first layer would reuse indices that nobody has computed.
+        """
+        frequency, offset = self.get("index_topk_freq", 1), self.get("index_skip_topk_offset", 2)
+        if frequency < 1 or offset < 0:
+            raise ValueError(f"{self.source}: index_topk_freq {frequency} or index_skip_topk_offset {offset} is too small")
+        full = tuple(max(layer + 1 - offset, 0) % frequency == 0 for layer in range(self.num_layers))
+        if listed := self.get("indexer_types") or self.get("index_topk_pattern"):
+            told = tuple(kind in ("full", "F") for kind in listed)
+            if len(told) != self.num_layers or any(kind not in ("full", "F", "shared", "S") for kind in listed):
+                raise ValueError(
+                    f"{self.source}: indexer_types (or index_topk_pattern) {listed!r:.80} must say full or shared for each of "
+                    f"the {self.num_layers} layers"
+                )
+            if self.get("index_topk_freq") and told != full:
+                raise ValueError(
+                    f"{self.source}: indexer_types (or index_topk_pattern) names other layers than index_topk_freq {frequency} "
+                    f"with index_skip_topk_offset {offset}; correct one of them, or remove it"
+                )
+            full = told
+        if not full[0]:
+            raise ValueError(
+                f"{self.source}: layer 0 would reuse the indices of an earlier layer, and there is none (index_topk_freq "
+                f"{self.get('index_topk_freq')}, index_skip_topk_offset {self.get('index_skip_topk_offset')})"
+            )
+        return full
 
     def index_source(self, layer: int) -> int:
         """The computing layer whose indices `layer` uses: itself, or the nearest earlier one."""

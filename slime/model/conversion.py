@@ -25,9 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slime.model.coverage import check_files
 from slime.model.dist_reader import TorchDistReader
-from slime.model.hf_io import SafetensorsReader, copy_shard, read_whole
+from slime.model.hf_io import SafetensorsReader, copy_shard, prove, read_whole
 from slime.model.local import LocalTensor, check_shapes, local_tensors
 from slime.model.names import Entry, NameTable
 from slime.parallel import Ranks
@@ -71,9 +70,9 @@ def fill(
 ) -> Filled:
     """Fill this rank's tensors from its journal in `work` and, where that ends, from the HF files.
 
-    Raises ValueError listing tensors that are missing, unexpected or of another shape, before anything is read.
+    Raises ValueError listing tensors that are missing, unexpected, of another shape or unreadable, before anything is read.
     """
-    check_files(table, reader)
+    prove(chunks, table, reader, ranks)
     check_shapes(chunks, table, ranks, padded_vocab)
     todo = list(local_tensors(chunks, ranks))
     counts = {True: 0, False: 0}
@@ -252,7 +251,7 @@ def gather_records(filled: Filled, table: NameTable, ranks: Ranks) -> dict[str, 
         if found.setdefault(record.name, record) != record:
             raise ValueError(f"two ranks read {record.name} differently; does the source change while it is converted?")
     # The multi-token-prediction layer is in the model only where it is trained.
-    if absent := [e.name for e in table.entries if e.name not in found and not e.name.startswith("mtp.")]:
+    if absent := [e.name for e in table.entries if e.name not in found and not e.is_mtp]:
         raise ValueError(f"no rank answers for {len(absent)} tensors: {', '.join(absent[:5])}")
     return {name: {key: value for key, value in asdict(found[name]).items() if key != "name"} for name in sorted(found)}
 

@@ -18,9 +18,11 @@ def read_hf_config(folder: str | Path) -> HfConfig:
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json; --hf-checkpoint wants the folder of a Hugging Face checkpoint")
     try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as broken:
-        raise ValueError(f"{path} is not valid JSON: {broken}") from broken
+        raw = json.loads(path.read_bytes())
+    except ValueError as broken:
+        raise ValueError(f"{path} is not valid JSON ({broken}); download it again") from broken
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is no JSON object but a {type(raw).__name__}; download it again")
     return HfConfig(raw, str(path))
 
 

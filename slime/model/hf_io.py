@@ -6,95 +6,26 @@ import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from slime.model.coverage import check_files
 from slime.model.export import export_weights
 from slime.model.hf_config import read_hf_config
+from slime.model.hf_headers import INDEX
+from slime.model.hf_reader import SafetensorsReader
 from slime.model.layout import merge, shard
 from slime.model.local import LocalTensor, check_shapes, local_tensors, split_of
-from slime.model.names import Entry, HfTensor, NameTable
-from slime.ops.fp8 import dequantize_blockwise
+from slime.model.names import Entry, NameTable
 from slime.parallel import Ranks
 
 logger = logging.getLogger(__name__)
-
-INDEX = "model.safetensors.index.json"
-
-
-class SafetensorsReader:
-    """All tensors of a checkpoint folder by name, whichever file they are in; files are opened once and read lazily."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise ValueError(f"{folder} is not a folder; --hf-checkpoint wants a Hugging Face checkpoint")
-        self._files = _weight_map(self.folder)
-        self._open: dict[str, object] = {}
-        block = _quantization(self.folder).get("weight_block_size") or [128, 128]
-        self.block = int(block[0])
-
-    def names(self) -> list[str]:
-        return list(self._files)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(name).get_slice(name).get_shape())
-
-    def raw(self, name: str) -> Tensor:
-        """As stored."""
-        return self._handle(name).get_tensor(name)
-
-    def read(self, tensor: HfTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """De-quantised to `dtype` when stored as FP8, as stored otherwise. Raises ValueError when the scale is missing."""
-        stored = self.raw(tensor.name)
-        if stored.dtype != torch.float8_e4m3fn:
-            return stored
-        if tensor.scale_name not in self:
-            raise ValueError(f"{self.folder}: {tensor.name} is FP8, but {tensor.scale_name} is missing")
-        return dequantize_blockwise(stored, self.raw(tensor.scale_name), self.block, dtype)
-
-    def _handle(self, name: str):
-        if name not in self._files:
-            raise ValueError(f"{self.folder} has no tensor {name}")
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
-        return self._open[file]
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    index = folder / INDEX
-    if index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
-        if absent := sorted({file for file in files.values() if not (folder / file).is_file()}):
-            raise ValueError(f"{index} names files that are not there: {', '.join(absent[:5])} ({len(absent)} in all)")
-        return files
-    found = sorted(folder.glob("*.safetensors"))
-    if not found:
-        raise ValueError(f"{folder} holds neither {INDEX} nor *.safetensors; is the download complete?")
-    files: dict[str, str] = {}
-    for path in found:
-        with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():
-                if name in files:
-                    raise ValueError(f"{folder}: {name} is in {files[name]} and in {path.name}")
-                files[name] = path.name
-    return files
-
-
-def _quantization(folder: Path) -> dict:
-    path = folder / "config.json"
-    return (json.loads(path.read_text()).get("quantization_config") or {}) if path.is_file() else {}
 
 
 def load_hf(
@@ -109,10 +40,10 @@ def load_hf(
     """Fill this rank's tensors from the HF files; returns how many Megatron tensors were written.
 
     Reads only what this rank holds, one tensor at a time. FP8 is de-quantised through bf16 for bf16 models, straight to float32
-    for float32 ones. Raises ValueError listing tensors that are missing, unexpected or of another shape, before anything is
-    written.
+    for float32 ones. Raises ValueError listing tensors that are missing, unexpected, of another shape or unreadable, before
+    anything is written.
     """
-    check_files(table, reader)
+    prove(chunks, table, reader, ranks)
     check_shapes(chunks, table, ranks, padded_vocab)
     todo = list(local_tensors(chunks, ranks))
     for done, local in enumerate(todo):
@@ -120,6 +51,36 @@ def load_hf(
         if progress is not None:
             progress(done + 1, len(todo))
     return len(todo)
+
+
+def prove(chunks: list[torch.nn.Module], table: NameTable, reader: SafetensorsReader, ranks: Ranks) -> None:
+    """The files hold what these chunks need; see check_files and check_copies."""
+    needs_mtp = any(local.name.startswith("mtp.") for local in local_tensors(chunks, ranks, experts=False))
+    coverage = check_files(table, reader, needs_mtp=needs_mtp)
+    if ranks.rank == 0:
+        if coverage.mtp_note:
+            logger.info("%s: %s", reader.folder, coverage.mtp_note)
+        check_copies(table, reader)
+    if needs_mtp and ranks.is_dense_source:
+        check_copies(table, reader, mtp=True)
+
+
+def check_copies(table: NameTable, reader: SafetensorsReader, *, mtp: bool = False) -> None:
+    """Copies that some releases store beside their owner must equal it, for the owner alone is loaded. In one process.
+
+    mtp: those of the multi-token-prediction layer too. Raises ValueError naming a copy that differs.
+    """
+    present = set(reader.names())
+    for copy, owner in table.duplicates.items():
+        if copy not in present or owner not in present or not (mtp or copy == "lm_head.weight"):
+            continue
+        first, second = reader.raw(copy), reader.raw(owner)
+        if first.dtype != second.dtype or not torch.equal(first, second):
+            why = "tie_word_embeddings is true" if copy == "lm_head.weight" else "the layer shares it"
+            raise ValueError(
+                f"{reader.folder}: {copy} is stored beside {owner}, whose copy it should be ({why}), and differs from it; "
+                "a head of its own wants tie_word_embeddings false in config.json"
+            )
 
 
 @torch.no_grad()
@@ -137,6 +98,18 @@ def copy_shard(into: Tensor, entry: Entry, whole: Tensor, ranks: Ranks, *, padde
     """This rank's part of a whole Megatron tensor."""
     position, size = split_of(entry, ranks)
     into.copy_(shard(entry, whole, position, size, padded_vocab=padded_vocab))
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file that whoever may read the folder's other files may read too: with the mode that the umask gives.
+
+    The library makes its files through a temporary one, which is its owner's alone.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    usual = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(usual)
 
 
 class HfWriter:
@@ -174,7 +147,7 @@ class HfWriter:
     def flush(self) -> list[tuple[str, list[str]]]:
         """Write what is pending. Returns every file of this writer so far: (temporary name, tensors in it)."""
         if self._pending:
-            save_file(self._pending, str(self.folder / self._temporary(len(self._written))), metadata={"format": "pt"})
+            write_tensors(self._pending, self.folder / self._temporary(len(self._written)))
             self._written.append(list(self._pending))
             self._pending, self._pending_bytes = {}, 0
         return [(self._temporary(number), names) for number, names in enumerate(self._written)]
@@ -226,7 +199,7 @@ def copy_assets(origin: str | Path, target: str | Path, *, config_changes: Mappi
     for path in sorted(origin.iterdir()):
         weights = path.suffix in (".safetensors", ".bin", ".pt") or path.name == INDEX
         if path.is_file() and not weights and not path.name.startswith(".") and path.name != "config.json":
-            shutil.copy2(path, target / path.name)
+            shutil.copyfile(path, target / path.name)  # its content alone: a private original makes no private copy
     config = json.loads((origin / "config.json").read_text())
     config.pop("quantization_config", None)
     config.update(config_changes or {})
@@ -259,7 +232,7 @@ def save_hf(
     if ranks.rank == 0:
         try:
             publish(folder, [file for files, _ in parts for file in files], sum(size for _, size in parts), table)
-            kept = any(entry.name.startswith("mtp.") for entry in table.entries)
+            kept = any(entry.is_mtp for entry in table.entries)
             copy_assets(origin, folder, config_changes=None if kept else {"num_nextn_predict_layers": 0})
         except (OSError, ValueError) as wrong:
             failure = [f"{folder}: {wrong}"]

@@ -51,6 +51,11 @@ class Entry:
     together: str = ""
     """Entries with the same key must reach an engine in one update call (it fuses them on load)."""
 
+    @property
+    def is_mtp(self) -> bool:
+        """Of the multi-token-prediction layer."""
+        return self.name.startswith("mtp.")
+
 
 FAMILIES = ("glm_moe_dsa", "deepseek_v3", "deepseek_v32", "qwen3", "qwen3_moe", "glm4", "llama")
 
@@ -59,8 +64,8 @@ FAMILIES = ("glm_moe_dsa", "deepseek_v3", "deepseek_v32", "qwen3", "qwen3_moe", 
 class NameTable:
     """Every tensor of one model. `aliases`: Megatron names of tied copies -> the name that owns the data.
 
-    `duplicates`: HF tensors some releases repeat (DeepSeek-V3's MTP layer has its own copy of the embedding) -> owner's HF
-    name.
+    `duplicates`: HF tensors some releases repeat (the head of Qwen3-0.6B, which is tied; DeepSeek-V3's MTP layer has its own
+    copy of the embedding) -> owner's HF name.
     """
 
     model_type: str
@@ -82,7 +87,7 @@ class NameTable:
         entries = tuple(_all_entries(hf, with_mtp))
         tied = bool(hf.get("tie_word_embeddings", False))
         aliases = {"output_layer.weight": "embedding.word_embeddings.weight"} if tied else {}
-        duplicates = {}
+        duplicates = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
         if with_mtp:
             for layer in range(hf.num_layers, hf.num_layers + hf.num_mtp_layers):
                 duplicates[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
@@ -123,7 +128,7 @@ class NameTable:
 
     def num_parameters(self, *, mtp: bool) -> int:
         """Trained numbers (expert biases are buffers) of the main model, or of the MTP layers."""
-        return sum(_numel(entry.shape) for entry in self.entries if entry.name.startswith("mtp.") == mtp and not entry.float32)
+        return sum(_numel(entry.shape) for entry in self.entries if entry.is_mtp == mtp and not entry.float32)
 
 
 def _numel(shape: Shape) -> int:

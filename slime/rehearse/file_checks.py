@@ -10,6 +10,8 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from slime.model.coverage import mtp_is_absent, unnamed_mtp
+from slime.model.names import NameTable
 from slime.rehearse.findings import Findings
 from slime.rehearse.plugin_checks import check_plugins
 from slime.rehearse.reading import Reading
@@ -179,11 +181,15 @@ def _check_index(reading: Reading, findings: Findings, given: str | None) -> Non
     except (json.JSONDecodeError, KeyError) as error:
         findings.violation("weights", f"{file} is no safetensors index ({error})", "", "download it again")
         return
-    expected = set(reading.table.hf_names())
-    scales = {tensor.scale_name for tensor in reading.table.hf_tensors() if tensor.fp8}
+    table = reading.table
+    if mtp_is_absent(table, present) and not reading.config.model.mtp_num_layers:
+        findings.ok("weights", f"{file} holds no multi-token-prediction layer; nothing here trains one")
+        table = NameTable.for_model(reading.hf, with_mtp=False)
+    expected = set(table.hf_names())
+    scales = {tensor.scale_name for tensor in table.hf_tensors() if tensor.fp8}
     fp8 = bool(present & scales)
     missing = sorted((expected | (scales if fp8 else set())) - present)
-    unexpected = sorted(present - expected - scales - set(reading.table.duplicates))
+    unexpected = sorted(present - expected - scales - set(table.duplicates) - unnamed_mtp(table, present))
     for names, kind, fix in (
         (missing, "missing from", "download the checkpoint again; a shard is incomplete"),
         (unexpected, "unexpected in", "is config.json of the same model? remove stray files"),
@@ -204,13 +210,13 @@ def _check_index(reading: Reading, findings: Findings, given: str | None) -> Non
             ", ".join(absent[:4]),
             "download them",
         )
-    total, wanted = index.get("metadata", {}).get("total_size"), checkpoint_bytes(reading.table, fp8=fp8)
+    total, wanted = index.get("metadata", {}).get("total_size"), checkpoint_bytes(table, fp8=fp8)
     if not missing and not unexpected:
         findings.ok(
             "weights", f"{file}: {len(present):,} tensors, each in the table exactly once", f"{total:,} bytes" if total else ""
         )
-        duplicated = present & set(reading.table.duplicates)
-        if total and not duplicated and total != wanted:
+        more = present - expected - scales
+        if total and not more and total != wanted:
             findings.violation(
                 "weights",
                 f"{file} announces {total:,} bytes, the table's shapes and types give {wanted:,}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -150,6 +151,27 @@ def test_a_sharded_model_saves_the_checkpoint_it_was_loaded_from(layout: dict, g
         left, right = saved.raw(name), origin.raw(name)
         assert left.dtype == right.dtype and torch.equal(left, right), name
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_every_exported_file_has_the_mode_of_a_new_file(umask: int, mode: int, glm: str, tmp_path: Path) -> None:
+    origin = Path(shutil.copytree(glm, tmp_path / "origin"))
+    (origin / "tokenizer.json").chmod(0o600)
+    table, reader = NameTable.for_model(read_hf_config(origin), with_mtp=False), SafetensorsReader(origin)
+    before = os.umask(umask)
+    try:
+        write_hf(
+            tmp_path / "out",
+            ((tensor.name, reader.read(tensor)) for tensor in table.hf_tensors()),
+            origin=origin,
+            table=table,
+            mtp_kept=False,
+        )
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()} == {
+        name: oct(mode) for name in os.listdir(tmp_path / "out")
+    }
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:

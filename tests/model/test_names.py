@@ -81,6 +81,29 @@ def test_indexers_are_on_the_computing_layers_and_the_mtp_layer(table: NameTable
     assert owners == [0, 1, 2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62, 66, 70, 74, 78]
 
 
+def test_the_indexers_schedule_is_that_of_transformers() -> None:
+    """By hand: with frequency 4, offset 3 layers 0, 1, 2, 6 compute; without an offset it is 2, so layers 0, 1, 5 do."""
+
+    def computing(**values: object) -> list[int]:
+        hf = HfConfig({**GLM52, "num_hidden_layers": 8, **values}, "x/config.json")
+        return [layer for layer in range(8) if hf.runs_indexer(layer)]
+
+    listed = ["full", "full", "shared", "full", "shared", "shared", "shared", "full"]
+    assert computing() == [0, 1, 2, 6]
+    assert computing(index_skip_topk_offset=None) == [0, 1, 5]
+    assert computing(index_topk_freq=None, index_skip_topk_offset=None) == list(range(8))
+    assert computing(index_topk_freq=None, indexer_types=listed) == [0, 1, 3, 7]
+    assert computing(index_topk_freq=None, index_topk_pattern="FFSFSSSF") == [0, 1, 3, 7]
+    for values, told in (
+        ({"index_skip_topk_offset": 0}, "layer 0 would reuse the indices of an earlier layer"),
+        ({"indexer_types": listed}, "names other layers than index_topk_freq 4 with index_skip_topk_offset 3"),
+        ({"index_topk_freq": None, "indexer_types": listed[:7]}, "must say full or shared for each of the 8 layers"),
+        ({"index_topk_freq": None, "indexer_types": ["full"] * 7 + ["half"]}, "must say full or shared"),
+    ):
+        with pytest.raises(ValueError, match=f"x/config.json: .*{told}"):
+            computing(**values)
+
+
 def test_what_an_engine_fuses_travels_together(table: NameTable) -> None:
     groups: dict[str, list[str]] = {}
     for entry in table.entries:
