@@ -69,7 +69,7 @@ def written_of_steps() -> set[str]:
     """train/*: keys of the mappings that the loss and the step make."""
     names = set()
     step = next(n for n in ast.walk(parse("training/trainer.py")) if getattr(n, "name", "") == "_step")
-    for tree in (parse("training/loss.py"), step):
+    for tree in (parse("training/loss.py"), parse("training/importance_functions.py"), step):
         for node in ast.walk(tree):
             is_set = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
             keys = node.keys if isinstance(node, ast.Dict) else [node.slice] if is_set else []
