@@ -4,11 +4,13 @@
     python tools/make_tiny_checkpoint.py --preset cpu --seed 0 --output-bf16 DIR/GLM-5.2-tiny --output-fp8 DIR/GLM-5.2-tiny-FP8
     python tools/make_tiny_checkpoint.py --preset cpu --output DIR            # DIR/bf16 and DIR/fp8
     python tools/make_tiny_checkpoint.py --preset cpu --index-topk 8 --output DIR       # another number of keys per query
+    python tools/make_tiny_checkpoint.py --preset mini --device cuda --output DIR       # production widths, drawn on a GPU
 
 Every mechanism of the 744B model is there with small numbers: MLA with a query latent, sparse attention with an indexer on the
 computing layers and index sharing between (freq 4, offset 3), a sigmoid router with a float32 selection bias, a shared expert,
 the MTP layer, per-expert 2-D tensors, `weight_scale_inv`, sharded safetensors with an index, a tokenizer with a chat template.
-The weights are random, seeded by (seed, tensor name): the same file on every machine, whatever the order of writing.
+The weights are random, seeded by (seed, tensor name): the same file on every machine, whatever the order of writing. With
+--device cuda they are others, the same on every GPU.
 """
 
 from __future__ import annotations
@@ -95,6 +97,16 @@ PRESETS = {
             num_experts_per_tok=4, index_n_heads=32, index_topk=2048, max_position_embeddings=16384,
         ),
         256 << 20,
+    ),
+    # GLM-5.2's own widths and heads with few layers and experts: 8.3 billion parameters, 29 GB for the pair.
+    "mini": Preset(
+        "glm",
+        GlmSize(
+            hidden_size=6144, intermediate_size=12288, moe_intermediate_size=2048, num_attention_heads=64, q_lora_rank=2048,
+            kv_lora_rank=512, qk_nope_head_dim=192, qk_rope_head_dim=64, v_head_dim=256, n_routed_experts=32,
+            num_experts_per_tok=8, index_n_heads=32, index_topk=2048, max_position_embeddings=131072,
+        ),
+        2 << 30,
     ),
     "qwen3": Preset("qwen", QwenSize(), 512 << 10),
 }  # fmt: skip
@@ -210,21 +222,21 @@ def tensor_specs(preset: Preset, vocab_size: int) -> list[TensorSpec]:
     return list((glm_tensors if preset.family == "glm" else qwen_tensors)(preset.size, vocab_size))
 
 
-def draw(spec: TensorSpec, seed: int) -> torch.Tensor:
-    """The values of one tensor: a function of (seed, name) and of nothing else."""
+def draw(spec: TensorSpec, seed: int, device: str = "cpu") -> torch.Tensor:
+    """The values of one tensor: a function of (seed, name) and of the device's generator, and of nothing else."""
     if spec.std == 0.0:
-        return torch.full(spec.shape, spec.fill, dtype=spec.dtype)
+        return torch.full(spec.shape, spec.fill, dtype=spec.dtype, device=device)
     digest = hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return (torch.randn(spec.shape, generator=generator) * spec.std).to(spec.dtype)
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return (torch.randn(spec.shape, generator=generator, device=device) * spec.std).to(spec.dtype)
 
 
-def stored_tensors(specs: list[TensorSpec], seed: int, *, fp8: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def stored_tensors(specs: list[TensorSpec], seed: int, *, fp8: bool, device: str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
     """What goes into the files, one tensor at a time; the FP8 twin quantises the BF16 values, not the drawn ones."""
     from slime.ops.fp8 import quantize_blockwise
 
     for spec in specs:
-        value = draw(spec, seed)
+        value = draw(spec, seed, device)
         if fp8 and spec.fp8:
             quantised, scale_inv = quantize_blockwise(value, FP8_BLOCK)
             yield spec.name, quantised
@@ -343,7 +355,7 @@ class ShardWriter:
         num_bytes = value.numel() * value.element_size()
         if self.pending and self.pending_bytes + num_bytes > self.max_bytes:
             self._flush()
-        self.pending[name] = value.contiguous()
+        self.pending[name] = value.contiguous().cpu()
         self.pending_bytes += num_bytes
         self.total_bytes += num_bytes
 
@@ -368,9 +380,11 @@ class ShardWriter:
         (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_checkpoint(directory: Path, preset: Preset, *, seed: int, fp8: bool) -> Written:
-    """One complete HF directory. An earlier one that this tool made is replaced; any other directory is left alone with an
-    error."""
+def write_checkpoint(
+    directory: Path, preset: Preset, *, seed: int, fp8: bool, device: str = "cpu", weights: bool = True
+) -> Written:
+    """One complete HF directory, or without `weights` its config and tokenizer, which is what a rehearsal reads. An earlier one
+    that this tool made is replaced; any other directory is left alone with an error."""
     if directory.exists() and any(directory.iterdir()):
         if not (directory / MADE_HERE).exists():
             raise ValueError(f"{directory} is not empty and was not made by this tool (no {MADE_HERE}); name a new directory")
@@ -380,9 +394,10 @@ def write_checkpoint(directory: Path, preset: Preset, *, seed: int, fp8: bool) -
     facts = write_tokenizer(directory, preset.family, max_length=preset.size.max_position_embeddings)
     specs = tensor_specs(preset, facts.vocab_size)
     writer = ShardWriter(directory, preset.max_shard_bytes)
-    for name, value in stored_tensors(specs, seed, fp8=fp8):
-        writer.add(name, value)
-    writer.close()
+    if weights:
+        for name, value in stored_tensors(specs, seed, fp8=fp8, device=device):
+            writer.add(name, value)
+        writer.close()
 
     config = (glm_config if preset.family == "glm" else qwen_config)(preset.size, facts)
     if fp8:
@@ -434,6 +449,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-bf16", type=Path, help="directory of the BF16 checkpoint")
     parser.add_argument("--output-fp8", type=Path, help="directory of its block-FP8 twin")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where weights are drawn and quantised: cpu or cuda")
+    parser.add_argument("--without-weights", action="store_true", help="write config and tokenizer alone")
+    parser.add_argument("--experts", type=int, help="replace the preset's number of routed experts")
     parser.add_argument("--num-hidden-layers", type=int, help="replace the preset's number of layers")
     parser.add_argument("--index-topk", type=int, help="replace the preset's number of keys that sparse attention keeps")
     parser.add_argument("--max-shard-bytes", type=int, help="replace the preset's size of one safetensors file")
@@ -443,8 +461,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         args.output_fp8 = args.output_fp8 or args.output / "fp8"
     if args.output_bf16 is None and args.output_fp8 is None:
         parser.error("say where to write: --output DIR, or --output-bf16 DIR and/or --output-fp8 DIR")
-    if args.index_topk is not None and PRESETS[args.preset].family != "glm":
-        parser.error(f"--index-topk: preset {args.preset} has no sparse attention")
+    for name in ("index_topk", "experts"):
+        if getattr(args, name) is not None and PRESETS[args.preset].family != "glm":
+            parser.error(f"--{name.replace('_', '-')}: preset {args.preset} has no sparse attention and no experts")
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        parser.error(f"--device {args.device}: choose cpu, or cuda where torch sees a GPU")
     return args
 
 
@@ -455,12 +476,15 @@ def main(argv: list[str] | None = None) -> None:
         preset = replace(preset, size=replace(preset.size, num_hidden_layers=args.num_hidden_layers))
     if args.index_topk is not None:
         preset = replace(preset, size=replace(preset.size, index_topk=args.index_topk))
+    if args.experts is not None:
+        preset = replace(preset, size=replace(preset.size, n_routed_experts=args.experts))
     if args.max_shard_bytes is not None:
         preset = replace(preset, max_shard_bytes=args.max_shard_bytes)
     for directory, fp8 in ((args.output_bf16, False), (args.output_fp8, True)):
         if directory is None:
             continue
-        written = write_checkpoint(directory, preset, seed=args.seed, fp8=fp8)
+        weights = not args.without_weights
+        written = write_checkpoint(directory, preset, seed=args.seed, fp8=fp8, device=args.device, weights=weights)
         print(
             f"{'fp8 ' if fp8 else 'bf16'} {written.directory}: {written.num_parameters:,} parameters, "
             f"{written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB in {written.num_shards} files"
