@@ -10,17 +10,24 @@ Command line:
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
 
 from slime.config import Config, load
+from slime.engine.plan import plan_engines
 
 logger = logging.getLogger("slime.train")
 
 
 def main(argv: list[str]) -> int:
-    config = load(argv)
+    config = load(argv, env=os.environ)
+    try:
+        plan_engines(config)  # the engines' options have the names and types of the SGLang that is installed
+    except ValueError as error:
+        sys.stderr.write(f"slime: {error}\n")
+        return 2
     # Only now the heavy imports: a mistyped flag is answered in a fraction of a second.
     from slime.observability.log import setup_logging
     from slime.ray.run import Run

@@ -19,21 +19,23 @@ from slime.config.rules import Values
 Door = Literal["train", "convert", "rehearse"]
 
 
-def parse(argv: Sequence[str], *, door: Door = "train", facts: Facts | None = None) -> Config:
+def parse(
+    argv: Sequence[str], *, door: Door = "train", facts: Facts | None = None, env: Mapping[str, str] | None = None
+) -> Config:
     """The configuration that `argv` means, or a ConfigError (a ValueError) that lists what is wrong.
 
     "train" takes every flag, "convert" those of model, parallel and checkpoint, "rehearse" is "train" on a machine where the
-    run's files need not exist. `facts` replaces what would be read from the disk.
+    run's files need not exist. `facts` replaces what would be read from the disk; env: the job's environment, or None.
     """
     words = parse_words(argv, door=door)
     start = starting_values(words)
     notes = apply_yaml(start, words)
     facts = facts or gather_facts(load=start["load"], ref_load=start["ref_load"], hf_checkpoint=start["hf_checkpoint"])
-    final = resolve(start, given=words.given, door=door, facts=facts)
+    final = resolve(start, given=words.given, door=door, facts=facts, env=env)
     return build(final, notes=(*notes, *final.notes), door=door)
 
 
-def load(argv: Sequence[str], *, door: Door = "train") -> Config:
+def load(argv: Sequence[str], *, door: Door = "train", env: Mapping[str, str] | None = None) -> Config:
     """`parse()` for programs: a mistake goes to stderr, one line each, and the program ends with status 2."""
     if "--help" in argv or "-h" in argv:
         from slime.config.help import listing
@@ -41,7 +43,7 @@ def load(argv: Sequence[str], *, door: Door = "train") -> Config:
         sys.stdout.write(listing(door=door))
         raise SystemExit(0)
     try:
-        return parse(argv, door=door)
+        return parse(argv, door=door, env=env)
     except ConfigError as error:
         sys.stderr.write(
             "".join(f"slime: {line}\n" if not line.startswith(" ") else f"{line}\n" for line in str(error).split("\n"))

@@ -24,8 +24,6 @@ CUDA_ONLY = (
     "page_size", "speculative_algorithm", "speculative_draft_attention_backend", "speculative_eagle_topk",
     "speculative_num_draft_tokens", "speculative_num_steps",
 )  # fmt: skip
-DEFAULT_TRANSFER = "mooncake"
-"""How SGLang moves KV between a prefill and a decode engine when nothing is said."""
 HOST_TRANSFER = {"mooncake": "mooncake_tcp"}
 HOST_ATTENTION = "torch_native"
 

@@ -19,10 +19,10 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from slime.config.engine_sizes import SUCCESSORS
+
 TABLES = Path(__file__).resolve().parent / "options"
 
-# Old name -> name in this version. An option that disappeared without a successor maps to None.
-_DSA_NAMES = {"nsa_prefill_backend": "dsa_prefill_backend", "nsa_decode_backend": "dsa_decode_backend"}
 _DSA_VALUES = {("attention_backend", "nsa"): "dsa", ("speculative_draft_attention_backend", "nsa"): "dsa"}
 
 
@@ -32,6 +32,7 @@ class Capabilities:
 
     version: str
     renames: Mapping[str, str | None] = field(default_factory=dict)
+    """old name -> name in this version; an option that disappeared without a successor maps to None"""
     value_renames: Mapping[tuple[str, str], str] = field(default_factory=dict)
     attention_dp_option: str | None = None
     """set: `dp_size N` with `enable_dp_attention` becomes this option (there, dp_size alone means replicas)"""
@@ -46,18 +47,18 @@ class Capabilities:
 TABLE = (
     Capabilities(
         "0.5.15.post1",
-        renames={**_DSA_NAMES, "cuda_graph_max_bs": "cuda_graph_max_bs_decode", "prefill_round_robin_balance": None},
+        renames={**SUCCESSORS, "prefill_round_robin_balance": None},
         value_renames=_DSA_VALUES,
     ),
     Capabilities(
         "0.5.17",
-        renames={**_DSA_NAMES, "cuda_graph_max_bs": "cuda_graph_max_bs_decode", "prefill_round_robin_balance": None},
+        renames={**SUCCESSORS, "prefill_round_robin_balance": None},
         value_renames=_DSA_VALUES,
         fused_experts_on_load=True,
     ),
     Capabilities(
         "0.5.23",
-        renames={**_DSA_NAMES, "cuda_graph_max_bs": "cuda_graph_max_bs_decode", "prefill_round_robin_balance": None},
+        renames={**SUCCESSORS, "prefill_round_robin_balance": None},
         value_renames=_DSA_VALUES,
         attention_dp_option="attn_dp_size",
         update_session=True,

@@ -130,6 +130,9 @@ def _dispatcher(values: dict[str, object], notes: list[str]) -> None:
             why = "flex needs DeepEP and TransformerEngine" if chosen == "flex" else "its sums differ with the batch's padding"
             notes.append(f"moe_token_dispatcher_type alltoall instead of {chosen}: {why}")
         values["moe_token_dispatcher_type"] = "alltoall"
+    # With all-to-all megatron-core refuses the flag that a recipe for flex carries.
+    if values.pop("moe_enable_deepep", False):
+        notes.append("moe_enable_deepep off: experts are reached by all-to-all")
 
 
 def _recompute(values: dict[str, object], notes: list[str]) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slime.config.stages import layout_string, wrong_starts
+from slime.config.stages import computing_layers, layout_string, wrong_starts
 from slime.model.names import Entry
-from slime.model.splits import computing_layers
 from slime.rehearse.findings import Findings
 from slime.rehearse.flops import ModelWork, model_work
 from slime.rehearse.reading import Reading
@@ -36,71 +35,20 @@ class Balance:
 
 
 def check_layout(reading: Reading, findings: Findings, *, length: int) -> Balance | None:
-    config, grid = reading.config, reading.grid
+    grid = reading.grid
     if grid is not None:
         findings.ok(
             "layout",
             f"{grid.world} ranks = TP {grid.tp} x PP {grid.pp} x CP {grid.cp} x DP {grid.dp}",
             f"experts: TP {grid.etp} x EP {grid.ep} x PP {grid.pp} x DP {grid.edp}",
         )
-    if config.parallel.tensor_model_parallel_size > 1:
-        findings.check(
-            config.parallel.sequence_parallel,
-            "layout",
-            "tensor parallelism is with --sequence-parallel",
-            wrong=f"--tensor-model-parallel-size {config.parallel.tensor_model_parallel_size} without --sequence-parallel",
-            fix="pass --sequence-parallel (without it megatron-core doubles gradients of norms and cannot train experts)",
-        )
     if reading.hf is None or reading.table is None:
         findings.unchecked("layout", "stage starts, cuts and balance: the model's config.json is not known here")
         return None
-    _check_spec(reading, findings)
-    _check_context_parallel(reading, findings)
     if grid is not None:
         _check_cuts(reading, grid, findings)
         _check_batch(reading, grid, findings)
     return _check_stages(reading, findings, length)
-
-
-def _check_spec(reading: Reading, findings: Findings) -> None:
-    spec, hf = reading.config.model.spec, reading.hf
-    if hf.has_indexer:
-        findings.check(
-            spec is not None and spec[1] == "get_glm5_spec",
-            "layout",
-            "a sparse-attention model is built by get_glm5_spec",
-            values=" ".join(spec) if spec else "",
-            wrong=f"{hf.model_type} needs the sparse-attention layer spec",
-            fix="pass --spec slime_plugins.models.glm5.glm5 get_glm5_spec",
-        )
-    elif spec is not None and spec[1] == "get_glm5_spec":
-        findings.violation(
-            "layout",
-            f"get_glm5_spec builds glm_moe_dsa and deepseek_v32, {hf.source} is {hf.model_type}",
-            " ".join(spec),
-            "remove --spec",
-        )
-
-
-def _check_context_parallel(reading: Reading, findings: Findings) -> None:
-    sizes, hf = reading.config.parallel, reading.hf
-    if sizes.context_parallel_size == 1:
-        return
-    if hf.has_indexer:
-        findings.check(
-            sizes.allgather_cp,
-            "layout",
-            f"CP {sizes.context_parallel_size} with the contiguous layout of sparse attention",
-            wrong=f"sparse attention with --context-parallel-size {sizes.context_parallel_size} needs contiguous shards",
-            fix="pass --allgather-cp",
-        )
-    elif sizes.allgather_cp:
-        findings.violation(
-            "layout",
-            "--allgather-cp is the layout of sparse attention",
-            f"{hf.source} is {hf.model_type}",
-            "remove --allgather-cp: zigzag shards are balanced for full attention",
-        )
 
 
 def _check_cuts(reading: Reading, grid: Grid, findings: Findings) -> None:
@@ -185,23 +133,8 @@ def _check_batch(reading: Reading, grid: Grid, findings: Findings) -> None:
     if prompts and batch.global_batch_size and batch.global_batch_size > 0 and prompts * samples % batch.global_batch_size == 0:
         steps = prompts * samples // batch.global_batch_size
         findings.ok("batch", f"{prompts} prompts x {samples} samples = {batch.global_batch_size} x {steps} steps")
-        if batch.global_batch_size % grid.dp and not batch.use_dynamic_batch_size:
-            findings.violation(
-                "batch",
-                f"a step's {batch.global_batch_size} samples do not divide over {grid.dp} data-parallel ranks",
-                "",
-                f"make --global-batch-size a multiple of {grid.dp}, or pass --use-dynamic-batch-size",
-            )
     if batch.max_tokens_per_gpu:
-        unit = batch.data_pad_size_multiplier * grid.tp * grid.cp
         capacity = batch.max_tokens_per_gpu * grid.cp
-        findings.check(
-            capacity % unit == 0 or capacity > unit,
-            "batch",
-            f"a full micro-batch of {capacity:,} tokens takes padding to multiples of {unit:,}",
-            wrong=f"a micro-batch holds {capacity:,} tokens, but the stream is padded to a multiple of {unit:,}",
-            fix=f"lower --data-pad-size-multiplier (now {batch.data_pad_size_multiplier}) or raise --max-tokens-per-gpu",
-        )
         longest = longest_sample(config)
         if longest and longest > capacity:
             findings.unchecked(
@@ -238,14 +171,6 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
             findings.unchecked("layout", "stage starts: the layers do not divide over the stages", "", _advice(options, best))
         return Balance(length, (), (), options, best, tuple(computing_layers(hf)), tuple(costs), head)
     shared_starts = wrong_starts(hf, reading.chunks)
-    for chunk in () if sends else shared_starts:
-        findings.violation(
-            "layout",
-            f"pipeline stage {chunk.pp_rank} starts at layer {chunk.layers.start + 1}, which reuses the indices of layer "
-            f"{hf.index_source(chunk.layers.start) + 1} on an earlier stage",
-            f"computing layers: {computing_layers(hf)}",
-            _advice(options, best) + "; or pass --dsa-send-indices, which lifts the rule",
-        )
     if sends and shared_starts:
         rows = reading.config.batch.max_tokens_per_gpu
         row_bytes = 4 * hf["index_topk"] // (1 if reading.grid is None else reading.grid.tp)
@@ -257,10 +182,8 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
             if rows
             else f"{row_bytes:,} bytes per row and rank at each border",
         )
-    if empty := [chunk.pp_rank for chunk in reading.chunks if not len(chunk.layers) and pp > 1]:
-        findings.violation(
-            "layout", f"pipeline stages {empty} hold no layer", "", "lower --pipeline-model-parallel-size or change the split"
-        )
+    if shared_starts and not sends:
+        findings.unchecked("layout", "legal splits of the layers", "", _advice(options, best))
     per_rank = [0.0] * pp
     sizes = [0] * pp
     for chunk in reading.chunks:

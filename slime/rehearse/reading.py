@@ -13,7 +13,8 @@ from slime.config.loader import apply_yaml, build, starting_values
 from slime.config.megatron_flags import default_of
 from slime.config.resolve import values_of
 from slime.config.rules import STAGES, Values, collect
-from slime.config.stages import Chunk, Cut, cut_layers
+from slime.config.rules.layout import chunks_of
+from slime.config.stages import Chunk
 from slime.model.geometry import differences, megatron_values
 from slime.model.hf_config import HfConfig
 from slime.model.names import FAMILIES, NameTable
@@ -65,7 +66,7 @@ def read(argv: Sequence[str], findings: Findings, *, env: Mapping[str, str] | No
     if hf is not None:
         _compare(config, hf, findings)
     table = NameTable.for_model(hf) if hf is not None and hf.model_type in FAMILIES else None
-    return Reading(config, hf, stored, table, _grid(config), _chunks(config, findings))
+    return Reading(config, hf, stored, table, _grid(config), chunks_of(values))
 
 
 def _words(argv: Sequence[str], findings: Findings) -> CommandLine:
@@ -198,26 +199,3 @@ def _grid(config: Config) -> Grid | None:
     if grid.world % (grid.tp * grid.pp * grid.cp) or grid.world % (grid.etp * grid.ep * grid.pp):
         return None
     return grid
-
-
-def _chunks(config: Config, findings: Findings) -> tuple[Chunk, ...] | None:
-    sizes, num_layers = config.parallel, config.model.megatron.get("num_layers")
-    if not num_layers or sizes.pipeline_model_parallel_size < 1:
-        return None
-    vpp = sizes.virtual_pipeline_model_parallel_size or 1
-    if sizes.pipeline_model_parallel_layout:
-        vpp = 1
-    cut = Cut(
-        num_layers,
-        sizes.pipeline_model_parallel_size,
-        vpp,
-        sizes.decoder_first_pipeline_num_layers,
-        sizes.decoder_last_pipeline_num_layers,
-        sizes.pipeline_model_parallel_layout,
-    )
-    try:
-        return tuple(cut_layers(cut))
-    except ValueError as error:
-        if "do not divide" not in " ".join(finding.what for finding in findings.of("violation")):
-            findings.violation("layout", str(error), fix="see the legal splits in this report")
-        return None

@@ -47,9 +47,7 @@ def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
     check_files(reading, findings, checkpoint_index=options.checkpoint_index, hostfile=options.hostfile, head=options.head)
     clock["flags and files"] = time.monotonic() - started
     length = options.length or longest_sample(reading.config) or DEFAULT_LENGTH
-    done = Rehearsal(
-        findings, reading, options, check_engines(reading, findings, version=options.engine_version, env=options.env)
-    )
+    done = Rehearsal(findings, reading, options, check_engines(reading, findings, version=options.engine_version))
     done.balance = check_layout(reading, findings, length=length)
     clock["layout and engines"] = time.monotonic() - started - sum(clock.values())
     done.rates = with_rates(Rates(), options.rates)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from slime.config.stages import legal_splits
 from slime.model.hf_config import HfConfig
-from slime.model.splits import legal_splits
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,11 @@ def test_words_become_typed_values(words: list[str], section: str, name: str, va
         (["--swiglu"], "gated_linear_unit", True),
         (["--no-rope-fusion"], "apply_rope_fusion", False),
         (["--attention-backend", "flash"], "attention_backend", "flash"),
-        (["--recompute-granularity", "full", "--recompute-num-layers", "1"], "recompute_num_layers", 1),
+        (
+            ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+            "recompute_num_layers",
+            1,
+        ),
         (["--recompute-modules", "moe"], "recompute_modules", ["moe"]),
         (["--qk-layernorm"], "qk_layernorm", True),
         (["--group-query-attention", "--num-query-groups", "2"], "num_query_groups", 2),
@@ -99,10 +103,10 @@ def test_engine_flags_are_carried_as_text():
         "1",
         "2",
         "--router-policy",
-        "x",
+        "manual",
     )
     assert dict(config.engine.sglang) == {"mem_fraction_static": "0.7", "enable_metrics": True, "cuda_graph_bs": "1 2"}
-    assert dict(config.engine.router) == {"policy": "x"}
+    assert dict(config.engine.router) == {"policy": "manual"}
     assert config.args.sglang_mem_fraction_static == "0.7"
 
 

@@ -10,6 +10,7 @@ import pytest
 from config.flags import MOE, config_of
 
 from slime.config import ConfigError, EvalDataset
+from slime.config.engine_groups import read_models
 from slime.config.expressions import evaluate
 from slime.config.facts import Facts
 from slime.config.megatron_table import differences, installed_table, read_table
@@ -26,7 +27,7 @@ PD = """
 sglang:
   - name: default
     server_groups:
-      - {worker_type: prefill, num_gpus: 2, num_gpus_per_engine: 2, overrides: {deepep-mode: auto}}
+      - {worker_type: prefill, num_gpus: 2, num_gpus_per_engine: 2, overrides: {chunked-prefill-size: 4096}}
       - {worker_type: decode, num_gpus: 6, num_gpus_per_engine: 2, overrides: {cuda_graph_max_bs: 12}}
 """
 EIGHT = ["--actor-num-gpus-per-node", "8"]
@@ -40,18 +41,21 @@ def test_groups_of_the_yaml(tmp_path: Path):
         ("prefill", 2, 1),
         ("decode", 6, 3),
     ]
-    assert dict(model.server_groups[0].overrides) == {"deepep_mode": "auto"}
-    assert any("deepep-mode is read as deepep_mode" in note for note in config.notes)
+    assert dict(model.server_groups[0].overrides) == {"chunked_prefill_size": 4096}
+    assert any("chunked-prefill-size is read as chunked_prefill_size" in note for note in config.notes)
 
 
 def test_a_second_model_is_not_updated_and_says_so(tmp_path: Path):
     text = (
         PD.replace("num_gpus: 6", "num_gpus: 4") + "  - {name: judge, model_path: /models/j, server_groups: [{num_gpus: 2}]}\n"
     )
-    config = config_of(*EIGHT, "--sglang-config", written(tmp_path, text))
-    assert [model.update_weights for model in config.engine.groups] == [True, False]
-    assert config.engine.groups[1].server_groups[0].worker_type == "regular"
-    assert any("'judge': update_weights = False, because its model_path" in note for note in config.notes)
+    file = written(tmp_path, text)
+    models, notes = read_models(file, hf_checkpoint="/models/x", default_gpus_per_engine=1)
+    assert [model.update_weights for model in models] == [True, False]
+    assert models[1].server_groups[0].worker_type == "regular"
+    assert any("'judge': update_weights = False, because its model_path" in note for note in notes)
+    with pytest.raises(ConfigError, match="serves 2 models .default, judge.; this version runs one model"):
+        config_of(*EIGHT, "--sglang-config", file)
 
 
 def test_engine_gpus_are_derived_from_the_yaml_when_nothing_else_says_them(tmp_path: Path):
@@ -77,18 +81,15 @@ def test_engine_gpus_are_derived_from_the_yaml_when_nothing_else_says_them(tmp_p
         ("worker_type: decode", "worker_type: prefill", "has prefill groups alone"),
         ("name: default", "nickname: default", "'nickname'"),
         ("{cuda_graph_max_bs: 12}", "[12]", "overrides must be a mapping"),
-        ("{cuda_graph_max_bs: 12}", "{model_path: /other}", None),
+        ("{cuda_graph_max_bs: 12}", "{model_path: /other}", "its router would have no engine"),
         ("{cuda_graph_max_bs: 12}", "{a-b: 1, a_b: 2}", "a_b twice"),
         ("{cuda_graph_max_bs: 12}", "{cuda_graph_max_bs: 12", "is not YAML at line"),
         ("  - name: default\n", "  - name: default\n    update_weights: maybe\n", "update_weights must be true or false"),
         ("  - name: default\n", "  - name: default\n    engine_groups: []\n", "two names of one thing"),
     ],
 )  # fmt: skip
-def test_a_wrong_engine_file_is_one_clear_error(tmp_path: Path, old: str, new: str, said: str | None):
+def test_a_wrong_engine_file_is_one_clear_error(tmp_path: Path, old: str, new: str, said: str):
     file = written(tmp_path, PD.replace(old, new, 1))
-    if said is None:  # one group with a path of its own gives the model its path
-        assert config_of(*EIGHT, "--sglang-config", file).engine.groups[0].model_path == "/other"
-        return
     with pytest.raises(ConfigError) as error:
         config_of(*EIGHT, "--sglang-config", file)
     assert said in str(error.value) and file in str(error.value)
@@ -253,7 +254,7 @@ def test_all_disagreements_are_listed_at_once():
 
 
 def test_a_flat_rope_theta_and_a_text_config_are_read_too():
-    hf = {"model_type": "x", "text_config": {"rope_theta": 500000.0, "hidden_size": 128}}
+    hf = {"model_type": "llama", "text_config": {"rope_theta": 500000.0, "hidden_size": 128}}
     assert config_of("--rotary-base", "500000", facts=Facts(hf_config=hf)).model.rotary_base == 5e5
     with pytest.raises(ConfigError, match="rope_theta is 500000.0 there, --rotary-base is 10000.0 here"):
         config_of(facts=Facts(hf_config=hf))
@@ -261,9 +262,11 @@ def test_a_flat_rope_theta_and_a_text_config_are_read_too():
 
 def test_gathered_context_parallelism_is_for_sparse_attention():
     words = ["--allgather-cp", "--actor-num-gpus-per-node", "4"]
-    dense = Facts(hf_config={"architectures": ["Qwen3ForCausalLM"]})
+    dense = Facts(hf_config={"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]})
     assert config_of(*words, facts=dense).parallel.allgather_cp  # one context-parallel rank: nothing to gather
-    with pytest.raises(ConfigError, match="--allgather-cp with --context-parallel-size 2 is for DeepseekV32ForCausalLM"):
+    with pytest.raises(
+        ConfigError, match="--allgather-cp is the layout of sparse attention .DeepseekV32ForCausalLM and GlmMoeDsaForCausalLM"
+    ):
         config_of(*words, "--context-parallel-size", "2", facts=dense)
     assert (
         config_of(*RIGHT, *words, "--context-parallel-size", "2", facts=Facts(hf_config=HF)).parallel.context_parallel_size == 2

@@ -11,8 +11,10 @@ from slime.config import ConfigError, parse
 from slime.config.facts import Facts, gather_facts, kind_of
 
 GPUS16 = ["--actor-num-nodes", "2", "--actor-num-gpus-per-node", "8"]
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 TP2PP2CP2 = [
     "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--context-parallel-size", "2",
+    "--sequence-parallel",
 ]  # fmt: skip
 
 
@@ -21,10 +23,10 @@ TP2PP2CP2 = [
     [
         ([], "parallel", "world_size", 2, "times --actor-num-gpus-per-node 2"),
         ([*GPUS16, *TP2PP2CP2], "parallel", "data_parallel_size", 2, "16 training GPUs are shared by TP 2 x PP 2 x CP 2"),
-        (["--tensor-model-parallel-size", "2"], "parallel", "expert_tensor_parallel_size", 2, "to --tensor-model"),
+        (TP2, "parallel", "expert_tensor_parallel_size", 2, "to --tensor-model"),
         (["--sequence-parallel"], "parallel", "sequence_parallel", False, "nothing to split"),
         ([], "model", "padded_vocab_size", 384, "multiple of 128"),  # 320 -> 3 x 128
-        (["--tensor-model-parallel-size", "2"], "model", "padded_vocab_size", 512, "multiple of 256"),
+        (TP2, "model", "padded_vocab_size", 512, "multiple of 256"),
         (["--make-vocab-size-divisible-by", "16"], "model", "padded_vocab_size", 320, "multiple of 16"),
         ([], "model", "max_position_embeddings", 4096, "--seq-length"),
         ([], "cluster", "rollout_num_gpus", 2, "--colocate"),
@@ -33,8 +35,8 @@ TP2PP2CP2 = [
         (["--no-offload-rollout"], "cluster", "offload_rollout", False, None),
         ([], "batch", "global_batch_size", 8, "all 4 x 2 samples"),
         (["--num-steps-per-rollout", "4"], "batch", "global_batch_size", 2, "in 4 steps"),
-        (["--max-tokens-per-gpu", "99"], "batch", "log_probs_max_tokens_per_gpu", 99, "--max-tokens-per-gpu"),
-        (["--balance-by-flops", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "9"],
+        (["--max-tokens-per-gpu", "128"], "batch", "log_probs_max_tokens_per_gpu", 128, "--max-tokens-per-gpu"),
+        (["--balance-by-flops", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "128"],
          "batch", "balance_data", True, "implies"),
         ([], "rollout", "over_sampling_batch_size", 4, "--rollout-batch-size"),
         (["--eps-clip", "0.3"], "algorithm", "eps_clip_high", 0.3, "--eps-clip"),
@@ -54,11 +56,12 @@ TP2PP2CP2 = [
          "parallel", "pipeline_model_parallel_layout", "Et*3|t*5L", "Megatron's spelling"),
         (["--pipeline-model-parallel-layout", "3, 1, 1, 3", "--pipeline-model-parallel-size", "2"],
          "parallel", "virtual_pipeline_model_parallel_size", 2, "4 stages for 2 ranks"),
-        (["--pipeline-model-parallel-layout", "E|(tt|)*4L", "--pipeline-model-parallel-size", "2"],
+        (["--pipeline-model-parallel-layout", "Et|(tt|)*3t|L", "--pipeline-model-parallel-size", "2"],
          "parallel", "virtual_pipeline_model_parallel_size", 3, "6 stages for 2 ranks"),
         (["--use-rotary-position-embeddings"], "model", "position_embedding_type", "rope", "older spelling"),
         (["--mtp-num-layers", "1"], "model", "mtp_num_layers", None, "without --enable-mtp-training"),
-        (["--mtp-num-layers", "1", "--enable-mtp-training"], "model", "mtp_num_layers", 1, None),
+        (["--mtp-num-layers", "1", "--enable-mtp-training", "--untie-embeddings-and-output-weights"],
+         "model", "mtp_num_layers", 1, None),
     ],
 )  # fmt: skip
 def test_derived_values_and_why(words: list[str], section: str, name: str, value: object, because: str | None):
@@ -104,7 +107,7 @@ def test_derived_values_and_why(words: list[str], section: str, name: str, value
         (["--expert-model-parallel-size", "2"], "needs --num-experts"),
         ([*MOE, "--expert-model-parallel-size", "3", "--actor-num-gpus-per-node", "3"], "--num-experts 8 is no multiple"),
         ([*MOE, "--expert-model-parallel-size", "4"], "no multiple of expert-TP 1 x EP 4 x PP 1 = 4"),
-        ([*MOE, "--tensor-model-parallel-size", "2"], "need --sequence-parallel"),
+        ([*MOE, "--tensor-model-parallel-size", "2"], "pass --sequence-parallel"),
         ([*MOE, "--moe-layer-freq", "[0]*3+[1]*4"], "lists 7 layers, --num-layers is 8"),
         ([*MOE, "--moe-router-topk", "9"], "--moe-router-topk 9 is above --num-experts 8"),
         (["--moe-router-topk", "2"], "--num-experts is not given, but --moe-router-topk is"),
@@ -132,7 +135,7 @@ def test_derived_values_and_why(words: list[str], section: str, name: str, value
         (["--ref-update-interval", "4", "--save", "s", "--save-interval", "6"], "6 is no multiple of --ref-update-interval 4"),
         (["--rollout-health-check-interval", "0"], "--rollout-health-check-interval must be above 0, got 0"),
         (["--offload", "--no-offload-train"], "contradicts"),
-        (["--sglang-dp-size", "2"], "needs --sglang-enable-dp-attention"),
+        (["--sglang-dp-size", "2"], "add --sglang-enable-dp-attention"),
         (["--rollout-num-gpus-per-engine", "4"], "no multiple of --rollout-num-gpus-per-engine 4"),
         (["--rollout-num-gpus-per-engine", "2", "--prefill-num-servers", "1"], "leaves 0 of 2 GPUs for decode"),
         (["--overlap-cpu-optimizer-d2h-h2d"], "needs --optimizer-cpu-offload"),

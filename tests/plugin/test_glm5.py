@@ -13,8 +13,8 @@ from model.parity import build, packed, run_step, samples_of, step
 from ranks import RankFailed, run_ranks
 
 from slime.batch.layout import SequenceLayout
+from slime.config.stages import legal_splits
 from slime.model.hf_config import HfConfig, read_hf_config
-from slime.model.splits import legal_splits
 from slime_plugins.models.glm5.glm5 import check_stage_start
 
 GLM52 = HfConfig(

@@ -19,30 +19,63 @@ from __future__ import annotations
 from slime.config.rules import (
     algorithm,
     batch,
+    dispatch,
+    engine_model,
     engines,
+    environment,
     evaluation,
     layout,
     lengths,
     model,
     optimizer,
     placement,
+    router,
     saving,
+    training,
 )
 from slime.config.rules.book import Collected, Rule, Said, Stage, Values, collect, stop_at_first, way_out
 
 STAGES: tuple[Stage, ...] = (
-    Stage((optimizer.numbers, model.shape, model.checkpoint_fields, model.mtp), converts=True),
+    Stage(
+        (optimizer.numbers, model.shape, model.checkpoint_fields, model.family, model.mtp, training.dispatcher), converts=True
+    ),
     Stage((placement.debug_modes, placement.placement)),
     Stage((layout.layout,), converts=True),
+    Stage((layout.sequences, layout.stage_starts, training.multi_token_prediction, training.recomputation)),
     Stage(
         (
             algorithm.algorithm,
             batch.batch,
             lengths.lengths,
             evaluation.evaluation,
-            engines.engines,
+            training.probabilities,
+            training.schedule,
+            training.offloading,
             saving.saving,
             saving.initial_weights,
+        )
+    ),
+    Stage((engines.groups, engines.sizes, router.options)),
+    Stage(
+        (
+            engine_model.division,
+            engine_model.dense_ranks,
+            engine_model.fp8_blocks,
+            engine_model.sparse_attention,
+            engine_model.speculation,
+            engine_model.fractions,
+            engine_model.pairs,
+            dispatch.deepep,
+        )
+    ),
+    Stage(
+        (
+            dispatch.variable,
+            environment.addresses,
+            environment.nvshmem,
+            environment.offloading,
+            environment.devices,
+            environment.spelling,
         )
     ),
 )

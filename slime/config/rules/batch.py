@@ -50,3 +50,25 @@ def batch(v: Values) -> None:
         v["partial_rollout"] or not v["mask_offpolicy_in_partial_rollout"],
         "--mask-offpolicy-in-partial-rollout needs --partial-rollout",
     )
+    _ranks(v)
+
+
+def _ranks(v: Values) -> None:
+    """A step's samples over the data-parallel ranks, and a micro-batch's tokens over padding."""
+    size, ranks = v["global_batch_size"], v["data_parallel_size"]
+    if ranks and not v["use_dynamic_batch_size"]:
+        v.require(
+            size % ranks == 0,
+            f"a step's {size} samples do not divide over {ranks} data-parallel ranks; make --global-batch-size a multiple of "
+            f"{ranks}, or pass --use-dynamic-batch-size",
+        )
+    if v["max_tokens_per_gpu"]:
+        cp = v["context_parallel_size"]
+        unit = v["data_pad_size_multiplier"] * v["tensor_model_parallel_size"] * cp
+        capacity = v["max_tokens_per_gpu"] * cp
+        v.require(
+            capacity % unit == 0 or capacity > unit,
+            f"a micro-batch holds {capacity:,} tokens, but the stream is padded to a multiple of {unit:,}; lower "
+            f"--data-pad-size-multiplier (now {v['data_pad_size_multiplier']}) or raise --max-tokens-per-gpu",
+            holds=f"a full micro-batch of {capacity:,} tokens takes padding to multiples of {unit:,}",
+        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from slime.config.errors import ConfigError
 from slime.config.facts import Facts
+from slime.config.hf_config import HfConfig
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Said:
     what: str
     values: str = ""
     fix: str = ""
+    decides: bool = False
+    """Of something open: nothing is proven until it is known."""
 
 
 class Values(dict):
@@ -41,7 +44,7 @@ class Values(dict):
         self.notes: list[str] = []
         self.mistakes: list[str] = []
         self.held: list[tuple[str, str]] = []
-        self.open: list[tuple[str, str, str]] = []
+        self.open: list[tuple[str, str, str, bool]] = []
 
     def derive(self, name: str, value: object, why: str) -> None:
         """Set a value that was not said, and write down why. Says nothing when the value is already that."""
@@ -61,9 +64,16 @@ class Values(dict):
         """Something proven that a reader of a report wants to see."""
         self.held.append((what, values))
 
-    def undecided(self, what: str, values: str = "", fix: str = "") -> None:
-        """Something that decides whether the run works and is not known here: no mistake, and nothing is proven either."""
-        self.open.append((what, values, fix))
+    def undecided(self, what: str, values: str = "", fix: str = "", *, decides: bool = True) -> None:
+        """Something that is not known here. decides: whether the run works depends on it, so that nothing is proven without;
+        else only the machines can answer it."""
+        self.open.append((what, values, fix, decides))
+
+    @property
+    def hf(self) -> HfConfig | None:
+        """config.json of the trained model, where it is known."""
+        raw = self.facts.hf_config
+        return None if raw is None else HfConfig(raw, f"{self['hf_checkpoint']}/config.json")
 
     def stop_if_wrong(self) -> None:
         """Raise all mistakes so far as one error; what follows may rely on what came before."""

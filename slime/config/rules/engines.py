@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from slime.config.engine_groups import groups_without_yaml, read_models
+from slime.config.engine_sizes import EngineSizes, sizes_of_groups
+from slime.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
 
 
-def engines(v: Values) -> None:
+def groups(v: Values) -> None:
     """Models and groups of engines; their GPUs must add up."""
     if v["debug_train_only"]:
         v.notes.append("no engine is started (--debug-train-only)")
@@ -21,20 +23,8 @@ def engines(v: Values) -> None:
         "--sglang-config and --prefill-num-servers exclude each other",
     )
     v.stop_if_wrong()
-    _attention_dp(v)
     if v["sglang_config"] is not None:
-        models, notes = read_models(v["sglang_config"], hf_checkpoint=v["hf_checkpoint"], default_gpus_per_engine=per_engine)
-        v.notes += notes
-        total = sum(group.num_gpus for model in models for group in model.server_groups)
-        if v["rollout_num_gpus"] is None:
-            v.derive("rollout_num_gpus", total, f"the groups of {v['sglang_config']} add up to it")
-        listed = " + ".join(str(group.num_gpus) for model in models for group in model.server_groups)
-        v.require(
-            total == v["rollout_num_gpus"],
-            f"{v['sglang_config']}: num_gpus of all groups is {listed} = {total}, but rollout has {v['rollout_num_gpus']} GPUs"
-            + (" (all training GPUs, because of --colocate)" if v["colocate"] and "rollout_num_gpus" not in v.given else ""),
-        )
-        v["groups"] = models
+        _from_yaml(v, per_engine)
         return
     v.require(v["rollout_num_gpus"] is not None, "--rollout-num-gpus is needed without --colocate (0 starts the router alone)")
     v.stop_if_wrong()
@@ -46,23 +36,93 @@ def engines(v: Values) -> None:
     )
 
 
-def _attention_dp(v: Values) -> None:
-    """Checks of --sglang-* that need no SGLang: whole numbers that must divide."""
-    sglang = v["sglang"]
-    sizes = {}
-    for short, long in (("dp_size", "data_parallel_size"), ("pp_size", "pipeline_parallel_size")):
-        text = sglang.get(short, sglang.get(long, "1"))
+def _from_yaml(v: Values, per_engine: int) -> None:
+    file = v["sglang_config"]
+    models, notes = read_models(file, hf_checkpoint=v["hf_checkpoint"], default_gpus_per_engine=per_engine)
+    v.notes += notes
+    listed = [group for model in models for group in model.server_groups]
+    total = sum(group.num_gpus for group in listed)
+    if v["rollout_num_gpus"] is None:
+        v.derive("rollout_num_gpus", total, f"the groups of {file} add up to it")
+    v.require(
+        total == v["rollout_num_gpus"],
+        f"{file}: num_gpus of all groups is {' + '.join(str(group.num_gpus) for group in listed)} = {total}, but rollout has "
+        f"{v['rollout_num_gpus']} GPUs"
+        + (" (all training GPUs, because of --colocate)" if v["colocate"] and "rollout_num_gpus" not in v.given else ""),
+        holds=f"the groups take all {total} rollout GPUs",
+        values=" + ".join(f"{group.num_gpus} {group.worker_type}" for group in listed),
+    )
+    v.require(
+        len(models) == 1,
+        f"{file} serves {len(models)} models ({', '.join(model.name for model in models)}); this version runs one "
+        "model and its "
+        "router: keep one",
+    )
+    v.require(
+        any(model.update_weights for model in models),
+        f"{file}: {models[0].name} has update_weights false, so its router would have no engine; remove the line",
+    )
+    v.require(
+        any(group.num_engines for group in listed),
+        f"{file} has {'only placeholder groups' if listed else 'no groups'}, so nothing would answer; add a group with engines",
+    )
+    for model in models:
+        kinds = {group.worker_type for group in model.server_groups}
         v.require(
-            str(text).isdigit() and int(text) > 0,
-            f"--sglang-{short.replace('_', '-')} must be a whole number above 0, got {text!r}",
+            "regular" not in kinds or not kinds & {"prefill", "decode"},
+            f"{file}: {model.name} mixes regular groups with prefill and decode groups, which one router cannot "
+            "serve; keep one "
+            "kind",
         )
-        sizes[short] = int(text) if str(text).isdigit() else 1
-    v.require(
-        sizes["dp_size"] == 1 or sglang.get("enable_dp_attention"),
-        f"--sglang-dp-size {sizes['dp_size']} needs --sglang-enable-dp-attention",
-    )
-    v.require(
-        v["rollout_num_gpus_per_engine"] % max(sizes["pp_size"], 1) == 0,
-        f"--rollout-num-gpus-per-engine {v['rollout_num_gpus_per_engine']} is no multiple of "
-        f"--sglang-pp-size {sizes['pp_size']}",
-    )
+    v["groups"] = models
+
+
+def engines_of(v: Values) -> list[EngineSizes]:
+    """Sizes of one engine of each group, as far as they have sizes."""
+    return [sizes for sizes in _answers(v) if isinstance(sizes, EngineSizes)]
+
+
+def _answers(v: Values) -> list[EngineSizes | ConfigError]:
+    flags, per_node = v["sglang"], max(v["num_gpus_per_node"], 1)
+    return list(sizes_of_groups(v["groups"], flags, gpus_per_node=per_node, hf_checkpoint=v["hf_checkpoint"]))
+
+
+def sizes(v: Values) -> None:
+    """Each group's engines are made of ranks that divide, and lie on whole nodes or inside one."""
+    for answer in _answers(v):
+        if isinstance(answer, ConfigError):
+            v.mistakes.append(str(answer))
+        else:
+            v.holds(
+                f"{answer.where}: {answer.num_gpus} GPUs = TP {answer.tp} x PP {answer.pp}",
+                f"attention DP {answer.dp}, EP {answer.ep}, {answer.num_nodes} nodes",
+            )
+    _nodes(v)
+
+
+def _nodes(v: Values) -> None:
+    offset, per_node = 0, max(v["num_gpus_per_node"], 1)
+    for model in v["groups"]:
+        for group in model.server_groups:
+            if group.worker_type == "placeholder":
+                offset += group.num_gpus
+                continue
+            gpus = group.num_gpus_per_engine
+            for _ in range(group.num_engines):
+                first, last = offset // per_node, (offset + gpus - 1) // per_node
+                if gpus <= per_node and first != last:
+                    v.mistakes.append(
+                        f"{model.name} {group.worker_type}: an engine of {gpus} GPUs would lie on GPUs {offset} to "
+                        f"{offset + gpus - 1}, across two nodes of {per_node}; choose sizes that divide {per_node}, "
+                        "or order the "
+                        "groups by size"
+                    )
+                    return
+                if gpus > per_node and offset % per_node:
+                    v.mistakes.append(
+                        f"{model.name} {group.worker_type}: an engine over {gpus // per_node} nodes would begin at "
+                        f"GPU {offset}, "
+                        f"inside a node of {per_node}; put the groups of whole nodes first"
+                    )
+                    return
+                offset += gpus

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from slime.config.stages import layout_string, unrolled_layout
+from slime.config import hf_check
+from slime.config.stages import Chunk, Cut, computing_layers, cut_layers, layout_string, unrolled_layout, wrong_starts
 
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
@@ -29,22 +30,94 @@ def layout(v: Values) -> None:
     _stages(v, mega, pp)
     if "num_layers" not in mega:
         return
+    _cuts(v, mega, tp, ep)
+
+
+def _cuts(v: Values, mega: dict[str, Any], tp: int, ep: int) -> None:
+    """Everything that a cut goes through divides."""
     heads, groups = mega["num_attention_heads"], mega.get("num_query_groups")
     v.require(heads % tp == 0, f"--num-attention-heads {heads} is no multiple of --tensor-model-parallel-size {tp}")
     if groups is not None:
         v.require(
-            groups % tp == 0 or tp % groups == 0,
-            f"--num-query-groups {groups} and --tensor-model-parallel-size {tp} do not divide each other",
+            groups % tp == 0,
+            f"--num-query-groups {groups} is no multiple of --tensor-model-parallel-size {tp}; choose one that divides it",
         )
         v.require(heads % groups == 0, f"--num-attention-heads {heads} is no multiple of --num-query-groups {groups}")
-    experts = mega.get("num_moe_experts")
+    width = mega.get("ffn_hidden_size") or 4 * mega["hidden_size"]
+    v.require(width % tp == 0, f"--ffn-hidden-size {width} is no multiple of --tensor-model-parallel-size {tp}")
+    experts, etp = mega.get("num_moe_experts"), v["expert_tensor_parallel_size"]
     if experts is None:
         v.require(ep == 1, f"--expert-model-parallel-size {ep} needs --num-experts")
-    else:
-        v.require(experts % ep == 0, f"--num-experts {experts} is no multiple of --expert-model-parallel-size {ep}")
+        return
+    v.require(experts % ep == 0, f"--num-experts {experts} is no multiple of --expert-model-parallel-size {ep}")
+    inner = mega.get("moe_ffn_hidden_size") or width
+    v.require(
+        inner % etp == 0,
+        f"--expert-tensor-parallel-size {etp} does not divide the experts' inner width {inner}; choose a divisor",
+    )
+    shared = mega.get("moe_shared_expert_intermediate_size") or 0
+    v.require(
+        shared % tp == 0, f"--moe-shared-expert-intermediate-size {shared} is no multiple of --tensor-model-parallel-size {tp}"
+    )
+
+
+def sequences(v: Values) -> None:
+    """How activations and sequences are shared, where that changes what is computed."""
+    tp, cp = v["tensor_model_parallel_size"], v["context_parallel_size"]
+    v.require(
+        tp == 1 or v["sequence_parallel"] or v["debug_rollout_only"],
+        f"--tensor-model-parallel-size {tp} without --sequence-parallel: megatron-core would double gradients of "
+        "norms and cannot "
+        "train experts; pass --sequence-parallel",
+    )
+    hf = v.hf
+    if hf is None or cp == 1 or v["debug_rollout_only"]:
+        return
+    sparse = hf.has_indexer or set(hf.get("architectures") or ()) & set(hf_check.ALLGATHER_CP_ARCHITECTURES)
+    if sparse:
         v.require(
-            tp == 1 or v["sequence_parallel"] or v.door == "convert",
-            f"experts with --tensor-model-parallel-size {tp} need --sequence-parallel",
+            v["allgather_cp"],
+            f"sparse attention with --context-parallel-size {cp} needs contiguous shards; pass --allgather-cp",
+            holds=f"CP {cp} with the contiguous layout of sparse attention",
+        )
+    else:
+        v.require(
+            not v["allgather_cp"],
+            f"--allgather-cp is the layout of sparse attention ({' and '.join(hf_check.ALLGATHER_CP_ARCHITECTURES)}), and "
+            f"{hf.source} is {hf.get('model_type')}; remove --allgather-cp: zigzag shards are balanced for full attention",
+        )
+
+
+def chunks_of(v: Values) -> tuple[Chunk, ...] | None:
+    """Layers of every model chunk; None where the flags do not say, or not rightly."""
+    layers, pp = v["model.megatron"].get("num_layers"), v["pipeline_model_parallel_size"]
+    if not layers or pp < 1:
+        return None
+    layout = v["pipeline_model_parallel_layout"]
+    vpp = 1 if layout else v["virtual_pipeline_model_parallel_size"] or 1
+    first, last = v["decoder_first_pipeline_num_layers"], v["decoder_last_pipeline_num_layers"]
+    try:
+        return tuple(cut_layers(Cut(layers, pp, vpp, first, last, layout)))
+    except ValueError:
+        return None
+
+
+def stage_starts(v: Values) -> None:
+    """No stage is empty, and with shared indices none starts where a layer reuses those of an earlier stage."""
+    chunks, hf, pp = chunks_of(v), v.hf, v["pipeline_model_parallel_size"]
+    if chunks is None or pp == 1 or v["debug_rollout_only"]:
+        return
+    empty = [rank for rank in range(pp) if not any(len(chunk.layers) for chunk in chunks if chunk.pp_rank == rank)]
+    v.require(not empty, f"pipeline stages {empty} hold no layer; lower --pipeline-model-parallel-size or change the split")
+    if hf is None or v["dsa_send_indices"]:
+        return
+    for chunk in wrong_starts(hf, chunks):
+        start = chunk.layers.start
+        v.mistakes.append(
+            f"pipeline stage {chunk.pp_rank} starts at layer {start + 1}, which reuses the indices of layer "
+            f"{hf.index_source(start) + 1} on an earlier stage (computing layers: {computing_layers(hf)}); choose "
+            "layers per stage "
+            "so that each starts on one of these, or pass --dsa-send-indices, which lifts the rule"
         )
 
 
@@ -139,9 +212,10 @@ def _layout(v: Values, layers: int | None, pp: int) -> None:
         text = layout_string(sizes, mtp=v["mtp_num_layers"] or 0)
         v.derive("pipeline_model_parallel_layout", text, "Megatron's spelling of the listed layers per stage")
     stages = len(unrolled_layout(text).split("|"))
-    v.require(
-        stages % pp == 0,
-        f"--pipeline-model-parallel-layout has {stages} stages, no multiple of --pipeline-model-parallel-size {pp}",
-    )
+    try:
+        cut_layers(Cut(layers or unrolled_layout(text).count("t"), pp, layout=text))
+    except ValueError as error:
+        v.mistakes.append(str(error))
+        return
     if stages > pp:
         v.derive("virtual_pipeline_model_parallel_size", stages // pp, f"the layout has {stages} stages for {pp} ranks")

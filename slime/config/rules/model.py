@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from slime.config import hf_check
+from slime.config.facts import HF_MODEL_TYPES
 
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
@@ -133,14 +134,33 @@ def checkpoint_fields(v: Values) -> None:
     if not rollout_only and not v.mistakes:
         lines = hf_check.differences(v.facts.hf_config, v, mega)
         v.require(not lines, f"the model flags disagree with {v['hf_checkpoint']}/config.json:\n  " + "\n  ".join(lines))
-    if v["allgather_cp"] and v["context_parallel_size"] > 1:
-        architectures = list(v.facts.hf_config.get("architectures") or ())
-        v.require(
-            set(architectures) & set(hf_check.ALLGATHER_CP_ARCHITECTURES),
-            f"--allgather-cp with --context-parallel-size {v['context_parallel_size']} is for "
-            f"{' and '.join(hf_check.ALLGATHER_CP_ARCHITECTURES)}; "
-            f"the checkpoint is {architectures}",
-        )
+
+
+def family(v: Values) -> None:
+    """The checkpoint's family has a table of weight names, and the layer spec that builds it."""
+    hf = v.hf
+    if hf is None or not isinstance(hf.get("model_type"), str):
+        return
+    v.require(
+        hf.model_type in HF_MODEL_TYPES,
+        f"{hf.source} is of type {hf.model_type}, whose weight names are not known here "
+        f"({', '.join(HF_MODEL_TYPES)}); train one "
+        "of these families",
+    )
+    if (v.door != "convert" and v["debug_rollout_only"]) or v["custom_model_provider_path"]:
+        return
+    spec = v["spec"]
+    built = spec is not None and spec[1] == "get_glm5_spec"
+    v.require(
+        not hf.has_indexer or built,
+        f"{hf.model_type} needs the sparse-attention layer spec"
+        + (f", not {' '.join(spec)}" if spec else "")
+        + "; pass --spec slime_plugins.models.glm5.glm5 get_glm5_spec",
+    )
+    v.require(
+        hf.has_indexer or not built,
+        f"get_glm5_spec builds glm_moe_dsa and deepseek_v32, {hf.source} is {hf.model_type}; remove --spec",
+    )
 
 
 def mtp(v: Values) -> None:

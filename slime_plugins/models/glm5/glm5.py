@@ -22,11 +22,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
+from slime.config.stages import computing_layers, legal_splits  # noqa: E402
 from slime.model.attention import MlaShape  # noqa: E402
 from slime.model.hf_config import HfConfig, read_hf_config  # noqa: E402
 from slime.model.layers import RMSNorm  # noqa: E402
 from slime.model.spec import layer_spec  # noqa: E402
-from slime.model.splits import computing_layers, legal_splits  # noqa: E402
 from slime_plugins.models.glm5.attention import IndexerShape, SparseLatentAttention  # noqa: E402
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,122 @@
+"""The job's environment variables: those that the engines' and trainer's libraries must have, or must not."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import TYPE_CHECKING
+
+from slime.config.rules.dispatch import uses_deepep
+from slime.config.rules.engines import engines_of
+
+if TYPE_CHECKING:
+    from slime.config.rules.book import Values
+
+INTERFACES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
+
+
+def num_nodes(v: Values) -> int:
+    trainer = v["actor_num_nodes"] * v["actor_num_gpus_per_node"]
+    engines = v["rollout_num_gpus"] or 0
+    gpus = max(trainer, engines) if v["colocate"] else trainer + engines
+    return max(1, -(-gpus // max(v["num_gpus_per_node"], 1)))
+
+
+def addresses(v: Values) -> None:
+    """Several nodes meet on one interface and at an address that they all reach."""
+    env = v.env
+    if env is None or num_nodes(v) == 1:
+        return
+    given = {name: env[name] for name in INTERFACES if env.get(name)}
+    v.require(
+        len(set(given.values())) <= 1,
+        f"control traffic would go over different interfaces ({', '.join(f'{n}={i}' for n, i in given.items())}), "
+        "whose addresses "
+        "do not meet; give all three the same",
+    )
+    head = env.get("MASTER_ADDR")
+    v.require(
+        head is None or (head not in LOOPBACK and not head.startswith("127.")),
+        f"MASTER_ADDR is {head}, which every one of the {num_nodes(v)} nodes takes for itself; give the first node's "
+        "address in "
+        "the cluster network",
+    )
+
+
+def nvshmem(v: Values) -> None:
+    """DeepEP brings NVSHMEM, which must not load an NCCL of its own beside torch's."""
+    if v.env is None or not any(uses_deepep(engine) for engine in engines_of(v)):
+        return
+    found = v.env.get("NVSHMEM_DISABLE_NCCL")
+    v.require(
+        found == "1",
+        f"NVSHMEM_DISABLE_NCCL is {found or 'not set'}: DeepEP's NVSHMEM would load a second NCCL; set NVSHMEM_DISABLE_NCCL=1",
+    )
+
+
+def offloading(v: Values) -> None:
+    """Memory that is given back and taken again: NCCL must not keep it, the allocator must not stretch it."""
+    env = v.env
+    if env is None or not (v["offload_train"] or v["offload_rollout"]):
+        return
+    # Inside one node NVLink multicast pays for what it holds.
+    for name in ("NCCL_CUMEM_ENABLE", *(("NCCL_NVLS_ENABLE",) if num_nodes(v) > 1 else ())):
+        found = env.get(name)
+        v.require(
+            found in (None, "0"),
+            f"{name} is {found}: NCCL would hold memory that trainer and engines hand to each other; set {name}=0",
+        )
+    for name in ALLOCATORS:
+        found = env.get(name, "")
+        v.require(
+            not re.search(r"expandable_segments\s*:\s*true", found, re.IGNORECASE),
+            f"{name} is {found!r}: expandable segments and memory that is handed back exclude each other; remove it",
+        )
+
+
+def devices(v: Values) -> None:
+    """RDMA devices of the KV transfer: one for each GPU of a node, or fewer that they share evenly."""
+    for engine in engines_of(v):
+        said = engine.text("disaggregation_ib_device")
+        if said is None or said.lstrip().startswith("{"):
+            continue
+        names = [name.strip() for name in said.split(",")]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        per_node = min(engine.num_gpus, v["num_gpus_per_node"])
+        v.require(
+            not twice and all(names),
+            f"{engine.where}: disaggregation_ib_device names {', '.join(twice) or 'an empty device'} more than once "
+            f"({said}); name "
+            "each device once",
+        )
+        v.require(
+            len(names) == 1 or per_node % len(names) == 0,
+            f"{engine.where}: {len(names)} RDMA devices for the {per_node} GPUs of a node cannot be shared evenly; name "
+            f"{per_node}, or a number that divides it",
+        )
+
+
+KNOWN = frozenset(
+    """CUDA_DEVICE_MAX_CONNECTIONS GLOO_SOCKET_IFNAME INDEXER_ROPE_NEOX_STYLE MASTER_ADDR MC_IB_PCI_RELAXED_ORDERING
+    MLP_SKIP_SORT_RDMA NCCL_CUMEM_ENABLE NCCL_DEBUG NCCL_IB_HCA NCCL_IB_GID_INDEX NCCL_IB_QPS_PER_CONNECTION NCCL_IB_TC
+    NCCL_IB_TIMEOUT NCCL_MIN_CTAS NCCL_NET_GDR_LEVEL NCCL_NVLS_ENABLE NCCL_P2P_LEVEL NCCL_PXN_DISABLE NCCL_SOCKET_IFNAME
+    NVSHMEM_DISABLE_NCCL NVSHMEM_QP_DEPTH NVTE_BWD_LAYERNORM_SM_MARGIN NVTE_FWD_LAYERNORM_SM_MARGIN
+    PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK SGLANG_JIT_DEEPGEMM_PRECOMPILE
+    SGLANG_JIT_DEEPGEMM_FAST_WARMUP TP_SOCKET_IFNAME SLIME_REHEARSAL_KEY TENSORBOARD_DIR""".split()
+)
+"""Variables that recipes set. Others are taken too: a job may need what nobody here has heard of."""
+
+
+def spelling(v: Values) -> None:
+    """A variable that is nearly one of the recipe's is a slip: it would be ignored in silence."""
+    for name in v.env if v.env is not None else ():
+        if name in KNOWN or not name.startswith(
+            ("NCCL", "NVSH", "SGL", "GLOO", "NVTE", "PYTORCH", "MASTER", "CUDA_DEV", "TP_")
+        ):
+            continue
+        close = difflib.get_close_matches(name, KNOWN, 1, cutoff=0.93)
+        v.require(
+            not close, f"the environment variable {name} is read by nobody; did you mean {close[0] if close else ''}? Rename it"
+        )
