@@ -58,7 +58,7 @@ def _retry_after(response: httpx.Response) -> float | None:
 
 
 class HttpClient:
-    """One address and the run's token; no proxy from the environment, because engines are on the cluster's own network.
+    """One address and the run's token ("" sends none); no proxy from the environment: engines are on the cluster's own network.
 
     Connections belong to an event loop, so each loop that uses the client gets its own pool. `close` closes this loop's.
     """
@@ -71,7 +71,7 @@ class HttpClient:
     def _client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
-            headers = {"Authorization": f"Bearer {self._token}"}
+            headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
             self._pools[loop] = httpx.AsyncClient(base_url=self.url, headers=headers, limits=self._limits, trust_env=False)
         return self._pools[loop]
 
@@ -240,7 +240,7 @@ class RouterClient(HttpClient):
 
 
 @lru_cache(maxsize=1)
-def _background_loop() -> asyncio.AbstractEventLoop:
+def background_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="engine-client", daemon=True).start()
     return loop
@@ -248,4 +248,4 @@ def _background_loop() -> asyncio.AbstractEventLoop:
 
 def sync(call: Coroutine[Any, Any, T]) -> T:
     """Run one client call from plain code, on a loop in a thread of its own (connections live on between calls)."""
-    return asyncio.run_coroutine_threadsafe(call, _background_loop()).result()
+    return asyncio.run_coroutine_threadsafe(call, background_loop()).result()

@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
+from slime.config.dotted import accepted_keywords  # noqa: E402
 from slime.device import Device  # noqa: E402
 from slime.model.geometry import differences  # noqa: E402
 from slime.model.head import LastChunk  # noqa: E402
@@ -148,7 +149,8 @@ def _chunk(config: object, megatron: TransformerConfig, hf: HfConfig, ranks: Ran
     last = ranks.is_last_stage and vp_stage in (None, (ranks.vpp_size or 1) - 1)
     if config.model.custom_model_provider_path:
         module, _, name = config.model.custom_model_provider_path.rpartition(".")
-        return load_attribute(module, name)(pre_process=first, post_process=last, vp_stage=vp_stage)
+        provider = load_attribute(module, name)
+        return provider(pre_process=first, post_process=last, **accepted_keywords(provider, {"vp_stage": vp_stage}))
     if config.model.spec:
         spec = load_attribute(*config.model.spec)(config.args, megatron, vp_stage)
     else:

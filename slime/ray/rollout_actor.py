@@ -33,21 +33,28 @@ class RolloutActor:
         setup_logging("rollout")
         self._config, self._token = config, token
         self._fleet = EngineFleet(config, placement, run_folder, token)
-        self._data_source = None
+        self._plugins = self._data_source = None
         template = config.debug.load_debug_rollout_data
         self._replay = Replay(template, share=config.debug.load_debug_rollout_data_subsample) if template else None
 
-    def start(self) -> None:
-        """Engines start first and load while prompts are read and plugins checked; then all is waited for."""
+    def load_plugins(self) -> None:
+        """Everything that flags name by a dotted path, before anything large starts. Raises ValueError."""
         from slime.rollout.plugins import load_plugins
 
-        plugins = self._plugins = load_plugins(self._config)
+        self._plugins = load_plugins(self._config)
+
+    def start(self) -> None:
+        """Engines start first and load while prompts are read; then all is waited for."""
+        from slime.rollout.http import init_http_client
+
+        if self._plugins is None:
+            self.load_plugins()
         has_engines = not self._config.debug.debug_train_only
         if has_engines:
             self._fleet.start()
         try:
             if self._replay is None:
-                self._data_source = plugins.data_source(self._config.args.for_call())
+                self._data_source = self._plugins.data_source(self._config.args.for_call())
             self._save_tokenizer()
             if has_engines:
                 self._fleet.wait_ready()
@@ -55,6 +62,7 @@ class RolloutActor:
             self._fleet.stop()
             raise
         self._args = self._runtime_args()
+        init_http_client(self._args)
 
     def _runtime_args(self):
         runtime = {"engine_token": self._token}
@@ -123,13 +131,20 @@ class RolloutActor:
             first_wait=engine.rollout_health_check_first_wait,
         )
 
-    def state(self) -> dict | None:
-        """Which prompts come next; while replaying, as of when the last replayed rollout was made."""
-        return self._data_source.state_dict() if self._replay is None else self._replay.data_state
+    def state(self, saving: int | None = None) -> dict | None:
+        """Which prompts come next; while replaying, as of when the last replayed rollout was made.
+
+        saving: the rollout whose checkpoint gets it.
+        """
+        from slime.rollout.data_source import state_of
+
+        return state_of(self._data_source, saving=saving) if self._replay is None else self._replay.data_state
 
     def restore(self, state: dict) -> None:
+        from slime.rollout.data_source import return_to
+
         if self._replay is None:
-            self._data_source.load_state_dict(state)
+            return_to(self._data_source, state)
         else:
             self._replay.data_state = state
 
@@ -150,6 +165,9 @@ class RolloutSide:
     def __init__(self, actor):
         self._actor = actor
 
+    def load_plugins(self) -> None:
+        self._wait(self._actor.load_plugins.remote(), "loading plugins")
+
     def begin_start(self) -> ray.ObjectRef:
         return self._actor.start.remote()
 
@@ -166,8 +184,8 @@ class RolloutSide:
     def evaluate(self, rollout_id: int) -> tuple[dict[str, float], Report]:
         return self._call("evaluate", rollout_id)
 
-    def state(self) -> dict | None:
-        return self._call("state")
+    def state(self, saving: int | None = None) -> dict | None:
+        return self._call("state", saving)
 
     def restore(self, state: dict) -> None:
         self._call("restore", state)

@@ -145,9 +145,11 @@ class Run:
             config, self._placement, _run_folder(config), secrets.token_hex(16)
         )
         self._rollout = RolloutSide(actor)
-        engines_ready = self._rollout.begin_start()
         if self._has_trainer:
             self._trainers = TrainGroup(config, self._placement)
+        self._check_plugins()
+        engines_ready = self._rollout.begin_start()
+        if self._has_trainer:
             if config.cluster.colocate and self._has_engines and self._trainers.device_kind() == "cuda":
                 # An engine makes its cache as large as what is free when it starts: beside a loading trainer, any size or none.
                 self._rollout.finish_start(engines_ready)
@@ -166,6 +168,12 @@ class Run:
             self._trainers.targets = self._rollout.targets()
             self._take_first_lease()
         logger.info("ready after %.1f s", time.monotonic() - started)
+
+    def _check_plugins(self) -> None:
+        """A wrong dotted path ends the run before engines and trainer take minutes and memory to come up."""
+        self._rollout.load_plugins()
+        if self._has_trainer:
+            self._trainers.check_hooks()
 
     def _take_first_lease(self) -> None:
         """The first weights: engines were started with a checkpoint's, the trainer's may differ, so they are always sent."""
@@ -298,7 +306,7 @@ class Run:
         if not checkpoint.save or not _is_due(rollout_id, checkpoint.save_interval, self.num_rollout, last=True):
             return
         started = time.monotonic()
-        self._trainers.save(rollout_id, self._rollout.state())
+        self._trainers.save(rollout_id, self._rollout.state(rollout_id))
         self._saved = rollout_id
         done = "saved rollout %d under %s in %.1f s"
         if checkpoint.async_save:

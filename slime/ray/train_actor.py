@@ -72,6 +72,16 @@ class TrainActor:
 
         return get_device().kind
 
+    def check_hooks(self) -> None:
+        """Rank 0 only. Where no flag names a function of the user's, nothing is imported for it."""
+        from slime.training.hooks import check_hooks, named_hooks
+
+        if named_hooks(self._config):
+            from slime.compat.megatron import prepare
+
+            prepare()  # a hook may import megatron.core
+            check_hooks(self._config)
+
     def open_store(self) -> tuple[str, int]:
         """Rank 0 only: start the rendezvous store on a port that the system picks, so that no two runs race for one."""
         import torch.distributed as dist

@@ -43,6 +43,11 @@ class TrainGroup:
         first = next(iter(self._actors.values()))
         return gather({"trainer rank 0": first.device_kind.remote()}, doing="looking at its device")["trainer rank 0"]
 
+    def check_hooks(self) -> None:
+        """Import the trainer's functions that flags name, on one rank. Raises RuntimeError naming the flags of wrong ones."""
+        first = next(iter(self._actors.values()))
+        gather({"trainer rank 0": first.check_hooks.remote()}, doing="loading the functions that flags name")
+
     def start(self) -> list[RankShare]:
         """Build the model on every rank; the ranks' shares, in order."""
         first = next(iter(self._actors.values()))

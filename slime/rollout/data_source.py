@@ -7,6 +7,7 @@ exactly.
 
 from __future__ import annotations
 
+import abc
 import copy
 import logging
 import os
@@ -21,6 +22,8 @@ from slime.types.sample import Sample
 
 logger = logging.getLogger(__name__)
 
+_STATE = ("state_dict", "load_state_dict")
+_FILES = ("save", "load")
 _COUNTERS = ("sample_offset", "epoch_id", "sample_group_index", "sample_index")
 
 
@@ -28,7 +31,69 @@ def state_path(folder: str, rollout_id: int) -> Path:
     return Path(folder) / "rollout" / f"global_dataset_state_dict_{rollout_id}.pt"
 
 
-class RolloutDataSource:
+class DataSource(abc.ABC):
+    """What a class of --data-source-path does at least; slime's plugins derive from it.
+
+    Such a class keeps its position in files of its own: `save(rollout_id)` is called with every checkpoint of the run, `load`
+    with the rollout that a resumed run continues after. One that also has `state_dict` and `load_state_dict` keeps it inside
+    the checkpoint.
+    """
+
+    @abc.abstractmethod
+    def get_samples(self, num_samples: int) -> list[Group]:
+        """The next `num_samples` groups."""
+
+    @abc.abstractmethod
+    def add_samples(self, samples: list[Group]) -> None:
+        """Take groups back."""
+
+    @abc.abstractmethod
+    def save(self, rollout_id: int) -> None:
+        """Write the position after `rollout_id`."""
+
+    @abc.abstractmethod
+    def load(self, rollout_id: int | None = None) -> None:
+        """Go to the position after `rollout_id`."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Prompts of one epoch."""
+
+
+def _has(source: Any, names: tuple[str, ...]) -> bool:
+    return all(callable(getattr(source, name, None)) for name in names)
+
+
+def has_a_state(source: Any) -> bool:
+    """Whether a data source (or its class) can say its position."""
+    return _has(source, _STATE)
+
+
+def keeps_itself(source: Any) -> bool:
+    """Whether it can write its position to files of its own."""
+    return _has(source, _FILES)
+
+
+def state_of(source: Any, *, saving: int | None = None) -> dict[str, Any]:
+    """The position of a data source. saving: the rollout whose checkpoint is being written; None where there is none."""
+    if has_a_state(source):
+        return source.state_dict()
+    if saving is not None:
+        source.save(saving)
+    return {"saved_by_the_source": saving}
+
+
+def return_to(source: Any, state: dict[str, Any]) -> None:
+    """Bring a data source to the position that `state_of` told."""
+    if has_a_state(source):
+        source.load_state_dict(state)
+    elif state.get("saved_by_the_source") is not None:
+        source.load(state["saved_by_the_source"])
+    else:
+        logger.warning("%s has no state_dict: it goes on with its next prompts", type(source).__name__)
+
+
+class RolloutDataSource(DataSource):
     """Prompts of a file, epoch after epoch, shuffled anew in each if `--rollout-shuffle`."""
 
     def __init__(self, args: Any):

@@ -13,18 +13,19 @@ import copy
 import inspect
 import logging
 import math
-import random
 import time
 import uuid
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from slime.config import view_for_call
-from slime.engine.client import EngineError, RouterClient
+from slime.engine.client import RouterClient
 from slime.rollout.base_types import Group, flatten
 from slime.rollout.failures import told
 from slime.rollout.grading.pool import GradingError
+from slime.rollout.http import enter_servers, persistently, router_url
 from slime.rollout.plugins import accepted_keywords, load_function
 from slime.rollout.rm_hub import async_rm, batched_async_rm
 from slime.rollout.tokenizer import load_tokenizer
@@ -35,11 +36,6 @@ from slime.types.sample import Sample, Status
 logger = logging.getLogger(__name__)
 
 _TRIES = 4
-_FIRST_PAUSE_SECONDS = 0.5
-_LONGEST_PAUSE_SECONDS = 15.0
-# A server that says "later" is well: it gets as long as a full queue may take.
-_BUSY_PATIENCE_SECONDS = 600.0
-_BUSY = (408, 425, 429)
 _FAILURES_SHOWN = 3
 _FINISHED = (Status.COMPLETED, Status.TRUNCATED)
 
@@ -65,6 +61,12 @@ class GenerateState:
     rollout_id: int = 0
     generating: set[int] = field(default_factory=set)
     """id() of the samples that are with an engine or a generate function just now; the others wait their turn or are graded."""
+    processor: None = None
+    """Of images, which models of slime's may have: here text alone is trained."""
+    pendings: set[asyncio.Task] = field(default_factory=set)
+    """Groups in flight, for rollout functions that keep them here: submit_generate_tasks() puts them in, abort() ends them."""
+    remaining_batch_size: int = 0
+    """Groups submitted and not dropped; such a function's to count."""
 
     def __post_init__(self) -> None:
         args = self.args
@@ -74,6 +76,17 @@ class GenerateState:
             self.client = RouterClient(router_url(args), getattr(args, "engine_token", None) or "", connections=concurrency)
         self.semaphore = self.semaphore or asyncio.Semaphore(concurrency)
         self.sampling_params = self.sampling_params or rollout_sampling_params(args)
+
+    def submit_generate_tasks(self, groups: list[Group]) -> None:
+        """Start these groups; `pendings` holds their tasks."""
+        for group in groups:
+            call = generate_and_rm_group(self.args, group, dict(self.sampling_params), state=self)
+            self.pendings.add(asyncio.create_task(call))
+        self.remaining_batch_size += len(groups)
+
+    def reset(self) -> None:
+        """As for a new rollout."""
+        self.pendings, self.remaining_batch_size, self.aborted = set(), 0, False
 
 
 _CURRENT: contextvars.ContextVar[GenerateState] = contextvars.ContextVar("generate_state")
@@ -90,22 +103,36 @@ def current_state() -> GenerateState:
 def enter(state: GenerateState) -> None:
     """Tasks started from here on see `state` as current_state()."""
     _CURRENT.set(state)
+    enter_servers(state.args)
 
 
-def router_url(args: Any) -> str:
-    host, port = getattr(args, "sglang_router_ip", None), getattr(args, "sglang_router_port", None)
-    if not host or not port:
-        raise ValueError(f"the router's address is not known: host {host!r}, port {port!r}")
-    return f"http://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"http://{host}:{port}"
+_OF_LOOP: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, GenerateState] = weakref.WeakKeyDictionary()
+
+
+def state_for(args: Any) -> GenerateState:
+    """The running rollout's state; in a loop of a plugin's own, outside of every rollout, one that all its calls share."""
+    known = _CURRENT.get(None)
+    if known is not None:
+        return known
+    loop = asyncio.get_running_loop()
+    if loop not in _OF_LOOP:
+        _OF_LOOP[loop] = GenerateState(args)
+    enter(_OF_LOOP[loop])
+    return _OF_LOOP[loop]
+
+
+def num_engines(args: Any) -> int:
+    """As slime counts them: --rollout-num-gpus over --rollout-num-gpus-per-engine, at least one."""
+    engines = getattr(args, "rollout_num_engines", None)
+    if engines:
+        return engines
+    per_engine = max(1, getattr(args, "rollout_num_gpus_per_engine", None) or 1)
+    return max(1, (getattr(args, "rollout_num_gpus", None) or per_engine) // per_engine)
 
 
 def num_concurrent(args: Any) -> int:
     """Samples in flight: --sglang-server-concurrency per engine."""
-    engines = getattr(args, "rollout_num_engines", None)
-    if not engines:
-        per_engine = max(1, getattr(args, "rollout_num_gpus_per_engine", None) or 1)
-        engines = max(1, (getattr(args, "rollout_num_gpus", None) or per_engine) // per_engine)
-    return max(1, args.sglang_server_concurrency * engines)
+    return max(1, args.sglang_server_concurrency * num_engines(args))
 
 
 def rollout_sampling_params(args: Any) -> dict[str, Any]:
@@ -146,7 +173,7 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], *
 
     A custom generate function may call it too; `state` is then the running rollout's.
     """
-    state = state or current_state()
+    state = state or state_for(args)
     if sample.status not in (Status.PENDING, Status.ABORTED):
         raise ValueError(f"sample {sample.index} is {sample.status.value}; only pending and aborted samples are generated")
     if not sample.tokens:
@@ -164,8 +191,10 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], *
         sample.status = Status.TRUNCATED
         return sample
     payload = {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True}
-    answer = await _ask(state, payload, sample.session_id)
-    if answer is None:
+    answer = await persistently(
+        lambda: state.client.generate(payload, routing_key=sample.session_id), tries=_TRIES, stopped=lambda: state.aborted
+    )
+    if answer is None:  # the rollout has ended while the router did not answer
         sample.status = Status.ABORTED
         return sample
     meta_info = answer.get("meta_info") or {}
@@ -191,37 +220,19 @@ def read_output(meta_info: dict[str, Any]) -> tuple[list[int], list[float]]:
     return tokens, [float(value) for value in log_probs]
 
 
-async def _ask(state: GenerateState, payload: dict[str, Any], routing_key: str | None) -> dict[str, Any] | None:
-    """The router's answer; None when the rollout has ended meanwhile.
-
-    A request that failed in transport or with a 5xx is sent again a few times, one that was put off (429) for minutes; what the
-    server refuses (other 4xx) is not.
-    """
-    pause, tries, deadline = _FIRST_PAUSE_SECONDS, 0, time.monotonic() + _BUSY_PATIENCE_SECONDS
-    while not (tries and state.aborted):
-        tries += 1
-        try:
-            return await state.client.generate(payload, routing_key=routing_key)
-        except EngineError as error:
-            if error.status in _BUSY or error.retry_after is not None:
-                if time.monotonic() > deadline:
-                    raise
-                pause = max(pause, min(error.retry_after or 0.0, _LONGEST_PAUSE_SECONDS))
-            elif tries >= _TRIES or (error.status is not None and error.status < 500):
-                raise
-        # Each request waits a little longer or shorter: those that were refused together do not come back together.
-        await asyncio.sleep(pause * random.uniform(0.75, 1.25))
-        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-    return None
-
-
 # -------------------------------------------------------------------------------------------------- sample and group
 
 
 async def generate_and_rm(
-    args: Any, sample: Sample, sampling_params: dict[str, Any], *, state: GenerateState, evaluation: bool = False
+    args: Any,
+    sample: Sample,
+    sampling_params: dict[str, Any],
+    evaluation: bool = False,
+    *,
+    state: GenerateState | None = None,
 ) -> Sample | list[Sample]:
     """Generate and grade one sample; with fan-out, a list of them. Never raises for what one sample did: it ends FAILED."""
+    state = state or state_for(args)
     try:
         return await _generate_and_rm(args, sample, sampling_params, state=state, evaluation=evaluation)
     except Exception as error:
@@ -362,9 +373,15 @@ def _check_reward(sample: Sample, reward: Any) -> None:
 
 
 async def generate_and_rm_group(
-    args: Any, group: Group, sampling_params: dict[str, Any], *, state: GenerateState, evaluation: bool = False
+    args: Any,
+    group: Group,
+    sampling_params: dict[str, Any],
+    evaluation: bool = False,
+    *,
+    state: GenerateState | None = None,
 ) -> list:
     """All samples of one prompt; with --group-rm they are graded together once all are there."""
+    state = state or state_for(args)
     if state.aborted:
         return group
     deterministic = _deterministic_seed(args)

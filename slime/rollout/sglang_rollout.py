@@ -29,12 +29,17 @@ from slime.rollout.generation import (
     generate,
     generate_and_rm,
     generate_and_rm_group,
+    state_for,
 )
+from slime.rollout.http import router_url
 from slime.rollout.plugins import load_function
 from slime.rollout.watch import Watch
 from slime.types.sample import Status
 
-__all__ = ["GenerateState", "current_state", "generate", "generate_and_rm", "generate_and_rm_group", "generate_rollout"]
+__all__ = [
+    "GenerateState", "abort", "current_state", "eval_rollout", "generate", "generate_and_rm", "generate_and_rm_group",
+    "generate_rollout", "generate_rollout_async", "get_model_url",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +59,17 @@ def generate_rollout(
     if evaluation:
         return sync(evaluate_rollout(args, rollout_id))
     return sync(generate_rollout_async(args, rollout_id, data_source))
+
+
+async def eval_rollout(args: Any, rollout_id: int) -> tuple[RolloutFnEvalOutput, list[Group]]:
+    """All evaluation data sets, for a plugin's own rollout function; slime gives a second value, which is always empty."""
+    return await evaluate_rollout(args, rollout_id), []
+
+
+def get_model_url(args: Any, model_name: str, endpoint: str = "/generate") -> str:
+    """The address of the router of a model of --sglang-config; this version serves one model, so it is the same for each."""
+    host, port = (getattr(args, "sglang_model_routers", None) or {}).get(model_name, (None, None))
+    return f"http://{host}:{port}{endpoint}" if host else f"{router_url(args)}{endpoint}"
 
 
 @dataclass
@@ -212,7 +228,7 @@ async def _abort_rest(args: Any, state: GenerateState, ledger: Ledger, pending: 
         for task in sorted(done, key=lambda done_task: pending[done_task][0].index or 0):
             original = pending.pop(task)
             group = task.result()
-            _note_start(state, group)
+            _note_start(state.rollout_id, group)
             _settle(args, ledger, group, original=original, num_pending=0, target=0)
         late, generating = time.monotonic() > deadline, set(state.generating)
         left = {task: group for task, group in pending.items() if late or not any(id(sample) in generating for sample in group)}
@@ -224,7 +240,7 @@ async def _abort_rest(args: Any, state: GenerateState, ledger: Ledger, pending: 
             elif any(sample.status is Status.FAILED and not sample.is_settled for sample in group):
                 ledger.dropped["failed"] += 1
             else:
-                _note_start(state, group)
+                _note_start(state.rollout_id, group)
                 _put_back(args, ledger, group, reason="surplus")
         if late and ledger.dropped["abort_timeout"]:
             logger.warning(
@@ -232,10 +248,30 @@ async def _abort_rest(args: Any, state: GenerateState, ledger: Ledger, pending: 
             )
 
 
-def _note_start(state: GenerateState, group: list) -> None:
+async def abort(args: Any, rollout_id: int) -> list[Group]:
+    """End what a plugin's own rollout function has in flight (`GenerateState.pendings`).
+
+    Gives the groups back with --partial-rollout, for the data source's add_samples; else nothing.
+    """
+    state = state_for(args)
+    state.aborted = True
+    deadline = time.monotonic() + _ABORT_PATIENCE_SECONDS
+    tasks, running = state.pendings, state.pendings
+    while running and time.monotonic() < deadline:
+        await _abort_engines(args, state)
+        _, running = await asyncio.wait(running, timeout=_ABORT_AGAIN_SECONDS)
+    await _cancel(running)
+    state.pendings = set()
+    groups = [task.result() for task in tasks if task not in running]
+    for group in groups:
+        _note_start(rollout_id, group)
+    return sorted(groups, key=_index_of) if args.partial_rollout else []
+
+
+def _note_start(rollout_id: int, group: list) -> None:
     for sample in flatten(group):
         if sample.status is Status.ABORTED:
-            sample.metadata.setdefault("start_rollout_id", state.rollout_id)
+            sample.metadata.setdefault("start_rollout_id", rollout_id)
 
 
 async def _cancel(tasks: Iterable[asyncio.Task]) -> None:

@@ -69,6 +69,9 @@ def _check_trainable(sample: Sample, rollout_id: int) -> None:
         raise ValueError(f"{where} is {sample.status.value}; only completed and truncated samples are trained")
     if sample.response_length == 0 and not sample.remove_sample:
         raise ValueError(f"{where} has no response token; set its remove_sample, or drop it in the rollout function")
+    if sample.multimodal_train_inputs:
+        found = ", ".join(sample.multimodal_train_inputs)
+        raise ValueError(f"{where} has multimodal_train_inputs ({found}), but this version trains text alone")
     sample.validate()
 
 

@@ -7,6 +7,16 @@ from pathlib import Path
 from typing import Any
 
 
+def load_any_tokenizer(name_or_path: str, chat_template_path: str | None = None, **kwargs: Any) -> Any:
+    """transformers' tokenizer of a folder or a name, for plugins; with the chat template of a file, where one is given."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    if chat_template_path:
+        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+    return tokenizer
+
+
 @lru_cache(maxsize=8)
 def load_tokenizer(hf_checkpoint: str | None) -> Any:
     """transformers' tokenizer of --hf-checkpoint. Raises ValueError when the folder has none."""

@@ -69,15 +69,29 @@ def started(monkeypatch):
             checkpoint=SimpleNamespace(save=None),
         )
         run_module.Run(config).start()
-        order = ("engines start", "engines are up", "release_memory", "trainer starts", "trainer loads", "first weights")
+        order = (
+            "load_plugins",
+            "check_hooks",
+            "engines start",
+            "engines are up",
+            "release_memory",
+            "trainer starts",
+            "trainer loads",
+            "first weights",
+        )
         return [event for event in both.events if event in order]
 
     return start
 
 
+def test_functions_that_flags_name_are_checked_before_anything_comes_up(started):
+    assert started("host", colocate=False)[:3] == ["load_plugins", "check_hooks", "engines start"]
+
+
 def test_on_shared_gpus_the_trainer_starts_when_the_engines_have_given_their_memory_back(started):
     assert started("cuda", colocate=True) == [
-        "engines start", "engines are up", "release_memory", "trainer starts", "trainer loads", "first weights",
+        "load_plugins", "check_hooks", "engines start", "engines are up", "release_memory", "trainer starts", "trainer loads",
+        "first weights",
     ]  # fmt: skip
 
 

@@ -24,11 +24,16 @@ def make_config(**values) -> Config:
 
 @dataclass
 class FakeRouter:
-    """Answers /generate with what `answer(text, payload)` says: (response text, finish type), or an int for an HTTP error."""
+    """Answers /generate with what `answer(text, payload)` says: (response text, finish type), or an int for an HTTP error.
+
+    A POST without input_ids gets `answer(path, payload)` as it is.
+    """
 
     tokenizer: object
     answer: Callable = None
     requests: list = field(default_factory=list)
+    workers: list = field(default_factory=list)
+    """Addresses that it lists beside its own."""
     aborted: threading.Event = field(default_factory=threading.Event)
     server: ThreadingHTTPServer = None
 
@@ -52,7 +57,7 @@ class FakeRouter:
                     pass
 
             def do_GET(self) -> None:
-                self.reply({"workers": [{"url": router.url}]})
+                self.reply({"workers": [{"url": url} for url in (router.url, *router.workers)]})
 
             def do_POST(self) -> None:
                 payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
@@ -60,6 +65,9 @@ class FakeRouter:
                     router.aborted.set()
                     return self.reply({})
                 router.requests.append((payload, dict(self.headers)))
+                if "input_ids" not in payload:
+                    outcome = router.answer(self.path, payload)
+                    return self.reply({"error": "made to fail"}, outcome) if isinstance(outcome, int) else self.reply(outcome)
                 outcome = router.answer(router.tokenizer.decode(payload["input_ids"]), payload)
                 if isinstance(outcome, int):
                     return self.reply({"error": "made to fail"}, outcome)

@@ -186,7 +186,7 @@ def test_a_busy_server_is_asked_again(run, router):
 
 @pytest.mark.parametrize("status", [408, 429])
 def test_a_server_that_says_later_is_asked_again_for_as_long_as_that_takes(run, router, monkeypatch, status):
-    from slime.rollout import generation
+    from slime.rollout import http
 
     calls = collections.Counter()
     good = router.answer
@@ -196,7 +196,7 @@ def test_a_server_that_says_later_is_asked_again_for_as_long_as_that_takes(run, 
         return status if calls[tuple(payload["input_ids"])] <= 7 else good(text, payload)
 
     router.answer = later_seven_times
-    monkeypatch.setattr(generation, "_FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(http, "FIRST_PAUSE_SECONDS", 0.001)
     output, _ = run(n_samples_per_prompt=1, rm_type="math")
     assert len(output.samples) == 4 and set(calls.values()) == {8}
     assert "rollout/dynamic_filter/drop_failed" not in output.metrics

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from rollout_helpers import make_config
 
+from slime.rollout.data_source import DataSource, return_to, state_of
 from slime.rollout.plugins import load_function, load_plugins
+from slime.types.sample import Sample
 
 HERE = __name__
 
@@ -43,7 +45,11 @@ not_callable = 3
 WRONG = {
     "no dots": ("--custom-rm-path", "reward", "expected a dotted path package.module.name"),
     "no module": ("--custom-rm-path", "nowhere.at.all.reward", "module nowhere.at.all cannot be imported"),
-    "no attribute": ("--custom-rm-path", f"{HERE}.missing", "has no 'missing'; it has: NoState, async_one_argument"),
+    "no attribute": (
+        "--custom-rm-path",
+        f"{HERE}.missing",
+        "has no 'missing'; it has: DataSource, KnowsFilesAlone, NoState, Sample, async_one_argument",
+    ),
     "not callable": ("--custom-rm-path", f"{HERE}.not_callable", "found a int, which cannot be called"),
     "plain instead of async": (
         "--custom-rm-path",
@@ -64,7 +70,7 @@ WRONG = {
     "data source without state": (
         "--data-source-path",
         f"{HERE}.NoState",
-        "has no add_samples, state_dict, load_state_dict, __len__",
+        "has no add_samples, __len__, state_dict and load_state_dict (or save and load); derive it from",
     ),
     "data source that is a function": ("--data-source-path", f"{HERE}.filter_of_one", "expected a class taking (args)"),
 }
@@ -76,6 +82,42 @@ def test_a_wrong_plugin_is_explained(flag, path, message):
         load_function(flag, path)
     assert str(caught.value).startswith(f"{flag} ") and path in str(caught.value)
     assert message in str(caught.value)
+
+
+class KnowsFilesAlone(DataSource):
+    """As a plugin for slime is written: five methods, no state_dict."""
+
+    def __init__(self, args):
+        self.args, self.taken, self.calls = args, 0, []
+
+    def get_samples(self, num_samples):
+        self.taken += num_samples
+        return [[Sample(index=self.taken)] for _ in range(num_samples)]
+
+    def add_samples(self, samples):
+        pass
+
+    def save(self, rollout_id):
+        self.calls.append(("save", rollout_id, self.taken))
+
+    def load(self, rollout_id=None):
+        self.calls.append(("load", rollout_id))
+
+    def __len__(self):
+        return 10
+
+
+def test_a_data_source_that_knows_files_alone_is_asked_to_write_and_read_them(caplog):
+    source = load_function("--data-source-path", f"{HERE}.KnowsFilesAlone")(None)
+    source.get_samples(3)
+    between, saved = state_of(source), state_of(source, saving=7)
+    assert source.calls == [("save", 7, 3)]
+    return_to(source, saved)
+    assert source.calls[1:] == [("load", 7)]
+    return_to(source, between)
+    assert "KnowsFilesAlone has no state_dict: it goes on with its next prompts" in caplog.text and len(source.calls) == 2
+    with pytest.raises(TypeError, match="abstract"):
+        DataSource()
 
 
 def test_all_wrong_flags_are_told_at_once():

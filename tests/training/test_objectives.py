@@ -342,9 +342,9 @@ def test_a_wrong_dotted_path_ends_the_run_at_its_start(qwen3):
     def build(rank: int, **changes):
         start(config_for(qwen3, **changes))
 
-    with pytest.raises(RankFailed, match="--custom-advantage-function-path nowhere.at.all: cannot import nowhere.at"):
+    with pytest.raises(RankFailed, match="--custom-advantage-function-path nowhere.at.all: module nowhere.at cannot"):
         run_ranks(1, lambda rank: build(rank, custom_advantage_function_path="nowhere.at.all"))
-    with pytest.raises(RankFailed, match="--custom-tis-function-path os.path.nothing: os.path has no function nothing"):
+    with pytest.raises(RankFailed, match="--custom-tis-function-path os.path.nothing: module os.path has no 'nothing'"):
         run_ranks(1, lambda rank: build(rank, custom_tis_function_path="os.path.nothing"))
 
 

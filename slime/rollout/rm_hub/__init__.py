@@ -17,10 +17,20 @@ from slime.config.graders import GRADERS, unknown_grader
 from slime.rollout.grading.pool import shared_pool
 from slime.rollout.grading.question import Question
 from slime.rollout.plugins import load_function
+from slime.rollout.rm_hub.deepscaler import get_deepscaler_rule_based_reward
+from slime.rollout.rm_hub.f1 import f1_score
+from slime.rollout.rm_hub.gpqa import compute_gpqa_reward
+from slime.rollout.rm_hub.math_dapo_utils import compute_score as compute_score_dapo
+from slime.rollout.rm_hub.math_utils import extract_boxed_answer, grade_answer_verl
 from slime.rollout.rm_hub.own_code import OwnCode
 from slime.rollout.rm_hub.remote import remote_rm
 from slime.types.reward import one_reward_each, plain_reward
 from slime.types.sample import Sample
+
+__all__ = [
+    "async_rm", "batched_async_rm", "compute_gpqa_reward", "compute_score_dapo", "extract_boxed_answer", "f1_score",
+    "get_deepscaler_rule_based_reward", "grade_answer_verl", "num_workers", "remote_rm",
+]  # fmt: skip
 
 Reward = float | dict[str, Any]
 
