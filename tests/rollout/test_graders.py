@@ -10,83 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from rollout_helpers import make_config
 
+from slime.rollout.grading.choices import grade_gpqa
 from slime.rollout.grading.dapo import grade_dapo
 from slime.rollout.grading.deepscaler import grade_deepscaler
-from slime.rollout.grading.expressions import equal as same_expression
 from slime.rollout.grading.f1 import token_f1
-from slime.rollout.grading.gpqa import grade_gpqa
-from slime.rollout.grading.math_grader import equal_answers, grade_math, last_boxed
 from slime.rollout.rm_hub import async_rm, batched_async_rm, remote
 from slime.types.sample import Sample
-
-BOXED = [
-    (r"so \boxed{7}.", "7"),
-    (r"first \boxed{1}, then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\fbox{x}", "x"),
-    (r"\boxed 5$", "5"),
-    (r"\boxed{ {a} and {b} }", "{a} and {b}"),
-    (r"\boxed{12} and then \boxed{3", "12"),
-    (r"no box, 7", None),
-    (r"\boxed{", None),
-    ("", None),
-]
-
-
-@pytest.mark.parametrize("text, content", BOXED)
-def test_the_last_closed_box_counts(text, content):
-    assert last_boxed(text) == content
-
-
-SAME = [
-    ("7", "7"), ("7.0", "7"), ("007", "7"), ("1,234,567", "1234567"), ("0.5", r"\frac{1}{2}"), ("1/2", r"\frac12"),
-    (r"\dfrac{3}{4}", r"\tfrac34"), ("-3/4", r"-\frac{3}{4}"), (r"1\frac{1}{2}", "1.5"), ("50\\%", "50"), ("$12", "12"),
-    (r"90^\circ", "90"), (r"5\text{ cm}", "5"), ("x = 4", "4"), (r"\left(1, 2\right)", "(1,2)"), ("(0.5, 1)", r"(\frac12, 1)"),
-    (r"\text{Paris}", "paris"), ("B", "b"), (r"\sqrt2", r"\sqrt{2}"), (r"3 \text{ and } 4", "3,4"), ("+6", "6"),
-    (".5", "0.5"),    (r"\{1, 2\}", "1,2"),
-]  # fmt: skip
-DIFFERENT = [
-    ("7", "8"), ("12", "1"), ("1", "12"), ("0.3333", r"\frac13"), ("(1, 2]", "[1, 2]"), ("(1,2)", "(2,1)"), ("", "0"),
-    ("7", ""),
-    (r"\frac{1}{0}", "0"), ("1e3", "1000000"), ("x", "y"), ("1,2,3", "1,2"), ("-5", "5"), ("__import__('os')", "0"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("given, wanted", SAME)
-def test_spellings_of_one_answer_are_equal(given, wanted):
-    assert equal_answers(given, wanted) and equal_answers(wanted, given)
-
-
-@pytest.mark.parametrize("given, wanted", DIFFERENT)
-def test_different_answers_are_different(given, wanted):
-    assert not equal_answers(given, wanted) and not equal_answers(wanted, given)
-
-
-def test_math_needs_a_box_in_the_response_but_not_in_the_label():
-    assert grade_math(r"thus \boxed{12}", "12") and grade_math(r"\boxed{12}", r"\boxed{12}")
-    assert not grade_math("thus 12", "12")
-
-
-ALGEBRA = [
-    (r"(x+1)^2", "x^2+2x+1", True),
-    (r"\frac{\sqrt{8}}{2}", r"\sqrt{2}", True),
-    (r"2\pi r", r"r \cdot 2 \pi", True),
-    (r"\sin^2 x + \cos^2 x", "1", True),
-    ("y=2x+1", "2y=4x+2", True),
-    (r"\log_2 8", "3", True),
-    ("4!", "24", True),
-    ("x+1", "x+2", False),
-    (r"\sqrt{2}", "1.4142", False),
-    (r"\unknown{3}", "3x", False),
-    ("9^9^9^9^9", "x", False),
-    ("(" * 200, "x", False),
-    ("import os; os.system('true')", "x", False),
-    ("().__class__", "x", False),
-]
-
-
-@pytest.mark.parametrize("left, right, expected", ALGEBRA)
-def test_algebra_is_compared_by_a_parser_that_knows_no_python(left, right, expected):
-    assert same_expression(left, right) is expected
 
 
 @pytest.mark.parametrize(

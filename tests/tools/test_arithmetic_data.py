@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from slime.rollout.dataset import PromptFormat, read_prompts
-from slime.rollout.grading.math_grader import grade_math
+from slime.rollout.grading.mathematics import grade_math
 from tools import make_arithmetic_data as tool
 
 

@@ -1,33 +1,36 @@
-"""DAPO's grader (arXiv 2503.14476): the last "Answer: ..." near the end, against a whole number; +1 or -1."""
+"""DAPO's grader (arXiv 2503.14476): the last "Answer: ..." near the end, against a number; +1 or -1."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from slime.rollout.grading.math_grader import last_boxed, normalise
+from slime.rollout.grading.literals import read_literal, same_number
+from slime.rollout.grading.response import last_boxed, without_end_tokens
+from slime.rollout.grading.spelling import normalise, split_unit
 
-_ANSWER = re.compile(r"(?i)answer\s*:\s*([^\n]+)")
+_ANSWER = re.compile(r"(?i)answer[*_]{0,3}\s{0,8}[:：][*_]{0,3}\s{0,8}([^\n]+)")
 # The answer is asked for in the last line; looking further back would reward a guess that was revised.
 LOOK_BACK = 300
 
 
 def _plain(answer: str) -> str:
-    text = normalise(answer.strip().strip("*").split("=")[-1])
-    return re.sub(r"\.0+$", "", text)
+    answer = answer.strip().strip("*_` ")
+    text = split_unit(normalise(last_boxed(answer) or answer))[0]
+    text = text.rpartition("=")[2].strip()
+    literal = read_literal(text)
+    if literal is not None and literal.value.denominator == 1 and not literal.percent:
+        return str(literal.value.numerator)
+    return re.sub(r"\s+", "", text)
 
 
 def grade_dapo(response: str, label: str) -> dict[str, Any]:
     """{"score": 1.0 or -1.0, "acc": bool, "pred": text}; use it with --reward-key score."""
-    wanted = last_boxed(label) or label
-    try:
-        wanted = str(int(float(wanted.replace(",", ""))))
-    except (ValueError, OverflowError):
-        wanted = _plain(wanted)
-    found = _ANSWER.findall(response[-LOOK_BACK:])
+    wanted = _plain(label)
+    found = _ANSWER.findall(without_end_tokens(response)[-LOOK_BACK:])
     if not found:
         return {"score": -1.0, "acc": False, "pred": "[INVALID]"}
-    given = found[-1]
-    pred = _plain(last_boxed(given) or given)
-    correct = pred == wanted
+    pred = _plain(found[-1])
+    literals = read_literal(pred), read_literal(wanted)
+    correct = bool(pred) and (pred == wanted or (None not in literals and same_number(*literals)))
     return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": pred}

@@ -1,8 +1,8 @@
-"""DeepScaleR's rule: the thought must have ended, and the boxed answer after it must be the label, up to algebra."""
+"""DeepScaleR's rule: the thought must have ended, and the boxed answer after it must be the label."""
 
 from __future__ import annotations
 
-from slime.rollout.grading.math_grader import grade_math
+from slime.rollout.grading.mathematics import grade_math
 
 
 def grade_deepscaler(response: str, label: str) -> bool:
@@ -10,10 +10,10 @@ def grade_deepscaler(response: str, label: str) -> bool:
     wrong."""
     if not label.strip():
         return False
-    if "</think>" in response:
-        solution = response.split("</think>")[-1]
-    elif "###Response" in response:
-        solution = response.split("###Response")[1]
-    else:
-        return False
-    return grade_math(solution, label, symbolic=True)
+    _, thought, solution = response.rpartition("</think>")
+    if not thought:
+        parts = response.split("###Response", 2)
+        if len(parts) == 1:
+            return False
+        solution = parts[1]
+    return grade_math(solution, label)

@@ -8,31 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from slime.rollout.grading.choices import grade_gpqa
 from slime.rollout.grading.dapo import grade_dapo
 from slime.rollout.grading.deepscaler import grade_deepscaler
 from slime.rollout.grading.f1 import token_f1
-from slime.rollout.grading.gpqa import grade_gpqa
-from slime.rollout.grading.math_grader import grade_math, last_boxed
+from slime.rollout.grading.mathematics import grade_math
 from slime.rollout.grading.question import Question, Verdict
+from slime.rollout.grading.response import last_boxed, without_end_tokens
 
 
-def _text(question: Question) -> str:
+def _labels(question: Question) -> list[str]:
+    """The answers that count as right: one, or those of a list."""
     if question.label is None:
         raise ValueError("the sample has no label to grade against; name its column with --label-key")
-    return str(question.label)
+    return [str(label) for label in question.label] if isinstance(question.label, list) else [str(question.label)]
 
 
 GRADERS: dict[str, Callable[[Question], Verdict]] = {
-    "math": lambda q: int(grade_math(q.response, _text(q))),
-    "dapo": lambda q: grade_dapo(q.response, _text(q)),
-    "deepscaler": lambda q: int(grade_deepscaler(q.response, _text(q))),
-    "f1": lambda q: token_f1(q.response, _text(q)),
-    "gpqa": lambda q: grade_gpqa(q.response, q.label, dict(q.metadata)),
+    "math": lambda q: int(any(grade_math(q.response, label) for label in _labels(q))),
+    "dapo": lambda q: max((grade_dapo(q.response, label) for label in _labels(q)), key=lambda found: found["score"]),
+    "deepscaler": lambda q: int(any(grade_deepscaler(q.response, label) for label in _labels(q))),
+    "f1": lambda q: max(token_f1(q.response, label) for label in _labels(q)),
+    "gpqa": lambda q: grade_gpqa(q.response, q.label, q.metadata),
 }
 
 
 def verdict(question: Question) -> Verdict:
     if question.boxed:
-        content = last_boxed(question.response) or ""
+        content = last_boxed(without_end_tokens(question.response)) or ""
         question = Question(question.grader, content, question.label, question.metadata)
     return GRADERS[question.grader](question)

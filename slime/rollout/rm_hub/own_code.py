@@ -50,8 +50,8 @@ class _Call:
         self._claim = threading.Lock()
 
     def offer_to(self, loop: _Loop) -> None:
-        start = loop.loop.create_task
-        loop.loop.call_soon_threadsafe(lambda: start(self._run(loop), context=self.context))
+        start, context = loop.loop.create_task, self.context.copy()  # two loops cannot be in one context at once
+        loop.loop.call_soon_threadsafe(lambda: start(self._run(loop), context=context))
 
     async def _run(self, loop: _Loop) -> None:
         # Claimed here, by the task's first step: tasks that are made while another one blocks are still free for other loops.
