@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,13 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from slime.engine.versions import TABLE, TABLES
+
 ROOT = Path(__file__).resolve().parents[2]
 OF_OTHER_PROGRAMS = {
     "--help", "--logdir", "--address", "--working-dir", "--head", "--extra-index-url",
     "--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port",  # torchrun
     "--cubin",  # nvcc
+    "--nodes", "--ntasks-per-node", "--gpus-per-node", "--exclusive", "--signal",  # sbatch
+    "--pid",  # py-spy
 }  # fmt: skip
-MEANT_WRONG = {"--rolout-batch-size", "--x", "--y", "--prompt"}
+MEANT_WRONG = {"--rolout-batch-size", "--x", "--y", "--prompt", "--sglang-mem-fraction-statik"}
 """The answer to a typo, shown; and `--x`, `--y` for any flags."""
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
 
@@ -30,10 +35,17 @@ def known() -> set[str]:
     sources += [*(ROOT / "slime" / "rehearse").glob("*.py")]
     for source in sources:
         flags |= set(FLAG.findall(source.read_text()))
-    return flags | OF_OTHER_PROGRAMS | MEANT_WRONG
+    return flags | engine_flags() | OF_OTHER_PROGRAMS | MEANT_WRONG
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/en/**/*.md")), ids=lambda page: page.name)
+def engine_flags() -> set[str]:
+    """--sglang-* under the names of every supported version, and of those before."""
+    tables = [json.loads(file.read_text())["options"] for file in TABLES.glob("sglang-*.json")]
+    names = {name for table in tables for option in table for name in option["flags"]}
+    older = {f"--{name.replace('_', '-')}" for column in TABLE for name in column.renames}
+    return {f"--sglang-{name.removeprefix('--')}" for name in names | older}
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/en/**/*.md")]), ids=lambda page: page.name)
 def test_every_flag_of_a_page_exists(page, known):
-    named = {flag for flag in FLAG.findall(page.read_text()) if not flag.startswith(("--sglang", "--router"))}
-    assert sorted(named - known) == []
+    assert sorted(set(FLAG.findall(page.read_text())) - known) == []
