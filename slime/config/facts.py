@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from slime.config.errors import ConfigError
+from slime.config.prompt_files import file_problem
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HF_MODEL_TYPES = ("glm_moe_dsa", "deepseek_v32", "deepseek_v3", "qwen2", "qwen3", "qwen3_moe", "glm4", "llama")
@@ -18,6 +19,10 @@ HF_MODEL_TYPES = ("glm_moe_dsa", "deepseek_v32", "deepseek_v3", "qwen2", "qwen3"
 LoadKind = Literal["nothing", "megatron", "release", "iteration", "hf", "unknown"]
 """What a folder holds: nothing at all, a Megatron checkpoint with an iteration or with the word "release" in its tracker, one
 iteration's folder itself, an HF model, or an HF model that no weight-name table knows."""
+
+
+def _nothing_known(path: str) -> str:
+    return ""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,9 @@ class Facts:
     hf_config: Mapping[str, object] | None = None
     """config.json of --hf-checkpoint, when that is a folder on this machine."""
     tensorboard_dir: str | None = None
+    prompt_file_problem: Callable[[str], str] = _nothing_known
+    """A prompt file as a flag or YAML names it -> why nothing can be read from it, empty when it can. A question, not an
+    answer: which files there are is known only once the YAML of the evaluation has been read."""
 
 
 def kind_of(folder: str | None) -> LoadKind:
@@ -66,4 +74,5 @@ def gather_facts(*, load: str | None, ref_load: str | None, hf_checkpoint: str |
         ref_load=kind_of(ref_load),
         hf_config=read_hf_config(hf_checkpoint),
         tensorboard_dir=os.environ.get("TENSORBOARD_DIR"),
+        prompt_file_problem=file_problem,
     )

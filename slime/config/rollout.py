@@ -49,8 +49,8 @@ class DataConfig:
     """Off: the rollout function finds its own prompts."""
     data_source_path: str = "slime.rollout.data_source.RolloutDataSourceWithBuffer"
     """Class of the data source."""
-    loss_mask_type: Literal["qwen", "qwen3", "qwen3_5", "distill_qwen", "glm", "glm5"] = flag("qwen", later_values=("qwen3_5",))
-    """Which tokens of a conversation supervised training counts."""
+    loss_mask_type: Literal["qwen", "qwen3", "qwen3_5", "distill_qwen", "glm", "glm5", "deepseek", "llama3"] = "qwen"
+    """Which turns supervised training counts: distill_qwen the last, the others every; the template says what a turn is."""
     on_broken_prompt_line: Literal["refuse", "skip"] = "refuse"
     """A line of the prompt file that cannot be read ends the run, or is left out and counted."""
     rollout_data_transport: Literal["object-store", "nixl"] = flag("object-store", later_values=("nixl",))

@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from slime.config.prompt_files import KINDS, split_slice
 from slime.model.coverage import mtp_is_absent, unnamed_mtp
 from slime.model.names import NameTable
 from slime.rehearse.findings import Findings
@@ -44,8 +45,8 @@ def _check_prompts(reading: Reading, findings: Findings) -> None:
     for flag, path, input_key, label_key in sources:
         if not path:
             continue
-        file = Path(re.sub(r"@\[-?\d*:-?\d*\]$", "", path))
-        if file.suffix not in (".jsonl", ".parquet"):
+        file = Path(split_slice(path)[0])
+        if file.suffix not in KINDS:
             findings.violation("files", f"{flag} {file} is neither .jsonl nor .parquet", "", "convert it, or correct the name")
         elif not file.exists():
             findings.unchecked("files", f"{flag} {file} is not on this machine")

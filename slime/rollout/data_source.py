@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slime.rollout.base_types import Group
+from slime.rollout.base_types import Group, flatten
 from slime.rollout.dataset import PromptFormat, read_prompts
 from slime.types.sample import Sample
 
@@ -110,6 +110,8 @@ class RolloutDataSource(DataSource):
 
     def _read(self) -> list[Sample]:
         args = self.args
+        if not args.prompt_data and args.num_rollout == 0:
+            return []
         if not args.prompt_data:
             raise ValueError(
                 "no prompts: pass --prompt-data FILE, or --disable-rollout-global-dataset if the rollout finds its own"
@@ -256,7 +258,45 @@ class RolloutDataSourceWithBuffer(RolloutDataSource):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.buffer = [[_unpack(item) for item in group] for group in copy.deepcopy(state.get("buffer") or [])]
+        groups = [[_unpack(item) for item in group] for group in copy.deepcopy(state.get("buffer") or [])]
+        self._resize(groups)
+        self.buffer = groups
+
+    def _resize(self, groups: list[Group]) -> None:
+        """Groups that were saved with another --n-samples-per-prompt get fresh samples of their prompt, or lose the least
+        advanced ones: a rollout's number of samples follows from the flag."""
+        wanted = self.args.n_samples_per_prompt
+        others = [group for group in groups if len(group) != wanted]
+        if not others:
+            return
+        sizes = sorted({len(group) for group in others})
+        added = removed = 0
+        for group in others:
+            first = flatten(group)[0]
+            while len(group) < wanted:
+                group.append(self._fresh(first))
+                added += 1
+            removed += len(group) - wanted
+            group.sort(key=_tokens_generated, reverse=True)
+            del group[wanted:]
+        logger.warning(
+            "the buffer's %d groups of %s samples become groups of --n-samples-per-prompt %d: "
+            "%d fresh samples added, %d removed",
+            len(others), "/".join(map(str, sizes)), wanted, added, removed,
+        )  # fmt: skip
+
+    def _fresh(self, sibling: Sample) -> Sample:
+        """Another sample of the same prompt, of which nothing has been generated."""
+        sample = copy.deepcopy(sibling)
+        sample.reset_for_retry()
+        sample.tokens, sample.rollout_id, sample.session_id = [], None, None
+        sample.index = self.sample_index
+        self.sample_index += 1
+        return sample
+
+
+def _tokens_generated(item: Sample | list) -> int:
+    return sum(sample.response_length for sample in flatten([item]))
 
 
 def _pack(item: Sample | list) -> dict | list:

@@ -2,11 +2,13 @@
 
 A file is .jsonl or .parquet, with an optional slice: `prompts.jsonl@[100:]`, `prompts.parquet@[-50:]`. A row that cannot be
 used is refused with file and line number, or skipped and counted when `--on-broken-prompt-line skip` says so; never passed
-over silently.
+over silently. What a list of messages must look like is in messages.py.
 """
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import json
 import logging
 import re
@@ -15,12 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slime.config.prompt_files import file_problem, split_slice
+from slime.rollout.chat_template import render_conversation
+from slime.rollout.messages import without_nulls
 from slime.types.sample import Sample
 
 logger = logging.getLogger(__name__)
 
-_SLICED = re.compile(r"^(?P<path>.*)@\[(?P<start>-?\d*):(?P<end>-?\d*)\]$")
+SKIP_HINT = "correct the line, or pass --on-broken-prompt-line skip to leave such lines out"
 _TOKENIZE_AT_ONCE = 1024
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class BrokenRow(ValueError):
@@ -46,35 +52,26 @@ class Row:
     values: dict[str, Any]
 
 
-def split_slice(path: str) -> tuple[str, slice]:
-    """`file@[a:b]` -> (file, slice(a, b)); a file without a slice gives all rows."""
-    match = _SLICED.match(path)
-    if match is None:
-        return path, slice(None)
-    start, end = (int(match[name]) if match[name] else None for name in ("start", "end"))
-    return match["path"], slice(start, end)
-
-
 def read_rows(path: str, *, on_broken: str = "refuse") -> list[Row]:
-    """All rows of the file (or of its slice). Raises ValueError for a missing file, an unknown kind or a broken line."""
-    file, rows_wanted = split_slice(path)
-    if not Path(file).is_file():
-        raise ValueError(f"prompt file {file} does not exist")
+    """Rows of the file, or of its slice: `@[a:b]` counts the lines that are not blank, and no other line is looked into.
+
+    Raises ValueError for a missing file, an unknown kind, or a broken line of the slice (left out and counted with "skip").
+    """
+    if problem := file_problem(path):
+        raise ValueError(f"prompt file {problem}")
+    file, wanted = split_slice(path)
     readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    suffix = Path(file).suffix
-    if suffix not in readers:
-        raise ValueError(f"prompt file {file}: {suffix or 'no'} suffix; .jsonl and .parquet can be read")
     rows: list[Row] = []
     broken: list[str] = []
-    for item in readers[suffix](file):
+    for item in readers[Path(file).suffix](file, wanted):
         if isinstance(item, Row):
             rows.append(item)
         elif on_broken == "refuse":
-            raise ValueError(f"{item}; correct the line, or pass --on-broken-prompt-line skip to leave such lines out")
+            raise ValueError(f"{item}; {SKIP_HINT}")
         else:
             broken.append(item)
     _report_skipped(file, broken)
-    return rows[rows_wanted]
+    return rows
 
 
 def _report_skipped(file: str, reasons: list[str]) -> None:
@@ -82,28 +79,60 @@ def _report_skipped(file: str, reasons: list[str]) -> None:
         logger.warning("%s: %d broken lines skipped; the first: %s", file, len(reasons), reasons[0])
 
 
-def _jsonl_rows(file: str) -> Iterator[Row | str]:
-    with open(file, encoding="utf-8", errors="surrogateescape") as lines:
+def _filled_lines(file: str) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of the lines that are not blank. Bytes: a text mode would end lines at other characters too."""
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                yield f"{where}: not JSON ({error.msg} at column {error.colno}): {line.strip()[:60]!r}"
-                continue
-            yield Row(where, values) if isinstance(values, dict) else f"{where}: a {type(values).__name__}, not a JSON object"
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield number, line
 
 
-def _parquet_rows(file: str) -> Iterator[Row]:
-    import pyarrow.parquet
+def _jsonl_rows(file: str, wanted: slice) -> Iterator[Row | str]:
+    start, stop = wanted.start or 0, wanted.stop
+    if start < 0 or (stop or 0) < 0:
+        start, stop, _ = wanted.indices(sum(1 for _ in _filled_lines(file)))
+    for number, line in itertools.islice(_filled_lines(file), start, stop):
+        yield _row_of_line(f"{file}:{number}", line)
 
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-        for values in batch.to_pylist():
-            number += 1
-            yield Row(f"{file}: row {number}", values)
+
+def _row_of_line(where: str, line: bytes) -> Row | str:
+    """The row, or why there is none."""
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        return f"{where}: not UTF-8 (byte 0x{line[error.start]:02x} in column {error.start + 1}): {line[:60]!r}"
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"{where}: not JSON ({error.msg} at column {error.colno}): {text[:60]!r}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+        return f"{where}: JSON that cannot be read ({error}): {text[:60]!r}"
+    return Row(where, values) if isinstance(values, dict) else f"{where}: a {type(values).__name__}, not a JSON object"
+
+
+def _parquet_rows(file: str, wanted: slice) -> Iterator[Row]:
+    """Only the row groups that hold a wanted row are read."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            start, stop, _ = wanted.indices(table.metadata.num_rows)
+            number = 0
+            for group in range(table.num_row_groups):
+                size = table.metadata.row_group(group).num_rows
+                if number + size > start and number < stop:
+                    rows = table.read_row_group(group).slice(max(start - number, 0), stop - max(start, number))
+                    for position, values in enumerate(rows.to_pylist(), start=max(start, number) + 1):
+                        yield Row(f"{file}: row {position}", {key: _as_written(value) for key, value in values.items()})
+                number += size
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"prompt file {file} is no sound parquet file ({error}); download or convert it again") from None
+
+
+def _as_written(column: Any) -> Any:
+    """A list of messages or tools without the fields that are null only because another element of the file has them."""
+    return without_nulls(column) if isinstance(column, list) else column
 
 
 def read_prompts(
@@ -119,21 +148,33 @@ def read_prompts(
     tokenizer: anything with transformers' `apply_chat_template` and `__call__`; needed for templates and the length filter.
     Raises ValueError when nothing is left.
     """
+    rows = read_rows(path, on_broken=on_broken)
     samples: list[Sample] = []
     broken: list[str] = []
-    for row in read_rows(path, on_broken=on_broken):
+    for row in rows:
         try:
             samples.append(_to_sample(row, form, tokenizer))
         except BrokenRow as error:
             if on_broken == "refuse":
-                raise
+                raise BrokenRow(f"{error}; {SKIP_HINT}") from error
             broken.append(str(error))
     _report_skipped(path, broken)
     kept = samples if max_prompt_len is None else _short_enough(samples, tokenizer, max_prompt_len, path)
     if not kept:
-        raise ValueError(f"{path} yields no prompt: {len(samples)} were read, {len(samples)} are over {max_prompt_len} tokens")
+        raise ValueError(_why_none(path, len(rows), len(broken), max_prompt_len))
     logger.info("%s: %d prompts", path, len(kept))
     return kept
+
+
+def _why_none(path: str, num_rows: int, num_broken: int, max_prompt_len: int | None) -> str:
+    if num_rows == 0:
+        return f"{path} yields no prompt: no row of it could be read; name a file, or a slice of it, that has rows"
+    if num_broken == num_rows:
+        return f"{path} yields no prompt: all {num_rows} rows are broken, the first reason is in the log above"
+    return (
+        f"{path} yields no prompt: {num_rows - num_broken} were read and are over {max_prompt_len} tokens; "
+        "raise --rollout-max-prompt-len"
+    )
 
 
 def _column(row: Row, key: str, flag: str) -> Any:
@@ -149,44 +190,82 @@ def _to_sample(row: Row, form: PromptFormat, tokenizer: Any) -> Sample:
         raise BrokenRow(f"{row.where}: {form.input_key!r} must be a text or a list of messages, found {str(prompt)[:60]!r}")
     label = _column(row, form.label_key, "--label-key") if form.label_key else None
     metadata = _as_object(row, form.metadata_key, dict) or {}
-    tools = _as_object(row, form.tool_key, list) if form.tool_key else None
+    tools = _tools(row, form.tool_key) if form.tool_key else None
+    for key, value in (
+        (form.input_key, prompt),
+        (form.label_key, label),
+        (form.metadata_key, metadata),
+        (form.tool_key, tools),
+    ):
+        _refuse_half_characters(row, key, value)
     if tools:
         metadata = {**metadata, "tools": tools}
     if form.apply_chat_template:
         prompt = _render(row, prompt, tools, form, tokenizer)
     kwargs = dict(form.apply_chat_template_kwargs or {})
-    return Sample(prompt=prompt, label=label, metadata=metadata, apply_chat_template_kwargs=kwargs)
+    return Sample(prompt=prompt, label=label, metadata=metadata, apply_chat_template_kwargs=kwargs, prompt_source=row.where)
+
+
+def _refuse_half_characters(row: Row, key: str | None, value: Any) -> None:
+    """JSON can write half of a surrogate pair; no tokenizer takes it, and its error names no line."""
+    if isinstance(value, str):
+        if not value.isascii() and (half := _HALF.search(value)):
+            raise BrokenRow(
+                f"{row.where}: {key!r} holds the lone surrogate \\u{ord(half[0]):04x} (character {half.start() + 1}), "
+                f"which is no text"
+            )
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_half_characters(row, key, name)
+            _refuse_half_characters(row, key, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_half_characters(row, key, inner)
+
+
+def _tools(row: Row, key: str) -> list[dict] | None:
+    """The definitions as mappings; the column, and each element of it, may be JSON text."""
+    tools = _as_object(row, key, list)
+    found = [_from_json(row, key, tool) for tool in tools or []]
+    for tool in found:
+        if not isinstance(tool, dict):
+            raise BrokenRow(f"{row.where}: {key!r} holds {str(tool)[:60]!r}; a tool is a mapping, or its JSON text")
+    return found or None
 
 
 def _as_object(row: Row, key: str, kind: type) -> Any:
     """An optional column that holds a mapping or a list, or its JSON text."""
     value = row.values.get(key)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise BrokenRow(f"{row.where}: {key!r} is text that is not JSON ({error.msg})") from None
+    value = _from_json(row, key, value) if value != "" else None
     if value is not None and not isinstance(value, kind):
         raise BrokenRow(f"{row.where}: {key!r} must be a {kind.__name__} or its JSON text, found {type(value).__name__}")
     return value
 
 
+def _from_json(row: Row, key: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BrokenRow(f"{row.where}: {key!r} is text that is not JSON ({error})") from None
+
+
 def _render(row: Row, prompt: str | list, tools: list | None, form: PromptFormat, tokenizer: Any) -> str:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    for message in messages:
-        if not isinstance(message, dict) or "role" not in message:
-            raise BrokenRow(f"{row.where}: {form.input_key!r} holds {str(message)[:60]!r}; a message has a role and a content")
     try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=True, **(form.apply_chat_template_kwargs or {})
-        )
+        kwargs = form.apply_chat_template_kwargs or {}
+        return render_conversation(tokenizer, messages, tools, add_generation_prompt=True, **kwargs).text
     except Exception as error:
         raise BrokenRow(f"{row.where}: the chat template refuses these messages: {type(error).__name__}: {error}") from error
 
 
 def _short_enough(samples: list[Sample], tokenizer: Any, limit: int, path: str) -> list[Sample]:
     if any(not isinstance(sample.prompt, str) for sample in samples):
-        logger.warning("%s: prompts are lists of messages (no --apply-chat-template), so their length is not limited", path)
+        logger.warning(
+            "%s: prompts are lists of messages (no --apply-chat-template): --rollout-max-prompt-len leaves none of them out",
+            path,
+        )
         return samples
     kept: list[Sample] = []
     for start in range(0, len(samples), _TOKENIZE_AT_ONCE):

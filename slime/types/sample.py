@@ -114,6 +114,8 @@ class Sample:
     rollout_id: int | None = None
     """Trajectory this sample belongs to; needed only when one execution fans out into several samples, which then share it."""
     prompt: str | list[dict[str, Any]] = ""
+    prompt_source: str = ""
+    """File and line that the prompt was read from, for messages; empty when no file gave it."""
     tokens: list[int] = field(default_factory=list)
     """Prompt ids, then response ids."""
     multimodal_inputs: dict[str, Any] | None = None

@@ -96,6 +96,35 @@ def test_the_buffer_comes_first_and_takes_whole_groups_only(source_of):
         source.add_samples([second[:1]])
 
 
+@pytest.mark.parametrize("resumed_with", [1, 2, 4])
+def test_groups_of_the_buffer_have_the_size_that_a_resumed_run_asks_for(source_of, resumed_with, caplog):
+    """Saved with two per prompt, one of them begun: it is what remains of a smaller group, and a larger one gets fresh ones."""
+    source = source_of()
+    groups = source.get_samples(3)
+    for group in groups[:2]:
+        begun = group[1]
+        begun.tokens, begun.response_length, begun.status, begun.response = [7, 8, 9], 2, Status.ABORTED, "ab"
+        begun.rollout_log_probs, begun.metadata["start_rollout_id"] = [-1.0, -2.0], 5
+    source.add_samples(groups[:2])
+    resumed = source_of(n_samples_per_prompt=resumed_with)
+    with caplog.at_level("WARNING"):
+        resumed.load_state_dict(source.state_dict())
+    found = resumed.get_samples(3)
+    assert [len(group) for group in found] == [resumed_with] * 3
+    assert prompts_of(found)[:2] == prompts_of(groups)[:2]
+    for group, saved in zip(found[:2], groups[:2], strict=True):
+        assert {sample.prompt for sample in group} == {saved[0].prompt}
+        assert {sample.group_index for sample in group} == {saved[0].group_index}
+        assert sorted(sample.response_length for sample in group) == sorted([0, 0, 0, 2][-resumed_with:])
+        fresh = [sample for sample in group if not sample.response_length]
+        assert all(sample.tokens == [] and sample.status is Status.PENDING for sample in fresh)
+    indices = [sample.index for group in found for sample in group]
+    assert len(set(indices)) == len(indices)
+    said = {1: "0 fresh samples added, 2 removed", 4: "4 fresh samples added, 0 removed"}
+    assert ("the buffer's 2 groups of 2 samples" in caplog.text) == (resumed_with != 2)
+    assert said.get(resumed_with, "") in caplog.text
+
+
 def newest_first(args, rollout_id, buffer, num_samples):
     taken = buffer[::-1][:num_samples]
     del buffer[-len(taken) :]
@@ -122,6 +151,10 @@ def test_save_and_load_use_slimes_file_and_a_first_run_starts_at_the_beginning(s
     fresh = source_of(load=str(tmp_path / "nothing"))
     fresh.load(3)
     assert fresh.sample_index == 0
+
+
+def test_a_run_that_only_evaluates_needs_no_prompts():
+    assert len(RolloutDataSource(make_config(num_rollout=0).args)) == 0
 
 
 def test_without_prompts_the_flag_is_named():

@@ -19,6 +19,7 @@ from __future__ import annotations
 from slime.config.rules import (
     algorithm,
     batch,
+    context,
     dispatch,
     engine_model,
     engines,
@@ -58,6 +59,7 @@ STAGES: tuple[Stage, ...] = (
     Stage((engines.groups, engines.sizes, router.options)),
     Stage(
         (
+            context.engine_context,
             engine_model.division,
             engine_model.dense_ranks,
             engine_model.fp8_blocks,

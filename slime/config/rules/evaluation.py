@@ -26,5 +26,15 @@ def evaluation(v: Values) -> None:
     )
     if v["eval_function_path"] is None:
         v.derive("eval_function_path", v["rollout_function_path"], "it defaults to --rollout-function-path")
+    _files(v)
     if v["eval_reward_key"] is None and v["reward_key"] is not None:
         v.derive("eval_reward_key", v["reward_key"], "it defaults to --reward-key")
+
+
+def _files(v: Values) -> None:
+    """Every data set's file can be read, also of an evaluation far ahead; a function of the user's reads what it likes."""
+    if v.door != "train" or not v["eval_function_path"].startswith("slime.rollout."):
+        return
+    for one in v["datasets"]:
+        problem = v.facts.prompt_file_problem(one.path)
+        v.require(not problem, f"evaluation {one.name}: {problem}")

@@ -28,6 +28,7 @@ def lengths(v: Values) -> None:
         not needs_prompts or v["prompt_data"],
         "--prompt-data is needed (or --disable-rollout-global-dataset with a rollout function of your own)",
     )
+    _prompt_file(v)
     context = v["rollout_max_context_len"]
     if context is not None:
         if v["rollout_max_prompt_len"] is None:
@@ -38,3 +39,14 @@ def lengths(v: Values) -> None:
         )
         if v["eval_max_context_len"] is None:
             v.derive("eval_max_context_len", context, "it defaults to --rollout-max-context-len")
+
+
+def _prompt_file(v: Values) -> None:
+    """The file can be read, where the project's own data source reads it."""
+    own = v["data_source_path"].startswith("slime.rollout.data_source.")
+    if v.door != "train" or not v["prompt_data"] or not own:
+        return
+    if not v["rollout_global_dataset"] or v["load_debug_rollout_data"] is not None:
+        return
+    problem = v.facts.prompt_file_problem(v["prompt_data"])
+    v.require(not problem, f"--prompt-data {problem}")
