@@ -10,7 +10,6 @@ import shutil
 import socket
 import struct
 import subprocess
-import sys
 import time
 import uuid
 from collections import Counter
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from slime.engine.imports import import_errors
 from slime.rehearse.findings import Findings
 
 PACKAGES = ("torch", "megatron-core", "sglang", "ray", "transformers", "numpy", "sglang-router")
@@ -29,7 +29,6 @@ SIOCGIFADDR = 0x8915
 MAX_SKEW_SECONDS = 1.0
 MIN_SHM_GB = 16.0
 MIN_DISK_GB = 20.0
-IMPORT_SECONDS = 100.0
 """Torch comes from a shared file system that every node asks at once; less than the time that a node has to answer."""
 MIN_FREE_SHARE = 0.95
 """Of a GPU's memory, before anything of ours runs."""
@@ -105,25 +104,8 @@ def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts
         proxies={name: os.environ[name] for name in PROXIES + NO_PROXY if os.environ.get(name)},
         packages={name: _version(name) for name in PACKAGES},
         python=platform.python_version(),
-        unloadable={name: error for name in wanted.modules if (error := import_error(name))},
+        unloadable=import_errors(wanted.modules),
     )
-
-
-def import_error(module: str) -> str:
-    """What importing it after torch ends with, in a process of its own; "" where it works.
-
-    Torch comes first in an engine too: it loads the CUDA libraries of its version, which the module may need and not bring.
-    """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", f"import torch, {module}"],
-            capture_output=True,
-            text=True,
-            timeout=IMPORT_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return f"the import took more than {IMPORT_SECONDS:g} s"
-    return "" if done.returncode == 0 else (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
 
 
 def _gpus() -> tuple[Gpu, ...]:

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from slime.config.engine_sizes import DEFAULT_TRANSFER
+from slime.engine.imports import needed
+from slime.engine.plan import merged
 from slime.engine.ports import FIRST_PORT
 from slime.rehearse.findings import Findings
 from slime.rehearse.node_facts import NodeFacts, Wanted, clock_offset, gather, judge, listen, reach
@@ -26,9 +27,6 @@ ANSWER_SECONDS = 120.0
 """A node that says nothing for so long is named as silent."""
 JOIN_SECONDS = 60.0
 INTERFACE_VARIABLES = ("SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-TRANSFER_OPTION = "disaggregation_transfer_backend"
-TRANSFER_MODULES = {"mooncake": "mooncake.engine", "mooncake_tcp": "mooncake.engine"}
-"""Transfer backend of a prefill/decode pair -> what its engines import. SGLang names any failure of that "not installed"."""
 
 
 def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = False) -> Wanted:
@@ -39,12 +37,12 @@ def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = 
     config = reading.config
     cluster = config.cluster
     devices = str(config.engine.sglang.get("disaggregation_ib_device", ""))
-    transfers = {
-        group.overrides.get(TRANSFER_OPTION, config.engine.sglang.get(TRANSFER_OPTION, DEFAULT_TRANSFER))
-        for model in config.engine.groups
-        for group in model.server_groups
-        if group.worker_type in ("prefill", "decode")
-    }
+    groups = [group for model in config.engine.groups for group in model.server_groups if group.worker_type != "placeholder"]
+    modules = needed(
+        [merged(config.engine.sglang, group.overrides) for group in groups],
+        disaggregated=any(group.worker_type in ("prefill", "decode") for group in groups),
+        on_cuda=not logical_gpus,
+    )
     folders = {
         str(Path(path).parent)
         for path in (config.checkpoint.hf_checkpoint, config.checkpoint.save, config.checkpoint.load, config.data.prompt_data)
@@ -57,7 +55,7 @@ def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = 
         ib_devices=tuple(name for name in re.split(r"[,\s]+", devices) if name and not name.startswith("{")),
         paths=tuple(sorted(folders)),
         ports=(FIRST_PORT, FIRST_PORT + 1),
-        modules=tuple({TRANSFER_MODULES[name]: None for name in transfers if name in TRANSFER_MODULES}),
+        modules=tuple(modules),
     )
 
 

@@ -1,7 +1,7 @@
 """Which engine settings of the recipe come up, answer right, sleep, take weights, and answer right again.
 
     source scripts/models/glm5.2-mini.sh
-    python3 tools/bench/engine_matrix.py --bf16 DIR --fp8 DIR [--rows fp8,recipe] [--lengths 1000,3000] -- "${MODEL_ARGS[@]}"
+    python3 tools/bench/engine_matrix.py --bf16 DIR --fp8 DIR [--rows "fp8;recipe"] [--lengths 1000,3000] -- "${MODEL_ARGS[@]}"
 
 One engine after another over all visible GPUs, started by the code that a run starts them with. Right means: of the tokens that
 the engine generated, its log-probs are those of the trainer (this process, in BF16 on the first GPU) for the same tokens. Three
@@ -9,7 +9,7 @@ times: with the weights that it loaded, after it slept and was sent them again, 
 seconds until it is up, seconds of the first and the second generation, GB a card that stay taken asleep, seconds of a weight
 update, and per length the mean and the 99th percentile of |engine - trainer|. JSON goes to --json.
 
-On a machine without a GPU the rows of a CPU engine are run (`--rows bf16,fp8`), with a tiny checkpoint.
+On a machine without a GPU the rows of a CPU engine are run (`--rows "bf16;fp8"`), with a tiny checkpoint.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bf16", required=True, help="Hugging Face checkpoint of the trainer")
     parser.add_argument("--fp8", required=True, help="its FP8 twin")
-    parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS), help="names of rows, default all")
+    parser.add_argument(
+        "--rows", type=lambda text: text.split(";"), default=list(ROWS), help="names of rows joined by ;, default all"
+    )
     parser.add_argument("--lengths", type=lambda text: [int(word) for word in text.split(",")], default=[1000, 3000])
     parser.add_argument("--prompts", type=int, default=8, help="of each length")
     parser.add_argument("--ranks", type=int, default=0, help="of an engine; default: all visible GPUs")
