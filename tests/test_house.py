@@ -68,3 +68,10 @@ def test_ci_and_a_commit_begin_with_the_linters():
     assert test_script.index("bash scripts/lint.sh; fi") < test_script.index("-m pytest --durations")
     assert "entry: bash scripts/lint.sh" in (ROOT / ".pre-commit-config.yaml").read_text()
     assert (ROOT / ".ci" / "run").read_text().endswith("exec bash scripts/test.sh\n")
+
+
+def test_the_readme_shows_as_many_packages_as_are_pinned():
+    pins = [
+        line for line in (ROOT / "scripts" / "constraints" / "cpu.txt").read_text().splitlines() if not line.startswith("#")
+    ]
+    assert f"2/3 {len(pins)} pinned packages" in (ROOT / "README.md").read_text()
