@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from slime.config.engine_sizes import merged
 from slime.engine.imports import needed
-from slime.engine.plan import merged
 from slime.engine.ports import FIRST_PORT
 from slime.rehearse.findings import Findings
 from slime.rehearse.node_facts import NodeFacts, Wanted, clock_offset, gather, judge, listen, reach
