@@ -40,4 +40,6 @@ def file_problem(path: str) -> str:
         return f"{file} does not exist; correct the path, or write the file first"
     if not os.access(file, os.R_OK):
         return f"{file} cannot be read by this user; change its permissions"
+    if os.path.getsize(file) == 0:
+        return f"{file} is empty; write the prompts first, one per row"
     return ""

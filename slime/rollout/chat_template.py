@@ -33,7 +33,7 @@ class Rendering:
     spans: tuple[tuple[int, int], ...]
     """Per message, (start, end) of its characters; (0, 0) for one that the template writes nothing for."""
     epilogue: str
-    """What follows the last message: the generation prompt, when one was asked for."""
+    """What follows the last message that wrote anything: the generation prompt, when one was asked for."""
 
     def of(self, position: int) -> str:
         """The text of one message."""
@@ -171,7 +171,8 @@ def _read_marks(marked: str, messages: list[Message]) -> Rendering:
     take(len(marked))
     text = "".join(pieces)
     spans = tuple(_span_of(text, owned, number) for number in range(len(messages)))
-    return Rendering(text, messages, spans, text[max((end for _, end in spans), default=0) :])
+    last = max((end for _, end in spans), default=0)
+    return Rendering(text, messages, spans, text[last:] if last else "")
 
 
 def _span_of(text: str, owned: list[tuple[int, int, int]], message: int) -> tuple[int, int]:

@@ -66,8 +66,14 @@ def spellings(messages: list[Message]) -> Iterator[list[Message]]:
 
 
 def _plain(message: Message) -> Message:
-    """Without null fields and our own key, the content one text where its parts are texts."""
+    """Without fields that say nothing and our own key, the content one text where its parts are texts.
+
+    Templates ask whether a message has tool_calls (Llama) or reasoning_content (Qwen3), not whether anything is in them.
+    """
     kept = {key: value for key, value in message.items() if value is not None and key != STEP_LOSS_MASK}
+    for key in ("tool_calls", "reasoning_content"):
+        if not kept.get(key):
+            kept.pop(key, None)
     content = kept.get("content", "")
     if isinstance(content, list) and all(_part_text(part) is not None for part in content):
         content = "".join(_part_text(part) for part in content)

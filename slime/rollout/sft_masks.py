@@ -159,19 +159,32 @@ class _Family:
         ends_here = last.message == len(whole.messages) - 1
         if not thoughts or thoughts in text or not knows or not ends_here or "</think>" in prompt:
             return whole, turns
-        start = whole.spans[last.message][0]
-        content = message.get("content") or ""
-        written = (
-            content.rpartition("</think>")[0] + "</think>" if "</think>" in content else f"<think>\n{thoughts}\n</think>\n\n"
-        )
-        written = written[_overlap(prompt, written) :]
-        moved = start + len(prompt) + len(written) - last.start
-        text = whole.text[:start] + prompt + written + whole.text[last.start :]
-        end = whole.spans[last.message][1] + moved
+        start, end = whole.spans[last.message]
+        written = _with_thoughts(prompt, message, whole.text[last.start : end])
+        text = whole.text[:start] + prompt + written + whole.text[end:]
+        moved = len(text) - len(whole.text)
         return (
-            replace(whole, text=text, spans=(*whole.spans[:-1], (start, end))),
+            replace(whole, text=text, spans=(*whole.spans[:-1], (start, end + moved))),
             [*turns[:-1], replace(last, start=start + len(prompt), end=last.end + moved)],
         )
+
+
+_EMPTY_THOUGHTS = re.compile(r"\s*(<think>\s*)?</think>")
+
+
+def _with_thoughts(prompt: str, message: Message, written: str) -> str:
+    """The turn behind its generation prompt: the thoughts, as the data set wrote them or in the prompt's manner, then what the
+    template wrote without them."""
+    content = message.get("content") or ""
+    if "</think>" in content:
+        thoughts = content.rpartition("</think>")[0] + "</think>"
+    elif prompt.endswith("<think>"):
+        thoughts = f"{thoughts_of(message)}</think>"
+    else:
+        thoughts = f"<think>\n{thoughts_of(message)}\n</think>\n\n"
+    if empty := _EMPTY_THOUGHTS.match(written):
+        written = written[empty.end() :]
+    return thoughts[_overlap(prompt, thoughts) :] + written
 
 
 def _overlap(before: str, after: str) -> int:

@@ -13,6 +13,7 @@ from slime.config.prompt_files import file_problem
 def disk(tmp_path):
     """(facts that ask the real disk, the folder with one good file)."""
     (tmp_path / "p.jsonl").write_text('{"input": "q"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
     return gather_facts(load=None, ref_load=None, hf_checkpoint=None), tmp_path
 
 
@@ -30,6 +31,7 @@ def refusal(*flags, facts):
         ("p.jsonl@[1]", "is not two whole numbers"),
         ("p.csv", ".csv suffix; .jsonl and .parquet can be read"),
         ("", "is a folder"),
+        ("empty.jsonl", "empty.jsonl is empty"),
     ],
 )
 def test_prompts_that_are_not_there_are_said_before_anything_starts(disk, name, reason):

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 (lines of a template are as long as what they write)
-"""Chat templates that behave as the released ones of six families, and a small byte tokenizer with each family's tokens.
+"""Chat templates that behave as the released ones of the families that people use, and a small byte tokenizer with each family's tokens.
 
 The templates are ours; what they do with thoughts, tool calls, tool results, white space and ends of turns is what the released
 ones do. `{% generation %}` stands where a model would generate: `released()` takes it out, so that the tokenizer's own
@@ -186,6 +186,29 @@ _DEEPSEEK = """{%- set ns = namespace(tool=false, first=true, system='') -%}
 DEEPSEEK_V3 = _DEEPSEEK.replace("CUT", "").replace("PROMPT", "")
 DEEPSEEK_R1 = _DEEPSEEK.replace("CUT", ".split('</think>')[-1]").replace("PROMPT", "<think>\\n")
 
+# V3.1: the prompt opens or closes the thoughts, turns of the past close them at once; calls are always closed.
+DEEPSEEK_V31 = """{{ bos_token }}
+{%- set ns = namespace(asked=false, tool=false) -%}{%- set thinking = thinking if thinking is defined else false -%}
+{%- for message in messages -%}{%- if message.role == 'system' -%}{{ message.content }}{%- endif -%}{%- endfor -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}{%- set ns.asked = true -%}{%- set ns.tool = false -%}{{ '<｜User｜>' + message.content }}
+{%- elif message.role == 'assistant' -%}
+{{ '<｜Assistant｜></think>' if ns.asked else '' }}{% generation %}
+{%- set ns.asked = false -%}
+{%- if message.tool_calls -%}
+{%- set ns.tool = false -%}{{ message.content or '' }}{{ '<｜tool▁calls▁begin｜>' }}
+{%- for call in message.tool_calls -%}
+{{ '<｜tool▁call▁begin｜>' + call.function.name + '<｜tool▁sep｜>' + call.function.arguments + '<｜tool▁call▁end｜>' }}
+{%- endfor -%}{{ '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' }}
+{%- else -%}
+{{ (message.content if ns.tool else message.content.split('</think>', 1)[-1]) + '<｜end▁of▁sentence｜>' }}{%- set ns.tool = false -%}
+{%- endif -%}{% endgeneration %}
+{%- elif message.role == 'tool' -%}
+{%- set ns.tool = true -%}{{ '<｜tool▁output▁begin｜>' + message.content + '<｜tool▁output▁end｜>' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and ns.asked and not ns.tool -%}{{ '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}{%- endif -%}"""
+
 LLAMA3 = """{{ bos_token }}
 {%- if messages[0].role == 'system' -%}{%- set system = messages[0].content | trim -%}{%- set messages = messages[1:] -%}
 {%- else -%}{%- set system = '' -%}{%- endif -%}
@@ -251,6 +274,9 @@ FAMILIES = {
     "deepseek-v3": Family(DEEPSEEK_V3, _DEEPSEEK_MARKERS, "<｜end▁of▁sentence｜>", bos="<｜begin▁of▁sentence｜>"),
     "deepseek-r1": Family(
         DEEPSEEK_R1, _DEEPSEEK_MARKERS, "<｜end▁of▁sentence｜>", bos="<｜begin▁of▁sentence｜>", added=_THINK[:2]
+    ),
+    "deepseek-v3.1": Family(
+        DEEPSEEK_V31, _DEEPSEEK_MARKERS, "<｜end▁of▁sentence｜>", bos="<｜begin▁of▁sentence｜>", added=_THINK[:2]
     ),
     "llama3": Family(LLAMA3, _LLAMA_MARKERS, "<|eot_id|>", bos="<|begin_of_text|>"),
     "in-loop": Family(IN_LOOP, ("</s>",), "</s>"),

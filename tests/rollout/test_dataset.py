@@ -162,11 +162,13 @@ def test_a_missing_label_column_is_named_with_the_columns_present(tmp_path):
         ("gone.jsonl@[0:2]", "gone.jsonl does not exist"),
         ("p.csv", ".jsonl and .parquet can be read"),
         ("folder.jsonl", "is a folder"),
+        ("empty.jsonl", "is empty"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path, name, message):
     (tmp_path / "p.csv").write_text("a,b")
     (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match=message):
         read_rows(str(tmp_path / name))
 
@@ -202,7 +204,7 @@ def test_long_prompts_are_left_out_in_order_and_counted(tmp_path, tokenizer_fold
 @pytest.mark.parametrize(
     "rows, suffix, reason",
     [
-        ([], "", "no row of it could be read"),
+        (["", " "], "", "no row of it could be read"),
         ([{"input": "q"}], "@[1:]", "no row of it"),
         (["{"], "", "no row of it"),
         ([{}], "", "all 1 rows"),

@@ -171,6 +171,17 @@ BY_HAND = [
     ("deepseek-r1", CONVERSATIONS["thoughts inside the content"], None, {}, "one more\n</think>\n\n2<｜end▁of▁sentence｜>"),
     ("deepseek-r1", [user("a"), answer("because</think>b")], None, {}, "because</think>b<｜end▁of▁sentence｜>"),
     ("deepseek-r1", [user("a"), answer("<table>")], None, {}, "<table><｜end▁of▁sentence｜>"),
+    ("deepseek-v3.1", CALLS, None, {}, '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get<｜tool▁sep｜>{"city": "Oslo"}'
+     "<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>12 C<｜end▁of▁sentence｜>ok<｜end▁of▁sentence｜>"),
+    ("deepseek-v3.1", CONVERSATIONS["thoughts in every turn"], None, {}, "2<｜end▁of▁sentence｜>4<｜end▁of▁sentence｜>"),
+    # Asked to think, it is taught to: the closing mark of the template gives way to the thoughts.
+    ("deepseek-v3.1", CONVERSATIONS["thoughts in every turn"], None, {"thinking": True},
+     "</think>2<｜end▁of▁sentence｜>two more</think>4<｜end▁of▁sentence｜>"),
+    ("qwen3", [{"role": "system", "content": "S"}, answer("hi"), user("a"), answer("b")], None, {},
+     "hi<|im_end|><think>\n\n</think>\n\nb<|im_end|>"),
+    ("qwen3", [user("a"), answer("<think>\nc\n</think>\n\nb", reasoning_content="", tool_calls=[])], None, {},
+     "<think>\nc\n</think>\n\nb<|im_end|>"),
+    ("llama3", [user("a"), answer("b", tool_calls=[])], None, {}, "b<|eot_id|>"),
     ("llama3", CALLS, None, {}, '{"name": "get", "parameters": {"city": "Oslo"}}<|eot_id|>12 C<|eot_id|>ok<|eot_id|>'),
     ("llama3", CALLS[:2], None, {"builtin_tools": ["x"]}, '{"name": "get", "parameters": {"city": "Oslo"}}<|eom_id|>'),
     ("in-loop", [user("a"), answer("b"), user("c"), answer("d")], None, {}, "b</s>d</s>"),
@@ -204,7 +215,7 @@ def test_distill_qwen_trains_the_last_turn_with_its_thoughts(name):
     text = trained(tokenizer, last)
     assert "4" in text and "2" not in text
     assert trained(tokenizer, every).endswith(text)
-    knows_thoughts = name not in ("qwen2.5", "deepseek-v3", "llama3", "in-loop")
+    knows_thoughts = name not in ("qwen2.5", "deepseek-v3", "deepseek-v3.1", "llama3", "in-loop")
     assert ("two more" in text) == knows_thoughts
 
 
