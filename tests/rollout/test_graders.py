@@ -14,6 +14,7 @@ from slime.rollout.grading.choices import grade_gpqa
 from slime.rollout.grading.dapo import grade_dapo
 from slime.rollout.grading.deepscaler import grade_deepscaler
 from slime.rollout.grading.f1 import token_f1
+from slime.rollout.grading.pool import GradingError
 from slime.rollout.rm_hub import async_rm, batched_async_rm, remote
 from slime.types.sample import Sample
 
@@ -162,12 +163,16 @@ def test_a_reward_server_is_asked_again_when_busy_and_not_when_it_refuses(reward
     monkeypatch.setattr(remote.random, "random", lambda: 0.0)
     url, statuses, seen = reward_server
     sample = Sample(prompt="p", response="r", label="l")
-    statuses += [503, 500]
+    statuses += [503, 429]
     assert grade(sample, rm_type="remote_rm", rm_url=url) == {"score": 0.25}
     assert seen == [{"prompt": "p", "response": "r", "label": "l"}] * 3
     statuses += [404]
-    with pytest.raises(RuntimeError, match="gave no reward: 404"):
+    with pytest.raises(GradingError, match="gave no reward: 404") as refused:
         grade(sample, rm_type="remote_rm", rm_url=url)
-    assert len(seen) == 4
+    assert len(seen) == 4 and refused.value.reason == "server_refused"
+    statuses += [429] * 10
+    with pytest.raises(GradingError, match="gave no reward: 429") as busy:
+        grade(sample, rm_type="remote_rm", rm_url=url)
+    assert len(seen) == 14 and busy.value.reason == "server_busy"
     with pytest.raises(ValueError, match="--rm-url"):
         grade(sample, rm_type="remote_rm")

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from slime.rollout.grading.pool import GradingError
 from slime.types.sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,8 @@ TRIES = 10
 LONGEST_PAUSE_SECONDS = 30.0
 ANSWER_SECONDS = 120.0
 CONNECTIONS = 64
+PUT_OFF = (408, 425, 429)
+"""Refusals that ask to come again later, as every 5xx does."""
 
 _clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = weakref.WeakKeyDictionary()
 
@@ -26,29 +29,40 @@ def _client() -> httpx.AsyncClient:
     loop = asyncio.get_running_loop()
     if loop not in _clients:
         limits = httpx.Limits(max_connections=CONNECTIONS)
-        # Waiting for a free connection may take as long as the server needs; the answer itself is bounded.
-        timeout = httpx.Timeout(ANSWER_SECONDS, pool=None)
-        _clients[loop] = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
+        _clients[loop] = httpx.AsyncClient(limits=limits, trust_env=False)
     return _clients[loop]
 
 
 async def remote_rm(args: Any, sample: Sample) -> Any:
-    """Raises RuntimeError when the server did not answer in ten tries, or refuses the request (4xx)."""
+    """Raises GradingError when the server gave no reward in ten tries (`server_busy`, `server_failed`), or refused at once
+    (`server_refused`). --rm-timeout bounds each try."""
     if not args.rm_url:
         raise ValueError("--rm-type remote_rm needs the address of the server: --rm-url URL")
+    # Waiting for a free connection may take as long as the server needs; the answer itself is bounded.
+    timeout = httpx.Timeout(getattr(args, "rm_timeout", None) or ANSWER_SECONDS, pool=None)
     payload = {"prompt": sample.prompt, "response": sample.response, "label": sample.label}
-    last = ""
+    last, reason = "", ""
     for attempt in range(TRIES):
         try:
-            response = await _client().post(args.rm_url, json=payload)
+            response = await _client().post(args.rm_url, json=payload, timeout=timeout)
             if response.is_success:
                 return response.json()
-            last = f"{response.status_code} {response.text[:200]}"
-            if response.status_code < 500:
+            last, asked = f"{response.status_code} {response.text[:200]}", _retry_after(response)
+            reason = "server_busy" if response.status_code in PUT_OFF else "server_failed"
+            if response.status_code < 500 and response.status_code not in PUT_OFF:
+                reason = "server_refused"
                 break
         except (httpx.TransportError, ValueError) as error:
-            last = f"{type(error).__name__} {error}"
+            last, reason, asked = f"{type(error).__name__} {error}", "server_failed", 0.0
         logger.info("reward server %s: %s (try %d of %d)", args.rm_url, last, attempt + 1, TRIES)
         if attempt + 1 < TRIES:
-            await asyncio.sleep(min(2.0**attempt, LONGEST_PAUSE_SECONDS) + random.random())
-    raise RuntimeError(f"the reward server {args.rm_url} gave no reward: {last}")
+            await asyncio.sleep(min(max(2.0**attempt, asked), LONGEST_PAUSE_SECONDS) + random.random())
+    raise GradingError(reason, f"the reward server {args.rm_url} gave no reward: {last}")
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds that the server asks to wait; 0 where it says nothing, or a date."""
+    try:
+        return max(0.0, float(response.headers.get("Retry-After", 0)))
+    except ValueError:
+        return 0.0
