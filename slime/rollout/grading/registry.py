@@ -12,6 +12,7 @@ from slime.rollout.grading.choices import grade_gpqa
 from slime.rollout.grading.dapo import grade_dapo
 from slime.rollout.grading.deepscaler import grade_deepscaler
 from slime.rollout.grading.f1 import token_f1
+from slime.rollout.grading.ifbench import grade_ifbench
 from slime.rollout.grading.mathematics import grade_math
 from slime.rollout.grading.question import Question, Verdict
 from slime.rollout.grading.response import last_boxed, without_end_tokens
@@ -30,6 +31,7 @@ GRADERS: dict[str, Callable[[Question], Verdict]] = {
     "deepscaler": lambda q: int(any(grade_deepscaler(q.response, label) for label in _labels(q))),
     "f1": lambda q: max(token_f1(q.response, label) for label in _labels(q)),
     "gpqa": lambda q: grade_gpqa(q.response, q.label, q.metadata),
+    "ifbench": lambda q: grade_ifbench(q.response, q.metadata),
 }
 
 
