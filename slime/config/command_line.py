@@ -147,6 +147,9 @@ def _store(row: Flag, words: list[str], into: dict[str, object], mistakes: list[
             return
         into[row.dest] = row.switch_value
         return
+    if row.optional and words == ["none"]:
+        into.pop(row.dest, None)  # a word of the launcher's that a later one takes back
+        return
     wanted = row.num_values
     if not words or (wanted != "one or more" and len(words) != wanted):
         said = f", got {' '.join(words)!r}" if words else ""

@@ -38,6 +38,8 @@ class Capabilities:
     """set: `dp_size N` with `enable_dp_attention` becomes this option (there, dp_size alone means replicas)"""
     update_session: bool = False
     """weight updates go between /begin_weight_update and /end_weight_update"""
+    index_cache_where_computed: bool = False
+    """the indexer's keys are cached in the layers that compute a selection of their own alone; before, in every layer"""
     fused_experts_on_load: bool = False
     """3-D expert tensors are accepted by weight updates"""
     cpu_engine: bool = False
@@ -62,6 +64,7 @@ TABLE = (
         value_renames=_DSA_VALUES,
         attention_dp_option="attn_dp_size",
         update_session=True,
+        index_cache_where_computed=True,
         fused_experts_on_load=True,
         cpu_engine=True,
     ),
@@ -92,6 +95,17 @@ def installed_version() -> str:
         return version("sglang")
     except PackageNotFoundError:
         raise ValueError("sglang is not installed in this environment; run scripts/setup.sh (extras: cpu or gpu)") from None
+
+
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "scripts" / "constraints" / "gpu.txt"
+
+
+def pinned_version(constraints: Path = CONSTRAINTS) -> str | None:
+    """The SGLang that scripts/setup.sh installs on a GPU machine; None where the scripts are not there."""
+    if not constraints.is_file():
+        return None
+    found = re.search(r"^sglang==(\S+)", constraints.read_text(), re.MULTILINE)
+    return found.group(1) if found else None
 
 
 @dataclass(frozen=True)

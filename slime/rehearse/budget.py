@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-from slime.rehearse.cost import SyncBytes, replaced
-from slime.rehearse.engine_checks import EnginePlan
+from slime.rehearse.cost import replaced
+from slime.rehearse.engine_memory import EngineRank
 from slime.rehearse.findings import Findings
 from slime.rehearse.host_memory import host_memory
-from slime.rehearse.layout_checks import longest_sample
+from slime.rehearse.layout_checks import padded_sample
 from slime.rehearse.measured import TOLERANCE, Comparison, Measured, compare, read_measured
-from slime.rehearse.memory import Assumed, EngineRank, StageMemory, TrainShapes, kv_bytes_per_token, stage_memory
+from slime.rehearse.memory import Assumed, StageMemory, TrainShapes, Turns, stage_memory
 from slime.rehearse.options import Options
-from slime.rehearse.reading import Reading
+from slime.rehearse.reading import Basis, Reading
 from slime.rehearse.shares import StageShare, shares_of, stage_parts
 
 DEFAULT_LENGTH = 32768
@@ -53,17 +53,32 @@ class KvCache:
 
 
 @dataclass(frozen=True)
+class NodeMemory:
+    """Main memory of the fullest node by part, bytes: while engines generate, and while a checkpoint is written."""
+
+    rollout: Mapping[str, int]
+    checkpoint: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Budget:
     stages: tuple[StageMemory, ...]
     caches: tuple[KvCache, ...]
     fits: tuple[Fit, ...]
     assumed: Mapping[str, float]
-    node_optimizer: int
-    """Bytes of optimizer state in main memory of the fullest node."""
-    node_checkpoint: int
-    """The same and the copies that wait for the disk, while a checkpoint is written."""
+    node: NodeMemory
     measured: Measured | None = None
     comparisons: tuple[Comparison, ...] = ()
+
+    @property
+    def node_optimizer(self) -> int:
+        """Bytes of optimizer state in main memory of the fullest node."""
+        return self.node.rollout["optimizer"]
+
+    @property
+    def node_checkpoint(self) -> int:
+        """The same and the copies that wait for the disk, while a checkpoint is written."""
+        return self.node.checkpoint["optimizer and copies for the disk"]
 
 
 def assumed_of(words: Sequence[str]) -> Assumed:
@@ -71,15 +86,15 @@ def assumed_of(words: Sequence[str]) -> Assumed:
     return replaced(Assumed(), words, flag="--assume")
 
 
-def train_shapes(reading: Reading, *, mean_share: float) -> TrainShapes:
-    """mean_share: mean length of a sample / the longest that the flags allow."""
+def train_shapes(reading: Reading, *, longest: int | None, mean_share: float) -> TrainShapes:
+    """longest: tokens of the longest sample that the flags allow. mean_share: mean length of a sample / that."""
     config, grid = reading.config, reading.grid
-    batch, optimizer = config.batch, config.optimizer
-    longest = longest_sample(config) or DEFAULT_LENGTH
+    batch, optimizer, mega = config.batch, config.optimizer, config.model.megatron
+    length = longest or DEFAULT_LENGTH
     dynamic = batch.use_dynamic_batch_size and batch.max_tokens_per_gpu
-    tokens = batch.max_tokens_per_gpu if dynamic else -(-longest * batch.micro_batch_size // grid.cp)
+    tokens = batch.max_tokens_per_gpu if dynamic else -(-length * batch.micro_batch_size // grid.cp)
     samples = (batch.global_batch_size or 1) / grid.dp
-    mean = max(1, int(longest * mean_share))
+    mean = max(1, int(length * mean_share))
     micro = (
         int(-(-samples * mean // (tokens * grid.cp)))
         if batch.use_dynamic_batch_size
@@ -90,19 +105,23 @@ def train_shapes(reading: Reading, *, mean_share: float) -> TrainShapes:
     moments = (
         sizes[optimizer.exp_avg_dtype] + sizes[optimizer.exp_avg_sq_dtype] if optimizer.use_precision_aware_optimizer else 8
     )
+    block = mega.get("recompute_method") == "block"
     return TrainShapes(
         tokens=tokens,
         stream=tokens * grid.cp,
-        recompute=config.model.megatron.get("recompute_granularity") == "full",
+        recompute=mega.get("recompute_granularity") == "full",
         param_bytes=dtype,
         grad_bytes=4 if dtype == 4 or optimizer.accumulate_allreduce_grads_in_fp32 else 2,
         # float32 weights are their own masters
         optimizer_bytes=moments + (4 if dtype == 2 else 0),
-        optimizer_on_host=optimizer.optimizer_cpu_offload,
+        offloaded=optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0,
         micro_batches=max(1, micro),
         padded_vocab=config.model.padded_vocab_size or reading.hf["vocab_size"],
         log_probs_chunk=batch.log_probs_chunk_size,
         core_axis=config.parallel.dsa_core_axis,
+        vpp=config.parallel.virtual_pipeline_model_parallel_size or 1,
+        recompute_block=mega.get("recompute_num_layers", 0) if block else None,
+        longest_tokens=padded_sample(config, grid, longest) // grid.cp if longest and dynamic else 0,
     )
 
 
@@ -110,81 +129,126 @@ def check_memory(
     reading: Reading,
     shares: Sequence[StageShare],
     shapes: TrainShapes,
-    engines: EnginePlan,
-    sync: SyncBytes | None,
+    ranks: Sequence[EngineRank],
     options: Options,
     findings: Findings,
+    *,
+    longest: int | None,
 ) -> Budget:
-    """sync: what one engine GPU keeps; None without engines."""
-    config, assumed = reading.config, assumed_of(options.assume)
-    ranks = {}
-    if sync is not None:
-        ranks = {spec.role: _engine_rank(reading, engines, spec.role, sync, assumed) for spec in engines.specs}
-    engine = max(ranks.values(), key=lambda rank: rank.mem_fraction, default=None)
+    """ranks: one of each different engine; none without engines."""
+    config, assumed, turns = reading.config, assumed_of(options.assume), _turns(reading)
+    told = {
+        "bucket_bytes": config.engine.update_weight_buffer_size,
+        "gpu_bytes": options.gpu_memory_gb * 1e9,
+        "assumed": assumed,
+        "turns": turns,
+    }
     stages = tuple(
-        stage_memory(
-            share,
-            reading.hf,
-            reading.grid,
-            shapes,
-            bucket_bytes=config.engine.update_weight_buffer_size,
-            engine=engine,
-            gpu_bytes=options.gpu_memory_gb * 1e9,
-            assumed=assumed,
-            shares_gpu=_shares_gpu(reading),
-        )
+        _worst([stage_memory(share, reading.hf, reading.grid, shapes, engine=engine, **told) for engine in ranks or [None]])
         for share in shares
     )
     _judge_stages(stages, options.gpu_memory_gb, findings)
-    caches = tuple(_judge_cache(reading, engines, rank, options.gpu_memory_gb, findings) for rank in ranks.values())
-    fits = tuple(_node_counts(reading, shapes, assumed, options.gpu_memory_gb))
-    cluster = config.cluster
-    nodes = (reading.grid.ranks_per_stage, cluster.actor_num_gpus_per_node, cluster.actor_num_nodes)
+    caches = tuple(_judge_cache(rank, options.gpu_memory_gb, longest, reading.basis, findings) for rank in ranks)
+    node = _node_memory(reading, stages, ranks, turns)
+    _judge_node(node, options.host_memory_gb, findings)
     budget = Budget(
         stages,
         caches,
-        fits,
+        tuple(_node_counts(reading, shapes, assumed, options.gpu_memory_gb)),
         {item.name: getattr(assumed, item.name) for item in fields(assumed)},
-        node_optimizer=fullest_node([stage.host_optimizer for stage in stages], *nodes),
-        node_checkpoint=fullest_node([stage.host_checkpoint for stage in stages], *nodes),
+        node,
     )
-    return _beside_measured(budget, reading, shares, shapes, engine, options, findings) if options.measured else budget
+    return _beside_measured(budget, reading, shares, shapes, ranks, options, findings) if options.measured else budget
 
 
-def _shares_gpu(reading: Reading) -> bool:
-    config = reading.config
-    return bool(config.cluster.colocate and config.cluster.offload_train and not config.debug.debug_train_only)
+def _worst(cases: Sequence[StageMemory]) -> StageMemory:
+    """Beside each kind of engine in turn: every phase as it is where it needs most."""
+    phases = [max(same, key=lambda phase: phase.total) for same in zip(*(case.phases for case in cases), strict=True)]
+    return replace(cases[0], phases=tuple(phases))
 
 
-def _engine_rank(reading: Reading, engines: EnginePlan, role: str, sync: SyncBytes, assumed: Assumed) -> EngineRank:
-    spec, hf = next(spec for spec in engines.specs if spec.role == role), reading.hf
-    dtype = str(spec.settings.get("kv_cache_dtype", "auto"))
-    drafts = bool(spec.settings.get("speculative_algorithm")) and hf.num_mtp_layers > 0
-    kv = kv_bytes_per_token(hf, fp8=dtype.startswith("fp8"), tp=spec.tp_size // spec.dp_size, drafts=drafts)
-    fraction = float(str(spec.settings.get("mem_fraction_static", assumed.mem_fraction_static)))
-    return EngineRank(role, sync.per_gpu, kv, fraction, sync.draft_per_gpu if drafts else 0)
+def _turns(reading: Reading) -> Turns:
+    cluster, debug = reading.config.cluster, reading.config.debug
+    shares = bool(cluster.colocate and not debug.debug_train_only)
+    return Turns(shares, bool(cluster.offload_train), bool(cluster.offload_rollout))
+
+
+def _node_memory(reading: Reading, stages: Sequence[StageMemory], ranks: Sequence[EngineRank], turns: Turns) -> NodeMemory:
+    cluster = reading.config.cluster
+    nodes = (reading.grid.ranks_per_stage, cluster.actor_num_gpus_per_node, cluster.actor_num_nodes)
+
+    def fullest(what: str) -> int:
+        return fullest_node([getattr(stage, what) for stage in stages], *nodes)
+
+    gradients = fullest("host_gradients")
+    # SGLang keeps a copy of the draft model's weights, which a sync does not bring.
+    drafts = max((rank.draft_weights for rank in ranks), default=0) * (cluster.num_gpus_per_node if turns.shares_gpu else 0)
+    return NodeMemory(
+        {
+            "optimizer": fullest("host_optimizer"),
+            "float32 gradients": gradients,
+            "sleeping weights": fullest("host_weights"),
+            "engines' draft weights": drafts,
+        },
+        {
+            "optimizer and copies for the disk": fullest("host_checkpoint"),
+            "float32 gradients": gradients,
+            "engines' draft weights": drafts,
+        },
+    )
+
+
+def _judge_node(node: NodeMemory, limit_gb: float, findings: Findings) -> None:
+    told = ", ".join(f"{name} {count / 1e9:.0f}" for name, count in node.rollout.items() if count >= 5e8)
+    always, saving = sum(node.rollout.values()) / 1e9, sum(node.checkpoint.values()) / 1e9
+    findings.check(
+        always <= limit_gb,
+        "memory",
+        f"main memory of the fullest node: {always:.0f} GB while engines generate, of {limit_gb:g} (--host-memory)",
+        values=told,
+        wrong=f"the fullest node needs {always:.0f} GB of main memory, it has {limit_gb:g} (--host-memory)",
+        fix="lower --optimizer-offload-fraction, or use more nodes",
+    )
+    if saving > limit_gb >= always:
+        findings.unchecked(
+            "memory",
+            f"while a checkpoint is written the fullest node would hold {saving:.0f} GB if every copy waits for the "
+            "disk at once, "
+            f"it has {limit_gb:g} (--host-memory)",
+            "",
+            "use more nodes, or --no-save-optim",
+        )
 
 
 def _judge_stages(stages: Sequence[StageMemory], limit_gb: float, findings: Findings) -> None:
-    over = [(stage.share.stage, phase) for stage in stages for phase in stage.phases if phase.total > limit_gb * 1e9]
-    for stage, phase in over:
-        largest = max(phase.parts, key=lambda name: phase.parts[name])
+    """One finding for each phase that is too large somewhere, at the stage where it is largest."""
+    limit, fits = limit_gb * 1e9, True
+    for name in [phase.name for phase in stages[0].phases]:
+        over = [stage for stage in stages if stage.phase(name).total > limit]
+        if not over:
+            continue
+        fits = False
+        worst = max(over, key=lambda stage: stage.phase(name).total)
+        parts, others = worst.phase(name).parts, [str(stage.share.stage) for stage in over if stage is not worst]
         findings.violation(
             "memory",
-            f"stage {stage} needs {phase.total / 1e9:.1f} GB in phase {phase.name}, a GPU has {limit_gb:g}",
-            ", ".join(f"{name} {count / 1e9:.1f}" for name, count in phase.parts.items() if count >= 5e7),
-            _fix(phase.name, largest),
+            f"stage {worst.share.stage} needs {worst.phase(name).total / 1e9:.1f} GB in phase {name}, a GPU has {limit_gb:g}"
+            + (f"; so do stages {', '.join(others)}" if others else ""),
+            ", ".join(f"{part} {count / 1e9:.1f}" for part, count in parts.items() if count >= 5e7),
+            _fix(name, max(parts, key=lambda part: parts[part]), "engine overhead" in parts),
         )
-    if not over:
+    if fits:
         worst = max((stage.peak for stage in stages), key=lambda phase: phase.total)
         findings.ok(
             "memory", f"every phase of every stage fits {limit_gb:g} GB", f"largest: {worst.name} {worst.total / 1e9:.1f} GB"
         )
 
 
-def _fix(phase: str, largest: str) -> str:
+def _fix(phase: str, largest: str, engine_is_awake: bool) -> str:
     if phase == "rollout":
         return "lower --sglang-mem-fraction-static"
+    if engine_is_awake:
+        return "leave --no-offload-rollout out: the engine keeps its memory while the trainer works"
     if phase == "weight sync":
         return "lower --update-weight-buffer-size, or raise the engine's GPUs (ep_size)"
     return {
@@ -195,21 +259,31 @@ def _fix(phase: str, largest: str) -> str:
     }.get(largest, "lower --max-tokens-per-gpu, or give this stage fewer layers")
 
 
-def _judge_cache(reading: Reading, engines: EnginePlan, rank: EngineRank, limit_gb: float, findings: Findings) -> KvCache:
-    room, longest = int(limit_gb * 1e9 * rank.mem_fraction), longest_sample(reading.config)
-    spec = next(spec for spec in engines.specs if spec.role == rank.role)
-    tokens = max(0, room - rank.weights - rank.draft_weights) // rank.kv_bytes_per_token
-    cache = KvCache(rank.role, tokens, rank.kv_bytes_per_token, spec.num_gpus, spec.dp_size, longest)
+def _judge_cache(rank: EngineRank, limit_gb: float, longest: int | None, basis: Basis, findings: Findings) -> KvCache:
+    room = int(limit_gb * 1e9 * rank.mem_fraction)
+    tokens = max(0, room - rank.weights - rank.draft_weights) // max(rank.kv_bytes_per_token, 1)
+    cache = KvCache(rank.name, tokens, rank.kv_bytes_per_token, rank.gpus, rank.attention_dp, longest)
     batch = f", {cache.at_once:,} samples of {longest:,} in an engine of {cache.gpus} GPUs at once" if longest else ""
-    findings.check(
-        rank.weights + rank.draft_weights < room and (longest is None or tokens >= longest or rank.role == "prefill"),
-        "memory",
-        f"{rank.role}: {tokens:,} tokens of KV cache per GPU",
-        values=f"weights {rank.weights / 1e9:.2f} GB, {rank.kv_bytes_per_token:,} bytes per token, "
-        f"mem fraction {rank.mem_fraction:g}{batch}",
-        wrong=f"{rank.role}: the KV cache holds {tokens:,} tokens per GPU, a sample may have {longest or 0:,}",
-        fix="raise --sglang-mem-fraction-static, more GPUs per engine, or shorter responses",
+    values = (
+        f"weights {rank.weights / 1e9:.2f} GB"
+        + (f", draft {rank.draft_weights / 1e9:.2f} GB" if rank.draft_weights else "")
+        + f", {rank.kv_bytes_per_token:,} bytes per token, mem fraction {rank.mem_fraction:g}{batch}"
     )
+    what = f"{rank.name}: {tokens:,} tokens of KV cache per GPU"
+    if rank.weights + rank.draft_weights < room and (longest is None or tokens >= longest or rank.role == "prefill"):
+        findings.ok("memory", what, values)
+    elif basis == "flags":  # whether the serving checkpoint is FP8 is in config.json alone
+        findings.unchecked("memory", f"{what}, if the checkpoint is BF16", values, decides=True)
+    else:
+        findings.violation(
+            "memory",
+            f"{rank.name}: weights of {(rank.weights + rank.draft_weights) / 1e9:.1f} GB do not fit {rank.mem_fraction:g} of "
+            f"{limit_gb:g} GB"
+            if rank.weights + rank.draft_weights >= room
+            else f"{rank.name}: the KV cache holds {tokens:,} tokens per GPU, a sample may have {longest or 0:,}",
+            values,
+            "raise --sglang-mem-fraction-static, more GPUs per engine, or shorter responses",
+        )
     return cache
 
 
@@ -220,7 +294,7 @@ def _node_counts(reading: Reading, shapes: TrainShapes, assumed: Assumed, limit_
     """
     given, per_node = reading.grid, reading.config.cluster.actor_num_gpus_per_node
     experts, found = reading.hf.num_experts, []
-    parts = stage_parts(reading.table, reading.chunks, given.pp, mtp=reading.trains_mtp)
+    parts, turns = stage_parts(reading.table, reading.chunks, given.pp, mtp=reading.trains_mtp), _turns(reading)
     for nodes in (1, 2, 4, 8, 16, 32, 64, 128):
         ranks = nodes * per_node // given.pp
         if nodes * per_node % given.pp or ranks % given.tp:
@@ -231,7 +305,7 @@ def _node_counts(reading: Reading, shapes: TrainShapes, assumed: Assumed, limit_
             continue
         grid = replace(given, world=nodes * per_node, cp=cp, ep=ep)
         micro = max(1, shapes.micro_batches * given.cp * given.dp // (cp * grid.dp))
-        here = replace(shapes, stream=shapes.tokens * cp, micro_batches=micro)
+        here = replace(shapes, stream=shapes.tokens * cp, micro_batches=micro, longest_tokens=0)
         stages = [
             stage_memory(
                 share,
@@ -242,7 +316,7 @@ def _node_counts(reading: Reading, shapes: TrainShapes, assumed: Assumed, limit_
                 engine=None,
                 gpu_bytes=0,
                 assumed=assumed,
-                shares_gpu=_shares_gpu(reading),
+                turns=turns,
             )
             for share in shares_of(parts, grid, padded_vocab=reading.config.model.padded_vocab_size)
         ]
@@ -263,7 +337,7 @@ def _beside_measured(
     reading: Reading,
     shares: Sequence[StageShare],
     shapes: TrainShapes,
-    engine: EngineRank | None,
+    ranks: Sequence[EngineRank],
     options: Options,
     findings: Findings,
 ) -> Budget:
@@ -284,7 +358,9 @@ def _beside_measured(
         tokens=measured.micro_batch_tokens,
         stream=measured.micro_batch_tokens * grid.cp,
         micro_batches=measured.micro_batches,
+        longest_tokens=0,
     )
+    turns, engine = _turns(reading), max(ranks, key=lambda rank: rank.mem_fraction, default=None)
     buffer = config.engine.update_weight_buffer_size
     if measured.device == "host":
         wide = config.model.params_dtype != "bf16"  # a CPU trains in float32 unless told otherwise
@@ -308,7 +384,7 @@ def _beside_measured(
                 engine=engine,
                 gpu_bytes=options.gpu_memory_gb * 1e9,
                 assumed=assumed,
-                shares_gpu=_shares_gpu(reading),
+                turns=turns,
                 resumes=measured.resumes,
             )
             for share in shares

@@ -2,17 +2,20 @@
 
     python3 -m slime.rehearse [--json FILE] [--html FILE] [--gpu-memory GB] ... FLAGS OF THE RUN
 
-Exit status: 0 launchable, 1 with every violation listed, 2 when the rehearsal's own flags are wrong.
+Exit status: 0 launchable, 1 with every violation listed, 2 when the rehearsal's own flags are wrong, 3 when nothing is wrong
+and something that decides was not at hand.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from slime.rehearse.findings import EXIT_STATUS
 from slime.rehearse.options import Options
 from slime.rehearse.report import as_json, as_text
 from slime.rehearse.result import rehearse
@@ -22,9 +25,10 @@ OWN = {
     "--html": ("FILE", "write the report with its pictures, one self-contained file"),
     "--weight-map": ("FILE", "write the weight map, one line per tensor"),
     "--gpu-memory": ("GB", "memory of one GPU (80 for H100, 141 for H200)"),
+    "--host-memory": ("GB", "main memory of one node (2000)"),
     "--checkpoint-index": ("FILE", "model.safetensors.index.json to check against the weight map"),
     "--hostfile": ("FILE", "addresses of the other nodes, first column (default: the environment variable HOSTFILE)"),
-    "--engine-version": ("VERSION", "SGLang of the cluster (default: the installed one)"),
+    "--engine-version": ("VERSION", "SGLang of the cluster (default: the one pinned in scripts/constraints/gpu.txt)"),
     "--sequence-tokens": ("N", "length of the sequence that FLOPs are for (default: the longest that the flags allow)"),
     "--rate": ("NAME=VALUE", "replace an assumed rate; may be repeated"),
     "--assume": ("NAME=VALUE", "replace an assumption of the memory model; may be repeated"),
@@ -87,14 +91,15 @@ def _number(own: dict[str, list[str]], name: str, kind: type) -> float | int | N
         value = None if text is None else kind(text)
     except ValueError:
         raise ValueError(f"{name} wants a number, got {text!r}") from None
-    if value is not None and value <= 0:
-        raise ValueError(f"{name} must be above 0, got {text}")
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be above 0 and finite, got {text}")
     return value
 
 
 def options_of(own: dict[str, list[str]]) -> Options:
     return Options(
         gpu_memory_gb=_number(own, "--gpu-memory", float) or 80.0,
+        host_memory_gb=_number(own, "--host-memory", float) or 2000.0,
         checkpoint_index=_one(own, "--checkpoint-index"),
         hostfile=_one(own, "--hostfile") or os.environ.get("HOSTFILE"),
         head=os.environ.get("MASTER_ADDR"),
@@ -149,4 +154,4 @@ def main(argv: Sequence[str]) -> int:
         from slime.rehearse.page import as_html
 
         Path(own["--html"][0]).write_text(as_html(done))
-    return 0 if done.findings.launchable else 1
+    return EXIT_STATUS[done.findings.verdict]

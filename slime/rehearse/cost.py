@@ -9,6 +9,7 @@ from typing import TypeVar
 from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
+from slime.rehearse.engine_memory import alike, engine_weights
 from slime.rehearse.flops import ModelWork
 from slime.rehearse.shares import Grid
 from slime.rehearse.stages import balance
@@ -38,7 +39,7 @@ class Rates:
     decode_step_ms: float = 40.0
     """One decode step of a wide-EP engine at its batch."""
     tokens_per_decode_step: float = 2.5
-    """Accepted tokens of speculative decoding (1 without)."""
+    """Accepted tokens of speculative decoding; 1 is taken where the engines do not speculate."""
     mean_response_share: float = 0.5
     """Mean response / --rollout-max-response-len."""
 
@@ -124,13 +125,13 @@ def sync_bytes(
             fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
             kind = entry.name.startswith("mtp."), entry.expert is not None
             nbytes[kind] += wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32)
+    weights = {key: engine_weights(table, hf, engine) for key, engine in {alike(one): one for one in receivers}.items()}
+    fullest = max(weights.values(), key=lambda kept: kept.main)
+    of_engine = {key: kept.main + (kept.draft if mtp else 0) for key, kept in weights.items()}
     first = receivers[0]
-    expert_ranks, rest_ranks = first.ep_size if first.ep_size > 1 else first.tp_size, first.tp_size // first.dp_size
     experts, rest = (nbytes[False, kind] + (nbytes[True, kind] if mtp else 0) for kind in (True, False))
-    own_experts, own_rest = experts // expert_ranks, rest // rest_ranks
-    per_gpu = nbytes[False, True] // expert_ranks + nbytes[False, False] // rest_ranks
-    draft = nbytes[True, True] // expert_ranks + nbytes[True, False] // rest_ranks
-    lands = per_gpu + (draft if mtp else 0)
+    own_experts, own_rest = experts // first.tp_size, rest // (first.tp_size // first.dp_size)
+    lands = of_engine[alike(first)]
     gb = 1e9
     bound = own_experts / gb / rates.nic_gb_per_s
     # The rest comes once per node; its copies over NVLink hide behind the network.
@@ -141,11 +142,11 @@ def sync_bytes(
     return SyncBytes(
         experts=experts,
         rest=rest,
-        per_gpu=per_gpu,
-        draft_per_gpu=draft,
+        per_gpu=fullest.main,
+        draft_per_gpu=fullest.draft,
         lands_per_gpu=lands,
         per_engine=lands * first.num_gpus,
-        all_engines=sum(lands * engine.num_gpus for engine in receivers),
+        all_engines=sum(of_engine[alike(engine)] * engine.num_gpus for engine in receivers),
         lower_bound_s=bound,
         as_built_s=(experts + rest) / gb / rates.nic_gb_per_s,
     )
@@ -165,11 +166,14 @@ class Shape:
     needs_reference: bool
     needs_old_log_probs: bool
     colocate: bool
+    speculates: bool = True
+    """The engines that decode draft tokens."""
+    vpp: int = 1
 
 
-def bubble(pp: int, micro_batches: int) -> float:
-    """Idle share of one-forward-one-backward: (p - 1) / (m + p - 1)."""
-    return (pp - 1) / (micro_batches + pp - 1)
+def bubble(pp: int, micro_batches: int, vpp: int = 1) -> float:
+    """Idle share of one-forward-one-backward: (p - 1) / (v m + p - 1), with v chunks per stage."""
+    return (pp - 1) / (vpp * micro_batches + pp - 1)
 
 
 def predict(
@@ -190,16 +194,16 @@ def predict(
     forward, training = work.forward, work.training(recompute=recompute)
     usable = shape.trainer_gpus * rates.peak_tflops * 1e12 * rates.training_mfu
     evenness = balance(stage_cost) if stage_cost else 1.0
-    idle = bubble(grid.pp, max(shape.micro_batches, 1))
+    idle = bubble(grid.pp, max(shape.micro_batches, 1), shape.vpp)
     busy = evenness * (1 - idle)
     passes = int(shape.needs_old_log_probs) + int(shape.needs_reference)
-    decode = shape.longest_response / rates.tokens_per_decode_step * rates.decode_step_ms / 1e3
+    accepted = rates.tokens_per_decode_step if shape.speculates else 1.0
+    decode = shape.longest_response / accepted * rates.decode_step_ms / 1e3
     phases = [
         CostPhase(
             "rollout",
             decode,
-            f"longest response {shape.longest_response:,} tokens, "
-            f"{rates.tokens_per_decode_step:g} per {rates.decode_step_ms:g} ms",
+            f"longest response {shape.longest_response:,} tokens, {accepted:g} per {rates.decode_step_ms:g} ms",
         )
     ]
     moved = trainer_bytes_per_gpu / 1e9 / rates.host_link_gb_per_s

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from slime.engine.plan import lay_out, slots_of
 from slime.engine.spec import EngineSpec
-from slime.engine.versions import TABLE, capabilities, installed_version, option_table, translate, typed_argv
+from slime.engine.versions import TABLE, capabilities, installed_version, option_table, pinned_version, translate, typed_argv
 from slime.rehearse.findings import Findings
 from slime.rehearse.reading import Reading
 
@@ -22,7 +22,7 @@ class EnginePlan:
 def check_engines(reading: Reading, findings: Findings, *, version: str | None) -> EnginePlan:
     """All engines; none where the groups have no sizes (the rule book has said why)."""
     config = reading.config
-    found = version or _installed(findings)
+    found = version or pinned_version() or _installed(findings)
     if config.debug.debug_train_only or not config.engine.groups:
         return EnginePlan((), found, ())
     try:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+Verdict = Literal["launchable", "not launchable", "not proven"]
+EXIT_STATUS: dict[Verdict, int] = {"launchable": 0, "not launchable": 1, "not proven": 3}
+
 Severity = Literal["ok", "violation", "unchecked"]
 
 
@@ -17,12 +20,16 @@ class Finding:
     what: str
     values: str = ""
     fix: str = ""
+    decides: bool = False
+    """Of what is unchecked: the run may or may not work, so that without it nothing is proven."""
 
     def __post_init__(self) -> None:
         assert self.severity != "violation" or self.fix or self.values, f"a violation needs values or a fix: {self.what}"
 
     def line(self) -> str:
-        mark = {"ok": "ok       ", "violation": "VIOLATION", "unchecked": "unchecked"}[self.severity]
+        mark = {"ok": "ok       ", "violation": "VIOLATION", "unchecked": "UNPROVEN " if self.decides else "unchecked"}[
+            self.severity
+        ]
         text = f"{mark} {self.area}: {self.what}"
         if self.values:
             text += f" [{self.values}]"
@@ -41,8 +48,8 @@ class Findings:
     def violation(self, area: str, what: str, values: str = "", fix: str = "") -> None:
         self._add(Finding("violation", area, what, values, fix))
 
-    def unchecked(self, area: str, what: str, values: str = "", fix: str = "") -> None:
-        self._add(Finding("unchecked", area, what, values, fix))
+    def unchecked(self, area: str, what: str, values: str = "", fix: str = "", *, decides: bool = False) -> None:
+        self._add(Finding("unchecked", area, what, values, fix, decides))
 
     def check(self, good: bool, area: str, what: str, *, values: str = "", wrong: str, fix: str) -> bool:
         """`what` when it holds, `wrong` with the fix when it does not."""
@@ -60,5 +67,12 @@ class Findings:
         return [finding for finding in self.items if finding.severity == severity]
 
     @property
+    def verdict(self) -> Verdict:
+        if self.of("violation"):
+            return "not launchable"
+        return "not proven" if any(finding.decides for finding in self.of("unchecked")) else "launchable"
+
+    @property
     def launchable(self) -> bool:
-        return not self.of("violation")
+        """All is proven that a machine without the cluster can prove."""
+        return self.verdict == "launchable"

@@ -141,7 +141,7 @@ class Keepers:
 
     def text(self, entry: Entry, tensor: HfTensor) -> str:
         """`0-3:all@0-63` (engines 0 to 3, each rank the whole tensor), `0:1/4@0-63;1:all@0-7` (a quarter on each)."""
-        cuts = tuple(self._cut(entry, tensor, engine) for engine in self._engines)
+        cuts = tuple(self.cut(entry, tensor, engine) for engine in self._engines)
         if (entry.expert, cuts) not in self._said:
             said: dict[str, list[int]] = {}
             for engine, cut in zip(self._engines, cuts, strict=True):
@@ -159,7 +159,7 @@ class Keepers:
         return range(first, first + share)
 
     @staticmethod
-    def _cut(entry: Entry, tensor: HfTensor, engine: EngineSpec) -> int:
+    def cut(entry: Entry, tensor: HfTensor, engine: EngineSpec) -> int:
         """Into how many parts the engine cuts it."""
         attention, settings = engine.tp_size // engine.dp_size, engine.settings
         if entry.expert is not None:

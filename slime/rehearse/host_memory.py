@@ -13,12 +13,12 @@ from slime.rehearse.memory import (
     Phase,
     StageMemory,
     TrainShapes,
-    checkpointed_input,
     experts_parts,
     head_parts,
     in_flight,
     index_holder,
     optimizer_bytes,
+    stored_inputs,
 )
 from slime.rehearse.shares import Grid, StageShare
 
@@ -52,8 +52,8 @@ def host_memory(
             {
                 **held,
                 "gathered parameters": max(share.experts, share.trained - share.experts) * shapes.param_bytes,
-                "stored layer inputs": checkpointed_input(hf, grid, shapes) * share.stored_inputs * kept,
-                "index selection": holders * kept,
+                "stored layer inputs": int(stored_inputs(share, hf, grid, shapes) * kept),
+                "index selection": int(holders * kept),
                 **moving,
             },
         ),

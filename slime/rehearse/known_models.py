@@ -1,15 +1,18 @@
 """config.json of released models, for machines on which the checkpoint is not: enough of it to prove a layout.
 
 A folder whose name is a model's (GLM-5.2, GLM-5.2-FP8) is taken for that release; the -FP8 name adds its block quantisation.
+Under any other name MODEL_ARGS say what the model is, as far as they do.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from slime.model.hf_config import HfConfig
+from slime.config import hf_check
+from slime.config.hf_config import HfConfig
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
@@ -33,3 +36,84 @@ def known_config(folder: str) -> HfConfig | None:
     if name.endswith("-FP8"):
         raw["quantization_config"] = FP8
     return HfConfig(raw, f"the stored config of {name}")
+
+
+def described_config(start: Mapping[str, object]) -> tuple[dict[str, object] | None, str]:
+    """(config.json of the model that MODEL_ARGS describe, in words where it comes from); None where they describe none.
+
+    A stored release whose every field agrees with them is taken, because an index schedule is in no flag. start: attributes as
+    they were said.
+    """
+    mega = start["model.megatron"]
+    if not all(mega.get(name) for name in ("num_layers", "hidden_size", "num_attention_heads")):
+        return None, ""
+    for name, raw in _stored().items():
+        try:
+            if not hf_check.differences(raw, start, mega):
+                return dict(raw), f"{name}, whose fields are those of MODEL_ARGS,"
+        except (TypeError, KeyError, ValueError, ZeroDivisionError):
+            continue
+    if start["spec"] is not None:
+        return None, ""  # what a layer spec builds is not in the flags
+    return _from_flags(start, mega), "the model that MODEL_ARGS describe"
+
+
+def _from_flags(start: Mapping[str, object], mega: Mapping[str, object]) -> dict[str, object]:
+    """A config.json with the shapes of MODEL_ARGS, of the family that has their parts."""
+    experts, mla = mega.get("num_moe_experts"), bool(start["multi_latent_attention"])
+    hidden, heads, layers = int(mega["hidden_size"]), int(mega["num_attention_heads"]), int(mega["num_layers"])
+    family = "qwen3" if mega.get("qk_layernorm") else "glm4" if start["post_mlp_layernorm"] else "llama"
+    raw: dict[str, object] = {
+        "model_type": "deepseek_v3" if mla else "qwen3_moe" if experts else family,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": mega.get("num_query_groups") or heads,
+        "head_dim": mega.get("kv_channels") or hidden // heads,
+        "intermediate_size": mega.get("ffn_hidden_size") or 4 * hidden,
+        "rms_norm_eps": mega.get("layernorm_epsilon", 1e-5),
+        "rope_theta": start["rotary_base"],
+        "vocab_size": start["vocab_size"] or start["padded_vocab_size"],
+        "tie_word_embeddings": not start["untie_embeddings_and_output_weights"],
+        "attention_bias": bool(mega.get("add_qkv_bias", False)),
+    }
+    if start["rotary_percent"] != 1.0:
+        raw["partial_rotary_factor"] = start["rotary_percent"]
+    if mla:
+        raw |= {key: mega.get(name, default) for key, (name, default) in _LATENT.items()}
+    if experts:
+        raw |= _experts(mega, layers, deepseek=mla)
+    return raw
+
+
+_LATENT = {
+    "q_lora_rank": ("q_lora_rank", 512),
+    "kv_lora_rank": ("kv_lora_rank", 512),
+    "qk_nope_head_dim": ("qk_head_dim", 128),
+    "qk_rope_head_dim": ("qk_pos_emb_head_dim", 64),
+    "v_head_dim": ("v_head_dim", 128),
+}
+"""Field of config.json -> megatron-core's field and its default."""
+
+
+def _experts(mega: Mapping[str, object], layers: int, *, deepseek: bool) -> dict[str, object]:
+    frequency = mega.get("moe_layer_freq", 1)
+    moe = frequency if isinstance(frequency, list) else [int(layer % frequency == 0) for layer in range(layers)]
+    inner = mega.get("moe_ffn_hidden_size") or mega.get("ffn_hidden_size")
+    raw: dict[str, object] = {
+        "num_experts_per_tok": mega.get("moe_router_topk", 2),
+        "moe_intermediate_size": inner,
+        "norm_topk_prob": True,
+    }
+    if not deepseek:
+        dense = [layer for layer in range(layers) if layer < len(moe) and not moe[layer]]
+        return raw | {"num_experts": mega["num_moe_experts"], "decoder_sparse_step": 1, "mlp_only_layers": dense}
+    shared = mega.get("moe_shared_expert_intermediate_size") or 0
+    return raw | {
+        "n_routed_experts": mega["num_moe_experts"],
+        "n_shared_experts": shared // inner,
+        "first_k_dense_replace": [*moe, 1].index(1),
+        "routed_scaling_factor": mega.get("moe_router_topk_scaling_factor", 1.0),
+        "n_group": mega.get("moe_router_num_groups", 1),
+        "topk_group": mega.get("moe_router_group_topk", 1),
+    }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slime.config.stages import computing_layers, layout_string, wrong_starts
+from slime.config import Config
+from slime.config.stages import Cut, computing_layers, cut_layers, layout_string, wrong_starts
 from slime.model.names import Entry
 from slime.rehearse.findings import Findings
 from slime.rehearse.flops import ModelWork, model_work
 from slime.rehearse.reading import Reading
 from slime.rehearse.shares import Grid
-from slime.rehearse.stages import Split, balance, best_list, legal_first_last
+from slime.rehearse.stages import Split, balance, best_list, legal_first_last, rank_costs
 from slime.rehearse.weight_map import fp8_block_is_local
 
 
@@ -34,7 +35,8 @@ class Balance:
         return balance(self.costs) if self.sizes else 0.0
 
 
-def check_layout(reading: Reading, findings: Findings, *, length: int) -> Balance | None:
+def check_layout(reading: Reading, findings: Findings, *, length: int, longest: int | None) -> Balance | None:
+    """length: tokens of the sequence that FLOPs are for. longest: of the longest sample that the flags allow."""
     grid = reading.grid
     if grid is not None:
         findings.ok(
@@ -47,7 +49,7 @@ def check_layout(reading: Reading, findings: Findings, *, length: int) -> Balanc
         return None
     if grid is not None:
         _check_cuts(reading, grid, findings)
-        _check_batch(reading, grid, findings)
+        _check_batch(reading, grid, findings, longest)
     return _check_stages(reading, findings, length)
 
 
@@ -127,7 +129,7 @@ def uneven(entry: Entry, size: int, *, padded_vocab: int | None) -> str:
     )
 
 
-def _check_batch(reading: Reading, grid: Grid, findings: Findings) -> None:
+def _check_batch(reading: Reading, grid: Grid, findings: Findings, longest: int | None) -> None:
     config, batch = reading.config, reading.config.batch
     prompts, samples = config.data.rollout_batch_size, config.data.n_samples_per_prompt
     if prompts and batch.global_batch_size and batch.global_batch_size > 0 and prompts * samples % batch.global_batch_size == 0:
@@ -135,26 +137,33 @@ def _check_batch(reading: Reading, grid: Grid, findings: Findings) -> None:
         findings.ok("batch", f"{prompts} prompts x {samples} samples = {batch.global_batch_size} x {steps} steps")
     if batch.max_tokens_per_gpu:
         capacity = batch.max_tokens_per_gpu * grid.cp
-        longest = longest_sample(config)
         if longest and longest > capacity:
-            findings.unchecked(
+            padded = padded_sample(config, grid, longest)
+            findings.ok(
                 "batch",
-                f"samples of up to {longest:,} tokens are longer than a micro-batch of {capacity:,}; "
-                f"such a sample is trained alone and needs {longest / capacity:.1f} times the memory of this report",
-                "",
-                f"raise --max-tokens-per-gpu to {-(-longest // grid.cp):,}, "
-                "or lower --rollout-max-response-len / --rollout-max-prompt-len",
+                f"a sample of {longest:,} tokens, prompt included, is longer than a micro-batch of {capacity:,}: it is trained "
+                f"alone, padded to {padded:,} tokens",
+                f"--max-tokens-per-gpu {-(-padded // grid.cp):,} would hold it; its memory is phase 'longest sample'",
             )
 
 
-def longest_sample(config) -> int | None:
-    """Tokens of the longest sample that the flags allow; None when they set no bound."""
+def longest_sample(config, *, prompt: int) -> int | None:
+    """Tokens of the longest sample that the flags allow, with its prompt; None when they set no bound.
+
+    prompt: tokens of one where no flag bounds it.
+    """
     rollout = config.rollout
-    if rollout.rollout_max_context_len:
-        return rollout.rollout_max_context_len
+    bounded = None
     if rollout.rollout_max_response_len:
-        return rollout.rollout_max_response_len + (rollout.rollout_max_prompt_len or 0)
-    return None
+        bounded = rollout.rollout_max_response_len + (rollout.rollout_max_prompt_len or prompt)
+    limits = [limit for limit in (rollout.rollout_max_context_len, bounded) if limit]
+    return min(limits) if limits else None
+
+
+def padded_sample(config, grid: Grid, tokens: int) -> int:
+    """Tokens of the stream that a sample trained alone becomes."""
+    unit = config.batch.data_pad_size_multiplier * grid.tp * grid.cp
+    return -(-tokens // unit) * unit
 
 
 def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance | None:
@@ -163,12 +172,15 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
     recompute = reading.config.model.megatron.get("recompute_granularity") == "full"
     costs, head = layer_costs(work, recompute=recompute)
     options, best, sends = (), None, reading.config.parallel.dsa_send_indices
+    vpp = reading.config.parallel.virtual_pipeline_model_parallel_size or 1
     if 1 < pp <= hf.num_layers:
-        options = tuple(legal_first_last(hf, pp, costs, head, any_start=sends))
-        best = best_list(hf, pp, costs, head, any_start=sends)
+        options = tuple(legal_first_last(hf, pp, costs, head, any_start=sends, vpp=vpp))
+        best = _best(reading, costs, head, pp, vpp)
     if reading.chunks is None:
         if pp > 1:
-            findings.unchecked("layout", "stage starts: the layers do not divide over the stages", "", _advice(options, best))
+            findings.unchecked(
+                "layout", "stage starts: the layers do not divide over the stages", "", _advice(reading, options, best)
+            )
         return Balance(length, (), (), options, best, tuple(computing_layers(hf)), tuple(costs), head)
     shared_starts = wrong_starts(hf, reading.chunks)
     if sends and shared_starts:
@@ -183,7 +195,7 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
             else f"{row_bytes:,} bytes per row and rank at each border",
         )
     if shared_starts and not sends:
-        findings.unchecked("layout", "legal splits of the layers", "", _advice(options, best))
+        findings.ok("layout", "legal splits of the layers are known", _advice(reading, options, best))
     per_rank = [0.0] * pp
     sizes = [0] * pp
     for chunk in reading.chunks:
@@ -207,13 +219,34 @@ def layer_costs(work: ModelWork, *, recompute: bool) -> tuple[list[float], float
     return [layer.training(recompute=recompute) for layer in work.layers], work.tail(recompute=recompute)
 
 
-def _advice(options: tuple[Split, ...], best: Split | None) -> str:
+def _best(reading: Reading, costs: list[float], head: float, pp: int, vpp: int) -> Split | None:
+    """The per-chunk list whose chunks are most even; with virtual stages its balance is that of the ranks."""
+    best = best_list(reading.hf, pp * vpp, costs, head, any_start=reading.config.parallel.dsa_send_indices)
+    if best is None or vpp == 1:
+        return best
+    chunks = cut_layers(Cut(reading.hf.num_layers, pp, layout=layout_string(best.sizes)))
+    return Split(best.sizes, balance(rank_costs(chunks, costs, head)))
+
+
+PAIR = ("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")
+VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank")
+LAYOUT = "--pipeline-model-parallel-layout"
+
+
+def paste(config: Config, split: Split, *, as_list: bool) -> str:
+    """Flags that make the split, to be put behind those of the launcher: what excludes them is taken back with `none`."""
+    given = [flag for flag in (*PAIR, *VIRTUAL, LAYOUT) if getattr(config.parallel, flag[2:].replace("-", "_")) is not None]
+    if not as_list:
+        first, last = split.first_last
+        return " ".join([*(f"{LAYOUT} none" for flag in given if flag == LAYOUT), f"{PAIR[0]} {first} {PAIR[1]} {last}"])
+    unset = [f"{flag} none" for flag in given if flag != LAYOUT]
+    return " ".join([*unset, f"{LAYOUT} {','.join(map(str, split.sizes))}"])
+
+
+def _advice(reading: Reading, options: tuple[Split, ...], best: Split | None) -> str:
     if not options and best is None:
         return "no split over so many stages starts every stage on a computing layer; change --pipeline-model-parallel-size"
-    said = []
-    if options:
-        listed = ", ".join(f"{a}/{b} ({split.balance:.0%})" for split in options[:4] for a, b in [split.first_last])
-        said.append(f"--decoder-first/last-pipeline-num-layers, best balanced first: {listed}")
+    said = [f"{paste(reading.config, split, as_list=False)} ({split.balance:.0%})" for split in options[:4]]
     if best is not None:
-        said.append(f"or --pipeline-model-parallel-layout '{layout_string(best.sizes)}' ({best.balance:.0%})")
-    return "; ".join(said)
+        said.append(f"{paste(reading.config, best, as_list=True)} ({best.balance:.0%})")
+    return "append, best balanced first: " + "; or ".join(said)

@@ -13,7 +13,15 @@ from pathlib import Path
 
 from slime.rehearse.memory import StageMemory
 
-NOT_TENSORS = ("overhead", "sleeping engine", "engine weights")
+NOT_TENSORS = (
+    "overhead",
+    "sleeping engine",
+    "engine weights",
+    "draft weights",
+    "KV cache",
+    "engine overhead",
+    "DeepEP buffers",
+)
 """Parts of a GPU that the trainer's allocator does not count: contexts, libraries, another process."""
 TOLERANCE = 0.10
 

@@ -7,10 +7,11 @@ measured. A trainer on a CPU has a model of its own, `slime.rehearse.host_memory
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from slime.model.hf_config import HfConfig
+from slime.rehearse.engine_memory import EngineRank
 from slime.rehearse.shares import Grid, StageShare
 
 GB = 1e9
@@ -28,13 +29,15 @@ class Assumed:
     """What stays of an engine rank that handed its memory back: contexts, workspaces, communication buffers, graphs. 5.2 GB on
     one H100 with SGLang 0.5.17, one rank and no graphs."""
     engine_overhead_gb: float = 8.0
-    """Context, DeepEP buffers, CUDA graphs, activations of an engine rank."""
+    """Context, communicators, CUDA graphs, activations of an engine rank; DeepEP's buffers are counted apart."""
     host_process_gb: float = 0.415
     """A training rank on a CPU before it holds a model: Python, torch, megatron-core, Ray."""
     host_libraries_gb: float = 0.115
     """What its first pass adds beside tensors: code of the operators, communication, blocks that the allocator keeps."""
     mem_fraction_static: float = 0.8
     """Share of the GPU for weights and KV cache where --sglang-mem-fraction-static does not say."""
+    prompt_tokens: float = 1024
+    """Tokens of a prompt where --rollout-max-prompt-len does not bound it."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,20 @@ class TrainShapes:
     """Of the main gradient buffer."""
     optimizer_bytes: int
     """Per parameter: master weight and two moments."""
-    optimizer_on_host: bool
+    offloaded: float
+    """Share of the optimizer whose state and step are the host's."""
     micro_batches: int
     """Per rank and step; bounds what is in flight."""
     padded_vocab: int
     log_probs_chunk: int
     core_axis: str = "queries"
     """What tensor-parallel ranks share the sparse core by (--dsa-core-axis)."""
+    vpp: int = 1
+    """Model chunks per stage."""
+    recompute_block: int | None = None
+    """Layers of a chunk that are recomputed with --recompute-method block; None recomputes all."""
+    longest_tokens: int = 0
+    """Rows of one context-parallel rank for the longest sample, padded; above `tokens` it is trained alone."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,10 @@ class StageMemory:
     """Bytes of optimizer state of one rank in main memory."""
     host_checkpoint: int = 0
     """Bytes of one rank in main memory while a checkpoint is written: the same, and what waits for the disk."""
+    host_gradients: int = 0
+    """Bytes of float32 gradients of one rank in main memory, for the optimizer there."""
+    host_weights: int = 0
+    """Bytes of one rank's weights in main memory while engines own the GPU."""
 
     @property
     def peak(self) -> Phase:
@@ -96,9 +110,31 @@ def optimizer_bytes(share: StageShare, grid: Grid, shapes: TrainShapes, *, train
     return dense * shapes.optimizer_bytes // (grid.dp * grid.cp) + share.experts * shapes.optimizer_bytes // grid.edp
 
 
-def in_flight(stage: int, grid: Grid, shapes: TrainShapes) -> int:
-    """Micro-batches whose activations a stage keeps at once under one-forward-one-backward."""
+def in_flight(stage: int, grid: Grid, shapes: TrainShapes) -> float:
+    """Micro-batches whose activations a stage keeps at once under one-forward-one-backward.
+
+    With v virtual stages a chunk holds 1/v of the stage's layers, and 2 (p - 1 - stage) + (v - 1) p + 1 chunks are under way:
+    megatron-core's warm-up of the interleaved schedule, and the one that follows.
+    """
+    if shapes.vpp > 1:
+        return min(2 * (grid.pp - 1 - stage) + (shapes.vpp - 1) * grid.pp + 1, shapes.micro_batches * shapes.vpp) / shapes.vpp
     return min(grid.pp - stage, shapes.micro_batches)
+
+
+UNSAVED = 16
+"""Inputs' worth of activations that a layer keeps without recomputation."""
+
+
+def stored_inputs(share: StageShare, hf: HfConfig, grid: Grid, shapes: TrainShapes) -> int:
+    """Bytes that the layers of a stage keep of one micro-batch."""
+    one = checkpointed_input(hf, grid, shapes)
+    if not shapes.recompute:
+        return one * share.stored_inputs * UNSAVED
+    if shapes.recompute_block is None:
+        return one * share.stored_inputs
+    # --recompute-method block: so many layers of each chunk, the others keep all.
+    recomputed = min(shapes.recompute_block * shapes.vpp, len(share.layers))
+    return one * (share.stored_inputs - len(share.layers) + recomputed + UNSAVED * (len(share.layers) - recomputed))
 
 
 def checkpointed_input(hf: HfConfig, grid: Grid, shapes: TrainShapes) -> int:
@@ -206,14 +242,13 @@ def _largest(sets: list[dict[str, int]]) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class EngineRank:
-    """One engine rank's static bytes."""
+class Turns:
+    """Who owns the GPU when."""
 
-    role: str
-    weights: int
-    kv_bytes_per_token: int
-    mem_fraction: float
-    draft_weights: int = 0
+    shares_gpu: bool
+    """Trainer and engine are on one GPU."""
+    trainer_sleeps: bool = True
+    engine_sleeps: bool = True
 
 
 def stage_memory(
@@ -226,71 +261,101 @@ def stage_memory(
     engine: EngineRank | None,
     gpu_bytes: float,
     assumed: Assumed,
-    shares_gpu: bool,
+    turns: Turns,
     resumes: bool = True,
 ) -> StageMemory:
-    """All phases of one rank of a stage, in the order of an iteration. shares_gpu: trainer and engine own the GPU in turn.
+    """All phases of one rank of a stage, in the order of an iteration. engine: a rank of the engine on (or beside) this GPU.
     resumes: from a checkpoint with optimizer state; moments are made by the first step otherwise.
     """
-    overhead = int(assumed.overhead_gb * GB)
-    weights = share.parameters * shapes.param_bytes
-    gradients = share.trained * shapes.grad_bytes
+    overhead, weights = int(assumed.overhead_gb * GB), share.parameters * shapes.param_bytes
     state = optimizer_bytes(share, grid, shapes)
-    on_gpu = 0 if shapes.optimizer_on_host else state
-    kept = in_flight(share.stage, grid, shapes)
-    stored = checkpointed_input(hf, grid, shapes) * share.stored_inputs * (1 if shapes.recompute else 16)
-    holders = index_holder(hf, grid, shapes) * share.computing
-    forward, backward = (_largest(working_sets(hf, grid, shapes, share, backward=way)) for way in (False, True))
-    base = {"weights": weights, "optimizer on GPU": on_gpu, "overhead": overhead}
-    if shares_gpu:
-        base["sleeping engine"] = int(assumed.sleeping_engine_gb * GB)
-    awake = {**base, "gradients": gradients}
-    loaded = on_gpu if resumes else on_gpu * (shapes.optimizer_bytes - 8) // shapes.optimizer_bytes
-    phases = [
-        Phase("load", {**awake, "optimizer on GPU": loaded, "one layer being read": weights // max(len(share.layers), 1)}),
-        Phase("hand-over", awake),
-        Phase("log-probs", {**awake, "index selection": holders, **forward}),
-        Phase("train", {**awake, "stored layer inputs": stored * kept, "index selection": holders * kept, **backward}),
-    ]
-    # A trainer that owns its GPU alone keeps everything; otherwise gradients and optimizer are handed back before a sync.
-    sync = {"weights": weights, "overhead": overhead} if shares_gpu else dict(awake)
-    sync["bucket, as trained and on the wire"] = 3 * bucket_bytes
+    offloaded = int(state * shapes.offloaded)
+    base = {"weights": weights, "optimizer on GPU": state - offloaded, "overhead": overhead}
+    awake = {**base, "gradients": share.trained * shapes.grad_bytes}
+    beside = _engine_beside(engine, gpu_bytes, assumed, turns)
+    phases = [Phase(name, parts | beside) for name, parts in _training(share, hf, grid, shapes, awake, state, resumes)]
     if engine is not None:
-        if shares_gpu:
-            sync["engine weights"] = engine.weights
+        # A trainer that does not sleep keeps everything; otherwise gradients and optimizer are handed back before a sync.
+        sleeps = turns.shares_gpu and turns.trainer_sleeps
+        sync = {"weights": weights, "overhead": overhead} if sleeps else dict(awake)
+        sync["bucket, as trained and on the wire"] = 3 * bucket_bytes
+        if turns.shares_gpu:
+            sync |= {"engine weights": engine.weights} if turns.engine_sleeps else beside
+            sync |= {"DeepEP buffers": engine.buffers} if engine.buffers else {}
         phases.append(Phase("weight sync", sync))
-        rollout = {
-            "engine weights": engine.weights,
-            "draft weights": engine.draft_weights,
-            "KV cache": max(0, int(gpu_bytes * engine.mem_fraction) - engine.weights - engine.draft_weights),
-            "engine overhead": int(assumed.engine_overhead_gb * GB),
-        }
-        if shares_gpu:
+        rollout = engine_parts(engine, gpu_bytes, assumed)
+        if sleeps:
             rollout["sleeping trainer"] = int(assumed.sleeping_trainer_gb * GB)
+        elif turns.shares_gpu:
+            rollout |= awake
         phases.append(Phase("rollout", rollout))
-    phases.append(Phase("checkpoint", {**awake, "staging of one shard": weights // max(len(share.layers), 1)}))
-    on_host = state if shapes.optimizer_on_host else 0
+    phases.append(Phase("checkpoint", {**awake, "staging of one shard": weights // max(len(share.layers), 1), **beside}))
     written = share.dense * shapes.param_bytes // (grid.dp * grid.cp) + share.experts * shapes.param_bytes // grid.edp
-    return StageMemory(share, tuple(phases), on_host, on_host + state + written)
+    return StageMemory(
+        share,
+        tuple(phases),
+        offloaded,
+        offloaded + state + written,
+        # The optimizer on the host keeps float32 gradients of its share beside its state, pinned.
+        host_gradients=offloaded // shapes.optimizer_bytes * 4,
+        host_weights=weights if turns.shares_gpu and turns.trainer_sleeps else 0,
+    )
 
 
-def kv_bytes_per_token(hf: HfConfig, *, fp8: bool, tp: int = 1, drafts: bool = False) -> int:
-    """Of one engine rank. Sparse attention keeps 656 bytes (or 576 bf16 values) a layer and 132 bytes a computing layer.
+def engine_parts(engine: EngineRank, gpu_bytes: float, assumed: Assumed) -> dict[str, int]:
+    """An engine rank that serves."""
+    parts = {
+        "engine weights": engine.weights,
+        "draft weights": engine.draft_weights,
+        "KV cache": max(0, int(gpu_bytes * engine.mem_fraction) - engine.weights - engine.draft_weights),
+        "engine overhead": int(assumed.engine_overhead_gb * GB),
+    }
+    return parts | ({"DeepEP buffers": engine.buffers} if engine.buffers else {})
 
-    drafts: the MTP layer, which runs an indexer of its own, keeps a cache too.
-    """
-    layers = hf.num_layers + (hf.num_mtp_layers if drafts else 0)
-    if hf.has_indexer:
-        latent = (
-            hf["kv_lora_rank"] + hf["kv_lora_rank"] // 128 * 4 + 2 * hf["qk_rope_head_dim"]
-            if fp8
-            else 2 * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"])
-        )
-        computing = sum(hf.runs_indexer(layer) for layer in range(hf.num_layers))
-        computing += layers - hf.num_layers
-        return layers * latent + computing * (hf["index_head_dim"] + 4)
-    size = 1 if fp8 else 2
-    if hf.is_mla:
-        return layers * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"]) * size
-    groups = max(1, hf["num_key_value_heads"] // tp)
-    return layers * 2 * groups * hf.head_dim * size
+
+def _engine_beside(engine: EngineRank | None, gpu_bytes: float, assumed: Assumed, turns: Turns) -> dict[str, int]:
+    """What an engine on the same GPU holds while the trainer works."""
+    if not turns.shares_gpu:
+        return {}
+    if engine is not None and not turns.engine_sleeps:
+        return engine_parts(engine, gpu_bytes, assumed)
+    asleep = {"sleeping engine": int(assumed.sleeping_engine_gb * GB)}
+    return asleep | ({"DeepEP buffers": engine.buffers} if engine is not None and engine.buffers else {})
+
+
+def _training(
+    share: StageShare, hf: HfConfig, grid: Grid, shapes: TrainShapes, awake: dict[str, int], state: int, resumes: bool
+) -> Iterator[tuple[str, dict[str, int]]]:
+    weights, on_gpu = awake["weights"], awake["optimizer on GPU"]
+    loaded = on_gpu if resumes else on_gpu * (shapes.optimizer_bytes - 8) // shapes.optimizer_bytes
+    yield "load", {**awake, "optimizer on GPU": loaded, "one layer being read": weights // max(len(share.layers), 1)}
+    yield "hand-over", awake
+    holders = index_holder(hf, grid, shapes) * share.computing
+    forward = _largest(working_sets(hf, grid, shapes, share, backward=False))
+    yield "log-probs", {**awake, "index selection": holders, **forward}
+    yield "train", awake | activations(share, hf, grid, shapes)
+    if shapes.longest_tokens > shapes.tokens:
+        yield "longest sample", awake | _with_longest(share, hf, grid, shapes)
+
+
+def activations(share: StageShare, hf: HfConfig, grid: Grid, shapes: TrainShapes) -> dict[str, int]:
+    """What a stage keeps of the micro-batches under way, and works with in one of them."""
+    kept = in_flight(share.stage, grid, shapes)
+    return {
+        "stored layer inputs": int(stored_inputs(share, hf, grid, shapes) * kept),
+        "index selection": int(index_holder(hf, grid, shapes) * share.computing * kept),
+        **_largest(working_sets(hf, grid, shapes, share, backward=True)),
+    }
+
+
+def _with_longest(share: StageShare, hf: HfConfig, grid: Grid, shapes: TrainShapes) -> dict[str, int]:
+    """One micro-batch is the longest sample, trained alone; the others under way are of the usual length."""
+    kept = in_flight(share.stage, grid, shapes)
+    long = replace(shapes, tokens=shapes.longest_tokens, stream=shapes.longest_tokens * grid.cp)
+    usual = max(kept - 1, 0)
+    one = min(kept, 1)
+    return {
+        "stored layer inputs": int(stored_inputs(share, hf, grid, shapes) * usual + stored_inputs(share, hf, grid, long) * one),
+        "index selection": int(share.computing * (index_holder(hf, grid, shapes) * usual + index_holder(hf, grid, long) * one)),
+        **_largest(working_sets(hf, grid, long, share, backward=True)),
+    }

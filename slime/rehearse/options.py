@@ -9,6 +9,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Options:
     gpu_memory_gb: float = 80.0
+    host_memory_gb: float = 2000.0
+    """Main memory of one node (2 TB: the usual size beside eight H100)."""
     checkpoint_index: str | None = None
     hostfile: str | None = None
     head: str | None = None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
 
 from slime.config.command_line import CommandLine, parse_words
 from slime.config.config import Config
 from slime.config.errors import ConfigError
 from slime.config.facts import Facts, gather_facts
+from slime.config.hf_config import HfConfig
 from slime.config.loader import apply_yaml, build, starting_values
 from slime.config.megatron_flags import default_of
 from slime.config.resolve import values_of
@@ -16,11 +20,16 @@ from slime.config.rules import STAGES, Values, collect
 from slime.config.rules.layout import chunks_of
 from slime.config.stages import Chunk
 from slime.model.geometry import differences, megatron_values
-from slime.model.hf_config import HfConfig
 from slime.model.names import FAMILIES, NameTable
 from slime.rehearse.findings import Findings
-from slime.rehearse.known_models import known_config, known_names
+from slime.rehearse.known_models import described_config, known_config, known_names
 from slime.rehearse.shares import Grid
+
+Basis = Literal["file", "release", "flags", "nothing"]
+"""config.json of the checkpoint; the stored one of the release that the folder is named after; one that MODEL_ARGS describe."""
+
+SUBJECTS = {"engine_model": "engines", "dispatch": "engines", "router": "engines", "training": "config"}
+"""File of a rule -> what a report calls its subject, where that is not its name."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,8 @@ class Reading:
 
     config: Config
     hf: HfConfig | None
-    hf_is_stored: bool
-    """`hf` is the stored config of a release: the checkpoint itself is not on this machine."""
+    basis: Basis
+    """Where `hf` comes from."""
     table: NameTable | None
     grid: Grid | None
     chunks: tuple[Chunk, ...] | None
@@ -60,13 +69,24 @@ class Reading:
 def read(argv: Sequence[str], findings: Findings, *, env: Mapping[str, str] | None = None) -> Reading:
     """env: the job's environment variables, where the launcher's are known."""
     words = _words(argv, findings)
-    values, notes = _resolved(words, findings, env)
+    values, notes, basis = _resolved(words, findings, env)
     config = build(values, notes=tuple(notes), door="rehearse")
-    hf, stored = _hf_config(config, findings)
+    hf, table = values.hf, None
     if hf is not None:
-        _compare(config, hf, findings)
-    table = NameTable.for_model(hf) if hf is not None and hf.model_type in FAMILIES else None
-    return Reading(config, hf, stored, table, _grid(config), chunks_of(values))
+        try:
+            if basis in ("file", "release"):
+                _compare(config, hf, findings)
+            table = _table(json.dumps(dict(hf), sort_keys=True, default=str)) if hf.get("model_type") in FAMILIES else None
+        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+            findings.violation("model", f"{hf.source} describes no model that can be built ({error})", "", "repair the file")
+            hf = None
+    return Reading(config, hf, basis if hf is not None else "nothing", table, _grid(config), chunks_of(values))
+
+
+@lru_cache(maxsize=4)
+def _table(raw: str) -> NameTable:
+    """60,000 names of a large model take a third of a second."""
+    return NameTable.for_model(HfConfig(json.loads(raw)))
 
 
 def _words(argv: Sequence[str], findings: Findings) -> CommandLine:
@@ -104,60 +124,54 @@ def _flag_fix(line: str) -> str:
     return "correct or remove the flag; `python3 -m slime.config.help` lists all"
 
 
-def _resolved(words: CommandLine, findings: Findings, env: Mapping[str, str] | None) -> tuple[Values, list[str]]:
+def _resolved(words: CommandLine, findings: Findings, env: Mapping[str, str] | None) -> tuple[Values, list[str], Basis]:
     start = starting_values(words)
     notes: list[str] = []
     try:
         notes = apply_yaml(start, words)
     except ConfigError as error:
         findings.violation("flags", str(error), fix="correct the file of --custom-config-path")
-    values = values_of(start, given=words.given, door="rehearse", facts=_facts(start, findings), env=env)
+    facts, basis = _facts(start, findings)
+    values = values_of(start, given=words.given, door="rehearse", facts=facts, env=env)
     found = collect(STAGES, values)
     for said in found.wrong:
-        findings.violation(said.subject, said.what, said.values, said.fix)
+        findings.violation(SUBJECTS.get(said.subject, said.subject), said.what, said.values, said.fix)
     for said in found.held:
-        findings.ok(said.subject, said.what, said.values)
+        findings.ok(SUBJECTS.get(said.subject, said.subject), said.what, said.values)
     for said in found.open:
-        findings.unchecked(said.subject, said.what, said.values, said.fix)
+        area = SUBJECTS.get(said.subject, said.subject)
+        findings.unchecked(area, said.what, said.values, said.fix, decides=said.decides)
     if not found.wrong:
         findings.ok("config", "the flags agree with each other", f"{len(values.notes)} values derived")
-    return values, [*notes, *values.notes]
+    return values, [*notes, *values.notes], basis
 
 
-def _facts(start: dict, findings: Findings) -> Facts:
+def _facts(start: dict, findings: Findings) -> tuple[Facts, Basis]:
+    """What the disk says; where it has no config.json, the release of that name, or the model that MODEL_ARGS describe."""
+    folder = start["hf_checkpoint"]
     try:
-        found = gather_facts(load=start["load"], ref_load=start["ref_load"], hf_checkpoint=start["hf_checkpoint"])
+        found = gather_facts(load=start["load"], ref_load=start["ref_load"], hf_checkpoint=folder)
     except ConfigError as error:
         findings.violation("files", str(error), fix="repair the file")
-        found = Facts()
-    if found.hf_config is None and start["hf_checkpoint"] and (known := known_config(start["hf_checkpoint"])) is not None:
-        return Facts(found.load, found.ref_load, dict(known), found.tensorboard_dir)
-    return found
-
-
-def _hf_config(config: Config, findings: Findings) -> tuple[HfConfig | None, bool]:
-    folder = config.checkpoint.hf_checkpoint
-    if folder is None:
-        return None, False
-    from slime.model.hf_config import read_hf_config
-
-    try:
-        hf = read_hf_config(folder)
-        findings.ok("files", "config.json of --hf-checkpoint is read", hf.source)
-        return hf, False
-    except ValueError:
-        pass
-    known = known_config(folder)
-    if known is None:
-        findings.unchecked(
-            "files",
-            f"{folder}/config.json is not on this machine, and no release is stored under that name",
-            ", ".join(known_names()),
-            "run this where the checkpoint is, or copy its config.json into a folder and pass that as --hf-checkpoint",
-        )
-        return None, True
-    findings.unchecked("files", f"{folder}/config.json is not on this machine; {known.source} stands for it")
-    return known, True
+        return Facts(), "nothing"
+    if found.hf_config is not None:
+        findings.ok("files", "config.json of --hf-checkpoint is read", f"{folder}/config.json")
+        return found, "file"
+    if not folder:
+        return found, "nothing"
+    if (known := known_config(folder)) is not None:
+        findings.unchecked("files", f"{folder}/config.json is not on this machine; {known.source} stands for it")
+        return replace(found, hf_config=dict(known)), "release"
+    described, source = described_config(start)
+    absent = f"{folder}/config.json is not on this machine, and no release is stored under that name"
+    findings.unchecked(
+        "files",
+        absent + (f"; {source} stands for it" if described else ""),
+        ", ".join(known_names()),
+        "run this where the checkpoint is, or copy its config.json into a folder and pass that as --hf-checkpoint",
+        decides=True,
+    )
+    return (replace(found, hf_config=described), "flags") if described else (found, "nothing")
 
 
 def _compare(config: Config, hf: HfConfig, findings: Findings) -> None:

@@ -10,6 +10,7 @@ from slime.config.stages import layout_string
 from slime.engine.spec import EngineSpec
 from slime.rehearse.budget import Budget
 from slime.rehearse.cost import rates_shown
+from slime.rehearse.layout_checks import paste
 from slime.rehearse.result import Rehearsal
 from slime.rehearse.stages import Split
 from slime.rehearse.weight_map import WeightMap
@@ -18,9 +19,10 @@ from slime.weights.digest import KEY_VARIABLE, sign
 
 def as_text(done: Rehearsal) -> str:
     findings = done.findings
-    lines = [finding.line() for finding in findings.items if finding.severity == "ok"]
-    lines += [finding.line() for finding in findings.of("unchecked")]
+    lines = [verdict(done)]
     lines += [finding.line() for finding in findings.of("violation")]
+    lines += sorted((finding.line() for finding in findings.of("unchecked")), key=lambda line: not line.startswith("UNPROVEN"))
+    lines += [finding.line() for finding in findings.of("ok")]
     for title, part in (
         ("stages", _stages(done)),
         ("memory per GPU, GB", _memory(done)),
@@ -36,11 +38,16 @@ def as_text(done: Rehearsal) -> str:
 
 
 def verdict(done: Rehearsal) -> str:
-    violations, unchecked = len(done.findings.of("violation")), len(done.findings.of("unchecked"))
-    if violations:
-        counted = f"{violations} violation{'s' if violations > 1 else ''}"
-        return f"NOT LAUNCHABLE: {counted} ({unchecked} points could not be checked from here)"
-    return f"launchable: {len(done.findings.of('ok'))} checks passed, {unchecked} points could not be checked from here"
+    """One line, what could not be checked first."""
+    findings = done.findings
+    violations, unchecked = len(findings.of("violation")), len(findings.of("unchecked"))
+    deciding = sum(finding.decides for finding in findings.of("unchecked"))
+    open_points = f"{unchecked} points could not be checked from here" + (f", {deciding} of which decide" if deciding else "")
+    if findings.verdict == "not launchable":
+        return f"NOT LAUNCHABLE: {violations} violation{'s' if violations > 1 else ''} ({open_points})"
+    if findings.verdict == "not proven":
+        return f"NOT PROVEN: {open_points}; {len(findings.of('ok'))} checks passed, none failed"
+    return f"launchable: {open_points}; {len(findings.of('ok'))} checks passed, none failed"
 
 
 def _stages(done: Rehearsal) -> list[str]:
@@ -53,17 +60,11 @@ def _stages(done: Rehearsal) -> list[str]:
         f"({sum(balance.sizes) / len(balance.sizes) / max(balance.sizes):.1%} by layers)"
     ]
     for split in balance.first_last[:5]:
-        lines.append(
-            f"  legal: --decoder-first-pipeline-num-layers {split.sizes[0]} "
-            f"--decoder-last-pipeline-num-layers {split.sizes[-1]}: {split.balance:.1%}"
-        )
+        lines.append(f"  legal, {split.balance:.1%}: {paste(done.reading.config, split, as_list=False)}")
     if len(balance.first_last) > 5:
         lines.append(f"  and {len(balance.first_last) - 5} more pairs, all in --json")
     if balance.best is not None:
-        lines.append(
-            f"  best list: {','.join(map(str, balance.best.sizes))}: {balance.best.balance:.1%}   "
-            f"--pipeline-model-parallel-layout '{layout_string(balance.best.sizes)}'"
-        )
+        lines.append(f"  best list, {balance.best.balance:.1%}: {paste(done.reading.config, balance.best, as_list=True)}")
     return lines
 
 
@@ -80,10 +81,10 @@ def _memory(done: Rehearsal) -> list[str]:
             f"{share.stage:5d}  {len(share.layers):6d}  {share.parameters / 1e9:8.3f}  {cells}  "
             f"{stage.host_optimizer * per_node / 1e9:12.0f}"
         )
-    lines.append(
-        f"main memory of the fullest node: {done.budget.node_optimizer / 1e9:.0f} GB of optimizer, "
-        f"up to {done.budget.node_checkpoint / 1e9:.0f} GB while a checkpoint is written"
-    )
+    node = done.budget.node
+    for when, parts in (("while engines generate", node.rollout), ("while a checkpoint is written", node.checkpoint)):
+        told = ", ".join(f"{name} {count / 1e9:.0f}" for name, count in parts.items())
+        lines.append(f"main memory of the fullest node {when}: {sum(parts.values()) / 1e9:.0f} GB ({told})")
     for cache in done.budget.caches:
         batch = (
             f"; an engine of {cache.gpus} GPUs holds {cache.at_once:,} samples of {cache.longest:,}" if cache.longest else ""
@@ -161,6 +162,7 @@ def _memory_json(budget: Budget) -> dict[str, object]:
             for m in budget.stages
         ],
         "kv_cache": [{**vars(cache), "longest_at_once_per_engine": cache.at_once} for cache in budget.caches],
+        "node_memory": {"rollout": dict(budget.node.rollout), "checkpoint": dict(budget.node.checkpoint)},
         "node_counts": [vars(fit) for fit in budget.fits],
         "assumed": dict(budget.assumed),
         "measured": None
@@ -211,6 +213,7 @@ def as_json(done: Rehearsal) -> dict[str, object]:
     grid, balance, weights, cost, built = done.reading.grid, done.balance, done.weights, done.cost, done.built
     return {
         "launchable": done.findings.launchable,
+        "verdict": done.findings.verdict,
         "findings": [vars(finding) for finding in done.findings.items],
         "notes": list(done.reading.config.notes),
         "seconds": dict(done.seconds or {}),

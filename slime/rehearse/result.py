@@ -7,9 +7,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from slime.rehearse.budget import DEFAULT_LENGTH, Budget, check_memory, train_shapes
+from slime.rehearse.budget import DEFAULT_LENGTH, Budget, assumed_of, check_memory, train_shapes
 from slime.rehearse.cost import Cost, Rates, Shape, SyncBytes, predict, sync_bytes, with_rates
 from slime.rehearse.engine_checks import EnginePlan, check_engines
+from slime.rehearse.engine_memory import engine_ranks, speculates
 from slime.rehearse.file_checks import check_files
 from slime.rehearse.findings import Findings
 from slime.rehearse.flops import model_work
@@ -46,9 +47,10 @@ def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
     reading = read(argv, findings, env=options.env)
     check_files(reading, findings, checkpoint_index=options.checkpoint_index, hostfile=options.hostfile, head=options.head)
     clock["flags and files"] = time.monotonic() - started
-    length = options.length or longest_sample(reading.config) or DEFAULT_LENGTH
+    longest = longest_sample(reading.config, prompt=int(assumed_of(options.assume).prompt_tokens))
+    length = options.length or longest or DEFAULT_LENGTH
     done = Rehearsal(findings, reading, options, check_engines(reading, findings, version=options.engine_version))
-    done.balance = check_layout(reading, findings, length=length)
+    done.balance = check_layout(reading, findings, length=length, longest=longest)
     clock["layout and engines"] = time.monotonic() - started - sum(clock.values())
     done.rates = with_rates(Rates(), options.rates)
     if options.quick:
@@ -56,9 +58,9 @@ def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
         done.seconds = clock
         return done
     if reading.table is not None and reading.grid is not None and reading.chunks is not None and _divides(reading):
-        _arithmetic(done, length)
+        _arithmetic(done, length, longest)
         clock["memory, cost, weight map"] = time.monotonic() - started - sum(clock.values())
-        if options.build_ranks and findings.launchable:
+        if options.build_ranks and not findings.of("violation"):
             done.built = check_ranks(reading, done.shares, findings)
             check_order(reading, done.built, findings)
             check_held(reading, done.built, done.weights, findings)
@@ -78,16 +80,24 @@ def _divides(reading: Reading) -> bool:
     return not experts or experts % reading.grid.ep == 0
 
 
-def _arithmetic(done: Rehearsal, length: int) -> None:
+def _arithmetic(done: Rehearsal, length: int, longest: int | None) -> None:
     reading, options = done.reading, done.options
     config, grid, hf = reading.config, reading.grid, reading.hf
     mtp, padded = reading.trains_mtp, config.model.padded_vocab_size
     done.shares = tuple(stage_shares(reading.table, reading.chunks, grid, padded_vocab=padded, mtp=mtp))
     gpus_per_node = config.cluster.num_gpus_per_node
     sync = sync_bytes(reading.table, hf, done.engines.specs, done.rates, gpus_per_node=gpus_per_node, mtp=mtp)
-    shapes = train_shapes(reading, mean_share=done.rates.mean_response_share)
-    done.budget = check_memory(reading, done.shares, shapes, done.engines, sync, options, done.findings)
-    done.cost = _cost(done, length, sync, shapes)
+    shapes = train_shapes(reading, longest=longest, mean_share=done.rates.mean_response_share)
+    ranks = engine_ranks(
+        reading.table,
+        hf,
+        done.engines.specs,
+        version=done.engines.version,
+        env=options.env,
+        mem_fraction=assumed_of(options.assume).mem_fraction_static,
+    )
+    done.budget = check_memory(reading, done.shares, shapes, ranks, options, done.findings, longest=longest)
+    done.cost = _cost(done, length, longest, sync, shapes)
     done.weights = build_weight_map(
         reading.table,
         hf,
@@ -101,14 +111,14 @@ def _arithmetic(done: Rehearsal, length: int) -> None:
     _check_weights(done)
 
 
-def _cost(done: Rehearsal, length: int, sync: SyncBytes | None, shapes: TrainShapes) -> Cost:
+def _cost(done: Rehearsal, length: int, longest: int | None, sync: SyncBytes | None, shapes: TrainShapes) -> Cost:
     reading, stages = done.reading, done.budget.stages
     config, grid = reading.config, reading.grid
     prompts, samples = config.data.rollout_batch_size or 0, config.data.n_samples_per_prompt
     steps = max(1, prompts * samples // (config.batch.global_batch_size or max(prompts * samples, 1)))
     shape = Shape(
         samples=prompts * samples,
-        mean_tokens=max(1, int((longest_sample(config) or DEFAULT_LENGTH) * done.rates.mean_response_share)),
+        mean_tokens=max(1, int((longest or DEFAULT_LENGTH) * done.rates.mean_response_share)),
         longest_response=config.rollout.rollout_max_response_len or length,
         trainer_gpus=grid.world,
         rollout_gpus=config.cluster.rollout_num_gpus or 0,
@@ -117,6 +127,8 @@ def _cost(done: Rehearsal, length: int, sync: SyncBytes | None, shapes: TrainSha
         needs_reference=bool(config.algorithm.kl_coef or config.algorithm.use_kl_loss),
         needs_old_log_probs=config.algorithm.loss_type == "policy_loss" and not config.algorithm.use_rollout_logprobs,
         colocate=config.cluster.colocate,
+        speculates=all(speculates(spec) for spec in done.engines.specs if spec.role != "prefill"),
+        vpp=shapes.vpp,
     )
     parameters = reading.num_parameters
     saved = parameters * 2 if config.checkpoint.no_save_optim else parameters * (2 + shapes.optimizer_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slime.config.stages import legal_splits
+from slime.config.stages import Chunk, Cut, cut_layers, legal_splits, wrong_starts
 from slime.model.hf_config import HfConfig
 
 
@@ -35,17 +35,30 @@ def stage_costs(sizes: Sequence[int], layer_costs: Sequence[float], head_cost: f
     return costs
 
 
+def rank_costs(chunks: Sequence[Chunk], layer_costs: Sequence[float], head_cost: float) -> list[float]:
+    """Cost of each pipeline rank, whatever chunks it has."""
+    costs = [0.0] * (1 + max(chunk.pp_rank for chunk in chunks))
+    for chunk in chunks:
+        costs[chunk.pp_rank] += sum(layer_costs[layer] for layer in chunk.layers)
+    costs[chunks[-1].pp_rank] += head_cost
+    return costs
+
+
 def legal_first_last(
-    hf: HfConfig, pp_size: int, layer_costs: Sequence[float], head_cost: float, *, any_start: bool = False
+    hf: HfConfig, pp_size: int, layer_costs: Sequence[float], head_cost: float, *, any_start: bool = False, vpp: int = 1
 ) -> list[Split]:
     """Every (first, last) pair for which stages divide and start on computing layers, best balanced first.
 
-    any_start: indices travel between stages (--dsa-send-indices), so that every layer may begin one.
+    any_start: indices travel between stages (--dsa-send-indices), so that every layer may begin one. vpp: chunks of a stage,
+    which interleave, so that each must start legally; `sizes` are then the layers of whole stages.
     """
-    found = [
-        Split(sizes, balance(stage_costs(sizes, layer_costs, head_cost)))
-        for sizes in legal_splits(hf, pp_size, any_start=any_start)
-    ]
+    found = []
+    for sizes in legal_splits(hf, pp_size, any_start=any_start or vpp > 1):
+        if any(size % vpp for size in sizes):
+            continue
+        chunks = cut_layers(Cut(hf.num_layers, pp_size, vpp, sizes[0], sizes[-1]))
+        if any_start or not wrong_starts(hf, chunks):
+            found.append(Split(sizes, balance(rank_costs(chunks, layer_costs, head_cost))))
     return sorted(found, key=lambda split: (-split.balance, split.sizes))
 
 

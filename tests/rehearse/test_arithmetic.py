@@ -13,6 +13,7 @@ from slime.config.stages import Cut, cut_layers, layout_string, wrong_starts
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
 from slime.rehearse.cost import Rates, sync_bytes
+from slime.rehearse.engine_memory import EngineRank, kv_bytes_per_token
 from slime.rehearse.flops import active_parameters, core, mean_selected, model_work
 from slime.rehearse.holders import Keepers, ranges
 from slime.rehearse.known_models import known_config
@@ -20,14 +21,13 @@ from slime.rehearse.layout_checks import layer_costs
 from slime.rehearse.measured import Measured, compare, read_measured
 from slime.rehearse.memory import (
     Assumed,
-    EngineRank,
     TrainShapes,
+    Turns,
     checkpointed_input,
     experts_parts,
     head_parts,
     in_flight,
     index_holder,
-    kv_bytes_per_token,
     optimizer_bytes,
     stage_memory,
     working_sets,
@@ -47,7 +47,7 @@ SHAPES = TrainShapes(
     param_bytes=2,
     grad_bytes=4,
     optimizer_bytes=12,
-    optimizer_on_host=True,
+    offloaded=1.0,
     micro_batches=64,
     padded_vocab=154880,
     log_probs_chunk=16384,
@@ -159,15 +159,15 @@ def test_the_tiny_run_on_one_h100_is_predicted() -> None:
     grid, table = Grid(world=1, tp=1, pp=1, cp=1, ep=1, etp=1), NameTable.for_model(hf, with_mtp=False)
     (share,) = stage_shares(table, cut_layers(Cut(8, 1)), grid)
     shapes = replace(
-        SHAPES, tokens=14_912, stream=14_912, optimizer_on_host=False, micro_batches=3, padded_vocab=320, log_probs_chunk=1024
+        SHAPES, tokens=14_912, stream=14_912, offloaded=0.0, micro_batches=3, padded_vocab=320, log_probs_chunk=1024
     )
     told = dict(bucket_bytes=64 << 20, engine=None, gpu_bytes=80e9, assumed=Assumed(overhead_gb=0, sleeping_engine_gb=0))
-    found = stage_memory(share, hf, grid, shapes, **told, shares_gpu=True, resumes=False)
+    found = stage_memory(share, hf, grid, shapes, **told, turns=Turns(True), resumes=False)
     for phase, peak in measured.items():
         assert found.phase(phase).total == pytest.approx(peak, rel=0.05), phase
     # Written from main memory: 2 bytes of every weight and 12 of every trained one.
     assert (found.host_optimizer, found.host_checkpoint) == (0, 2 * share.parameters + 12 * share.trained)
-    resumed = stage_memory(share, hf, grid, shapes, **told, shares_gpu=True)
+    resumed = stage_memory(share, hf, grid, shapes, **told, turns=Turns(True))
     assert resumed.phase("load").total - found.phase("load").total == 8 * share.trained
 
 
@@ -175,13 +175,16 @@ def test_kv_cache_bytes() -> None:
     assert kv_bytes_per_token(HF, fp8=True) == 51_168 + 2_772
     assert kv_bytes_per_token(HF, fp8=True, drafts=True) == 51_168 + 2_772 + 788
     assert kv_bytes_per_token(HF, fp8=False) == 89_856 + 2_772
+    # SGLang 0.5.17 keeps the indexer's 132 bytes in all 79 layers: (656 + 132) x 79.
+    assert kv_bytes_per_token(HF, fp8=True, drafts=True, every_layer=True) == 62_252
     assert kv_bytes_per_token(known_config("/any/Qwen3-4B"), fp8=False) == 36 * 2 * 8 * 128 * 2
 
 
 def test_weight_sync_bytes() -> None:
     from slime.engine.spec import EngineSpec
 
-    engines = [EngineSpec("default", "decode", i, 64 * i, 64, 8, 64, 1, 64, 64, "m", True, True, 0) for i in range(4)]
+    whole = {"moe_a2a_backend": "deepep", "moe_dense_tp_size": 1, "enable_dp_lm_head": True}
+    engines = [EngineSpec("default", "decode", i, 64 * i, 64, 8, 64, 1, 64, 64, "m", True, True, 0, whole) for i in range(4)]
     sync = sync_bytes(TABLE, HF, engines, Rates(), gpus_per_node=8)
     assert sync.experts == 75 * 256 * 37_757_952
     assert (round(sync.experts / 1e9, 2), round(sync.rest / 1e9, 2), round(sync.per_gpu / 1e9, 2)) == (724.95, 20.63, 31.96)
@@ -385,7 +388,7 @@ def test_a_trained_mtp_layer_costs_one_more_layer_and_one_more_output_layer() ->
 def test_a_trainer_with_gpus_of_its_own_keeps_everything_during_a_sync() -> None:
     share = stage_shares(TABLE, cut_layers(STOCK), GRID)[3]
     told = {"bucket_bytes": 2 << 30, "engine": EngineRank("decode", 32 << 30, 1, 0.7), "gpu_bytes": 80e9, "assumed": Assumed()}
-    apart, shared = (stage_memory(share, HF, GRID, SHAPES, **told, shares_gpu=shares) for shares in (False, True))
+    apart, shared = (stage_memory(share, HF, GRID, SHAPES, **told, turns=Turns(shares)) for shares in (False, True))
     buckets = 3 * (2 << 30)
     assert apart.phase("weight sync").total == apart.phase("hand-over").total + buckets
     weights, gradients = 2 * 2_949_632_512, 4 * (2_949_632_512 - 2 * 9_371_904)

@@ -96,7 +96,7 @@ def test_peak_memory_is_within_10_percent(size: dict, tokens: int, tmp_path: Pat
     hf, grid = read_hf_config(tmp_path), Grid(1, 1, 1, 1, 1, 1)
     share = stage_shares(NameTable.for_model(hf), cut_layers(Cut(hf.num_layers, 1)), grid)[0]
     # float32: the weights are their own masters, 4 + 4 bytes of moments
-    shapes = TrainShapes(tokens, tokens, True, 4, 4, 8, False, 1, hf["vocab_size"], -1)
+    shapes = TrainShapes(tokens, tokens, True, 4, 4, 8, 0.0, 1, hf["vocab_size"], -1)
     predicted = host_memory(share, hf, grid, shapes, replace(Assumed(), host_process_gb=0.0), bucket_bytes=0)
     for name in ("log-probs", "train"):
         if name in peaks:

@@ -129,7 +129,7 @@ def collect(stages: Sequence[Stage], v: Values) -> Collected:
             assert wrong, f"{subject}.{rule.__name__}: {consequence!r}"
         wrong += [Said(subject, line, fix=way_out(line)) for line in v.mistakes or raised]
         held += [Said(subject, *words) for words in v.held]
-        undecided += [Said(subject, *words) for words in v.open]
+        undecided += [Said(subject, what, values, fix, decides) for what, values, fix, decides in v.open]
     v.mistakes, v.held, v.open = [], [], []
     return Collected(tuple(wrong), tuple(held), tuple(undecided))
 

@@ -1,0 +1,151 @@
+"""Bytes of one GPU of each group of engines: weights, draft model, DeepEP's buffers, cache per token. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from slime.config.rules.dispatch import DEFAULT_TOKENS, MOST_TOKENS, VARIABLE, buffer_bytes
+from slime.engine.spec import EngineSpec
+from slime.engine.versions import capabilities
+from slime.model.hf_config import HfConfig
+from slime.model.names import NameTable
+from slime.rehearse.flops import layer_of
+from slime.rehearse.holders import Keepers
+from slime.rehearse.weight_map import fp8_format, wire_bytes
+
+
+@dataclass(frozen=True)
+class EngineWeights:
+    """Of one GPU, in the serving checkpoint's format."""
+
+    main: int
+    draft: int
+    """The MTP layer, which is there only where the engine drafts with it."""
+
+
+@dataclass(frozen=True)
+class EngineRank:
+    """One engine rank's static bytes."""
+
+    role: str
+    weights: int
+    kv_bytes_per_token: int
+    mem_fraction: float
+    draft_weights: int = 0
+    buffers: int = 0
+    """DeepEP's, which no sleep gives back."""
+    gpus: int = 1
+    """Of the engine."""
+    attention_dp: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.role if self.gpus == 1 else f"{self.role} ({self.gpus} GPUs)"
+
+
+def engine_weights(table: NameTable, hf: HfConfig, spec: EngineSpec) -> EngineWeights:
+    """What the fullest rank of an engine keeps of the checkpoint, tensor by tensor as SGLang cuts them."""
+    block, kept = fp8_format(hf)
+    totals = {False: 0, True: 0}
+    whole_experts = {False: 0, True: 0}
+    layers_of_a_stage = -(-hf.num_layers // spec.pp_size) / hf.num_layers
+    for entry in table.entries:
+        draft = entry.name.startswith("mtp.")
+        for tensor in entry.hf:
+            fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
+            nbytes = wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32)
+            if entry.expert is not None:
+                whole_experts[draft] += nbytes
+                continue
+            share = layers_of_a_stage if layer_of(entry) is not None and not draft else 1
+            totals[draft] += int(nbytes / Keepers.cut(entry, tensor, spec) * share)
+    # Experts lie on the expert-parallel ranks, and what tensor parallelism is left cuts each of them.
+    main = totals[False] + int(whole_experts[False] / spec.tp_size * layers_of_a_stage)
+    return EngineWeights(main, totals[True] + whole_experts[True] // spec.tp_size)
+
+
+def alike(spec: EngineSpec) -> str:
+    """Equal for engines that hold the same and serve the same way."""
+    sizes = (spec.role, spec.num_gpus, spec.tp_size, spec.pp_size, spec.dp_size, spec.ep_size)
+    return repr((sizes, sorted((name, str(value)) for name, value in spec.settings.items())))
+
+
+def speculates(spec: EngineSpec) -> bool:
+    return bool(spec.settings.get("speculative_algorithm"))
+
+
+def engine_ranks(
+    table: NameTable,
+    hf: HfConfig,
+    specs: Iterable[EngineSpec],
+    *,
+    version: str,
+    env: Mapping[str, str] | None,
+    mem_fraction: float,
+) -> tuple[EngineRank, ...]:
+    """One rank of each different engine of the trained model. mem_fraction: where no option says one."""
+    found: dict[str, EngineRank] = {}
+    for spec in specs:
+        key = alike(spec)
+        if spec.update_weights and key not in found:
+            found[key] = _rank(table, hf, spec, version=version, env=env, mem_fraction=mem_fraction)
+    return tuple(found.values())
+
+
+def _rank(
+    table: NameTable, hf: HfConfig, spec: EngineSpec, *, version: str, env: Mapping[str, str] | None, mem_fraction: float
+) -> EngineRank:
+    dtype = str(spec.settings.get("kv_cache_dtype", "auto"))
+    drafts = speculates(spec) and hf.num_mtp_layers > 0
+    weights = engine_weights(table, hf, spec)
+    every = not capabilities(version).index_cache_where_computed
+    return EngineRank(
+        spec.role,
+        weights.main,
+        kv_bytes_per_token(hf, fp8=dtype.startswith("fp8"), tp=spec.tp_size // spec.dp_size, drafts=drafts, every_layer=every),
+        _fraction(spec.settings.get("mem_fraction_static"), mem_fraction),
+        weights.draft if drafts else 0,
+        _buffers(hf, spec, env),
+        spec.num_gpus,
+        spec.dp_size,
+    )
+
+
+def _fraction(said: object, otherwise: float) -> float:
+    try:
+        return otherwise if said is None else float(str(said))
+    except ValueError:
+        return otherwise
+
+
+def _buffers(hf: HfConfig, spec: EngineSpec, env: Mapping[str, str] | None) -> int:
+    low_latency = str(spec.settings.get("deepep_mode", "auto")) != "normal"
+    if str(spec.settings.get("moe_a2a_backend")) != "deepep" or not low_latency or not hf.num_experts:
+        return 0
+    text = (env or {}).get(VARIABLE, str(DEFAULT_TOKENS))
+    tokens = min(int(text), MOST_TOKENS) if text.isdigit() else DEFAULT_TOKENS
+    return buffer_bytes(tokens=tokens, hidden=hf["hidden_size"], experts=hf.num_experts)
+
+
+def kv_bytes_per_token(hf: HfConfig, *, fp8: bool, tp: int = 1, drafts: bool = False, every_layer: bool = False) -> int:
+    """Of one engine rank. Sparse attention keeps 656 bytes (or 576 bf16 values) a layer, and 132 bytes for its indexer.
+
+    drafts: the MTP layer, which runs an indexer of its own, keeps a cache too. every_layer: the engine keeps the indexer's
+    cache also in layers that share another's selection (SGLang before 0.5.23).
+    """
+    layers = hf.num_layers + (hf.num_mtp_layers if drafts else 0)
+    if hf.has_indexer:
+        latent = (
+            hf["kv_lora_rank"] + hf["kv_lora_rank"] // 128 * 4 + 2 * hf["qk_rope_head_dim"]
+            if fp8
+            else 2 * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"])
+        )
+        computing = sum(hf.runs_indexer(layer) for layer in range(hf.num_layers))
+        computing += layers - hf.num_layers
+        return layers * latent + (layers if every_layer else computing) * (hf["index_head_dim"] + 4)
+    size = 1 if fp8 else 2
+    if hf.is_mla:
+        return layers * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"]) * size
+    groups = max(1, hf["num_key_value_heads"] // tp)
+    return layers * 2 * groups * hf.head_dim * size
