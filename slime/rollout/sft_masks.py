@@ -117,12 +117,16 @@ class _Family:
     def turn(self, whole: Rendering, position: int) -> Turn:
         start, end = whole.spans[position]
         text = whole.of(position)
-        begin = start + self._header(text, self.generation_prompt(whole.messages[:position]))
+        prompt = self.generation_prompt(whole.messages[:position])
+        if position == 0 and prompt:
+            # What a template begins with may be written inside the loop, as a part of the first message (Llama-3's <bos>).
+            start += max(text.find(prompt), 0)
+        begin = start + self._header(whole.text[start:end], prompt)
         if self.end == "":
             return Turn(position, begin, end, closed=False)
         bare = text.rstrip()
         closed = bare.endswith(tuple(mark for mark in (self.end, self._tokenizer.eos_token, *_OTHER_ENDS) if mark))
-        return Turn(position, begin, start + len(bare) if closed else end, closed=closed)
+        return Turn(position, begin, whole.spans[position][0] + len(bare) if closed else end, closed=closed)
 
     def generation_prompt(self, before: list[Message]) -> str:
         """What the template writes after these messages for the model to go on. It depends on who spoke last (DeepSeek)."""

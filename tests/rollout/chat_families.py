@@ -231,6 +231,14 @@ LLAMA3 = """{{ bos_token }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}"""
 
+# Llama-3 before 3.1: no tools, and what the text begins with is written inside the loop.
+LLAMA30 = """{%- for message in messages -%}
+{{ bos_token if loop.first else '' }}{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}
+{%- if message.role == 'assistant' -%}{% generation %}{{ message.content | trim + '<|eot_id|>' }}{% endgeneration %}
+{%- else -%}{{ message.content | trim + '<|eot_id|>' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"""
+
 # The prompt is written inside the loop, as a part of the last message, and no marker is a special token.
 IN_LOOP = """{%- for message in messages -%}
 {{ '### ' + message.role + '\\n' }}
@@ -279,6 +287,7 @@ FAMILIES = {
         DEEPSEEK_V31, _DEEPSEEK_MARKERS, "<｜end▁of▁sentence｜>", bos="<｜begin▁of▁sentence｜>", added=_THINK[:2]
     ),
     "llama3": Family(LLAMA3, _LLAMA_MARKERS, "<|eot_id|>", bos="<|begin_of_text|>"),
+    "llama3.0": Family(LLAMA30, _LLAMA_MARKERS, "<|eot_id|>", bos="<|begin_of_text|>"),
     "in-loop": Family(IN_LOOP, ("</s>",), "</s>"),
 }
 
@@ -298,7 +307,7 @@ def tokenizer_of(name: str, *, marked: bool = False) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     # Llama's released tokenizer tells offsets without the blanks before a word, the others with them.
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=name == "llama3")
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=name.startswith("llama3"))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in family.special])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.added])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=family.eos, bos_token=family.bos)

@@ -215,7 +215,7 @@ def test_distill_qwen_trains_the_last_turn_with_its_thoughts(name):
     text = trained(tokenizer, last)
     assert "4" in text and "2" not in text
     assert trained(tokenizer, every).endswith(text)
-    knows_thoughts = name not in ("qwen2.5", "deepseek-v3", "deepseek-v3.1", "llama3", "in-loop")
+    knows_thoughts = name not in ("qwen2.5", "deepseek-v3", "deepseek-v3.1", "llama3", "llama3.0", "in-loop")
     assert ("two more" in text) == knows_thoughts
 
 
