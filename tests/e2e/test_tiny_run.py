@@ -168,6 +168,9 @@ def test_a_second_run_resumes_with_the_next_prompts_and_a_dead_engine_ends_it_wi
     config["dtype"] = "float32"
     (float32 / "config.json").write_text(json.dumps(config))
     flags = ("--hf-checkpoint", str(float32), "--save-debug-rollout-data", str(base / "dumps" / "{rollout_id}.pt"))
+    tensorboard = base / "run" / "tensorboard"
+    shutil.rmtree(tensorboard)
+    tensorboard.write_text("a file where the folder was: metrics end no run")
     run = Launch(base, *SMALL, *flags, "--num-rollout", "500", "--save-interval", "1000")
     run.wait_for(r"rollout +3/500 ")
     pid = int(run.wait_for(r"default-decode-1: ready at .* \(pid (\d+),")[1])
@@ -178,6 +181,7 @@ def test_a_second_run_resumes_with_the_next_prompts_and_a_dead_engine_ends_it_wi
     for name, at_least in (("rollout/raw_reward", 3), ("train/loss", 6)):
         positions = _positions(base, name)
         assert positions == list(range(1, max(at_least, len(positions)) + 1)), "metrics count on from the checkpoint"
+    assert len(re.findall(r"tensorboard.* cannot be written \(\w+Error: ", run.text)) == 1, run.text[-6000:]
     assert rollouts[3][1] < 1e-3, "float32 on both sides: the trainer and the engines are the same function"
     assert "default-decode-1 was killed by signal 9 (SIGKILL)" in run.text, run.text[-6000:]
     assert "run the same command again to resume" in run.text
