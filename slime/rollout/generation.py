@@ -78,7 +78,8 @@ class GenerateState:
         self.sampling_params = self.sampling_params or rollout_sampling_params(args)
 
     def submit_generate_tasks(self, groups: list[Group]) -> None:
-        """Start these groups; `pendings` holds their tasks."""
+        """Start these groups; `pendings` holds their tasks, and abort() in this loop finds them."""
+        _OF_LOOP[asyncio.get_running_loop()] = self
         for group in groups:
             call = generate_and_rm_group(self.args, group, dict(self.sampling_params), state=self)
             self.pendings.add(asyncio.create_task(call))
