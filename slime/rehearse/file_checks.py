@@ -137,12 +137,15 @@ def _check_rows(where: str, rows: Rows | None, input_key: str, label_key: str | 
         )
 
 
+_SAYS = {"content", "tool_calls", "reasoning_content"}
+
+
 def _prompt_problem(prompt: object) -> str:
     """Why the value is no prompt; empty when it is one."""
     if isinstance(prompt, str):
         return "" if prompt.strip() else "an empty text"
     if isinstance(prompt, list) and prompt:
-        odd = [one for one in prompt if not isinstance(one, dict) or not {"role", "content"} <= set(one)]
+        odd = [one for one in prompt if not isinstance(one, dict) or "role" not in one or not _SAYS & set(one)]
         return "a message without role and content" if odd else ""
     return "an empty list" if prompt == [] else f"a {type(prompt).__name__}"
 

@@ -79,9 +79,14 @@ def mask_conversation(
     whole = render_conversation(tokenizer, messages, tools, **template_kwargs)
     if _SPAN_TAG.search(tokenizer.get_chat_template(tools=tools)):
         return _marked_by_template(tokenizer, whole, wanted, tools, template_kwargs)
+    for position in sorted(wanted):
+        if not whole.of(position):
+            raise ValueError(f"the chat template writes nothing for message {position}; leave it out, or give it a content")
+    answers = [position for position in answers if whole.of(position)]
     family = _Family(tokenizer, tools, template_kwargs)
     turns = [family.turn(whole, position) for position in answers]
-    whole, turns = family.with_last_thoughts(whole, turns)
+    if turns:
+        whole, turns = family.with_last_thoughts(whole, turns)
     _say_what_is_lost(tokenizer.get_chat_template(tools=tools), whole, turns)
     return _mask(tokenizer, whole, [turn for turn in turns if turn.message in wanted], family.end)
 

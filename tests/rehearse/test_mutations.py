@@ -300,6 +300,10 @@ def test_files_that_are_there_are_read(flagship: Recipe, tmp_path: Path) -> None
     assert "the first line has an empty text under 'prompt'" in found
     assert "the last line has a message without role and content" in found
 
+    turns = [{"role": "user", "content": "w?"}, {"role": "assistant", "tool_calls": [{"function": {"name": "get"}}]}]
+    prompts.write_text(json.dumps({"prompt": turns, "label": "2"}) + "\n")
+    assert "without role" not in "\n".join(violations(run(recipe, tmp_path)))
+
     prompts.write_text('{"prompt": "1+1", "label": "2"}\n{"prompt": "2+')
     assert "the last line is not JSON" in "\n".join(violations(run(recipe, tmp_path)))
 

@@ -6,7 +6,30 @@ from dataclasses import replace
 
 from tests.rehearse.edits import DISPATCH, Edit, all_of, env, flags, in_group, unset, without
 
+SFT = ("--rollout-function-path", "slime.rollout.sft_rollout.generate_rollout", "--loss-type", "sft_loss")
+
 WRONG: dict[str, tuple[Edit, str]] = {
+    # What is asked of an engine, against its context of 1,048,576 tokens; the flags of supervised training.
+    "responses of a whole context": (flags("--rollout-max-response-len", "1048576"), "leaves no room for a prompt"),
+    "a context of more than an engine's": (flags("--rollout-max-context-len", "1048577"), "pass at most 1048576"),
+    "an evaluation beyond the context": (
+        flags("--eval-interval", "1", "--eval-prompt-data", "a", "a.jsonl", "--eval-max-response-len", "2000000"),
+        "evaluation a: max_response_len 2000000 leaves no room",
+    ),
+    "a small context": (flags("--sglang-context-length", "8192"), "the engines' context is 8192 (--sglang-context-length)"),
+    "prompt and response beyond the context": (
+        flags("--sglang-context-length", "66000", "--rollout-max-prompt-len", "1000"),
+        "are 66536 tokens together",
+    ),
+    "conversations twice": (flags(*SFT), "takes each conversation once, and --n-samples-per-prompt is 8"),
+    "conversations as text": (
+        flags(*SFT, "--n-samples-per-prompt", "1", "--apply-chat-template"),
+        "makes a text of a conversation",
+    ),
+    "conversations without a loss": (
+        all_of(flags(*SFT), flags("--loss-type", "policy_loss")),
+        "learns nothing",
+    ),
     # DeepEP: what one rank sends at once, against its buffer (64 tokens in the recipe, five draft tokens a request).
     "prefill takes prompts by low latency": (
         in_group("prefill", ("deepep_mode: auto", "deepep_mode: low_latency")),

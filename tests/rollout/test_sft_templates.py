@@ -317,6 +317,21 @@ def test_templates_that_write_messages_twice_or_rewrite_their_text_are_refused()
         mask_conversation(tokenizer, [user("a"), answer("b")], loss_mask_type="qwen3")
 
 
+def test_a_turn_that_a_template_leaves_out_is_named_unless_nobody_trains_it():
+    tokenizer = tokenizer_of("in-loop")
+    tokenizer.chat_template = tokenizer.chat_template.replace("messages -%}", "messages if message.content -%}", 1)
+    messages = [user("a"), answer(""), user("b"), answer("c")]
+    with pytest.raises(ValueError, match="writes nothing for message 1"):
+        mask_conversation(tokenizer, messages, loss_mask_type="qwen3")
+    for masked in (
+        mask_conversation(tokenizer, messages, loss_mask_type="distill_qwen"),
+        mask_conversation(tokenizer, [user("a"), answer("", step_loss_mask=0), *messages[2:]], loss_mask_type="qwen3"),
+    ):
+        assert trained(tokenizer, masked) == "c</s>"
+    silent = [user("a"), answer("", step_loss_mask=0)]
+    assert mask_conversation(tokenizer, silent, loss_mask_type="qwen3").response_length == 0
+
+
 def test_the_marks_of_the_fixtures_change_no_text():
     for name, family in FAMILIES.items():
         text = whole(tokenizer_of(name), CONVERSATIONS["three turns and a system's"])

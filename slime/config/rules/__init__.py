@@ -32,6 +32,7 @@ from slime.config.rules import (
     placement,
     router,
     saving,
+    supervised,
     training,
 )
 from slime.config.rules.book import Collected, Rule, Said, Stage, Values, collect, stop_at_first, way_out
@@ -49,6 +50,7 @@ STAGES: tuple[Stage, ...] = (
             batch.batch,
             lengths.lengths,
             evaluation.evaluation,
+            supervised.supervised,
             training.probabilities,
             training.schedule,
             training.offloading,

@@ -29,9 +29,11 @@ def engine_context(v: Values) -> None:
             "which shortens the response of a long prompt",
         )
     prompt, response = v["rollout_max_prompt_len"], v["rollout_max_response_len"]
+    if v["rollout_max_context_len"] is not None or prompt is None or response is None or response >= context:
+        return
     v.require(
-        v["rollout_max_context_len"] is not None or None in (prompt, response) or prompt + response <= context,
-        f"--rollout-max-prompt-len {prompt} and --rollout-max-response-len {response} are {(prompt or 0) + (response or 0)} "
+        prompt + response <= context,
+        f"--rollout-max-prompt-len {prompt} and --rollout-max-response-len {response} are {prompt + response} "
         f"tokens together: {fact}; lower one, or pass --rollout-max-context-len {context}, which shortens the response of "
         "a long prompt",
     )
