@@ -45,6 +45,7 @@ PUBLIC = {
     },
     "slime.rollout.rm_hub.deepscaler": {"get_deepscaler_rule_based_reward": "response, label"},
     "slime.rollout.rm_hub.f1": {"f1_score": "prediction, ground_truth"},
+    "slime.rollout.rm_hub.ifbench": {"compute_ifbench_reward": "response, label, metadata=None"},
     "slime.rollout.rm_hub.gpqa": {"compute_gpqa_reward": "response, label, metadata=None"},
     "slime.rollout.sglang_rollout": {
         "GenerateState": "args", "abort": "args, rollout_id", "eval_rollout": "args, rollout_id",
