@@ -10,6 +10,7 @@ MOE = ["--num-experts", "8", "--moe-router-topk", "2", "--moe-ffn-hidden-size", 
 MINIMAL = [
     *MODEL, "--hf-checkpoint", "/models/x", "--colocate", "--actor-num-gpus-per-node", "2", "--prompt-data", "p.jsonl",
     "--rollout-batch-size", "4", "--n-samples-per-prompt", "2", "--num-rollout", "3",
+    "--rm-type", "random", "--rollout-max-response-len", "64",
 ]  # fmt: skip
 
 NOTHING = Facts()

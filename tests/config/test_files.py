@@ -128,7 +128,7 @@ eval:
   defaults: {temperature: 1e-5, n_samples_per_eval_prompt: 2}
   datasets:
     - {name: a, path: /a.jsonl, temperature: 0.5, stop: END}
-    - {name: b, path: /b.jsonl, rm_type: math, metadata_overrides: {level: 3}}
+    - {name: b, path: /b.jsonl, rm_type: random, metadata_overrides: {level: 3}}
 """
 
 
@@ -136,7 +136,7 @@ def test_an_entry_wins_over_defaults_which_win_over_flags(tmp_path: Path):
     config = config_of("--eval-config", written(tmp_path, EVAL), "--eval-temperature", "0.9", "--eval-top-k", "5")
     first, second = config.evaluation.datasets
     assert (first.temperature, first.stop, first.n_samples_per_eval_prompt, first.top_k) == (0.5, ("END",), 2, 5)
-    assert (second.temperature, second.rm_type, dict(second.metadata_overrides)) == (1e-5, "math", {"level": 3})
+    assert (second.temperature, second.rm_type, dict(second.metadata_overrides)) == (1e-5, "random", {"level": 3})
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_an_entry_wins_over_defaults_which_win_over_flags(tmp_path: Path):
         ("temperature: 0.5", "temperature: warm", "eval.datasets[0].temperature: 'warm' is no float"),
         ("path: /b.jsonl, ", "", "eval.datasets[1] needs path as text"),
         ("name: b", "name: a", "found twice: a"),
-        ("rm_type: math", "reward_model: x", "does not act on reward_model"),
+        ("rm_type: random", "reward_model: x", "does not act on reward_model"),
     ],
 )
 def test_a_wrong_evaluation_file_is_one_clear_error(tmp_path: Path, old: str, new: str, said: str):

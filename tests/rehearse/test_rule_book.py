@@ -6,16 +6,20 @@ as a rehearsal reads them; nothing is built.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from slime.rehearse.engine_checks import check_engines
-from slime.rehearse.findings import Findings
+from slime.rehearse.findings import EXIT_STATUS, Findings
+from slime.rehearse.layout_checks import paste
 from slime.rehearse.reading import read
+from slime.rehearse.report import as_text
+from slime.rehearse.result import Options, rehearse
 from tests.rehearse.edits import DISPATCH, SPECULATIVE, Edit, all_of, env, flags, in_group, unset, without
-from tests.rehearse.recipes import Recipe
+from tests.rehearse.recipes import ROOT, Recipe, one_node, recorded
 from tests.rehearse.wrong_recipes import WRONG
 
 
@@ -121,8 +125,102 @@ def test_a_legal_recipe_is_not_refused(name: str, flagship: Recipe, tmp_path: Pa
     assert found.verdict == "launchable", "\n".join(finding.line() for finding in found.items if finding.severity != "ok")
 
 
+QWEN3_4B, QWEN3_30B = ("qwen3-4B", "Qwen3-4B", "2", "1"), ("qwen3-30B-A3B", "Qwen3-30B-A3B", "4", "8")
+OTHER_MODELS: dict[str, tuple[tuple[str, str, str, str], str, str]] = {
+    "responses longer than the positions": (QWEN3_4B, "--rollout-max-response-len 65536", "40960"),
+    "responses as long as the positions": (QWEN3_4B, "--rollout-max-response-len 40960", "40960"),
+    "a context beyond the positions": (
+        QWEN3_30B,
+        "--rollout-max-context-len 50000",
+        "--rollout-max-context-len 50000 is more than an engine can hold",
+    ),
+    "EAGLE without a draft": (
+        QWEN3_30B,
+        "--sglang-speculative-algorithm EAGLE",
+        "EAGLE without a draft model needs an MTP layer",
+    ),
+    "NEXTN without a draft": (
+        QWEN3_4B,
+        "--sglang-speculative-algorithm NEXTN",
+        "NEXTN without a draft model needs an MTP layer",
+    ),
+    "sparse attention's kernel": (QWEN3_4B, "--sglang-nsa-decode-backend fa3", "is for sparse-attention models"),
+    "contiguous shards": (
+        QWEN3_4B,
+        "--allgather-cp --context-parallel-size 2",
+        "--allgather-cp is the layout of sparse attention",
+    ),
+    "sparse attention's spec": (QWEN3_4B, "--spec slime_plugins.models.glm5.glm5 get_glm5_spec", "remove --spec"),
+    "experts that are not there": (QWEN3_4B, "--sglang-ep-size 2", "has no experts"),
+    "key heads over 16": (("qwen3-4B", "Qwen3-4B", "16", "1"), "", "--num-query-groups 8 is no multiple"),
+    "engines of 3 GPUs": (QWEN3_4B, "--rollout-num-gpus-per-engine 3", "is no multiple of"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_other_models_have_limits_of_their_own(name: str) -> None:
+    (script, folder, tp, ep), words, message = OTHER_MODELS[name]
+    findings = Findings()
+    read([*one_node(script, folder, tp=tp, ep=ep), *words.split()], findings)
+    lines = [finding.line() for finding in findings.of("violation")]
+    assert any(message in line for line in lines), lines
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next", "mamba"])
+def test_a_family_without_a_name_table_cannot_be_launched(family: str, flagship: Recipe, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "model"
+    checkpoint.mkdir()
+    config = {"model_type": family, "num_hidden_layers": 78, "hidden_size": 6144, "num_attention_heads": 64}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    found = judged(flagship.with_flag("--hf-checkpoint", str(checkpoint)), tmp_path)
+    assert any(family in finding.what for finding in found.of("violation")), [finding.line() for finding in found.items]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "scripts").glob("run-*.sh")))
+def test_no_launcher_of_the_project_is_refused(name: str, tmp_path: Path) -> None:
+    found = judged(recorded(name, tmp_path), tmp_path)
+    assert found.verdict == "launchable", "\n".join(finding.line() for finding in found.items if finding.severity != "ok")
+
+
+def test_a_checkpoint_under_another_name_is_judged_by_model_args(flagship: Recipe, tmp_path: Path) -> None:
+    """What rests on config.json is open, first in the summary; the layout, which MODEL_ARGS say, is not."""
+    elsewhere = flagship.with_flag("--hf-checkpoint", "/models/snapshots/0f3c1e")
+    found = judged(elsewhere, tmp_path)
+    assert found.verdict == "not proven" and EXIT_STATUS[found.verdict] == 3
+    deciding = [finding.what for finding in found.of("unchecked") if finding.decides]
+    assert deciding[0].startswith("/models/snapshots/0f3c1e/config.json")
+    cut = elsewhere.with_flag("--decoder-first-pipeline-num-layers", "15").with_flag("--decoder-last-pipeline-num-layers", "15")
+    found = judged(cut, tmp_path)
+    assert found.verdict == "not launchable"
+    assert any("stage 1 starts at layer 16" in finding.what for finding in found.of("violation"))
+    # A dense model of nobody's: its shapes are in the flags, whether its engines are FP8 is not.
+    argv = one_node("qwen3-8B", "nobody-knows", tp="2", ep="1")
+    done = rehearse(argv, Options(build_ranks=False, engine_version="0.5.23"))
+    assert done.findings.verdict == "not proven" and done.budget is not None and done.weights is not None
+    text = as_text(done).splitlines()
+    assert text[0].startswith("NOT PROVEN: ") and text[1].startswith("UNPROVEN  files: /models/nobody-knows/config.json")
+
+
+def test_recommended_splits_pass_the_rehearsal_that_prints_them(flagship: Recipe, tmp_path: Path) -> None:
+    """Pasted behind the launcher's flags, with and without virtual stages."""
+    for edit in (
+        lambda r: r,
+        flags("--num-virtual-stages-per-pipeline-rank", "2"),
+        flags("--num-virtual-stages-per-pipeline-rank", "2", "--dsa-send-indices"),
+    ):
+        recipe = edit(flagship)
+        done = rehearse(recipe.written(tmp_path), Options(env=recipe.env, quick=True))
+        pairs = [paste(done.reading.config, split, as_list=False) for split in done.balance.first_last[:2]]
+        lists = [paste(done.reading.config, done.balance.best, as_list=True)]
+        for words in pairs + lists:
+            pasted = replace(recipe, argv=(*recipe.argv, *words.split()))
+            again = rehearse(pasted.written(tmp_path), Options(env=recipe.env, quick=True))
+            assert again.findings.verdict == "launchable", (words, again.findings.of("violation"))
+        assert lists
+
+
 def test_there_are_enough_of_both() -> None:
     """With test_mutations.py: 150 mistakes of their own, 40 legal recipes."""
     from tests.rehearse.test_mutations import FULL, MISTAKES, VARIANTS
 
-    assert len(WRONG) + len(MISTAKES) + len(FULL) >= 190 and len(LEGAL) + len(VARIANTS) >= 45
+    assert len(WRONG) + len(MISTAKES) + len(FULL) >= 210 and len(LEGAL) + len(VARIANTS) >= 45

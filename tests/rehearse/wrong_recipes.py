@@ -403,4 +403,29 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "negative clip": (flags("--eps-clip", "-0.2"), "--eps-clip must be at least 0"),
     "no buffer": (flags("--update-weight-buffer-size", "0"), "--update-weight-buffer-size must be at least 1"),
     "negative padding": (flags("--data-pad-size-multiplier", "-1"), "--data-pad-size-multiplier must be at least 1"),
+    # Rewards, files, lengths.
+    "a grader misspelled": (flags("--rm-type", "deepscalar"), "did you mean deepscaler?"),
+    "another grader misspelled": (flags("--rm-type", "gpaq"), "did you mean gpqa?"),
+    "nobody grades": (without("--rm-type"), "nothing grades the samples"),
+    "a mapping without its key": (flags("--rm-type", "dapo"), "--rm-type dapo gives a mapping with score and acc"),
+    "a mapping's wrong key": (
+        flags("--rm-type", "dapo", "--reward-key", "points"),
+        "--reward-key is points; pass --reward-key score",
+    ),
+    "a label that no column has": (all_of(flags("--rm-type", "math"), without("--label-key")), "compares with a label"),
+    "f1 without a label": (all_of(flags("--rm-type", "f1"), without("--label-key")), "compares with a label"),
+    "a server without an address": (flags("--rm-type", "remote_rm"), "give its address with --rm-url"),
+    "saving into the checkpoint": (
+        flags("--save", "/BASE_DIR/GLM-5.2-FP8"),
+        "is --hf-checkpoint, which a checkpoint would overwrite",
+    ),
+    "saving into the reference": (flags("--save", "/BASE_DIR/GLM-5.2_torch_dist/"), "is --ref-load, which a checkpoint would"),
+    "an export into the checkpoint": (flags("--save-hf", "/BASE_DIR/GLM-5.2-FP8"), "is --hf-checkpoint; name another folder"),
+    "an export's unknown field": (flags("--save-hf", "/out/{iteration}"), "{iteration} is filled in by nobody"),
+    "an export's open brace": (flags("--save-hf", "/out/{rollout_id"), "may stand in braces"),
+    "responses without an end": (without("--rollout-max-response-len"), "pass --rollout-max-response-len"),
+    "an evaluation of millions": (
+        flags("--eval-prompt-data", "a", "/a.jsonl", "--eval-interval", "5", "--eval-max-response-len", "4000000"),
+        "max_response_len 4000000 leaves no room for a prompt",
+    ),
 }

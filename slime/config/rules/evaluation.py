@@ -38,3 +38,19 @@ def _files(v: Values) -> None:
     for one in v["datasets"]:
         problem = v.facts.prompt_file_problem(one.path)
         v.require(not problem, f"evaluation {one.name}: {problem}")
+
+
+def responses(v: Values) -> None:
+    """Every request says how many tokens it may have at most; the engines would take all that their cache holds."""
+    if v["debug_train_only"] or not v["rollout_function_path"].startswith("slime.rollout.sglang_rollout."):
+        return
+    if v["num_rollout"] != 0:
+        v.require(
+            v["rollout_max_response_len"] is not None,
+            "how long may a response be? Nothing says; pass --rollout-max-response-len",
+        )
+    for one in v["datasets"]:
+        v.require(
+            one.max_response_len is not None,
+            f"evaluation {one.name}: how long may a response be? Nothing says; pass --eval-max-response-len",
+        )

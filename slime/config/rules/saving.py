@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import string
 from typing import TYPE_CHECKING
 
 from slime.config.facts import HF_MODEL_TYPES
@@ -23,10 +24,40 @@ def saving(v: Values) -> None:
         )
         if not (v["use_kl_loss"] or v["kl_coef"]):
             v.notes.append("--ref-update-interval changes nothing: without --use-kl-loss and --kl-coef there is no reference")
+    for name in ("hf_checkpoint", "ref_load"):
+        source = v[name]
+        v.require(
+            not source or not v["save"] or os.path.normpath(source) != os.path.normpath(v["save"]),
+            f"--save {v['save']} is --{name.replace('_', '-')}, which a checkpoint would overwrite; name another folder",
+        )
+    if v["save_hf"] is not None:
+        _template(v, "save_hf", ("rollout_id",))
+        folder = os.path.normpath(v["save_hf"])
+        for name in ("hf_checkpoint", "save", "load", "ref_load"):
+            v.require(
+                not v[name] or os.path.normpath(v[name]) != folder,
+                f"--save-hf {v['save_hf']} is --{name.replace('_', '-')}; name another folder",
+            )
     v.require(v["save_hf"] is None or v["save"], "--save-hf writes along with checkpoints; it needs --save")
     v.require(
         not v["use_tensorboard"] or v["tb_project_name"] or v.facts.tensorboard_dir,
         "--use-tensorboard needs --tb-project-name or the environment variable TENSORBOARD_DIR",
+    )
+
+
+def _template(v: Values, name: str, fields: tuple[str, ...]) -> None:
+    """A path with fields in braces holds those alone that are filled in."""
+    flag, text = "--" + name.replace("_", "-"), v[name]
+    try:
+        found = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
+    except ValueError as error:
+        v.mistakes.append(f"{flag} {text}: {error}; only {', '.join('{' + one + '}' for one in fields)} may stand in braces")
+        return
+    unknown = [field for field in found if field not in fields]
+    v.require(
+        not unknown,
+        f"{flag} {text}: {', '.join('{' + one + '}' for one in unknown)} is filled in by nobody; only "
+        f"{', '.join('{' + one + '}' for one in fields)} may stand in braces",
     )
 
 
