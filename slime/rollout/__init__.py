@@ -4,5 +4,6 @@ In: prompt files, a router address, graders and filters (built in or by dotted p
 `Sample`, and a `RolloutBatch` made of them (`to_batch`). Must never know: Megatron, Ray, how an engine is started or updated.
 
 Read `sglang_rollout.py` first (one rollout), then `generation.py` (one sample), `data_source.py` (which prompts come next),
-`rm_hub` (graders), `plugins.py` (what a user may replace).
+`rm_hub` (graders), `plugins.py` (what a user may replace). Supervised data: `messages.py` (what a conversation may look like),
+`chat_template.py` (one rendering, and whose each character is), `sft_masks.py` (which tokens are trained).
 """

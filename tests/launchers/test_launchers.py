@@ -443,6 +443,9 @@ def test_on_a_gpu_the_tiny_launcher_takes_the_sizes_that_the_kernels_accept(desk
     ):
         (base / folder).mkdir()
         (base / folder / file).write_text(text)
+    (base / "arithmetic").mkdir()
+    for data in ("train.jsonl", "eval.jsonl"):
+        (base / "arithmetic" / data).write_text('{"prompt": "1+1=", "label": "2"}\n')
     smi = desk.root / "bin" / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
     smi.chmod(0o755)
