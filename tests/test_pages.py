@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,14 @@ def test_every_link_of_a_page_leads_somewhere(page: Path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_a_page_names_is_there(page: Path):
     assert missing_files(page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_of_a_page_can_be_pasted(page: Path):
+    """Bash reads it: no <placeholder> that would open a file, no quote left open."""
+    for commands in re.findall(r"^```bash\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+        read = subprocess.run(["bash", "-n"], input=commands, capture_output=True, text=True)
+        assert (read.returncode, read.stderr) == (0, ""), commands
 
 
 def test_the_index_has_every_page_with_a_line():
