@@ -80,7 +80,8 @@ def _check_arguments(who: str, found: Callable[..., Any], call: Call) -> None:
 
 
 def _is_async(found: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__)
+    # A decorator may hide an async function behind a plain one that gives its coroutine.
+    return any(inspect.iscoroutinefunction(one) for one in (found, type(found).__call__, inspect.unwrap(found)))
 
 
 def accepted_keywords(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:

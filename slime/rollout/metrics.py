@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from slime.rollout.base_types import Group, flatten
+from slime.types.reward import plain_reward
 from slime.types.sample import Sample, Status
 
 _REPETITION_TAIL = 10_000
@@ -39,6 +40,7 @@ def _number(reward: Any) -> float | None:
     """The number in a reward: itself, or the only usual name of a mapping."""
     if isinstance(reward, Mapping):
         reward = next((reward[key] for key in ("score", "reward", "acc") if key in reward), None)
+    reward = plain_reward(reward)
     return float(reward) if isinstance(reward, int | float) else None
 
 

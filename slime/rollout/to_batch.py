@@ -65,6 +65,7 @@ def _rows(groups: list[Group]) -> tuple[list[Sample], np.ndarray]:
 
 def _check_trainable(sample: Sample, rollout_id: int) -> None:
     where = f"rollout {rollout_id}, sample {sample.index}"
+    sample.status = Status(sample.status)  # a plugin may have set "completed"
     if sample.status not in (Status.COMPLETED, Status.TRUNCATED) and not sample.is_settled:
         raise ValueError(f"{where} is {sample.status.value}; only completed and truncated samples are trained")
     if sample.response_length == 0 and not sample.remove_sample:

@@ -155,6 +155,9 @@ class Sample:
     spec_info: SpecInfo = field(default_factory=SpecInfo)
     prefix_cache_info: PrefixCacheInfo = field(default_factory=PrefixCacheInfo)
 
+    def __post_init__(self) -> None:
+        self.status = Status(self.status)  # a plugin may say "completed"
+
     # ------------------------------------------------------------------------------------------------------ reading
 
     @property

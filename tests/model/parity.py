@@ -41,6 +41,7 @@ from slime.model.names import NameTable  # noqa: E402
 from slime.ops.vocab_logprob import vocab_parallel_log_prob  # noqa: E402
 from slime.parallel import Ranks, init_ranks  # noqa: E402
 
+GLM4_SPEC = ("slime_plugins.models.glm4", "get_glm_spec")
 GLM_SPEC = ("slime_plugins.models.glm5.glm5", "get_glm5_spec")
 
 PARALLEL = {
@@ -89,7 +90,8 @@ def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
     parallel["sequence_parallel"] = parallel["tensor_model_parallel_size"] > 1
     model = SimpleNamespace(
         megatron=values, swiglu=True, params_dtype=dtype, bf16=dtype == "bf16", multi_latent_attention=hf.is_mla,
-        spec=GLM_SPEC if hf.has_indexer else None, custom_model_provider_path=None, padded_vocab_size=None,
+        spec=GLM_SPEC if hf.has_indexer else GLM4_SPEC if hf.model_type == "glm4" else None,
+        custom_model_provider_path=None, padded_vocab_size=None,
         make_vocab_size_divisible_by=16, seq_length=4096, rotary_base=hf.rope_theta, vocab_size=hf["vocab_size"],
         untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
         only_train_params_name_list=None, freeze_params_name_list=None,

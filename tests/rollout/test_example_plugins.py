@@ -15,6 +15,7 @@ from rollout_helpers import sum_in
 
 from slime.config import EvalDataset
 from slime.rollout.base_types import flatten
+from slime.rollout.filter_hub.base_types import DynamicFilterOutput
 from slime.rollout.plugins import load_plugins
 from slime.rollout.to_batch import make_rollout_batch
 from slime.types.sample import Status
@@ -134,6 +135,10 @@ def test_generation_that_never_stops_runs_in_a_thread_of_its_own(run, router):
         always_on._worker = None
 
 
+def not_two(args, group):
+    return DynamicFilterOutput(keep=group[0].label != "2", reason="two")
+
+
 def test_a_loop_of_ones_own_gives_what_is_left_back_to_the_source(run, router):
     def hang_on_large_sums(text, payload):
         if sum_in(text) >= 4 and not router.aborted.wait(0.02):
@@ -143,8 +148,10 @@ def test_a_loop_of_ones_own_gives_what_is_left_back_to_the_source(run, router):
 
     router.answer = hang_on_large_sums
     groups, batch, source = run(
-        rollout_function_path=f"{PLUGINS}.own_loop.generate_rollout", over_sampling_batch_size=5, partial_rollout=True,
+        rollout_function_path=f"{PLUGINS}.own_loop.generate_rollout", over_sampling_batch_size=6, partial_rollout=True,
+        dynamic_sampling_filter_path=f"{__name__}.not_two",
     )  # fmt: skip
+    assert "2" not in {group[0].label for group in groups}
     assert router.aborted.is_set() and len(groups) == 4 and batch.raw_rewards.tolist() == [1.0] * 8
     left = [sample for group in source.buffer for sample in group]
     halted = [sample for sample in left if sample.status is Status.ABORTED]

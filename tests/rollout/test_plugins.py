@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from rollout_helpers import make_config
 
@@ -125,6 +127,21 @@ def test_all_wrong_flags_are_told_at_once():
     with pytest.raises(ValueError) as caught:
         load_plugins(config)
     assert "--custom-rm-path" in str(caught.value) and "--rollout-sample-hook-path x.y" in str(caught.value)
+
+
+def counted(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return call
+
+
+hidden_behind_a_decorator = counted(async_two_arguments)
+
+
+def test_an_async_function_behind_a_decorator_is_async():
+    assert load_function("--custom-rm-path", f"{HERE}.hidden_behind_a_decorator") is hidden_behind_a_decorator
 
 
 def test_the_defaults_and_right_plugins_load():

@@ -28,7 +28,9 @@ PUBLIC = {
         "DataSource": None, "RolloutDataSource": "args", "RolloutDataSourceWithBuffer": "args",
         "pop_first": "args, rollout_id, buffer, num_samples",
     },
-    "slime.rollout.filter_hub.base_types": {"DynamicFilterOutput": "keep=True, reason=None"},
+    "slime.rollout.filter_hub.base_types": {
+        "DynamicFilterOutput": "keep=True, reason=None", "call_dynamic_filter": "fn, args, group", "MetricGatherer": "",
+    },
     "slime.rollout.filter_hub.dynamic_sampling_filters": {"check_reward_nonzero_std": "args, samples, x=1"},
     "slime.rollout.rm_hub": {
         "async_rm": "args, sample", "batched_async_rm": "args, samples", "grade_answer_verl": "solution_str, ground_truth",
@@ -99,6 +101,16 @@ def test_graders_by_their_public_names_say_what_the_flags_graders_say():
     assert compute_gpqa_reward("The answer is B", "B") == 1.0
     # 2 of 3 words given, 2 of 4 words wanted: F1 = 2 * (2/3) * (1/2) / (2/3 + 1/2) = 4/7
     assert f1_score("red green blue", "red green black white") == pytest.approx((4 / 7, 2 / 3, 1 / 2))
+
+
+def test_glm4s_layers_are_for_glm4(tmp_path):
+    from types import SimpleNamespace
+
+    from slime_plugins.models.glm4 import get_glm_spec
+
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}')
+    with pytest.raises(ValueError, match="get_glm_spec is for GLM-4 .*is a qwen3; leave --spec out"):
+        get_glm_spec(SimpleNamespace(hf_checkpoint=str(tmp_path), allgather_cp=False), None, None)
 
 
 def test_a_singleton_is_made_once_per_class():
