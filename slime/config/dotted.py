@@ -26,7 +26,8 @@ class Call:
     """Arguments by name, always given."""
     offered: tuple[str, ...] = ()
     """Arguments by name, given to functions that take them."""
-    is_async: bool = False
+    is_async: bool | None = False
+    """Whether it is awaited; None takes both kinds."""
 
 
 def find(path: str, *, who: str = "", expected: str = "something") -> Any:
@@ -61,8 +62,11 @@ def find_callable(flag: str, path: str, call: Call) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{who}: found a {type(found).__name__}, which cannot be called; expected {call.shown}")
     _check_arguments(who, found, call)
-    if call.is_async and not _is_async(found):
+    if call.is_async is True and not _is_async(found):
         raise ValueError(f"{who}: found a plain function; expected {call.shown} (write `async def`)")
+    if call.is_async is False and _is_async(found):
+        # Nobody would await it, and a coroutine is true: a filter would keep everything.
+        raise ValueError(f"{who}: found an async function; expected {call.shown} (write `def`)")
     return found
 
 

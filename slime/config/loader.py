@@ -108,12 +108,13 @@ def apply_yaml(start: dict[str, Any], words: CommandLine) -> list[str]:
 
 def _own_settings(value: object, rows: Mapping[str, Flag], *, file: str) -> FrozenMap:
     """What `custom:` holds. Raises ConfigError where a key is a flag's: plugins would see the flag instead."""
-    if not isinstance(value, dict):
+    if not isinstance(value := {} if value is None else value, dict):
         raise ConfigError(f"{file}: 'custom' must be a mapping of a plugin's own settings, found {value!r}")
-    flags = [str(key) for key in value if str(key) in rows]
+    own = {str(key).replace("-", "_"): one for key, one in value.items()}
+    flags = [name for name in own if name in rows]
     if flags:
         raise ConfigError(f"{file}: custom: {', '.join(flags)}: a flag of this name exists; move it to the top of the file")
-    return FrozenMap({str(key): one for key, one in value.items()})
+    return FrozenMap(own)
 
 
 def _from_yaml(row: Flag, value: object) -> object:

@@ -25,7 +25,7 @@ CALLS: dict[str, Call] = {
         "async fn(args, sample, sampling_params[, evaluation])", 3, offered=("evaluation",), is_async=True
     ),
     "--rollout-sample-hook-path": Call(
-        "fn(args, sample, *[, rollout_id, evaluation])", 2, offered=("rollout_id", "evaluation")
+        "fn(args, sample, *[, rollout_id, evaluation])", 2, offered=("rollout_id", "evaluation"), is_async=None
     ),
     "--custom-rm-path": Call("async fn(args, sample, **kwargs)", 2, is_async=True),
     "--custom-reward-post-process-path": Call("fn(args, samples)", 2),

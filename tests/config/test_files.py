@@ -173,6 +173,9 @@ def test_the_yaml_wins_and_is_there_before_anything_is_derived(tmp_path: Path):
     assert config.batch.global_batch_size == 2 and config.model.megatron["layernorm_epsilon"] == 1e-6
     assert config.args.use_rs is True
     assert f"eps_clip = 0.4, because {file} says so" in config.notes
+    config = config_of("--custom-config-path", written(tmp_path, "custom:\n  mis-level: token\n"))
+    assert config.args.mis_level == "token"
+    assert config_of("--custom-config-path", written(tmp_path, "custom:\n")).debug.custom == {}
 
 
 @pytest.mark.parametrize(

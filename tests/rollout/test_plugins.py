@@ -58,6 +58,11 @@ WRONG = {
         f"{HERE}.two_arguments",
         "found a plain function; expected async fn(args, sample",
     ),
+    "async instead of plain": (
+        "--dynamic-sampling-filter-path",
+        f"{HERE}.async_two_arguments",
+        "found an async function; expected fn(args, group) (write `def`)",
+    ),
     "too few arguments": (
         "--custom-generate-function-path",
         f"{HERE}.async_one_argument",

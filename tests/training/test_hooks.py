@@ -56,6 +56,10 @@ WRONG = {
     "an older signature": (
         "--rollout-data-postprocess-path", f"{HERE}.old_signature", "expected fn(args, rollout_id, rollout_data)",
     ),
+    "async": (
+        "--custom-megatron-before-log-prob-hook-path", f"{HERE}.asynchronous",
+        "found an async function; expected fn(args, model,",
+    ),
     "too few for a reducer": ("--custom-pg-loss-reducer-function-path", f"{HERE}.of_batch", "expected fn(total_lengths,"),
     "too few for a step": ("--custom-megatron-before-train-step-hook-path", f"{HERE}.of_batch", "expected fn(args, rollout_id"),
     "too few for an advantage": ("--custom-advantage-function-path", f"{HERE}.plain_provider", None),
