@@ -76,21 +76,14 @@ class JsonLinesSink:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         if not self._file.exists():
             return
-        lines = self._file.read_text(errors="replace").splitlines()
+        lines = self._file.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if _is_before(line, self._start)]
-        if len(kept) == len(lines):
-            return
-        number = 1
-        while (aside := self._file.with_suffix(f".{number}{self._file.suffix}")).exists():
-            number += 1
-        part = self._file.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in kept))
-        self._file.rename(aside)
-        part.rename(self._file)
-        logger.info("metrics of an earlier run from here on are kept in %s", aside)
+        if len(kept) < len(lines):
+            aside = _set_aside(self._file, b"".join(kept), f"{self._file.stem}.{{}}{self._file.suffix}")
+            logger.info("metrics of an earlier run from here on are kept in %s", aside)
 
 
-def _is_before(line: str, start: Start) -> bool:
+def _is_before(line: bytes, start: Start) -> bool:
     """Whether a line is of what the checkpoint has done. A run from the beginning has done nothing, also no evaluation."""
     try:
         record = json.loads(line)
@@ -115,38 +108,61 @@ class TensorBoardSink:
         if self._file is not None:
             _append(self._file, record)
             return
-        head = self._head()
         self._directory.mkdir(parents=True, exist_ok=True)
+        for file in sorted(self._directory.glob("*tfevents*")):
+            self._cut(file)
         # TensorBoard reads the files of a folder in the order of their names.
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         file = self._directory / f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}.{os.getpid()}"
-        _append(file, head + record)
+        _append(file, _record(file_version="brain.Event:2") + record)
         self._file = file
 
     def close(self) -> None:
         pass
 
-    def _head(self) -> bytes:
-        from tensorboard.compat.proto.event_pb2 import SessionLog
+    def _cut(self, file: Path) -> None:
+        """What an earlier run wrote beyond the start goes, else it would be there twice. The whole file stays under a name that
+        TensorBoard does not read."""
+        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+        from tensorboard.compat.proto.event_pb2 import Event
 
-        head = _record(file_version="brain.Event:2")
-        done = self._start
-        # TensorBoard hides what earlier files of the folder say at and beyond a new start. It knows one axis: where the two
-        # differ, nothing is hidden.
-        if done.rollouts == done.train_steps and any(self._directory.glob("*tfevents*")):
-            first = done.rollouts + 1 if done.rollouts else 0  # a run from the beginning has not even an evaluation
-            head += _record(step=first, session_log=SessionLog(status=SessionLog.START))
-        return head
+        records = [Event.FromString(record) for record in RawEventFileLoader(str(file)).Load()]
+        kept = [record for record in records if self._is_before(record)]
+        if len(kept) < len(records):
+            content = b"".join(map(_framed, kept))
+            _set_aside(file, content, f"{file.name.replace('tfevents', 'earlier')}.{{}}")
+
+    def _is_before(self, record) -> bool:
+        """Whether a record of an event file is of what the checkpoint has done, or no metric at all."""
+        axes = {Axis.TRAIN_STEP if value.tag.startswith("train/") else Axis.ROLLOUT for value in record.summary.value}
+        return not axes or (self._start.rollouts > 0 and all(record.step <= self._start.on(axis) for axis in axes))
 
 
 def _record(**event: object) -> bytes:
-    """One record of an event file."""
     from tensorboard.compat.proto.event_pb2 import Event
+
+    return _framed(Event(wall_time=time.time(), **event))
+
+
+def _framed(event) -> bytes:
+    """An event as it stands in an event file: length, event, and a checksum of each."""
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     record = io.BytesIO()
-    RecordWriter(record).write(Event(wall_time=time.time(), **event).SerializeToString())
+    RecordWriter(record).write(event.SerializeToString())
     return record.getvalue()
+
+
+def _set_aside(file: Path, kept: bytes, name: str) -> Path:
+    """`file` goes on with what is `kept` of it; all of it stays beside under `name`, whose {} is the first free number."""
+    number = 1
+    while (aside := file.with_name(name.format(number))).exists():
+        number += 1
+    part = aside.with_name(f"{aside.name}.part")
+    part.write_bytes(kept)
+    file.rename(aside)
+    part.rename(file)
+    return aside
 
 
 def _append(file: Path, content: bytes) -> None:

@@ -11,6 +11,7 @@ from metrics_page import listed, not_listed
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = re.compile(r"(rollout|train|perf|eval|passrate|multi_turn)/")
+NAME = re.compile(PREFIX.pattern + r"[^\s/]")
 STATISTICS = ("mean", "median", "max", "min")
 
 
@@ -34,7 +35,7 @@ def written_by_name() -> set[str]:
     names = set()
     for file in (ROOT / "slime").rglob("*.py"):
         if file != ROOT / "slime" / "rollout" / "metrics.py":
-            names |= {text for text in texts_of(ast.parse(file.read_text())) if PREFIX.match(text) and " " not in text}
+            names |= {text for text in texts_of(ast.parse(file.read_text())) if NAME.match(text) and " " not in text}
     return names - {"rollout/{}", "train/{}", "perf/{}_time"}  # each has a function below
 
 

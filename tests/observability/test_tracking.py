@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
 from slime.observability.tracking import Axis, JsonLinesSink, Start, TensorBoardSink, Tracker
 
@@ -58,8 +59,11 @@ def test_what_was_lost_in_a_crash_is_not_there_twice_after_the_resume(tmp_path, 
     values = [1.0] * 2 * steps + [2.0] * 2 * steps
     assert jsonl(file, "train_step", "train/loss") == list(enumerate(values, 1))
     assert len((tmp_path / "metrics.1.jsonl").read_text().splitlines()) == 3 * (1 + steps), "nothing is thrown away"
-    if steps == 1:  # TensorBoard can hide along one axis
-        assert tensorboard(tmp_path / "tensorboard", "train/loss") == list(enumerate(values, 1))
+    assert tensorboard(tmp_path / "tensorboard", "train/loss") == list(enumerate(values, 1))
+    assert tensorboard(tmp_path / "tensorboard", "rollout/raw_reward") == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+    [earlier] = (tmp_path / "tensorboard").glob("*earlier*")
+    # The events beside the head: three rollouts with their steps.
+    assert len(list(RawEventFileLoader(str(earlier)).Load())) == 1 + 3 * (1 + steps)
 
 
 def test_a_run_from_the_beginning_does_not_mix_with_an_earlier_one(tmp_path):
