@@ -17,6 +17,7 @@ from slime.rehearse.findings import Findings
 from slime.rehearse.plugin_checks import check_plugins
 from slime.rehearse.reading import Reading
 from slime.rehearse.weight_map import checkpoint_bytes
+from slime.rollout.rows import read_rows
 
 TAIL_BYTES = 1 << 20
 
@@ -50,6 +51,15 @@ def _check_prompts(reading: Reading, findings: Findings) -> None:
             findings.violation("files", f"{flag} {file} is neither .jsonl nor .parquet", "", "convert it, or correct the name")
         elif not file.exists():
             findings.unchecked("files", f"{flag} {file} is not on this machine")
+        elif str(file) != path:
+            _check_rows(
+                f"{flag} {path}",
+                _sliced_rows(flag, path, data.on_broken_prompt_line, findings),
+                input_key,
+                label_key,
+                file,
+                findings,
+            )
         elif file.suffix == ".jsonl":
             _check_rows(f"{flag} {file}", _jsonl_rows(flag, file, findings), input_key, label_key, file, findings)
         else:
@@ -57,6 +67,22 @@ def _check_prompts(reading: Reading, findings: Findings) -> None:
 
 
 Rows = list[tuple[str, dict]]
+
+
+def _sliced_rows(flag: str, path: str, on_broken: str, findings: Findings) -> Rows | None:
+    """First and last row of the slice, whatever lies outside it; None after a violation."""
+    try:
+        rows = read_rows(path, on_broken=on_broken)
+    except ImportError:
+        findings.unchecked("files", f"{flag} {path}: pyarrow is not installed here")
+        return None
+    except ValueError as error:
+        findings.violation("files", f"{flag} {error}", "", "repair what the slice takes")
+        return None
+    if not rows:
+        findings.violation("files", f"{flag} {path} takes no row", "", "name a slice that the file has")
+        return None
+    return [("the first row", rows[0].values), ("the last row", rows[-1].values)]
 
 
 def _jsonl_rows(flag: str, file: Path, findings: Findings) -> Rows | None:

@@ -10,7 +10,7 @@ import logging
 from typing import Any
 
 from slime.rollout.base_types import Group, RolloutFnTrainOutput
-from slime.rollout.dataset import SKIP_HINT
+from slime.rollout.rows import SKIP_HINT
 from slime.rollout.sft_masks import MaskedConversation, mask_conversation
 from slime.rollout.tokenizer import load_tokenizer
 from slime.types.sample import Sample, Status

@@ -306,6 +306,10 @@ def test_files_that_are_there_are_read(flagship: Recipe, tmp_path: Path) -> None
 
     prompts.write_text('{"prompt": "1+1", "label": "2"}\n{"prompt": "2+')
     assert "the last line is not JSON" in "\n".join(violations(run(recipe, tmp_path)))
+    sliced = recipe.with_flag("--prompt-data", f"{prompts}@[:1]")
+    assert not [line for line in violations(run(sliced, tmp_path)) if "p.jsonl" in line]
+    sliced = recipe.with_flag("--prompt-data", f"{prompts}@[-1:]")
+    assert "p.jsonl:2: not JSON" in "\n".join(violations(run(sliced, tmp_path)))
 
     prompts.write_text('{"prompt": "1+1", "label": "2"}\n')
     hosts = tmp_path / "hosts"
@@ -343,10 +347,14 @@ def test_a_parquet_file_is_read_at_both_ends(flagship: Recipe, tmp_path: Path) -
     from pyarrow import parquet
 
     file = tmp_path / "p.parquet"
-    recipe = flagship.with_flag("--prompt-data", f"{file}@[0:2]")
+    recipe = flagship.with_flag("--prompt-data", str(file))
     rows = [{"prompt": "1+1", "label": "2"}, {"prompt": "2+2", "label": "4"}, {"prompt": "", "label": "6"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=2)
     assert "the last row has an empty text under 'prompt'" in "\n".join(violations(run(recipe, tmp_path)))
+    assert not violations(run(flagship.with_flag("--prompt-data", f"{file}@[0:2]"), tmp_path))
+    found = "\n".join(violations(run(flagship.with_flag("--prompt-data", f"{file}@[1:]"), tmp_path)))
+    assert "@[1:]: the last row has an empty text" in found
+    assert "@[3:] takes no row" in "\n".join(violations(run(flagship.with_flag("--prompt-data", f"{file}@[3:]"), tmp_path)))
     parquet.write_table(pyarrow.Table.from_pylist(rows[:2]), file)
     assert not violations(run(recipe, tmp_path))
     file.write_bytes(b"PAR1 torn")

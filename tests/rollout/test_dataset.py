@@ -8,8 +8,9 @@ import logging
 import pytest
 from chat_families import tokenizer_of
 
-from slime.rollout import dataset
-from slime.rollout.dataset import PromptFormat, read_prompts, read_rows, split_slice
+from slime.config.prompt_files import split_slice
+from slime.rollout import rows as row_files
+from slime.rollout.dataset import PromptFormat, read_prompts, read_rows
 from slime.rollout.tokenizer import load_tokenizer
 
 
@@ -50,9 +51,9 @@ def test_a_slice_counts_lines_and_looks_into_no_other(tmp_path, suffix, wanted, 
 def test_a_slice_ends_the_reading_before_the_rest_of_the_file(tmp_path, monkeypatch):
     path = write(tmp_path / "p.jsonl", [{"input": f"q{i}"} for i in range(10)])
     seen = []
-    lines = dataset._filled_lines
+    lines = row_files._filled_lines
     monkeypatch.setattr(
-        dataset, "_filled_lines", lambda file: (seen.append(number) or (number, line) for number, line in lines(file))
+        row_files, "_filled_lines", lambda file: (seen.append(number) or (number, line) for number, line in lines(file))
     )
     assert [row.where for row in read_rows(path + "@[1:3]")] == [f"{path}:2", f"{path}:3"]
     assert seen == [1, 2, 3]
