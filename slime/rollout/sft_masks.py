@@ -127,8 +127,6 @@ class _Family:
             # What a template begins with may be written inside the loop, as a part of the first message (Llama-3's <bos>).
             start += max(text.find(prompt), 0)
         begin = start + self._header(whole.text[start:end], prompt)
-        if self.end == "":
-            return Turn(position, begin, end, closed=False)
         bare = text.rstrip()
         closed = bare.endswith(tuple(mark for mark in (self.end, self._tokenizer.eos_token, *_OTHER_ENDS) if mark))
         return Turn(position, begin, whole.spans[position][0] + len(bare) if closed else end, closed=closed)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -35,7 +36,12 @@ def generate_rollout(args: Any, rollout_id: int, data_source: Any, evaluation: b
     groups: list[Group] = []
     broken: list[str] = []
     while len(groups) < args.rollout_batch_size:
-        for group in data_source.get_samples(args.rollout_batch_size - len(groups)):
+        taken = data_source.get_samples(args.rollout_batch_size - len(groups))
+        if not taken:
+            raise ValueError(
+                f"the data source has no more conversations: {len(groups)} of {args.rollout_batch_size} were taken"
+            )
+        for group in taken:
             try:
                 fill_sample(group[0], tokenizer, args.loss_mask_type, max_tokens=args.rollout_max_context_len)
             except BrokenConversation as error:
@@ -58,12 +64,10 @@ def fill_sample(sample: Sample, tokenizer: Any, loss_mask_type: str, *, max_toke
     Raises BrokenConversation, naming file and line, when nothing of it can be trained.
     """
     where = sample.prompt_source or f"sample {sample.index}"
-    if not isinstance(sample.prompt, list):
-        raise BrokenConversation(f"{where}: supervised training needs a list of messages (do not pass --apply-chat-template)")
     try:
         masked = mask_conversation(
             tokenizer,
-            sample.prompt,
+            _messages(sample.prompt),
             loss_mask_type=loss_mask_type,
             tools=sample.metadata.get("tools"),
             **sample.apply_chat_template_kwargs,
@@ -85,3 +89,13 @@ def fill_sample(sample: Sample, tokenizer: Any, loss_mask_type: str, *, max_toke
     sample.response = tokenizer.decode(cut.token_ids[-cut.response_length :])
     sample.reward = 0.0
     sample.status = Status.COMPLETED if len(cut.token_ids) == len(masked.token_ids) else Status.TRUNCATED
+
+
+def _messages(prompt: str | list) -> list:
+    """The conversation, which a column may hold as JSON text too."""
+    if isinstance(prompt, str):
+        try:
+            prompt = json.loads(prompt)
+        except ValueError:
+            raise ValueError(f"supervised training needs a list of messages under --input-key, found {prompt[:60]!r}") from None
+    return prompt

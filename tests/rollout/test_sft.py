@@ -147,3 +147,23 @@ def test_a_row_over_the_context_is_cut_and_counts_as_truncated(tmp_path, tokeniz
 
 def test_every_loss_mask_type_of_the_command_line_has_a_meaning():
     assert set(get_args(get_type_hints(DataConfig)["loss_mask_type"])) == set(MASK_TYPES)
+
+
+def test_a_conversation_may_be_json_text_and_no_other_text(tmp_path, tokenizer_folder):
+    messages = chat((USER, "x"), (ASSISTANT, "y"))
+    path = write_rows(tmp_path / "sft.jsonl", [json.dumps(messages), "just text"])
+    config = sft_config(path, tokenizer_folder, rollout_batch_size=1)
+    source = RolloutDataSource(config.args)
+    assert generate_rollout(config.args, 0, source).samples[0][0].response == "y<|endoftext|>"
+    with pytest.raises(ValueError, match=r"sft.jsonl:2: supervised training needs a list of messages .* found 'just text'"):
+        generate_rollout(config.args, 1, source)
+
+
+def test_a_source_that_runs_dry_ends_the_rollout(tokenizer_folder):
+    class Dry:
+        def get_samples(self, count):
+            return []
+
+    config = sft_config("none.jsonl", tokenizer_folder)
+    with pytest.raises(ValueError, match="no more conversations: 0 of 3 were taken"):
+        generate_rollout(config.args, 0, Dry())

@@ -162,6 +162,7 @@ BY_HAND = [
     ("glm5", CONVERSATIONS["thoughts in every turn"], None, {"clear_thinking": False},
      "one\n\nmore</think>2<|user|>two more</think>4<|endoftext|>"),
     ("glm5", [user("a"), answer("b")], None, {"enable_thinking": False}, "b<|endoftext|>"),
+    ("glm5", [user("a"), answer("b<|endoftext|>")], None, {"enable_thinking": False}, "b<|endoftext|>"),
     # One call alone is not closed by V3's template; behind a tool's output there is no marker of the assistant.
     ("deepseek-v3", CALLS, None, {}, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get\n```json\n"
      '{"city": "Oslo"}\n```<｜tool▁call▁end｜>12 C<｜end▁of▁sentence｜>ok<｜end▁of▁sentence｜>'),
