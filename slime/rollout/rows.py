@@ -94,7 +94,7 @@ def _row_of_line(where: str, line: bytes) -> Row | str:
     return Row(where, values) if isinstance(values, dict) else f"{where}: a {type(values).__name__}, not a JSON object"
 
 
-def _parquet_rows(file: str, wanted: slice) -> Iterator[Row]:
+def _parquet_rows(file: str, wanted: slice) -> Iterator[Row | str]:
     """Only the row groups that hold a wanted row are read."""
     from pyarrow import ArrowException, parquet
 
@@ -106,11 +106,28 @@ def _parquet_rows(file: str, wanted: slice) -> Iterator[Row]:
                 size = table.metadata.row_group(group).num_rows
                 if number + size > start and number < stop:
                     rows = table.read_row_group(group).slice(max(start - number, 0), stop - max(start, number))
-                    for position, values in enumerate(rows.to_pylist(), start=max(start, number) + 1):
-                        yield Row(f"{file}: row {position}", {key: _as_written(value) for key, value in values.items()})
+                    for position, values in enumerate(_plain_values(rows), start=max(start, number) + 1):
+                        where = f"{file}: row {position}"
+                        yield f"{where}: {values}" if isinstance(values, str) else Row(where, values)
                 number += size
     except (ArrowException, OSError) as error:
         raise ValueError(f"prompt file {file} is no sound parquet file ({error}); download or convert it again") from None
+
+
+def _plain_values(table: Any) -> Iterator[dict[str, Any] | str]:
+    """The rows of an Arrow table as mappings; for one whose text is none, why."""
+    try:
+        rows = table.to_pylist()
+    except UnicodeDecodeError as error:
+        if table.num_rows > 1:
+            half = table.num_rows // 2
+            yield from _plain_values(table.slice(0, half))
+            yield from _plain_values(table.slice(half))
+        else:
+            yield f"not UTF-8 (byte 0x{error.object[error.start]:02x}): {error.object[:60]!r}"
+        return
+    for values in rows:
+        yield {key: _as_written(value) for key, value in values.items()}
 
 
 def _as_written(column: Any) -> Any:

@@ -110,6 +110,19 @@ def test_a_parquet_slice_reads_its_row_groups_alone_and_a_torn_file_is_named(tmp
         read_rows(str(path))
 
 
+def test_a_text_of_a_parquet_file_that_is_none_is_named_by_row_or_skipped(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    texts = pyarrow.array([b"a", b"b", b"caf\xe9", b"d", b"e"], type=pyarrow.binary()).view(pyarrow.string())
+    path = str(tmp_path / "p.parquet")
+    parquet.write_table(pyarrow.table({"input": texts}), path)
+    with pytest.raises(ValueError, match=r"p.parquet: row 3: not UTF-8 \(byte 0xe9\): b'caf\\xe9'; .*skip"):
+        read_rows(path)
+    assert [row.values["input"] for row in read_rows(path, on_broken="skip")] == ["a", "b", "d", "e"]
+    assert [row.where for row in read_rows(path + "@[3:]")] == [f"{path}: row 4", f"{path}: row 5"]
+
+
 def test_fields_that_only_another_row_of_a_parquet_file_has_are_absent(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
