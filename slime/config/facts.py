@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from slime.config.errors import ConfigError
+from slime.config.hf_fields import FAMILIES
 from slime.config.prompt_files import file_problem
 
 TRACKER = "latest_checkpointed_iteration.txt"
-HF_MODEL_TYPES = ("glm_moe_dsa", "deepseek_v32", "deepseek_v3", "qwen2", "qwen3", "qwen3_moe", "glm4", "llama")
-"""`model_type` of HF folders that the weight-name table can load."""
-
 LoadKind = Literal["nothing", "megatron", "release", "iteration", "hf", "unknown"]
 """What a folder holds: nothing at all, a Megatron checkpoint with an iteration or with the word "release" in its tracker, one
 iteration's folder itself, an HF model, or an HF model that no weight-name table knows."""
@@ -51,7 +49,7 @@ def kind_of(folder: str | None) -> LoadKind:
         return "iteration"
     config = read_hf_config(folder)
     if config is not None:
-        return "hf" if config.get("model_type") in HF_MODEL_TYPES else "unknown"
+        return "hf" if config.get("model_type") in FAMILIES else "unknown"
     return "nothing"  # also logs, or a first save that was torn: without a tracker there is nothing to continue from
 
 

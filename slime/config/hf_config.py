@@ -73,7 +73,7 @@ class HfConfig(Mapping[str, Any]):
 
     @property
     def partial_rotary_factor(self) -> float:
-        fallback = 0.5 if self.model_type == "glm4" else 1.0
+        fallback = 0.5 if self.model_type in ("glm4", "glm4_moe") else 1.0
         return float(self.rope_parameters.get("partial_rotary_factor", self.get("partial_rotary_factor", fallback)))
 
     @property
@@ -84,12 +84,37 @@ class HfConfig(Mapping[str, Any]):
 
     @property
     def num_mtp_layers(self) -> int:
-        return self.get("num_nextn_predict_layers", 0)
+        """Layers that can be trained; MiMo's one is built otherwise and left out."""
+        return 0 if self.model_type == "mimo" else self.get("num_nextn_predict_layers", 0)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Queries and keys of grouped-query attention are normalised head by head."""
+        if self.model_type == "glm4_moe":
+            return bool(self.get("use_qk_norm", False))
+        return self.model_type in ("qwen3", "qwen3_moe")
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Qwen2 has the bias whatever its config says, which says nothing."""
+        return self.model_type == "qwen2" or bool(self.get("attention_bias", False))
+
+    @property
+    def has_sandwich_norms(self) -> bool:
+        """Attention and feed-forward are normalised again before the residual sums, and gate and up are one matrix (GLM-4)."""
+        return self.model_type == "glm4"
+
+    @property
+    def has_softmax_router(self) -> bool:
+        """Experts are chosen by a softmax; the other families have a sigmoid and a selection bias."""
+        return self.model_type == "qwen3_moe"
 
     def is_moe_layer(self, layer: int) -> bool:
         """0-based; the multi-token-prediction layers after the last one are MoE layers too."""
         if not self.num_experts or layer in self.get("mlp_only_layers", []):
             return False
+        if kinds := self.get("mlp_layer_types"):
+            return layer >= self.num_layers or kinds[layer] == "sparse"
         if "first_k_dense_replace" in self:
             return layer >= self["first_k_dense_replace"] and layer % self.get("moe_layer_freq", 1) == 0
         return (layer + 1) % self.get("decoder_sparse_step", 1) == 0

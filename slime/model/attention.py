@@ -47,8 +47,8 @@ class GqaShape:
             heads=heads,
             groups=hf.get("num_key_value_heads") or heads,
             width=hf.head_dim,
-            qk_norm=hf.model_type in ("qwen3", "qwen3_moe"),
-            bias=bool(hf.get("attention_bias", False)),
+            qk_norm=hf.has_qk_norm,
+            bias=hf.has_qkv_bias,
             interleaved=hf.model_type == "glm4",
             rope=RopeTable.for_model(hf),
         )

@@ -18,8 +18,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from slime.config.dotted import accepted_keywords  # noqa: E402
+from slime.config.hf_check import differences  # noqa: E402
+from slime.config.hf_fields import faults  # noqa: E402
 from slime.device import Device  # noqa: E402
-from slime.model.geometry import differences  # noqa: E402
 from slime.model.head import LastChunk  # noqa: E402
 from slime.model.hf_config import HfConfig  # noqa: E402
 from slime.model.local import local_tensors  # noqa: E402
@@ -46,8 +47,8 @@ def build_model(
     if ranks.rank == 0:
         for note in notes:
             logger.info("model: %s", note)
-    if lines := differences(vars(megatron), config.model, hf):
-        raise ValueError("MODEL_ARGS and the checkpoint describe different models:\n  " + "\n  ".join(lines))
+    if lines := faults(hf) or differences(hf, vars(config.model), config.model.megatron):
+        raise ValueError(f"MODEL_ARGS and {hf.source} describe different models:\n  " + "\n  ".join(lines))
     _check_mtp(config.model, hf)
     chunks = [
         _chunk(config, megatron, hf, ranks, vp_stage) for vp_stage in (range(ranks.vpp_size) if ranks.vpp_size else [None])

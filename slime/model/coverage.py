@@ -49,11 +49,12 @@ def mtp_is_absent(table: NameTable, present: set[str]) -> bool:
 
 
 def unnamed_mtp(table: NameTable, present: set[str]) -> set[str]:
-    """Tensors of a multi-token-prediction layer that the table does not have, because config.json announces none.
+    """Tensors of a multi-token-prediction layer that the table does not have: config.json announces none, or it is MiMo's.
 
     A layer with an `eh_proj` is one; other layers beyond the last are a mistake of somebody's.
     """
     layers = tuple(match.group(1) for name in present if (match := _MTP_LAYER.fullmatch(name)) and not table.by_hf(name))
+    layers += ("model.mtp_layers.",) if table.model_type == "mimo" else ()
     return {name for name in present if layers and name.startswith(layers)}
 
 
@@ -75,7 +76,7 @@ def check_files(table: NameTable, source: TensorSource, *, needs_mtp: bool = Fal
         note = "without the multi-token-prediction layer that config.json announces"
     spare = unnamed_mtp(table, present)
     if spare:
-        note = f"{len(spare)} of a multi-token-prediction layer, which config.json does not announce, are left out"
+        note = f"{len(spare)} tensors of a multi-token-prediction layer that cannot be trained here are left out"
     scales = {tensor.scale_name for tensor in expected.values() if tensor.fp8}
     missing = [name for name in expected if name not in present]
     duplicates = present & set(table.duplicates)

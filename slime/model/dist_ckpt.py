@@ -31,8 +31,8 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # noqa
     FullyParallelSaveStrategyWrapper,
 )
 
+from slime.config.hf_check import megatron_values  # noqa: E402
 from slime.model.dist_writer import Writing  # noqa: E402
-from slime.model.geometry import megatron_values  # noqa: E402
 from slime.model.hf_config import HfConfig  # noqa: E402
 from slime.model.local import unwrap  # noqa: E402
 from slime.parallel import Ranks  # noqa: E402

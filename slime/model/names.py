@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from slime.config.hf_fields import FAMILIES, unknown_family
 from slime.model.hf_config import HfConfig, as_hf_config
 
 Shape = tuple[int, ...]
@@ -57,9 +58,6 @@ class Entry:
         return self.name.startswith("mtp.")
 
 
-FAMILIES = ("glm_moe_dsa", "deepseek_v3", "deepseek_v32", "qwen3", "qwen3_moe", "glm4", "llama")
-
-
 @dataclass(frozen=True)
 class NameTable:
     """Every tensor of one model. `aliases`: Megatron names of tied copies -> the name that owns the data.
@@ -83,7 +81,7 @@ class NameTable:
         """
         hf = as_hf_config(hf_config)
         if hf.model_type not in FAMILIES:
-            raise ValueError(f"no weight names for model_type {hf.model_type!r} ({hf.source}); known: {', '.join(FAMILIES)}")
+            raise ValueError(unknown_family(hf.model_type, hf.source))
         entries = tuple(_all_entries(hf, with_mtp))
         tied = bool(hf.get("tie_word_embeddings", False))
         aliases = {"output_layer.weight": "embedding.word_embeddings.weight"} if tied else {}
@@ -166,7 +164,7 @@ def _layer(hf: HfConfig, layer: int, ours: str) -> Iterator[Entry]:
     yield from (_mla(hf, ours, theirs) if hf.is_mla else _gqa(hf, ours, theirs))
     if hf.runs_indexer(layer):
         yield from _indexer(hf, f"{ours}self_attention.", f"{theirs}self_attn.indexer.")
-    if hf.model_type == "glm4":
+    if hf.has_sandwich_norms:
         for norm in ("post_self_attn_layernorm", "post_mlp_layernorm"):
             yield _plain(f"{ours}{norm}.weight", f"{theirs}{norm}.weight", (hf["hidden_size"],))
     yield from (_moe if hf.is_moe_layer(layer) else _dense)(hf, ours, theirs)
@@ -226,10 +224,10 @@ def _gqa(hf: HfConfig, ours: str, theirs: str) -> Iterator[Entry]:
     total = sum(rows.values())
     weights = tuple(HfTensor(f"{theirs}{part}_proj.weight", (size, hidden), True) for part, size in rows.items())
     yield Entry(f"{ours}linear_qkv.weight", (total, hidden), weights, "qkv", "rows", layout)
-    if hf.get("attention_bias", False):
+    if hf.has_qkv_bias:
         biases = tuple(HfTensor(f"{theirs}{part}_proj.bias", (size,)) for part, size in rows.items())
         yield Entry(f"{ours}linear_qkv.bias", (total,), biases, "qkv", "rows", layout)
-    if hf.model_type in ("qwen3", "qwen3_moe"):
+    if hf.has_qk_norm:
         yield _plain(f"{ours}q_layernorm.weight", f"{theirs}q_norm.weight", (width,))
         yield _plain(f"{ours}k_layernorm.weight", f"{theirs}k_norm.weight", (width,))
     yield _plain(f"{ours}linear_proj.weight", f"{theirs}o_proj.weight", (hidden, heads * width), split="columns", fp8=True)
@@ -238,7 +236,7 @@ def _gqa(hf: HfConfig, ours: str, theirs: str) -> Iterator[Entry]:
 def _dense(hf: HfConfig, ours: str, theirs: str) -> Iterator[Entry]:
     hidden, inner = hf["hidden_size"], hf["intermediate_size"]
     yield _plain(f"{ours}mlp.linear_fc1.layer_norm_weight", f"{theirs}post_attention_layernorm.weight", (hidden,))
-    if hf.model_type == "glm4":
+    if hf.has_sandwich_norms:
         whole = (HfTensor(f"{theirs}mlp.gate_up_proj.weight", (2 * inner, hidden), True),)
         yield Entry(f"{ours}mlp.linear_fc1.weight", (2 * inner, hidden), whole, "single", "gated_rows")
         yield _plain(
@@ -260,7 +258,7 @@ def _moe(hf: HfConfig, ours: str, theirs: str) -> Iterator[Entry]:
     hidden, inner, experts = hf["hidden_size"], hf["moe_intermediate_size"], hf.num_experts
     yield _plain(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", (hidden,))
     yield _plain(f"{ours}mlp.router.weight", f"{theirs}mlp.gate.weight", (experts, hidden))
-    if hf.model_type in ("glm_moe_dsa", "deepseek_v3", "deepseek_v32"):
+    if not hf.has_softmax_router:
         # Its spread is a few bf16 steps: rounded, it would reorder the routing.
         yield _plain(f"{ours}mlp.router.expert_bias", f"{theirs}mlp.gate.e_score_correction_bias", (experts,), float32=True)
     for expert in range(experts):

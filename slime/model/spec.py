@@ -53,7 +53,7 @@ def layer_spec(
     """One decoder layer around `attention`."""
     mlp_norm, mlp = feed_forward(config, hf, layer)
     return ModuleSpec(
-        SandwichLayer if hf.model_type == "glm4" else TransformerLayer,
+        SandwichLayer if hf.has_sandwich_norms else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if norm_in_attention else RMSNorm,
             self_attention=attention,

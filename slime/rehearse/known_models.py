@@ -62,7 +62,8 @@ def _from_flags(start: Mapping[str, object], mega: Mapping[str, object]) -> dict
     """A config.json with the shapes of MODEL_ARGS, of the family that has their parts."""
     experts, mla = mega.get("num_moe_experts"), bool(start["multi_latent_attention"])
     hidden, heads, layers = int(mega["hidden_size"]), int(mega["num_attention_heads"]), int(mega["num_layers"])
-    family = "qwen3" if mega.get("qk_layernorm") else "glm4" if start["post_mlp_layernorm"] else "llama"
+    plain = "qwen2" if mega.get("add_qkv_bias") else "llama"
+    family = "qwen3" if mega.get("qk_layernorm") else "glm4" if start["post_mlp_layernorm"] else plain
     raw: dict[str, object] = {
         "model_type": "deepseek_v3" if mla else "qwen3_moe" if experts else family,
         "num_hidden_layers": layers,
@@ -87,7 +88,7 @@ def _from_flags(start: Mapping[str, object], mega: Mapping[str, object]) -> dict
 
 
 _LATENT = {
-    "q_lora_rank": ("q_lora_rank", 512),
+    "q_lora_rank": ("q_lora_rank", None),
     "kv_lora_rank": ("kv_lora_rank", 512),
     "qk_nope_head_dim": ("qk_head_dim", 128),
     "qk_rope_head_dim": ("qk_pos_emb_head_dim", 64),

@@ -13,14 +13,13 @@ from slime.config.config import Config
 from slime.config.errors import ConfigError
 from slime.config.facts import Facts, gather_facts
 from slime.config.hf_config import HfConfig
+from slime.config.hf_fields import FAMILIES
 from slime.config.loader import apply_yaml, build, starting_values
-from slime.config.megatron_flags import default_of
 from slime.config.resolve import values_of
 from slime.config.rules import STAGES, Values, collect
 from slime.config.rules.layout import chunks_of
 from slime.config.stages import Chunk
-from slime.model.geometry import differences, megatron_values
-from slime.model.names import FAMILIES, NameTable
+from slime.model.names import NameTable
 from slime.rehearse.findings import Findings
 from slime.rehearse.known_models import described_config, known_config, known_names
 from slime.rehearse.shares import Grid
@@ -74,8 +73,6 @@ def read(argv: Sequence[str], findings: Findings, *, env: Mapping[str, str] | No
     hf, table = values.hf, None
     if hf is not None:
         try:
-            if basis in ("file", "release"):
-                _compare(config, hf, findings)
             table = _table(json.dumps(dict(hf), sort_keys=True, default=str)) if hf.get("model_type") in FAMILIES else None
         except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
             findings.violation("model", f"{hf.source} describes no model that can be built ({error})", "", "repair the file")
@@ -172,30 +169,6 @@ def _facts(start: dict, findings: Findings) -> tuple[Facts, Basis]:
         decides=True,
     )
     return (replace(found, hf_config=described), "flags") if described else (found, "nothing")
-
-
-def _compare(config: Config, hf: HfConfig, findings: Findings) -> None:
-    """Fields that the config room's own comparison does not know."""
-    if not config.model.megatron.get("num_layers"):
-        return
-    said = " ".join(finding.what for finding in findings.of("violation"))
-    lines = [line for line in differences(_with_defaults(config, hf), config.model, hf) if line.split(":")[0] not in said]
-    for line in lines:
-        findings.violation("model", line, fix=f"change {line.split(':')[0]} in MODEL_ARGS to the checkpoint's value")
-    if not lines and "disagree with" not in said:
-        findings.ok("model", "MODEL_ARGS describe the model of the HF config", f"compared with {hf.source}")
-
-
-def _with_defaults(config: Config, hf: HfConfig) -> dict[str, object]:
-    """TransformerConfig values as megatron-core would complete them, for the fields that the HF config decides."""
-    given = dict(config.model.megatron)
-    for name in megatron_values(hf):
-        given.setdefault(name, default_of(name))
-    if given.get("num_query_groups") is None:
-        given["num_query_groups"] = given.get("num_attention_heads")
-    if given.get("kv_channels") is None and given.get("num_attention_heads"):
-        given["kv_channels"] = given["hidden_size"] // given["num_attention_heads"]
-    return given
 
 
 def _grid(config: Config) -> Grid | None:

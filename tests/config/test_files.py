@@ -211,14 +211,24 @@ HF = {
     "q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "head_dim": 192,
     "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"}, "tie_word_embeddings": False,
     "first_k_dense_replace": 3, "vocab_size": 320, "num_key_value_heads": 4, "routed_scaling_factor": 2.5,
-    "attention_bias": False,
+    "attention_bias": False, "index_topk": 16, "index_head_dim": 128, "index_n_heads": 16,
 }  # fmt: skip
 RIGHT = [
     *MOE, "--moe-layer-freq", "[0]*3+[1]*5", "--ffn-hidden-size", "256", "--multi-latent-attention", "--q-lora-rank", "64",
     "--kv-lora-rank", "32", "--qk-head-dim", "32", "--qk-pos-emb-head-dim", "16", "--v-head-dim", "32",
     "--rotary-base", "8000000",
-    "--untie-embeddings-and-output-weights", "--moe-router-topk-scaling-factor", "2.5",
+    "--untie-embeddings-and-output-weights", "--moe-router-topk-scaling-factor", "2.5", "--swiglu", "--disable-bias-linear",
+    "--qk-layernorm", "--moe-router-score-function", "sigmoid", "--moe-router-pre-softmax", "--moe-router-enable-expert-bias",
+    "--spec", "slime_plugins.models.glm5.glm5", "get_glm5_spec",
 ]  # fmt: skip
+
+
+LLAMA = {
+    "num_hidden_layers": 8, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512, "rms_norm_eps": 1e-5,
+    "vocab_size": 320, "tie_word_embeddings": True,
+}  # fmt: skip
+DENSE = ["--ffn-hidden-size", "512", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"]
+"""Beside MINIMAL, what describes LLAMA."""
 
 
 def test_flags_that_agree_with_the_checkpoint_pass():
@@ -257,20 +267,20 @@ def test_all_disagreements_are_listed_at_once():
 
 
 def test_a_flat_rope_theta_and_a_text_config_are_read_too():
-    hf = {"model_type": "llama", "text_config": {"rope_theta": 500000.0, "hidden_size": 128}}
-    assert config_of("--rotary-base", "500000", facts=Facts(hf_config=hf)).model.rotary_base == 5e5
+    hf = {"model_type": "llama", "text_config": {**LLAMA, "rope_theta": 500000.0}}
+    assert config_of(*DENSE, "--rotary-base", "500000", facts=Facts(hf_config=hf)).model.rotary_base == 5e5
     with pytest.raises(ConfigError, match="rope_theta is 500000.0 there, --rotary-base is 10000.0 here"):
-        config_of(facts=Facts(hf_config=hf))
+        config_of(*DENSE, facts=Facts(hf_config=hf))
 
 
 def test_gathered_context_parallelism_is_for_sparse_attention():
     words = ["--allgather-cp", "--actor-num-gpus-per-node", "4"]
-    dense = Facts(hf_config={"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]})
-    assert config_of(*words, facts=dense).parallel.allgather_cp  # one context-parallel rank: nothing to gather
+    dense = Facts(hf_config={**LLAMA, "model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    assert config_of(*DENSE, *words, facts=dense).parallel.allgather_cp  # one context-parallel rank: nothing to gather
     with pytest.raises(
         ConfigError, match="--allgather-cp is the layout of sparse attention .DeepseekV32ForCausalLM and GlmMoeDsaForCausalLM"
     ):
-        config_of(*words, "--context-parallel-size", "2", facts=dense)
+        config_of(*DENSE, *words, "--context-parallel-size", "2", facts=dense)
     assert (
         config_of(*RIGHT, *words, "--context-parallel-size", "2", facts=Facts(hf_config=HF)).parallel.context_parallel_size == 2
     )

@@ -29,10 +29,10 @@ from model.replay import Choices  # noqa: E402
 from ranks import end_grid  # noqa: E402
 
 from slime.batch.layout import SequenceLayout  # noqa: E402
+from slime.config.hf_check import megatron_values  # noqa: E402
 from slime.config.stages import layout_string  # noqa: E402
 from slime.device import get_device  # noqa: E402
 from slime.model.build import build_model, own_vocabulary, padded_vocab_size  # noqa: E402
-from slime.model.geometry import megatron_values  # noqa: E402
 from slime.model.hf_config import HfConfig, read_hf_config  # noqa: E402
 from slime.model.hf_io import SafetensorsReader, load_hf  # noqa: E402
 from slime.model.layout import unshard  # noqa: E402
@@ -76,6 +76,8 @@ def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
     """A config with the sections that the model room reads; layout: tp=2, pp=2, first=2, layers=(3, 4), recompute=True,
     zigzag=True, mtp=True, axis="heads", send_indices=True, dtype="bf16" ..."""
     values = megatron_values(hf)
+    if hf.is_mla and hf.rope_parameters["rope_type"] == "yarn":
+        values.update(rotary_scaling_factor=hf.rope_parameters["factor"])
     if hf.num_experts:
         # finalize_model_grads moves the selection bias by this rate at every step, 0.001 unless told otherwise.
         values.update(moe_router_dtype="fp32", moe_router_bias_update_rate=0.0)
@@ -95,7 +97,8 @@ def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
         make_vocab_size_divisible_by=16, seq_length=4096, rotary_base=hf.rope_theta, vocab_size=hf["vocab_size"],
         untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
         only_train_params_name_list=None, freeze_params_name_list=None,
-        mtp_num_layers=1 if mtp else None,
+        mtp_num_layers=1 if mtp else None, rotary_percent=1.0 if hf.is_mla else hf.partial_rotary_factor,
+        post_self_attn_layernorm=hf.has_sandwich_norms, post_mlp_layernorm=hf.has_sandwich_norms,
     )  # fmt: skip
     args = SimpleNamespace(hf_checkpoint=folder, **parallel)
     batch = SimpleNamespace(max_tokens_per_gpu=None)

@@ -34,6 +34,21 @@ MLA = {
     "rms_norm_eps": 1e-5,
     "num_nextn_predict_layers": 0,
 }
+GLM4_MOE = {
+    **GQA,
+    "attention_bias": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 0,
+}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 YARN = {
     "rope_type": "yarn",
@@ -73,6 +88,26 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "glm4": (
         "Glm4",
         {**GQA, "attention_bias": True, "rope_parameters": {**ROPE["rope_parameters"], "partial_rotary_factor": 0.5}},
+    ),
+    "qwen2": ("Qwen2", {**GQA, **ROPE, "head_dim": 16, "tie_word_embeddings": False}),
+    "qwen2-tied": ("Qwen2", {**GQA, **ROPE, "head_dim": 16, "tie_word_embeddings": True}),
+    "glm4_moe": ("Glm4Moe", {**GLM4_MOE, "use_qk_norm": False}),
+    "glm4_moe-norm": ("Glm4Moe", {**GLM4_MOE, "use_qk_norm": True, "first_k_dense_replace": 2}),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        {
+            **MLA,
+            **ROPE,
+            "n_group": 1,
+            "topk_group": 1,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "rope_interleave": True,
+        },
+    ),
+    # As Moonlight: queries without a latent, two shared experts, no groups of experts.
+    "deepseek_v3-b": (
+        "DeepseekV3",
+        {**MLA, **ROPE, "q_lora_rank": None, "n_shared_experts": 2, "n_group": 1, "topk_group": 1, "rope_interleave": True},
     ),
     "llama": ("Llama", {**GQA, "rope_parameters": LLAMA3, "tie_word_embeddings": False}),
     "deepseek_v3": (

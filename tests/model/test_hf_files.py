@@ -215,8 +215,10 @@ def test_model_args_that_differ_from_the_checkpoint_are_listed(glm: str) -> None
 
     message = run_ranks(1, build_wrong)[0]
     for line in (
-        "--num-layers: MODEL_ARGS say 7,", "--v-head-dim: MODEL_ARGS say 64,", "says 32",
-        "--moe-layer-freq: MODEL_ARGS say [0, 0, 1, 1, 1, 1, 1],", "--rotary-base: MODEL_ARGS say 1e+06,", "says 8e+06",
-    ):  # fmt: skip
+        "num_hidden_layers is 8 there, --num-layers is 7 here; pass --num-layers 8",
+        "v_head_dim is 32 there, --v-head-dim is 64 here; pass --v-head-dim 32",
+        "first_k_dense_replace is 3 there, --moe-layer-freq has 2 dense layers of 7 here; pass --moe-layer-freq '[0,0,0,1,",
+        "rope_theta is 8000000.0 there, --rotary-base is 1000000.0 here; pass --rotary-base 8000000 (",
+    ):
         assert line in message
-    assert message.count("MODEL_ARGS say") == 4
+    assert message.count(" here; ") == 4

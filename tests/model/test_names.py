@@ -8,6 +8,7 @@ import pytest
 import torch
 from model.reference import FAMILIES, make_reference
 
+from slime.model.coverage import unnamed_mtp
 from slime.model.hf_config import HfConfig, read_hf_config
 from slime.model.hf_io import SafetensorsReader
 from slime.model.layout import merge, shard, shard_shape, unmerge, unshard
@@ -139,8 +140,10 @@ def test_the_dsa_bridge_is_for_dsa_models() -> None:
 
 
 def test_an_unknown_family_is_named() -> None:
-    with pytest.raises(ValueError, match="no weight names for model_type 'mamba'"):
+    with pytest.raises(ValueError, match="is a mamba model: no weight-name table knows it"):
         NameTable.for_model({"model_type": "mamba"})
+    with pytest.raises(ValueError, match="is a gpt_oss model: it needs attention sinks, .* which no layer here has"):
+        NameTable.for_model({"model_type": "gpt_oss"})
 
 
 def test_a_missing_field_is_named_with_its_file() -> None:
@@ -164,6 +167,21 @@ def test_every_tensor_of_a_transformers_checkpoint_is_in_the_table_once(family: 
             parts = [shard(entry, whole, rank, size, padded_vocab=padded) for rank in range(size)]
             assert all(tuple(part.shape) == shard_shape(entry, size, padded_vocab=padded) for part in parts), entry.name
             assert torch.equal(unshard(entry, parts), whole), entry.name
+
+
+def test_kimi_and_mimo_are_named_as_the_models_that_they_extend() -> None:
+    """Kimi-K2's layers are DeepSeek-V3's, MiMo's are Qwen2's; only MiMo's multi-token-prediction layer is its own."""
+    kimi = {**GLM52, "model_type": "kimi_k2", "num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 2}
+    assert NameTable.for_model(kimi).entries == NameTable.for_model({**kimi, "model_type": "deepseek_v3"}).entries
+    mimo = {
+        "model_type": "mimo", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, "attention_bias": True,
+        "num_nextn_predict_layers": 1,
+    }  # fmt: skip
+    table = NameTable.for_model(mimo)
+    assert table.entries == NameTable.for_model({**mimo, "model_type": "qwen2"}, with_mtp=False).entries
+    layer = {f"model.mtp_layers.0.{name}.weight" for name in ("token_layernorm", "input_proj", "self_attn.q_proj")}
+    assert unnamed_mtp(table, layer | set(table.hf_names())) == layer
 
 
 def test_query_groups_lie_together_in_linear_qkv() -> None:

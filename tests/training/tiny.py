@@ -20,13 +20,13 @@ prepare()
 import megatron.core.models.gpt.gpt_model  # noqa: E402, F401  (imported before ranks fork, which then share it)
 
 from slime.batch.plan import plan_steps  # noqa: E402
+from slime.config.hf_check import megatron_values  # noqa: E402
 from slime.config.model import ModelConfig, ParallelConfig  # noqa: E402
 from slime.config.rollout import DataConfig, RolloutConfig  # noqa: E402
 from slime.config.run import DebugConfig  # noqa: E402
 from slime.config.training import AlgorithmConfig, BatchConfig, CheckpointConfig, OptimizerConfig  # noqa: E402
 from slime.device import get_device  # noqa: E402
 from slime.model.build import build_model, padded_vocab_size  # noqa: E402
-from slime.model.geometry import megatron_values  # noqa: E402
 from slime.model.hf_config import read_hf_config  # noqa: E402
 from slime.model.hf_io import SafetensorsReader, load_hf  # noqa: E402
 from slime.model.names import NameTable  # noqa: E402
@@ -140,7 +140,8 @@ def config_for(folder: Path, **changes: Any) -> SimpleNamespace:
     model: dict[str, Any] = {
         "vocab_size": hf["vocab_size"], "make_vocab_size_divisible_by": 4, "swiglu": True, "params_dtype": "fp32",
         "untie_embeddings_and_output_weights": not hf.get("tie_word_embeddings", False),
-        "rotary_base": hf.rope_theta, "position_embedding_type": "rope", "group_query_attention": not hf.is_mla,
+        "rotary_base": hf.rope_theta, "rotary_percent": 1.0 if hf.is_mla else hf.partial_rotary_factor,
+        "position_embedding_type": "rope", "group_query_attention": not hf.is_mla,
         "multi_latent_attention": hf.is_mla,
         "megatron": {"moe_token_dispatcher_type": "alltoall", **megatron_values(hf)},
     }  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slime.config import hf_check
-from slime.config.facts import HF_MODEL_TYPES
+from slime.config import hf_check, hf_fields
+from slime.config.hf_config import HfConfig
 
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
@@ -70,6 +70,8 @@ _REQUIRED = (("num_layers", "--num-layers"), ("hidden_size", "--hidden-size"), (
 def _attention(v: Values, mega: dict[str, Any]) -> None:
     if v["multi_latent_attention"]:
         mega["multi_latent_attention"] = True
+        # Megatron's parser has no query latent unless told; megatron-core's dataclass would take one of 512.
+        mega.setdefault("q_lora_rank", None)
         mega["rotary_base"], mega["rotary_percent"] = v["rotary_base"], v["rotary_percent"]
         if "rotary_scaling_factor" not in mega:
             mega["rotary_scaling_factor"] = 1.0
@@ -84,7 +86,8 @@ def _attention(v: Values, mega: dict[str, Any]) -> None:
                 + (" (yarn with factor 1 is plain RoPE)" if mega["rope_type"] == "rope" else "")
             )
         if mega["rope_type"] == "yarn" and "original_max_position_embeddings" not in mega and v["max_position_embeddings"]:
-            mega["original_max_position_embeddings"] = v["max_position_embeddings"]
+            stretched = HfConfig(v.facts.hf_config or {}).rope_parameters.get("original_max_position_embeddings")
+            mega["original_max_position_embeddings"] = stretched or v["max_position_embeddings"]
         v.require(not v["group_query_attention"], "--multi-latent-attention and --group-query-attention exclude each other")
     if v["group_query_attention"]:
         v.require("num_query_groups" in mega, "--group-query-attention needs --num-query-groups")
@@ -120,7 +123,6 @@ def _experts(v: Values, mega: dict[str, Any]) -> None:
 
 def checkpoint_fields(v: Values) -> None:
     """The HF config must agree with the model flags."""
-    mega = v["model.megatron"]
     rollout_only = v.door != "convert" and v["debug_rollout_only"]
     v.require(
         v["hf_checkpoint"], "--hf-checkpoint is needed: it holds the tokenizer, the engines' weights and the config to check"
@@ -131,22 +133,18 @@ def checkpoint_fields(v: Values) -> None:
                 f"model flags are not compared with the checkpoint: {v['hf_checkpoint']}/config.json is not on this machine"
             )
         return
-    if not rollout_only and not v.mistakes:
-        lines = hf_check.differences(v.facts.hf_config, v, mega)
-        v.require(not lines, f"the model flags disagree with {v['hf_checkpoint']}/config.json:\n  " + "\n  ".join(lines))
+    if not rollout_only and v.hf is not None and v.hf.get("model_type") in hf_fields.FAMILIES:
+        _same_model(v, v.hf)
 
 
 def family(v: Values) -> None:
     """The checkpoint's family has a table of weight names, and the layer spec that builds it."""
     hf = v.hf
-    if hf is None or not isinstance(hf.get("model_type"), str):
+    kind = hf.get("model_type") if hf is not None else None
+    if hf is None or not isinstance(kind, str):
         return
-    v.require(
-        hf.model_type in HF_MODEL_TYPES,
-        f"{hf.source} is of type {hf.model_type}, whose weight names are not known here "
-        f"({', '.join(HF_MODEL_TYPES)}); train one "
-        "of these families",
-    )
+    if not v.require(kind in hf_fields.FAMILIES, hf_fields.unknown_family(kind, hf.source)):
+        return
     if (v.door != "convert" and v["debug_rollout_only"]) or v["custom_model_provider_path"]:
         return
     spec = v["spec"]
@@ -161,6 +159,20 @@ def family(v: Values) -> None:
         hf.has_indexer or not built,
         f"get_glm5_spec builds glm_moe_dsa and deepseek_v32, {hf.source} is {hf.model_type}; remove --spec",
     )
+
+
+def _same_model(v: Values, hf: HfConfig) -> None:
+    """config.json is of a model that is known to its last field, and the flags describe the same one."""
+    try:
+        unknown = hf_fields.faults(hf)
+        lines = hf_check.differences(hf, v, v["model.megatron"]) if not (unknown or v.mistakes) else []
+    except (TypeError, ValueError, AttributeError, IndexError) as odd:
+        v.mistakes.append(f"{hf.source} cannot be understood: {odd}; download it again")
+        return
+    v.mistakes += unknown
+    v.require(not lines, f"the model flags disagree with {hf.source}:\n  " + "\n  ".join(lines))
+    if not (unknown or lines or v.mistakes):
+        v.holds("MODEL_ARGS describe the model of the HF config", f"compared with {hf.source}")
 
 
 def mtp(v: Values) -> None:

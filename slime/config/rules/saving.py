@@ -7,7 +7,7 @@ import re
 import string
 from typing import TYPE_CHECKING
 
-from slime.config.facts import HF_MODEL_TYPES
+from slime.config.hf_fields import FAMILIES
 
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
@@ -74,7 +74,7 @@ def initial_weights(v: Values) -> None:
         return
     if kind == "unknown":
         v.mistakes.append(
-            f"--load {v['load']} is an HF model of a type that no weight-name table knows ({', '.join(HF_MODEL_TYPES)})"
+            f"--load {v['load']} is an HF model of a type that no weight-name table knows ({', '.join(FAMILIES)})"
         )
         return
     if kind == "megatron":

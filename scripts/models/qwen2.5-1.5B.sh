@@ -1,0 +1,21 @@
+# shellcheck shell=bash disable=SC2034
+# Qwen2.5-1.5B: dense, biases on query, key and value, tied embeddings.
+
+MODEL_ARGS=(
+   --num-layers 28
+   --hidden-size 1536
+   --ffn-hidden-size 8960
+   --num-attention-heads 12
+   --group-query-attention
+   --num-query-groups 2
+   --vocab-size 151936
+   --normalization RMSNorm
+   --norm-epsilon 1e-6
+   --swiglu
+   --disable-bias-linear
+   --add-qkv-bias
+
+   --use-rotary-position-embeddings
+   # Math models and the distilled DeepSeek-R1 have 10000: see config.json.
+   --rotary-base "${MODEL_ARGS_ROTARY_BASE:-1000000}"
+)
