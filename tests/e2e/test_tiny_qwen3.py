@@ -1,5 +1,6 @@
 """A dense model with grouped-query attention trains and serves through the same loop, without launcher and Ray job."""
 
+import json
 import os
 import re
 import subprocess
@@ -18,13 +19,20 @@ def _model_args() -> list[str]:
     return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.rstrip("\0").split("\0")
 
 
-def test_a_tiny_qwen3_trains_on_two_tensor_parallel_ranks_and_feeds_two_engines(tmp_path):
-    from tools.make_arithmetic_data import main as make_data
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
     from tools.make_tiny_checkpoint import main as make_checkpoint
 
-    make_checkpoint(["--preset", "qwen3", "--seed", "3", "--output", str(tmp_path / "model")])
+    folder = tmp_path_factory.mktemp("model")
+    make_checkpoint(["--preset", "qwen3", "--seed", "3", "--output", str(folder)])
+    return next(path.parent for path in folder.rglob("config.json"))
+
+
+def run(checkpoint: Path, tmp_path: Path, *more: object) -> subprocess.CompletedProcess:
+    """One rollout of a whole run; logs of its servers are in tmp_path / "logs"."""
+    from tools.make_arithmetic_data import main as make_data
+
     make_data(["--output", str(tmp_path), "--train", "64", "--eval", "8", "--max-operand", "4"])
-    checkpoint = next(path.parent for path in (tmp_path / "model").rglob("config.json"))
     # Rewards are random, because an untrained model earns none, and the step is large enough to show in bf16.
     flags = [
         *_model_args(),
@@ -87,11 +95,13 @@ def test_a_tiny_qwen3_trains_on_two_tensor_parallel_ranks_and_feeds_two_engines(
         16,
         "--sglang-server-concurrency",
         16,
+        *more,
     ]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {
-        "SLIME_RUN_DIR": str(tmp_path / "logs")
+        "SLIME_RUN_DIR": str(tmp_path / "logs"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "rollout")]),
     }
-    run = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "slime.train", *map(str, flags)],
         cwd=ROOT,
         env=environment,
@@ -99,8 +109,30 @@ def test_a_tiny_qwen3_trains_on_two_tensor_parallel_ranks_and_feeds_two_engines(
         text=True,
         timeout=500,
     )
-    text = run.stdout + run.stderr
-    assert run.returncode == 0, text[-6000:]
+
+
+def test_a_wrong_function_of_the_trainers_ends_the_run_before_engines_come_up(checkpoint, tmp_path):
+    ended = run(checkpoint, tmp_path, "--use-tis", "--custom-tis-function-path", "example_plugins.ranking.centred_ranks")
+    text = ended.stdout + ended.stderr
+    said = "--custom-tis-function-path example_plugins.ranking.centred_ranks: found centred_ranks(args, samples) (missing"
+    assert ended.returncode == 1 and said in text and "expected fn(*, args, pg_loss, train_log_probs" in text, text[-3000:]
+    assert not list((tmp_path / "logs").rglob("*engine*")), "no engine was started"
+
+
+def test_a_tiny_qwen3_trains_on_two_tensor_parallel_ranks_and_feeds_two_engines(checkpoint, tmp_path):
+    """With plugins as they are written for slime: one generates through the router by `post`, one weighs the loss."""
+    plugins = ROOT / "tests" / "rollout" / "example_plugins"
+    ended = run(
+        checkpoint, tmp_path,
+        "--custom-generate-function-path", "example_plugins.calculator.generate",
+        "--custom-tis-function-path", "example_plugins.mismatch.importance",
+        "--custom-config-path", plugins / "mismatch.yaml",
+    )  # fmt: skip
+    text = ended.stdout + ended.stderr
+    assert ended.returncode == 0, text[-6000:]
+    metrics = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
+    [dropped] = [row["train/mis_dropped"] for row in metrics if "train/mis_dropped" in row]
+    assert 0 <= dropped < 0.1, "trainer and engine nearly agree, so hardly a token leaves [1/2, 2]"
     [gap] = re.findall(r"rollout 1/1 \| reward .* \| gap ([\d.]+) ", text)
     # Float32 on both sides, weights cross as bf16: 8 mantissa bits move a log-prob by some thousandths.
     assert float(gap) < 0.05, gap
