@@ -96,7 +96,7 @@ class Objective:
             loss, values = self.custom_loss(self.config.args, micro, logits, lambda token_values: total(micro, token_values))
             # A loss that does not touch the logits would leave this rank out of the backward collectives.
             loss = loss + 0.0 * logits.float().sum()
-            return loss, _report({"loss": loss, **values})
+            return loss, _report({"loss": loss, **{name: torch.as_tensor(value) for name, value in values.items()}})
         log_probs, entropy = self.log_probs(micro, output)
         if self.config.algorithm.loss_type == "sft_loss":
             loss = total(micro, nll(log_probs))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
+import torch
 from rollout_helpers import make_config
 
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput
@@ -48,6 +52,18 @@ def test_a_log_function_or_the_rollout_function_itself_can_replace_the_default(p
     assert report.metrics["perf/tokens_per_sec"] == 4 / 2.0
     assert report.metrics.get("added/by_plugin") == (5.0 if path == "look_on" else None)
     assert SEEN == ([(4, [0, 1], 3.0, 2.0)] if path == "take_over" else [])
+
+
+def test_metrics_of_a_plugin_are_numbers_of_any_library_and_others_are_left_out(caplog):
+    output = rollout()
+    output.metrics |= {"numpy": np.float32(0.5), "torch": torch.tensor(2), "text": "abc", "several": np.zeros(2)}
+    metrics = report_rollout(make_config().args, 4, output, seconds=2.0).metrics
+    assert (metrics["mine"], metrics["numpy"], metrics["torch"]) == (3.0, 0.5, 2) and json.dumps(metrics)
+    assert not {"text", "several"} & metrics.keys()
+    assert "metric text is 'abc', not a number: it is left out" in caplog.text
+    data = {"add": {"rewards": [np.float32(1), torch.tensor(0)]}}
+    evaluated = report_evaluation(make_config().args, 2, RolloutFnEvalOutput(data=data, metrics={"mine": np.int64(1)}))
+    assert evaluated.metrics["eval/add"] == 0.5 and evaluated.metrics["mine"] == 1 and json.dumps(evaluated.metrics)
 
 
 @pytest.mark.parametrize("path, default_log, to_trackers", [(None, True, True), ("on", True, False), (None, False, False)])
