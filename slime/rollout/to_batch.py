@@ -28,7 +28,7 @@ def make_rollout_batch(groups: list[Group], *, rollout_id: int, config: Any) -> 
     args = config.args
     samples, group_column = _rows(groups)
     if not samples:
-        raise ValueError(f"rollout {rollout_id} has no samples to train on")
+        raise ValueError(f"rollout {rollout_id + 1} has no samples to train on")
     for sample in samples:
         _check_trainable(sample, rollout_id)
     samples = [_with_a_response(sample) for sample in samples]
@@ -64,7 +64,7 @@ def _rows(groups: list[Group]) -> tuple[list[Sample], np.ndarray]:
 
 
 def _check_trainable(sample: Sample, rollout_id: int) -> None:
-    where = f"rollout {rollout_id}, sample {sample.index}"
+    where = f"rollout {rollout_id + 1}, sample {sample.index}"
     sample.status = Status(sample.status)  # a plugin may have set "completed"
     if sample.status not in (Status.COMPLETED, Status.TRUNCATED) and not sample.is_settled:
         raise ValueError(f"{where} is {sample.status.value}; only completed and truncated samples are trained")

@@ -114,6 +114,6 @@ class Watch:
                 self._standstill.look()
             except Exception as error:
                 line = f"{type(error).__name__}: {error}"
-                if line not in self._told:
+                if line not in self._told and not self._leave.is_set():  # the loop may have been closed in the middle of a look
                     self._told.add(line)
                     logger.warning("looking after the rollout failed (%s); looking goes on", line)

@@ -296,8 +296,10 @@ def _make_room(root: Path, partial: Path, need: int) -> None:
         shutil.rmtree(left)
     free = shutil.disk_usage(root).free
     # 1 MiB for metadata, common state and the manifest.
-    if need + 2**20 > free:
-        raise OSError(f"it needs {need / 1e9:.3f} GB, and {root} has {free / 1e9:.3f} GB free; make room or change --save")
+    need += 2**20
+    if need > free:
+        lacking = f"{(need - free) / 1e6:.3f} MB more than {root} has free"
+        raise OSError(f"it needs {need / 1e9:.3f} GB, {lacking}; make room or change --save")
     partial.mkdir()
 
 

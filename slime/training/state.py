@@ -65,7 +65,7 @@ def load(trainer: Trainer) -> LoadedState:
             trainer.optimizer.reload_model_params()
     if trainer.ranks.rank == 0:
         how = "continues" if source.resumes else "weights only, counting from the start"
-        log.info("load %s: %s (%s); first rollout %d", source.folder, source.why, how, start)
+        log.info("load %s: %s (%s); first rollout %d", source.folder, source.why, how, start + 1)
     return LoadedState(start, data_state, trainer.steps_done)
 
 

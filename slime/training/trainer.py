@@ -211,7 +211,7 @@ class Trainer:
     # --- a step ---
 
     def _step(self, batch: RolloutBatch, plan: StepPlan, columns: Columns) -> dict[str, float]:
-        where = f"rollout {batch.rollout_id} step {plan.step_id}"
+        where = f"rollout {batch.rollout_id + 1} step {plan.step_id + 1}"
         carried = columns.for_packing() if self.ranks.is_last_stage else {}
         micro_batches = self._pack(batch, plan, carried)
         for chunk in self.pipeline.chunks:

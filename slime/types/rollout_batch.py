@@ -43,7 +43,7 @@ class RolloutBatch:
     """Per sample the weight versions that generated it; empty where none was recorded."""
 
     def __post_init__(self) -> None:
-        n, where = len(self.tokens), f"rollout {self.rollout_id}"
+        n, where = len(self.tokens), f"rollout {self.rollout_id + 1}"
         for name in ("response_lengths", "rewards", "raw_rewards", "groups", "trajectories", "sample_ids", "truncated"):
             column = getattr(self, name)
             if column.shape != (n,):
@@ -65,13 +65,13 @@ class RolloutBatch:
             return
         if len(column) != len(self.tokens):
             raise ValueError(
-                f"rollout {self.rollout_id}: column {name} has {len(column)} rows, but there are {len(self.tokens)} samples"
+                f"rollout {self.rollout_id + 1}: column {name} has {len(column)} rows, but there are {len(self.tokens)} samples"
             )
         for row, values in enumerate(column):
             if values.shape != (self.response_lengths[row],):
                 raise ValueError(
-                    f"rollout {self.rollout_id}, row {row} (sample {self.sample_ids[row]}): {name} has shape {values.shape}, "
-                    f"the response has {self.response_lengths[row]} tokens"
+                    f"rollout {self.rollout_id + 1}, row {row} (sample {self.sample_ids[row]}): "
+                    f"{name} has shape {values.shape}, the response has {self.response_lengths[row]} tokens"
                 )
 
     def __len__(self) -> int:

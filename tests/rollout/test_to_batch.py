@@ -107,7 +107,7 @@ def test_reward_mappings_need_a_key_and_a_plugin_may_keep_the_raw_reward():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"status": Status.ABORTED}, "rollout 3, sample 0 is aborted"),
+        ({"status": Status.ABORTED}, "rollout 4, sample 0 is aborted"),
         ({"response": 0}, "has no response token"),
         ({"loss_mask": [1]}, "loss_mask has 1 entries, the response has 3 tokens"),
     ],

@@ -36,7 +36,7 @@ def test_a_nan_gradient_stops_the_run_naming_step_rank_parameter_and_samples(qwe
     with pytest.raises(RankFailed) as told:
         run_ranks(2, poisoned, qwen3, layout, 2, (1,), 3)
     message = str(told.value)
-    assert "NonFiniteGradient: rollout 1 step 0" in message
+    assert "NonFiniteGradient: rollout 2 step 1" in message
     assert "rank 1: first bad gradient: decoder.layers." in message and "mlp.linear_fc1.weight" in message
     assert "rank 0: first bad gradient" not in message, "only the rank whose own gradient was bad is accused"
     assert "samples [100, 101, 102" in message
@@ -49,7 +49,7 @@ def test_allowed_skips_leave_the_weights_alone_are_counted_and_end(qwen3):
         torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
     )
     assert [report["train/skipped_steps"] for report in reports] == [0, 1, 2, 2]
-    with pytest.raises(RankFailed, match="rollout 3 step 0.*3 were skipped before"):
+    with pytest.raises(RankFailed, match="rollout 4 step 1.*3 were skipped before"):
         run_ranks(1, poisoned, qwen3, changes, 1, (0, 1, 2, 3), 5)
 
 
@@ -62,7 +62,7 @@ def test_a_nan_loss_names_its_micro_batch_and_not_the_whole_step(qwen3):
         trainer = start(config)
         trainer.train(batch, plans(batch, config, 1))
 
-    with pytest.raises(RankFailed, match=r"rollout 4 step 0.*the loss of samples \[405\] is not finite"):
+    with pytest.raises(RankFailed, match=r"rollout 5 step 1.*the loss of samples \[405\] is not finite"):
         run_ranks(1, run)
 
 
@@ -130,7 +130,7 @@ def test_a_nan_on_one_rank_of_any_axis_is_named_by_all_ranks(glm):
     for axis, (skipped, moved, message, nan_loss) in first.items():
         name = AXES[axis][1]
         assert skipped == [1, 1] and moved == [False, True], axis
-        assert message.startswith("rollout 2 step 0: gradient norm nan; "), (axis, message)
+        assert message.startswith("rollout 3 step 1: gradient norm nan; "), (axis, message)
         assert f"rank 1: first bad gradient: {name};" in message and "rank 0" not in message, (axis, message)
         assert "samples [200, 201, 202" in message and "1 were skipped before" in message, (axis, message)
-        assert "rollout 4 step 0" in nan_loss and "the loss of samples [405] is not finite" in nan_loss, (axis, nan_loss)
+        assert "rollout 5 step 1" in nan_loss and "the loss of samples [405] is not finite" in nan_loss, (axis, nan_loss)
