@@ -279,8 +279,10 @@ async def _generate_and_rm(
     produced = flatten([result])
     if any(item.status is Status.ABORTED and not _is_given_up(item) for item in produced):
         return result
+    if args.rollout_sample_hook_path:
+        result = await _hooked(args, result, state.rollout_id, evaluation)
+        produced = flatten([result])
     for item in produced:
-        await _run_hooks(args, item, state.rollout_id, evaluation)
         _check_produced(item, len(produced))
     if evaluation or not args.group_rm:
         await _grade(args, produced, together=args.group_rm or isinstance(result, list))
@@ -317,15 +319,21 @@ async def _call_generate(
     return result
 
 
-async def _run_hooks(args: Any, sample: Sample, rollout_id: int, evaluation: bool) -> None:
-    for path in args.rollout_sample_hook_path or ():
+async def _hooked(args: Any, item: Sample | list, rollout_id: int, evaluation: bool) -> Sample | list:
+    """A sample, or each of a list, as the hooks leave it: changed in place, or the one that a hook gives back."""
+    if isinstance(item, list):
+        return [await _hooked(args, one, rollout_id, evaluation) for one in item]
+    sample = item
+    for path in args.rollout_sample_hook_path:
         hook = load_function("--rollout-sample-hook-path", path)
         offered = accepted_keywords(hook, {"rollout_id": rollout_id, "evaluation": evaluation})
         value = hook(view_for_call(args), sample, **offered)
         if inspect.isawaitable(value):
             value = await value
-        if value is not None and value is not sample:
-            raise ValueError(f"--rollout-sample-hook-path {path} returned {type(value).__name__}; change the sample in place")
+        if value is not None and not isinstance(value, Sample):
+            raise ValueError(f"--rollout-sample-hook-path {path} returned a {type(value).__name__}; expected a Sample or None")
+        sample = sample if value is None else value
+    return sample
 
 
 def _check_produced(sample: Sample, num_siblings: int) -> None:

@@ -75,7 +75,8 @@ def _own_servers(router: str, token: str) -> OwnServers:
 
 def enter_servers(args: Any) -> None:
     """`post` and `get` of tasks started from here on know these servers."""
-    _OWN.set(servers_of(args))
+    if getattr(args, "sglang_router_ip", None):
+        _OWN.set(servers_of(args))
 
 
 def init_http_client(args: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import re
 import time
 
@@ -276,8 +277,6 @@ async def two_turns(args, sample, sampling_params, evaluation=False):
 
 
 async def fan_out(args, sample, sampling_params):
-    import copy
-
     other = copy.deepcopy(sample)
     for item in (sample, other):
         item.rollout_id = sample.index
@@ -287,6 +286,28 @@ async def fan_out(args, sample, sampling_params):
 
 def note_label(args, sample, *, rollout_id):
     sample.metadata["hook"] = (sample.label, rollout_id)
+
+
+async def another_one(args, sample):
+    made = copy.deepcopy(sample)
+    made.metadata["made"] = True
+    return made
+
+
+def a_number(args, sample):
+    return 3
+
+
+def test_a_hook_may_give_another_sample_back_and_nothing_else(run):
+    output, _ = run(
+        rollout_id=5, custom_generate_function_path=f"{__name__}.fan_out",
+        rollout_sample_hook_path=(f"{__name__}.note_label", f"{__name__}.another_one"),
+    )  # fmt: skip
+    samples = [sample for group in output.samples for sample in flatten(group)]
+    assert len(samples) == 16 and all(sample.metadata["made"] and sample.reward == 1 for sample in samples)
+    assert samples[0].metadata["hook"] == (samples[0].label, 5)
+    with pytest.raises(RuntimeError, match="a_number returned a int; expected a Sample or None"):
+        run(rollout_sample_hook_path=(f"{__name__}.a_number",))
 
 
 async def whole_group(args, samples, **kwargs):
