@@ -59,11 +59,14 @@ def read_hf_config(folder: str | None) -> Mapping[str, object] | None:
         return None
     file = Path(folder) / "config.json"
     try:
-        return json.loads(file.read_text())
+        raw = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"--hf-checkpoint: cannot read {str(file)!r}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"--hf-checkpoint: {str(file)!r} is no JSON object but a {type(raw).__name__}; download it again")
+    return raw
 
 
 def gather_facts(*, load: str | None, ref_load: str | None, hf_checkpoint: str | None) -> Facts:

@@ -54,20 +54,27 @@ class TensorInfo:
         return math.prod(self.shape) * BYTES.get(self.dtype, 0)
 
 
-def read_header(path: Path) -> list[TensorInfo]:
-    """What one safetensors file holds. Raises ValueError naming the file, and the tensor, where it is not whole."""
+def check_start(path: Path) -> tuple[int, int]:
+    """(bytes of the file, of its header). Raises ValueError for an empty or torn file, a git-lfs pointer, or another format."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(len(_LFS))
-        if start == _LFS:
-            raise ValueError(f"{path} is a git-lfs pointer, not the file itself; run git lfs pull there, or download it again")
-        if size < 8:
-            raise ValueError(f"{path} has {size} bytes and no header; download it again")
-        (length,) = struct.unpack("<Q", start[:8])
-        if length > _LONGEST_HEADER:
-            raise ValueError(f"{path} is no safetensors file (it begins with {start[:8]!r}); download it again")
-        if 8 + length > size:
-            raise ValueError(f"{path} is cut short: {size} bytes, its header alone needs {8 + length}; download it again")
+    if start == _LFS:
+        raise ValueError(f"{path} is a git-lfs pointer, not the file itself; run git lfs pull there, or download it again")
+    if size < 8:
+        raise ValueError(f"{path} has {size} bytes and no header; download it again")
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > _LONGEST_HEADER:
+        raise ValueError(f"{path} is no safetensors file (it begins with {start[:8]!r}); download it again")
+    if 8 + length > size:
+        raise ValueError(f"{path} is cut short: {size} bytes, its header alone needs {8 + length}; download it again")
+    return size, length
+
+
+def read_header(path: Path) -> list[TensorInfo]:
+    """What one safetensors file holds. Raises ValueError naming the file, and the tensor, where it is not whole."""
+    size, length = check_start(path)
+    with open(path, "rb") as file:
         file.seek(8)
         text = file.read(length)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -56,7 +57,13 @@ def replaced(values: Numbers, words: Sequence[str], *, flag: str) -> Numbers:
         name, _, value = word.partition("=")
         if name not in known:
             raise ValueError(f"{flag} {word}: legal names are {', '.join(sorted(known))}")
-        values = replace(values, **{name: float(value)})
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError(f"{flag} {word}: {value!r} is no number; write {name}=NUMBER") from None
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{flag} {word}: give a finite number that is not negative")
+        values = replace(values, **{name: number})
     return values
 
 

@@ -11,12 +11,10 @@ from collections import Counter
 from pathlib import Path
 
 from slime.config.prompt_files import KINDS, split_slice
-from slime.model.coverage import mtp_is_absent, unnamed_mtp
-from slime.model.names import NameTable
 from slime.rehearse.findings import Findings
+from slime.rehearse.index_checks import check_index
 from slime.rehearse.plugin_checks import check_plugins
 from slime.rehearse.reading import Reading
-from slime.rehearse.weight_map import checkpoint_bytes
 from slime.rollout.rows import read_rows
 
 TAIL_BYTES = 1 << 20
@@ -31,7 +29,7 @@ def check_files(
     for name, folder in (("--hf-checkpoint", config.checkpoint.hf_checkpoint), ("--ref-load", config.checkpoint.ref_load)):
         if folder and not Path(folder).is_dir():
             findings.unchecked("files", f"{name} {folder} is not on this machine")
-    _check_index(reading, findings, checkpoint_index)
+    check_index(reading, findings, checkpoint_index)
     _check_save(reading, findings)
     _check_hosts(reading, findings, hostfile, head)
     check_plugins(config, findings)
@@ -188,73 +186,6 @@ def _first_and_last(file: Path) -> list[tuple[str, str]]:
     return [("first", first.decode("utf-8", "replace")), ("last", (rest[-1] if rest else first).decode("utf-8", "replace"))]
 
 
-def _check_index(reading: Reading, findings: Findings, given: str | None) -> None:
-    """model.safetensors.index.json against the weight-name table: missing, unexpected, and the total size."""
-    folder = reading.config.checkpoint.hf_checkpoint
-    file = Path(given) if given else Path(folder or ".") / "model.safetensors.index.json"
-    if reading.table is None:
-        return
-    if not file.exists():
-        if given:
-            findings.violation(
-                "weights",
-                f"--checkpoint-index {given} does not exist",
-                "",
-                "name the checkpoint's model.safetensors.index.json",
-            )
-        elif folder:
-            findings.unchecked("weights", f"the checkpoint's index {file} is not on this machine")
-        return
-    try:
-        index = json.loads(file.read_text())
-        present = set(index["weight_map"])
-    except (json.JSONDecodeError, KeyError) as error:
-        findings.violation("weights", f"{file} is no safetensors index ({error})", "", "download it again")
-        return
-    table = reading.table
-    if mtp_is_absent(table, present) and not reading.config.model.mtp_num_layers:
-        findings.ok("weights", f"{file} holds no multi-token-prediction layer; nothing here trains one")
-        table = NameTable.for_model(reading.hf, with_mtp=False)
-    expected = set(table.hf_names())
-    scales = {tensor.scale_name for tensor in table.hf_tensors() if tensor.fp8}
-    fp8 = bool(present & scales)
-    missing = sorted((expected | (scales if fp8 else set())) - present)
-    unexpected = sorted(present - expected - scales - set(table.duplicates) - unnamed_mtp(table, present))
-    for names, kind, fix in (
-        (missing, "missing from", "download the checkpoint again; a shard is incomplete"),
-        (unexpected, "unexpected in", "is config.json of the same model? remove stray files"),
-    ):
-        if names:
-            findings.violation(
-                "weights",
-                f"{len(names)} tensors are {kind} {file}",
-                ", ".join(names[:6]) + (" ..." if len(names) > 6 else ""),
-                fix,
-            )
-    files = {Path(file).parent / name for name in set(index["weight_map"].values())}
-    absent = sorted(path.name for path in files if not path.exists())
-    if absent and not given:
-        findings.violation(
-            "weights",
-            f"{len(absent)} of {len(files)} safetensors files that {file} names are not there",
-            ", ".join(absent[:4]),
-            "download them",
-        )
-    total, wanted = index.get("metadata", {}).get("total_size"), checkpoint_bytes(table, fp8=fp8)
-    if not missing and not unexpected:
-        findings.ok(
-            "weights", f"{file}: {len(present):,} tensors, each in the table exactly once", f"{total:,} bytes" if total else ""
-        )
-        more = present - expected - scales
-        if total and not more and total != wanted:
-            findings.violation(
-                "weights",
-                f"{file} announces {total:,} bytes, the table's shapes and types give {wanted:,}",
-                "",
-                "are the tensors bf16 (or block FP8)?",
-            )
-
-
 def _check_save(reading: Reading, findings: Findings) -> None:
     """Write access and room for a checkpoint where --save is on this machine."""
     folder = reading.config.checkpoint.save
@@ -307,8 +238,11 @@ def _check_hosts(reading: Reading, findings: Findings, hostfile: str | None, hea
     if not Path(hostfile).exists():
         findings.unchecked("files", f"HOSTFILE {hostfile} is not on this machine")
         return
-    lines = [line.split("#")[0].split() for line in Path(hostfile).read_text().splitlines()]
-    hosts = Counter(words[0] for words in lines if words)
+    try:
+        hosts = Counter(host_lines(Path(hostfile).read_text()))
+    except (OSError, UnicodeDecodeError) as error:
+        findings.violation("files", f"HOSTFILE {hostfile} cannot be read ({error})", "", "give a text file, one address a line")
+        return
     if odd := [host for host in hosts if not _is_host(host)]:
         findings.violation(
             "files",
@@ -328,6 +262,12 @@ def _check_hosts(reading: Reading, findings: Findings, hostfile: str | None, hea
         values=f"twice: {', '.join(twice[:4])}" if twice else "",
         fix="add or remove lines, or change --actor-num-nodes",
     )
+
+
+def host_lines(text: str) -> list[str]:
+    """The first column of each line, without comments; line ends of either kind."""
+    lines = [line.split("#")[0].split() for line in text.splitlines()]
+    return [words[0] for words in lines if words]
 
 
 def _is_host(text: str) -> bool:

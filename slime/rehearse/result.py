@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from slime.rehearse.budget import DEFAULT_LENGTH, Budget, assumed_of, check_memory, train_shapes
@@ -45,20 +46,26 @@ def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
     findings, clock = Findings(), {}
     started = time.monotonic()
     reading = read(argv, findings, env=options.env)
-    check_files(reading, findings, checkpoint_index=options.checkpoint_index, hostfile=options.hostfile, head=options.head)
-    clock["flags and files"] = time.monotonic() - started
     longest = longest_sample(reading.config, prompt=int(assumed_of(options.assume).prompt_tokens))
     length = options.length or longest or DEFAULT_LENGTH
-    done = Rehearsal(findings, reading, options, check_engines(reading, findings, version=options.engine_version))
-    done.balance = check_layout(reading, findings, length=length, longest=longest)
-    clock["layout and engines"] = time.monotonic() - started - sum(clock.values())
+    done = Rehearsal(findings, reading, options, EnginePlan((), options.engine_version or "", ()))
     done.rates = with_rates(Rates(), options.rates)
+    with _part(findings, "files"):
+        where = {"checkpoint_index": options.checkpoint_index, "hostfile": options.hostfile, "head": options.head}
+        check_files(reading, findings, **where)
+    clock["flags and files"] = time.monotonic() - started
+    with _part(findings, "engines"):
+        done.engines = check_engines(reading, findings, version=options.engine_version)
+    with _part(findings, "layout"):
+        done.balance = check_layout(reading, findings, length=length, longest=longest)
+    clock["layout and engines"] = time.monotonic() - started - sum(clock.values())
     if options.quick:
         findings.unchecked("memory", "memory, cost, weight map and ranks were left out (--quick)")
         done.seconds = clock
         return done
     if reading.table is not None and reading.grid is not None and reading.chunks is not None and _divides(reading):
-        _arithmetic(done, length, longest)
+        with _part(findings, "memory"):
+            _arithmetic(done, length, longest)
         clock["memory, cost, weight map"] = time.monotonic() - started - sum(clock.values())
         if options.build_ranks and not findings.of("violation"):
             done.built = check_ranks(reading, done.shares, findings)
@@ -73,6 +80,17 @@ def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
         findings.unchecked("memory", "memory, cost, weight map and ranks: the layout above is not defined")
     done.seconds = clock
     return done
+
+
+@contextmanager
+def _part(findings: Findings, area: str) -> Iterator[None]:
+    """A part that relies on what an earlier violation left open is left out; without one it is our own mistake."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError, OverflowError) as consequence:
+        if not findings.of("violation"):
+            raise
+        findings.unchecked(area, f"{area}: not worked out, because of what is wrong above", f"{type(consequence).__name__}")
 
 
 def _divides(reading: Reading) -> bool:

@@ -157,7 +157,10 @@ def test_a_flag_that_would_make_another_model_is_refused_by_name(words: list[str
 
 def test_an_empty_or_mistyped_config_is_one_line() -> None:
     assert "has no 'num_hidden_layers'" in flags_say([*DENSE, "--vocab-size", "8"], {"model_type": "qwen3"})
-    assert "cannot be understood" in flags_say(DENSE, {**QWEN3, "rope_scaling": 3, "num_hidden_layers": "four"})
+    told = flags_say(DENSE, {**QWEN3, "rope_scaling": 3, "num_hidden_layers": "four"})
+    assert (
+        "num_hidden_layers is 'four', it must be a whole number" in told and "rope_scaling is 3, it must be an object" in told
+    )
 
 
 def test_every_family_is_on_the_page_of_models() -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from slime.config.rules import (
     algorithm,
     batch,
+    config_json,
     context,
     dispatch,
     engine_model,
@@ -40,7 +41,16 @@ from slime.config.rules.book import Collected, Rule, Said, Stage, Values, collec
 
 STAGES: tuple[Stage, ...] = (
     Stage(
-        (optimizer.numbers, model.shape, model.checkpoint_fields, model.family, model.mtp, training.dispatcher), converts=True
+        (
+            config_json.types,
+            optimizer.numbers,
+            model.shape,
+            model.checkpoint_fields,
+            model.family,
+            model.mtp,
+            training.dispatcher,
+        ),
+        converts=True,
     ),
     Stage((placement.debug_modes, placement.placement)),
     Stage((layout.layout,), converts=True),

@@ -99,7 +99,10 @@ def stop_at_first(stages: Sequence[Stage], v: Values) -> None:
         if v.door == "convert" and not stage.converts:
             continue
         for rule in stage.rules:
-            rule(v)
+            try:
+                rule(v)
+            except ValueError as error:  # of a config.json that lacks what the rule asks for
+                raise ConfigError("\n".join([*v.mistakes, *(() if v.mistakes else [str(error)])])) from None
         v.stop_if_wrong()
 
 
@@ -124,7 +127,9 @@ def collect(stages: Sequence[Stage], v: Values) -> Collected:
             rule(v)
         except ConfigError as error:
             raised = str(error).split("\n") if not v.mistakes else []
-        except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError) as consequence:
+        except ValueError as error:
+            raised = [] if wrong or v.mistakes else [str(error)]
+        except (TypeError, KeyError, IndexError, ZeroDivisionError, AttributeError, OverflowError) as consequence:
             # A rule that relies on a value which an earlier mistake left open; alone it would be our own mistake.
             assert wrong, f"{subject}.{rule.__name__}: {consequence!r}"
         wrong += [Said(subject, line, fix=way_out(line)) for line in v.mistakes or raised]

@@ -148,7 +148,7 @@ def family(v: Values) -> None:
     if (v.door != "convert" and v["debug_rollout_only"]) or v["custom_model_provider_path"]:
         return
     spec = v["spec"]
-    built = spec is not None and spec[1] == "get_glm5_spec"
+    built = spec is not None and tuple(spec[1:]) == ("get_glm5_spec",)
     v.require(
         not hf.has_indexer or built,
         f"{hf.model_type} needs the sparse-attention layer spec"
