@@ -24,21 +24,26 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
     import torch
 
-    from slime.model.dist_reader import TorchDistReader
+    from slime.model.coverage import check_files
+    from slime.model.dist_reader import TorchDistReader, checkpoint_of
     from slime.model.hf_config import read_hf_config
     from slime.model.hf_io import SafetensorsReader, write_hf
     from slime.model.names import NameTable
+    from slime.training.checkpoint import check_manifest
 
     begin = time.monotonic()
     hf = read_hf_config(options.origin_hf_dir)
+    # Before anything of it is unpickled.
+    print(check_manifest(checkpoint_of(options.input_dir)), flush=True)
     reader = TorchDistReader(options.input_dir, hf)
     output = Path(options.output_dir)
     if output.exists() and any(output.iterdir()) and not options.force:
         raise ValueError(f"{output} is not empty; pass --force to write into it")
     has_mtp = any(name.startswith("mtp.") for name in reader.names())
-    keep_mtp = has_mtp or (options.add_missing_from_origin_hf and hf.num_mtp_layers > 0)
-    table = NameTable.for_model(hf, with_mtp=keep_mtp)
     origin = SafetensorsReader(options.origin_hf_dir) if options.add_missing_from_origin_hf else None
+    in_origin = origin is not None and not check_files(NameTable.for_model(hf), origin).mtp_note
+    keep_mtp = hf.num_mtp_layers > 0 and (has_mtp or in_origin)
+    table = NameTable.for_model(hf, with_mtp=keep_mtp)
     dtype = torch.float32 if hf.is_float32 else torch.bfloat16
     size = write_hf(
         output, _tensors(table, reader, origin, dtype), origin=options.origin_hf_dir, table=table, mtp_kept=keep_mtp,

@@ -93,19 +93,18 @@ def table(tensors: list[TensorInfo]) -> list[str]:
 def verify(folder: Path) -> int:
     """Every file of a torch_dist checkpoint by size and crc32, and every tensor by shape, dtype and sha256, one at a time."""
     from slime.model.conversion import wrong_tensors
-    from slime.model.dist_reader import TorchDistReader
+    from slime.model.dist_reader import TorchDistReader, checkpoint_of
     from slime.training.checkpoint import read_manifest, wrong_files
 
-    reader = TorchDistReader(folder)
-    manifest = read_manifest(reader.folder)
+    folder = checkpoint_of(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
-        raise ValueError(f"{reader.folder} has no readable manifest, so there is nothing to compare it with")
-    faults = wrong_files(reader.folder, manifest)
-    if not faults:
-        faults = wrong_tensors(reader, manifest.tensors)
+        raise ValueError(f"{folder} has no readable manifest, so there is nothing to compare it with")
+    # Files first: nothing of a checkpoint that differs from its manifest is unpickled.
+    faults = wrong_files(folder, manifest) or wrong_tensors(TorchDistReader(folder), manifest.tensors)
     print("\n".join(faults), file=sys.stderr, end="\n" if faults else "")
     told = f"{len(manifest.tensors)} tensors" if manifest.tensors else "no tensors in the manifest"
-    print(f"{reader.folder}: {len(manifest.files)} files, {told}: {f'{len(faults)} faults' if faults else 'every hash agrees'}")
+    print(f"{folder}: {len(manifest.files)} files, {told}: {f'{len(faults)} faults' if faults else 'every hash agrees'}")
     return 1 if faults else 0
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 
 from slime.compat.megatron import prepare
+from slime.compat.pickles import load_values
 
 prepare()
 
@@ -116,7 +118,7 @@ def _check_mtp(state: Mapping[str, Any], folder: str | Path, ranks: Ranks) -> No
     """megatron-core would fail on the missing layer while it puts gate and up projections together, naming dictionaries."""
     chunks = [part for key, part in state.items() if _CHUNK.fullmatch(key)]  # an optimizer's part may have numbers as keys
     wants = any(name.startswith(_MTP) for chunk in chunks for name in chunk)
-    held = FileSystemReader(str(folder)).read_metadata().state_dict_metadata if wants else {_MTP: None}
+    held = read_metadata(folder).state_dict_metadata if wants else {_MTP: None}
     lacking = [False] * ranks.world_size
     # Only the last stage has the layer; the others would wait for it in the load.
     dist.all_gather_object(lacking, not any(key.startswith(_MTP) for key in held))
@@ -151,6 +153,15 @@ def fill_chunks(chunks: list[torch.nn.Module], state: Mapping[str, Any]) -> None
         unwrap(chunk).load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"], strict=True)
 
 
+def read_metadata(folder: str | Path) -> Metadata:
+    """Which tensor lies where. Raises ValueError in one line for a `.metadata` that is torn or names foreign classes."""
+    try:
+        return FileSystemReader(str(folder)).read_metadata()
+    except Exception as torn:  # whatever a torn pickle leads to
+        told = str(torn).strip() or "the file is cut short"
+        raise ValueError(f"{Path(folder) / '.metadata'} cannot be read: {told}") from None
+
+
 def check_finished(folder: str | Path) -> None:
     """Raise ValueError unless `folder` is a torch_dist checkpoint whose last file, metadata.json, was written."""
     if not (Path(folder) / "common.pt").is_file():
@@ -162,7 +173,7 @@ def check_finished(folder: str | Path) -> None:
 def check_description(hf: HfConfig, folder: str | Path) -> dict[str, Any]:
     """The checkpoint's common values. Raises ValueError listing in what its model differs from `hf`'s."""
     check_finished(folder)
-    common = dist_checkpointing.load_common_state_dict(str(folder))
+    common = load_values(Path(folder) / "common.pt")
     saved, wanted = common.get(DESCRIPTION), describe(hf)
     if saved is None:
         raise ValueError(f"{folder} does not say which model it holds; convert it anew with tools/convert_hf_to_torch_dist.py")

@@ -7,20 +7,31 @@ stacked experts only the wanted one is touched.
 from __future__ import annotations
 
 import io
+import pickle
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from slime.model.dist_ckpt import TRACKER, check_description, checkpoint_folder, read_tracker
+from slime.model.dist_ckpt import TRACKER, check_description, checkpoint_folder, read_metadata, read_tracker
 from slime.model.hf_config import HfConfig
 
 _EXPERT = re.compile(r"^(.*\.mlp\.experts\.linear_fc[12]\.weight)(\d+)$")
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state")
+
+
+def checkpoint_of(folder: str | Path) -> Path:
+    """The checkpoint itself: `folder`, or the one that its tracker names. Raises ValueError where there is none."""
+    folder = Path(folder)
+    if (folder / ".metadata").is_file():
+        return folder
+    tracker = read_tracker(folder)
+    if tracker is None:
+        raise ValueError(f"{folder} is neither a torch_dist checkpoint (.metadata) nor a folder of them ({TRACKER} is missing)")
+    return checkpoint_folder(folder, tracker)
 
 
 class TorchDistReader:
@@ -28,18 +39,10 @@ class TorchDistReader:
 
     def __init__(self, folder: str | Path, hf: HfConfig | None = None) -> None:
         """folder: a checkpoint, or a folder of them with a tracker. hf: raise ValueError where it holds another model."""
-        folder = Path(folder)
-        if not (folder / ".metadata").is_file():
-            tracker = read_tracker(folder)
-            if tracker is None:
-                raise ValueError(
-                    f"{folder} is neither a torch_dist checkpoint (.metadata) nor a folder of them ({TRACKER} is missing)"
-                )
-            folder = checkpoint_folder(folder, tracker)
-        self.folder = folder
+        self.folder = folder = checkpoint_of(folder)
         if hf is not None:
             check_description(hf, folder)
-        metadata = FileSystemReader(str(folder)).read_metadata()
+        metadata = read_metadata(folder)
         self._places = metadata.storage_data
         self._stored = {
             name: meta
@@ -82,8 +85,13 @@ class TorchDistReader:
 
     def _piece(self, index: MetadataIndex) -> Tensor:
         place = self._places[index]
-        with _Slice(self.folder / place.relative_path, place.offset, place.length) as stored:
-            return torch.load(stored, map_location="cpu", weights_only=True)
+        path = self.folder / place.relative_path
+        try:
+            with _Slice(path, place.offset, place.length) as stored:
+                return torch.load(stored, map_location="cpu", weights_only=True)
+        except (EOFError, OSError, RuntimeError, pickle.UnpicklingError, ValueError) as torn:
+            told = str(torn).strip().splitlines()[0] if str(torn).strip() else "its end is missing"
+            raise ValueError(f"{path}: {index.fqn} cannot be read ({told}); the file is cut short or damaged") from None
 
     @staticmethod
     def _key(name: str) -> tuple[str, int | None]:

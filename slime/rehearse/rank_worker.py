@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import pickle
 import resource
 import sys
 import time
 import warnings
 from dataclasses import dataclass
 
+from slime.compat.pickles import load_pickle
 from slime.config import Config
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
@@ -32,7 +32,7 @@ def main(path: str) -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     with open(path, "rb") as stream:
-        job: Job = pickle.load(stream)
+        job: Job = load_pickle(stream, rooms=("slime",))
     _prepare(job)
     for rank in job.ranks:
         sys.stdout.write(json.dumps(build_rank(job, rank)) + "\n")

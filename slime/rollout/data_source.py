@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slime.compat.pickles import load_values
 from slime.rollout.base_types import Group, flatten
 from slime.rollout.dataset import PromptFormat, read_prompts
 from slime.types.sample import Sample
@@ -212,15 +213,13 @@ class RolloutDataSource(DataSource):
         """Read the state after `rollout_id` from `--load`; a first run has none and starts at the beginning."""
         if not self.args.load:
             return
-        import torch
-
         if rollout_id is None:
             rollout_id = (self.args.start_rollout_id or 0) - 1
         path = state_path(self.args.load, rollout_id)
         if not path.exists():
             logger.info("no data position at %s: prompts start at the beginning", path)
             return
-        self.load_state_dict(torch.load(path, weights_only=False))
+        self.load_state_dict(load_values(path))
 
 
 class RolloutDataSourceWithBuffer(RolloutDataSource):

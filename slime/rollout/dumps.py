@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slime.compat.pickles import load_values
 from slime.rollout.base_types import RolloutFnEvalOutput, RolloutFnTrainOutput, flatten
 from slime.types.sample import Sample
 
@@ -113,17 +114,14 @@ def _write(path: Path, content: dict[str, Any]) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import torch
-
     if not path.is_file():
         there = sorted(file.name for file in path.parent.glob("*") if file.is_file()) if path.parent.is_dir() else []
         found = f"{path.parent} holds {len(there)} files: {', '.join(there[:8])}" if there else f"{path.parent} holds no file"
         raise ValueError(f"--load-debug-rollout-data: there is no {path}; {found}")
     try:
-        # Samples carry arrays and whatever plugins put into metadata, so this unpickles: replay only files you trust.
-        content = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # a torn or foreign file fails in torch, zipfile or pickle, each with its own exception
-        raise ValueError(f"--load-debug-rollout-data: {path} cannot be read ({type(error).__name__}: {error})") from error
+        content = load_values(path)
+    except ValueError as error:
+        raise ValueError(f"--load-debug-rollout-data: {error}") from None
     if not isinstance(content, Mapping) or "rollout_id" not in content or not isinstance(content.get("samples"), list):
         found = sorted(map(str, content))[:8] if isinstance(content, Mapping) else f"a {type(content).__name__}"
         raise ValueError(f"--load-debug-rollout-data: {path} is no rollout dump; wanted rollout_id and samples, found {found}")

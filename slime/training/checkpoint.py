@@ -342,6 +342,17 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
 
 
+def check_manifest(folder: Path) -> str:
+    """A line on what was compared, by this process alone. Raises ValueError where a file differs from the manifest."""
+    if not (folder / MANIFEST).is_file():
+        return f"{folder} has no {MANIFEST}: its files are taken as they are"
+    manifest = read_manifest(folder)
+    if wrong := [f"{MANIFEST} is damaged"] if manifest is None else wrong_files(folder, manifest):
+        raise ValueError(f"checkpoint {folder} is damaged: {'; '.join(wrong[:8])}")
+    summed = sum(crc is not None for _, crc in manifest.files.values())
+    return f"{folder}: {len(manifest.files)} files as the manifest says, {summed} of them by checksum"
+
+
 def wrong_files(folder: Path, manifest: Manifest) -> list[str]:
     """What differs from the manifest by name, size or checksum, read by this process alone."""
     return _wrong_sizes(folder) or _changed(folder, list(manifest.files.items()))

@@ -103,6 +103,11 @@ def test_a_save_still_starts_a_manager_process(published: dict, guarded: dict) -
     assert (published["results_queue"], guarded["results_queue"]) == ("1 processes", "0 processes")
 
 
+def test_a_checkpoints_metadata_still_runs_what_it_names(published: dict, guarded: dict) -> None:
+    assert published["closed_pickles"] == "the file was run"
+    assert guarded["closed_pickles"] == "it names builtins.print, which no such file needs; nothing of it was run"
+
+
 def test_every_guard_names_a_test_of_this_file() -> None:
     prepare()
     for guard in guards.GUARDS:
