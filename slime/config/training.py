@@ -117,6 +117,8 @@ class CheckpointConfig:
     """Folder for Megatron checkpoints."""
     save_interval: int | None = flag(None, low=1)
     """Save every so many rollouts (and at the end)."""
+    keep_checkpoints: int | None = flag(None, low=1)
+    """Keep so many of the newest checkpoints in --save, and those with a file named PINNED in them; None keeps all."""
     async_save: bool = False
     """Write the checkpoint while training goes on; a failure shows at the next step, save or at the end."""
     save_hf: str | None = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -142,10 +145,21 @@ def init_ranks(
             expert_tensor_parallel_size=expert_tp(sizes),
             distributed_timeout_minutes=sizes.distributed_timeout_minutes,
         )
-        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        _seed(seed)
     return _read(rank, world_size)
+
+
+def _seed(seed: int) -> None:
+    """Every generator of this process, by Megatron's rule: ranks of one pipeline stage draw the same numbers from Python's,
+    NumPy's and torch's own; megatron-core's tracker has a stream for each tensor-parallel rank."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    of_stage = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(of_stage)
+    np.random.seed(of_stage % 2**32)
+    torch.manual_seed(of_stage)
+    model_parallel_cuda_manual_seed(of_stage, force_reset_rng=True)
 
 
 def _read(rank: int, world_size: int) -> Ranks:

@@ -47,7 +47,9 @@ MANIFEST = "slime_manifest.json"
 CHECKSUM_LIMIT = 64 * 2**30
 """Larger checkpoints are compared by size only: reading 10 TB twice would cost more than a torn file is likely."""
 _ITERATION = re.compile(r"iter_(\d{7})")
-_ASIDE = ".replaced_"
+_ASIDE, _REMOVED = ".replaced_", ".removed_"
+PINNED = "PINNED"
+"""A file of this name in a checkpoint's folder keeps it whatever --keep-checkpoints says."""
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,20 @@ def whole_iterations(path: Path) -> list[int]:
     return [n for n in sorted(numbers) if (folder := checkpoint_folder(path, str(n))) and _wrong_sizes(folder) == []]
 
 
-def others(path: Path, flags: Flags = LOAD) -> str:
-    """What else in `path` could be used, and the flags or the command that do it."""
-    whole = whole_iterations(path)
-    told = [f"no whole checkpoint is in {path}"]
+def _is_unchanged(folder: Path) -> bool:
+    manifest = read_manifest(folder)
+    return manifest is not None and not wrong_files(folder, manifest)
+
+
+def others(path: Path, flags: Flags = LOAD, *, but: Path | None = None) -> str:
+    """What else in `path` could be used, and the flags or the command that do it: the one that is named passes `verify`.
+
+    but: a checkpoint that is known to be damaged.
+    """
+    whole = [number for number in whole_iterations(path) if checkpoint_folder(path, str(number)) != but]
+    while whole and not _is_unchanged(checkpoint_folder(path, str(whole[-1]))):
+        whole.pop()
+    told = [f"no {'other ' if but else ''}whole checkpoint is in {path}"]
     if whole:
         numbers = ", ".join(map(str, whole))
         told = [f"whole checkpoints in {path}: {numbers}; to use one: {flags.load} {path} {flags.step} {whole[-1]}"]
@@ -170,15 +182,21 @@ def others(path: Path, flags: Flags = LOAD) -> str:
 
 
 def begin_save(
-    root: Path, name: str, state: Mapping[str, Any], ranks: Ranks, *, tensors: Mapping[str, Any] | None = None
+    root: Path,
+    name: str,
+    state: Mapping[str, Any],
+    ranks: Ranks,
+    *,
+    tensors: Mapping[str, Any] | None = None,
+    keep: int | None = None,
 ) -> PendingSave:
     """Start to write `state` (a sharded state dict) as it is now: iteration `name`, or `release`. Afterwards it may change.
 
     Nothing is in force until `finish`. Every rank calls it, and gets the same ValueError if one of them cannot start. On any
     failure (a full disk, a torn write) no checkpoint folder or tracker has changed, and the error names what stays in force.
-    tensors: for the manifest, see slime.model.conversion.
+    tensors: for the manifest, see slime.model.conversion. keep: how many iterations stay when this one is in force; None: all.
     """
-    pending = PendingSave(root, name, ranks, tensors)
+    pending = PendingSave(root, name, ranks, tensors, keep)
     need = _bytes_to_write(state)
     pending.together(lambda: _make_room(root, pending.partial, need) if ranks.rank == 0 else None)
     pending.start(state, checksums=need <= CHECKSUM_LIMIT)
@@ -188,8 +206,10 @@ def begin_save(
 class PendingSave:
     """A save whose files are being written: nothing of it is in force before `finish`. All methods are collective."""
 
-    def __init__(self, root: Path, name: str, ranks: Ranks, tensors: Mapping[str, Any] | None = None) -> None:
-        self.root, self.name, self.ranks = root, name, ranks
+    def __init__(
+        self, root: Path, name: str, ranks: Ranks, tensors: Mapping[str, Any] | None = None, keep: int | None = None
+    ) -> None:
+        self.root, self.name, self.ranks, self._keep = root, name, ranks, keep
         self._extra = {} if tensors is None else {"tensors": tensors}
         self.final = checkpoint_folder(root, name)
         # A name of its own: writers of a run that was killed may live a moment longer.
@@ -220,6 +240,8 @@ class PendingSave:
         if self.ranks.rank == 0:
             size = sum(size for size, _ in sums.values())
             log.info("checkpoint %s: %.3f GB in %.1f s", self.final, size / 1e9, time.monotonic() - self._begin)
+            if self._keep is not None:
+                remove_older(self.root, self._keep)
         return self.final
 
     def together(self, do: Callable[[], Any]) -> list[Any]:
@@ -269,6 +291,27 @@ class PendingSave:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_older(root: Path, keep: int) -> list[Path]:
+    """Remove all but the `keep` iterations that were saved last, pinned ones apart; what was removed. Never raises OSError.
+
+    By the time of saving, not by number: a run that went back to iteration 4 is not to lose its 5 to an abandoned 12.
+    """
+    saved = [folder for folder in root.glob("iter_*") if _ITERATION.fullmatch(folder.name) and (folder / MANIFEST).is_file()]
+    saved.sort(key=lambda folder: (folder / MANIFEST).stat().st_mtime_ns, reverse=True)
+    removed = [folder for folder in saved[keep:] if not (folder / PINNED).exists()]
+    for folder in removed:
+        aside = folder.with_name(f"{_REMOVED}{folder.name}")
+        try:
+            # No half checkpoint under a name that a load would take.
+            folder.rename(aside)
+            shutil.rmtree(aside)
+        except OSError as error:
+            log.warning("an older checkpoint could not be removed (%s); remove %s yourself", error, aside)
+    if removed:
+        log.info("checkpoints removed: %s (--keep-checkpoints %d)", ", ".join(folder.name for folder in removed), keep)
+    return removed
+
+
 def _root_cause(error: BaseException) -> str:
     # megatron-core's own exception lists a rank -> (exception, traceback) table; its last line is the cause.
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
@@ -292,7 +335,7 @@ def _bytes_to_write(state: Mapping[str, Any]) -> int:
 
 def _make_room(root: Path, partial: Path, need: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    for left in root.glob(".saving_*"):
+    for left in (*root.glob(".saving_*"), *root.glob(f"{_REMOVED}*")):
         shutil.rmtree(left)
     free = shutil.disk_usage(root).free
     # 1 MiB for metadata, common state and the manifest.
@@ -318,8 +361,12 @@ def verify(folder: Path, ranks: Ranks, flags: Flags = LOAD) -> None:
     wrong = _wrong_sizes(folder)
     if not wrong:
         wrong = _wrong_sums(folder, ranks)
-    if wrong:
-        raise ValueError(f"checkpoint {folder} is damaged: {'; '.join(wrong[:8])}; {others(folder.parent, flags)}")
+    if not wrong:
+        return
+    # One rank reads what else there is, and all say the same.
+    told = [f"{'; '.join(wrong[:8])}; {others(folder.parent, flags, but=folder)}" if ranks.rank == 0 else ""]
+    dist.broadcast_object_list(told, src=0)
+    raise ValueError(f"checkpoint {folder} is damaged: {told[0]}")
 
 
 @dataclass(frozen=True)

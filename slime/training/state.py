@@ -90,7 +90,9 @@ def save(trainer: Trainer, rollout_id: int, data_state: Mapping[str, Any] | None
         "train_steps": trainer.steps_done,
         "skipped_steps": trainer.guard.skipped,
     }
-    trainer.pending_save = checkpoint.begin_save(Path(config.checkpoint.save), str(rollout_id), state, trainer.ranks)
+    trainer.pending_save = checkpoint.begin_save(
+        Path(config.checkpoint.save), str(rollout_id), state, trainer.ranks, keep=config.checkpoint.keep_checkpoints
+    )
     folder = trainer.pending_save.final
     if not config.checkpoint.async_save:
         finish_save(trainer)

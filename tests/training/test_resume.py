@@ -10,12 +10,13 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import RankFailed, run_ranks
 from tiny import config_for, plans, rollout, start
 
-from slime.training.checkpoint import MANIFEST, TRACKER, resolve, whole_iterations
+from slime.training.checkpoint import MANIFEST, PINNED, TRACKER, resolve, whole_iterations
 
 pytestmark = pytest.mark.slow
 
@@ -32,20 +33,19 @@ def everything(trainer) -> dict[str, torch.Tensor]:
                 f"{part}.wd{number}": torch.tensor(group["weight_decay"]),
             }
     state["schedule"] = torch.tensor(trainer.scheduler.num_steps)
-    state["next random numbers"] = torch.tensor([torch.rand(()).item(), random.random()])
+    state["next random numbers"] = torch.tensor([torch.rand(()).item(), random.random(), np.random.rand()])
     return state
 
 
 def run(rank: int, folder, changes: dict, num_rollouts: int, saves: bool) -> tuple:
     trainer = start(config_for(folder, **changes), load=False)
-    random.seed(rank)
     loaded = trainer.load()
     reports = []
     for rollout_id in range(loaded.start_rollout_id, num_rollouts):
         batch = rollout(rollout_id)
         report = trainer.train(batch, plans(batch, trainer.config, trainer.ranks.world_size))
         reports.append(report.per_step)
-        torch.rand(3), random.random()
+        torch.rand(3), random.random(), np.random.rand(2)
         if saves:
             trainer.save(rollout_id, data_state={"sample_offset": 4 * (rollout_id + 1), "epoch": 0})
     return loaded, reports, everything(trainer)
@@ -132,10 +132,37 @@ def test_a_damaged_checkpoint_is_named_with_the_one_to_use_instead(qwen3, saved,
     with pytest.raises(RankFailed) as told:
         run_ranks(1, run, qwen3, dict(load=str(root)), 3, False)
     assert "iter_0000001 is damaged" in str(told.value) and SAID[damage] in str(told.value)
-    assert f"to use one: --load {root} --ckpt-step " in str(told.value)
+    assert f"whole checkpoints in {root}: 0; to use one: --load {root} --ckpt-step 0" in str(told.value)
     # What the message says works.
     loaded = run_ranks(1, run, qwen3, dict(load=str(root), ckpt_step=0), 1, False)[0][0]
     assert loaded.start_rollout_id == 1
+
+
+def test_a_checkpoint_that_is_recommended_has_been_compared(qwen3, saved, tmp_path):
+    """One flipped bit leaves every size as it was: neither the damaged one nor another damaged one is advice."""
+    root = tmp_path / "run"
+    shutil.copytree(saved, root)
+    for name in ("iter_0000000", "iter_0000001"):
+        flip(root / name / "__0_0.distcp", 3000)
+    with pytest.raises(RankFailed, match=f"iter_0000001 is damaged: the content of .*; no other whole checkpoint is in {root}"):
+        run_ranks(1, run, qwen3, dict(load=str(root)), 3, False)
+    (root / TRACKER).unlink()
+    with pytest.raises(ValueError, match=f"so none of them is in force; no whole checkpoint is in {root}"):
+        resolve(config_for(qwen3, load=str(root)))
+
+
+def test_the_newest_checkpoints_are_kept_and_the_pinned_ones(qwen3, tmp_path):
+    root = tmp_path / "run"
+    run_ranks(1, run, qwen3, dict(save=str(root)), 2, True)
+    (root / "iter_0000000" / PINNED).touch()
+    run_ranks(1, run, qwen3, dict(load=str(root), save=str(root), keep_checkpoints=2), 4, True)
+    assert sorted(path.name for path in root.iterdir()) == [
+        "iter_0000000", "iter_0000002", "iter_0000003", TRACKER
+    ]  # fmt: skip
+    # Back to 0, and on from there: what was saved last stays, whatever its number.
+    run_ranks(1, run, qwen3, dict(load=str(root), ckpt_step=0, save=str(root), keep_checkpoints=1), 2, True)
+    assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000000", "iter_0000001"]
+    assert (root / TRACKER).read_text() == "1"
 
 
 def test_a_damaged_reference_names_its_own_flags(qwen3, saved, tmp_path):

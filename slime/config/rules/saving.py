@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 def saving(v: Values) -> None:
     v.require(v["save_interval"] is None or v["save"], "--save-interval needs --save")
+    v.require(
+        v["keep_checkpoints"] is None or v["save"],
+        f"--keep-checkpoints {v['keep_checkpoints']} removes older checkpoints of --save, which is not given; pass --save",
+    )
     interval = v["ref_update_interval"]
     if interval is not None:
         v.require(
