@@ -84,6 +84,19 @@ if [[ -n ${EVAL_DATA:-} ]]; then
    )
 fi
 
+# Other numbers of nodes than the recipe's 32: of TP, PP and CP the last follows, down to what is there; whole copies of the model
+# beyond that are data-parallel. Whether training fits into the memory of fewer nodes is what --rehearse says.
+[[ ${NUM_NODES}x${NUM_GPUS} =~ ^[1-9][0-9]*x[1-9][0-9]*$ ]] || die "NUM_NODES=${NUM_NODES} and NUM_GPUS=${NUM_GPUS} must be whole numbers above 0"
+GPUS=$((NUM_NODES * NUM_GPUS))
+largest_divisor() { # OF FIRST SECOND... -> the first of them that divides it
+   local size
+   for size in "${@:2}"; do (($1 % size)) || { echo "${size}"; return; }; done
+}
+((GPUS % 64 == 0 && GPUS >= 128)) ||
+   die "NUM_NODES ${NUM_NODES} x NUM_GPUS ${NUM_GPUS} is ${GPUS} GPUs: engines take 64 each, one prefills and one decodes at least; choose a multiple of $((64 / NUM_GPUS > 0 ? 64 / NUM_GPUS : 1)) nodes, from $(((127 + NUM_GPUS) / NUM_GPUS)) on, or other engines (SGLANG_CONFIG in ${LAUNCHER})"
+CONTEXT_PARALLEL=$(largest_divisor $((GPUS / 32)) 8 4 2 1)
+EXPERT_PARALLEL=$(largest_divisor $((GPUS / 8)) 32 16 8)
+
 # TP 4 x PP 8 x CP 8 = 256: one copy of the model. Experts: ETP 1 x EP 32 x PP 8 = 256.
 # Layers that compute their own sparse indices are 1, 2, 3, 7, 11, ..., 75, and a stage must start on one of them. 78 layers in
 # 8 equal stages do not; 14 + 6 x 8 + 16 start on 1, 15, 23, 31, 39, 47, 55 and 63, which all do.
@@ -93,8 +106,8 @@ PERF_ARGS=(
    --pipeline-model-parallel-size 8
    --decoder-first-pipeline-num-layers 14
    --decoder-last-pipeline-num-layers 16
-   --context-parallel-size 8
-   --expert-model-parallel-size 32
+   --context-parallel-size "${CONTEXT_PARALLEL}"
+   --expert-model-parallel-size "${EXPERT_PARALLEL}"
    --expert-tensor-parallel-size 1
 
    --recompute-granularity full
@@ -141,14 +154,17 @@ DISPATCH_TOKENS=64
 ((DISPATCH_TOKENS >= DECODE_CUDA_GRAPH_MAX_BS * DRAFT_TOKENS)) ||
    die "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK ${DISPATCH_TOKENS} is below ${DECODE_CUDA_GRAPH_MAX_BS} x ${DRAFT_TOKENS} tokens of a decode step"
 
-# DeepEP serves at most 160 expert ranks, so one engine cannot span 256 GPUs: 64 prefill + 3 x 64 decode.
+# DeepEP serves at most 160 expert ranks, so one engine cannot span 256 GPUs: 64 prefill + 3 x 64 decode. A quarter prefills with
+# other numbers of nodes too.
+ENGINES=$((GPUS / 64))
+PREFILL_GPUS=$((64 * (ENGINES >= 8 ? ENGINES / 4 : 1)))
 SGLANG_CONFIG="${RUN_DIR}/sglang.yaml"
 cat >"${SGLANG_CONFIG}" <<YAML
 sglang:
   - name: default
     server_groups:
       - worker_type: prefill
-        num_gpus: 64
+        num_gpus: ${PREFILL_GPUS}
         num_gpus_per_engine: 64
         overrides:
           dp_size: 64
@@ -161,7 +177,7 @@ sglang:
           max_running_requests: 512
           deepep_mode: auto
       - worker_type: decode
-        num_gpus: 192
+        num_gpus: $((GPUS - PREFILL_GPUS))
         num_gpus_per_engine: 64
         overrides:
           dp_size: 64
@@ -222,6 +238,8 @@ MISC_ARGS=(
    --moe-token-dispatcher-type alltoall
    --no-check-for-nan-in-loss-and-grad
    --update-weight-buffer-size $((2 * 1024 * 1024 * 1024))
+   --use-tensorboard
+   --tb-project-name glm5.2-744B-A40B
 )
 
 FLAGS=(
@@ -240,6 +258,7 @@ FLAGS=(
    "$@"
 )
 check_flags "${FLAGS[@]}"
+own SAVE
 
 # ---------------------------------------------------------------------------------------------- environment and launch
 
@@ -283,5 +302,4 @@ ENVIRONMENT=(
 start_ray_head
 join_workers
 submit_job "$(runtime_env_json "${ENVIRONMENT[@]}")" "${FLAGS[@]}"
-say "checkpoints: ${SAVE}, engine configuration: ${SGLANG_CONFIG}"
-print_resume "BASE_DIR=${BASE_DIR} MASTER_ADDR=${MASTER_ADDR} HOSTFILE=${HOSTFILE:-} bash ${SCRIPT_DIR}/run-glm5.2-744B-A40B.sh"
+print_resume

@@ -34,9 +34,7 @@ BASE_DIR="${BASE_DIR:-${PROJECT_ROOT}/outputs/glm5.2-tiny}"
 # As many CPUs as the actors name, whatever the machine has.
 export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" NUM_CPUS=8
 RUN_DIR="${RUN_DIR:-${BASE_DIR}/run}"
-mkdir -p "${BASE_DIR}" "${RUN_DIR}"
-
-run_python() { PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" "${PYTHON}" "$@"; }
+mkdir -p "${BASE_DIR}" "${RUN_DIR}" || die "BASE_DIR=${BASE_DIR} and RUN_DIR=${RUN_DIR} cannot be made: name folders of your own"
 
 # Two pipeline stages on two slots. Each starts on a layer that computes its own indices: layers 1, 2, 3 and 7 of 8 do.
 PIPELINE_ARGS=(--pipeline-model-parallel-size "${NUM_GPUS}")
@@ -228,6 +226,7 @@ FLAGS=(
 )
 # A typo is answered before anything is made; the checkpoint that the flags must agree with is there after step 1.
 check_flags_alone "${FLAGS[@]}"
+own BASE_DIR
 
 # 1. A random checkpoint pair in the Hugging Face format of zai-org/GLM-5.2 and GLM-5.2-FP8, and arithmetic prompts.
 if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny-FP8/config.json ]]; then
@@ -239,10 +238,9 @@ if [[ ! -f ${BASE_DIR}/GLM-5.2-tiny-FP8/config.json ]]; then
 fi
 
 # 2. BF16 Hugging Face -> Megatron torch_dist, the command of the 744B recipe with smaller numbers.
-if [[ $REHEARSE != 1 && $PREFLIGHT != 1 && ! -f ${BASE_DIR}/GLM-5.2-tiny_torch_dist/latest_checkpointed_iteration.txt ]]; then
+if runs && [[ ! -f ${BASE_DIR}/GLM-5.2-tiny_torch_dist/latest_checkpointed_iteration.txt ]]; then
    say "2/4 converting it to torch_dist on ${NUM_GPUS} ranks"
-   PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" PYTHONWARNINGS=ignore "${PYTHON}" -m torch.distributed.run --nproc-per-node "${NUM_GPUS}" --standalone \
-      "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
+   run_ranks "${NUM_GPUS}" "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
       --tensor-model-parallel-size 1 \
       "${PIPELINE_ARGS[@]}" \
       --expert-model-parallel-size 1 \
@@ -255,12 +253,11 @@ check_flags "${FLAGS[@]}"
 start_ray_head
 
 # 3. The warm start, and 4. reinforcement learning: two jobs of one Ray cluster.
-if [[ $REHEARSE != 1 && $PREFLIGHT != 1 && ! -f ${WARM_START}/latest_checkpointed_iteration.txt ]]; then
+if runs && [[ ! -f ${WARM_START}/latest_checkpointed_iteration.txt ]]; then
    say "3/4 warm start: supervised training (sft_loss) on answers of which half lack the box and a fifth is wrong"
    submit_job "$(runtime_env_json "${ENVIRONMENT[@]}" "SLIME_RUN_DIR=${RUN_DIR}/warm_start" "TENSORBOARD_DIR=${RUN_DIR}/tensorboard/warm_start")" \
       "${SFT_FLAGS[@]}"
 fi
-[[ $REHEARSE == 1 || $PREFLIGHT == 1 ]] || say "4/4 reinforcement learning (GRPO)"
+! runs || say "4/4 reinforcement learning (GRPO)"
 submit_job "$(runtime_env_json "${ENVIRONMENT[@]}" "SLIME_RUN_DIR=${RUN_DIR}" "TENSORBOARD_DIR=${RUN_DIR}/tensorboard/grpo")" "${FLAGS[@]}"
-say "checkpoints ${BASE_DIR}/GLM-5.2-tiny_slime, curves: tensorboard --logdir ${RUN_DIR}/tensorboard, engine logs ${RUN_DIR}"
-print_resume "bash ${SCRIPT_DIR}/run-glm5.2-tiny.sh --num-rollout 24"
+print_resume

@@ -23,6 +23,7 @@ LOAD="${LOAD:-${BASE_DIR}/Qwen3-4B_slime}"
 SAVE="${SAVE:-${LOAD}}"
 PROMPT_DATA="${PROMPT_DATA:-${BASE_DIR}/dapo-math-17k/dapo-math-17k.jsonl}"
 EVAL_DATA="${EVAL_DATA-${BASE_DIR}/aime-2024/aime-2024.jsonl}"   # EVAL_DATA= (empty) trains without evaluation
+RUN_DIR="${RUN_DIR:-${BASE_DIR}/runs/qwen3-4B-$(date +%Y%m%d-%H%M%S)}"
 
 require_dir "${HF_CHECKPOINT}" "the model (hf download Qwen/Qwen3-4B --local-dir ${HF_CHECKPOINT})"
 require_dir "${REF_LOAD}" "the converted checkpoint (tools/convert_hf_to_torch_dist.py; see docs/en/examples/qwen3-4B.md)"
@@ -113,6 +114,8 @@ MISC_ARGS=(
    --accumulate-allreduce-grads-in-fp32
    --attention-softmax-in-fp32
    --attention-backend flash
+   --use-tensorboard
+   --tb-project-name qwen3-4B
 )
 
 FLAGS=(
@@ -132,6 +135,8 @@ FLAGS=(
    "$@"
 )
 check_flags "${FLAGS[@]}"
+own SAVE
+mkdir -p "${RUN_DIR}" || die "cannot make the run folder ${RUN_DIR}"
 
 HAS_NVLINK=$(($(count_nvlinks) > 0))
 ENVIRONMENT=(
@@ -143,5 +148,4 @@ ENVIRONMENT=(
 
 start_ray_head
 submit_job "$(runtime_env_json "${ENVIRONMENT[@]}")" "${FLAGS[@]}"
-say "checkpoints: ${SAVE}"
-print_resume "BASE_DIR=${BASE_DIR} bash ${SCRIPT_DIR}/run-qwen3-4B.sh"
+print_resume

@@ -4,7 +4,8 @@
 #   bash scripts/setup.sh [--dev]      --dev adds what the tests need
 #
 # SLIME_VENV     where the environment lives               (default: .venv beside this project)
-# SLIME_PYTHON   interpreter to build it with, 3.11 or 3.12 (default: the first of python3.11, python3.12, python3)
+# SLIME_PYTHON   interpreter to build it with (default: the first that is there of python3.11, python3.12, python3 for extra cpu; for
+#                extra gpu, whose pins are for 3.12 alone, of python3.12, python3)
 # SLIME_EXTRA    cpu or gpu                                (default: gpu where nvidia-smi lists a GPU, else cpu)
 # A second run finds the same pins installed and returns at once. pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf)
 # are honoured; an index with CPU builds of torch saves a download of several GB on machines without a GPU.
@@ -18,15 +19,26 @@ dev=no
 say() { printf '[setup] %s\n' "$*" >&2; }
 die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 
+is_right() { # PYTHON -> is it one that the extra's pins are for?
+    command -v "$1" >/dev/null &&
+        "$1" -c "import sys; sys.exit(sys.version_info[:2] not in [(3, minor) for minor in (${minors// /,},)])" 2>/dev/null
+}
+
 pick_python() {
-    local candidate
-    for candidate in ${SLIME_PYTHON:-} python3.11 python3.12 python3; do
-        if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    local candidate minor candidates=()
+    if [[ -n ${SLIME_PYTHON:-} ]]; then
+        is_right "$SLIME_PYTHON" || die "SLIME_PYTHON=$SLIME_PYTHON is not a Python 3.${minors// / or 3.}, for which the pins of extra '$extra' are"
+        echo "$SLIME_PYTHON"
+        return
+    fi
+    for minor in $minors; do candidates+=("python3.$minor"); done
+    for candidate in "${candidates[@]}" python3; do
+        if is_right "$candidate"; then
             echo "$candidate"
             return
         fi
     done
-    die "no Python 3.11 or 3.12 found; install one or name it with SLIME_PYTHON"
+    die "no Python 3.${minors// / or 3.} found, for which the pins of extra '$extra' are; install one or name it with SLIME_PYTHON"
 }
 
 pick_extra() {
@@ -78,6 +90,7 @@ install_packages() {
 
 extra=$(pick_extra)
 [[ -f $root/scripts/constraints/$extra.txt ]] || die "SLIME_EXTRA=$extra: choose cpu or gpu"
+case $extra in gpu) minors="12" ;; *) minors="11 12" ;; esac
 python=$(pick_python)
 wanted=$(cat "$root/scripts/constraints/$extra.txt" "$root/scripts/constraints/dev.txt" "$root/scripts/setup.sh" | sha256sum | cut -d' ' -f1)-$extra-$dev
 stamp=$venv/slime-setup
@@ -86,7 +99,11 @@ if [[ -x $venv/bin/python && -f $stamp ]]; then
     # An environment with the test packages also serves a call that does not ask for them.
     if [[ $have == "$wanted" || $have == "${wanted%-no}-yes" ]]; then say "ready: $venv ($extra)"; exit 0; fi
 fi
-say "building $venv with $($python --version), extra '$extra'"
+say "building $venv with $("$python" --version), extra '$extra'"
+if [[ -x $venv/bin/python ]] && ! is_right "$venv/bin/python"; then
+    say "$venv has $("$venv/bin/python" --version 2>&1), for which these pins are not: it is made anew"
+    "$python" -m venv --clear "$venv"
+fi
 [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
 rm -f "$stamp"
 install_packages

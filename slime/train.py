@@ -17,6 +17,8 @@ import time
 
 from slime.config import Config, load
 from slime.engine.plan import plan_engines
+from slime.observability.log import run_folder, setup_logging
+from slime.observability.owner import owned
 
 logger = logging.getLogger("slime.train")
 
@@ -28,17 +30,21 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         sys.stderr.write(f"slime: {error}\n")
         return 2
+    log_file = setup_logging("driver", folder=run_folder(config.checkpoint.save))
+    for note in config.notes:
+        logger.debug("config: %s", note)
+    if log_file is not None:
+        logger.info("%d values follow from the flags; each with its reason in %s", len(config.notes), log_file)
+    if nothing_to_train := config.nothing_to_train():
+        logger.info("%s", nothing_to_train)
+        return 0
     # Only now the heavy imports: a mistyped flag is answered in a fraction of a second.
-    from slime.observability.log import setup_logging
     from slime.ray.run import Run
 
-    setup_logging("driver")
     # `ray job stop` sends SIGTERM: leave through the `with` block, which stops engines and trainer.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    for note in config.notes:
-        logger.info("config: %s", note)
     try:
-        with Run(config) as run:
+        with owned(config.checkpoint.save if config.trains else None, what="--save"), Run(config) as run:
             train(run, config)
     except (RuntimeError, ValueError, OSError) as error:
         logger.error("the run stopped: %s", error)
@@ -49,7 +55,7 @@ def main(argv: list[str]) -> int:
 def train(run, config: Config) -> None:
     """All rollouts from where the checkpoint left off; evaluates, saves and reports as the flags say."""
     run.start()
-    run.evaluate_if_due(run.start_rollout_id - 1, when="before training")
+    run.evaluate_if_due(run.start_rollout_id - 1, when="before training" if run.num_rollout else "alone")
     for rollout_id in range(run.start_rollout_id, run.num_rollout):
         started = time.monotonic()
         rollout = run.generate(rollout_id)

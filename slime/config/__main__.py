@@ -1,6 +1,8 @@
 """`python -m slime.config --help` lists the flags; with flags, it prints what they mean and why.
 
-python -m slime.config [--door train|convert|rehearse] FLAGS...
+python -m slime.config [--door train|convert|rehearse] [--check] FLAGS...
+
+--check prints mistakes alone. Exit status: 0, 2 with a mistake, 3 where the checkpoint has done all that is asked for.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ import dataclasses
 import sys
 
 from slime.config import SECTION_NAMES, load
+
+NOTHING_TO_TRAIN = 3
 
 
 def main(argv: list[str]) -> int:
@@ -19,7 +23,8 @@ def main(argv: list[str]) -> int:
     argv = argv[check:]
     config = load(argv or ["--help"], door=door)  # type: ignore[arg-type]
     if check:
-        return 0
+        sys.stderr.write(f"slime: {config.nothing_to_train()}\n" if config.nothing_to_train() else "")
+        return NOTHING_TO_TRAIN if config.nothing_to_train() else 0
     for section in SECTION_NAMES:
         sys.stdout.write(f"{section}\n")
         part = getattr(config, section)

@@ -42,6 +42,20 @@ class Config:
     """Who asked: "train", "convert" or "rehearse"."""
 
     @property
+    def trains(self) -> bool:
+        return not self.debug.debug_rollout_only and self.data.num_rollout != 0
+
+    def nothing_to_train(self) -> str:
+        """Why a run of this ends at once, and what to give instead; "" where there is something to do."""
+        done = self.checkpoint.rollouts_done
+        if not done or self.data.num_rollout != done:
+            return ""
+        return (
+            f"nothing to train: the checkpoint in --load {self.checkpoint.load} has all {done} rollouts of "
+            f"--num-rollout {done}; for more give --num-rollout {2 * done}, to evaluate it --num-rollout 0"
+        )
+
+    @property
     def args(self) -> FlatArgs:
         """Every attribute under slime's name, read-only, for plugins."""
         return FlatArgs(self)

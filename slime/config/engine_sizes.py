@@ -35,6 +35,9 @@ SUCCESSORS: Mapping[str, str] = {
     "nsa_prefill_backend": "dsa_prefill_backend",
     "nsa_decode_backend": "dsa_decode_backend",
     "cuda_graph_max_bs": "cuda_graph_max_bs_decode",
+    "cuda_graph_bs": "cuda_graph_bs_decode",
+    "piecewise_cuda_graph_tokens": "cuda_graph_bs_prefill",
+    "piecewise_cuda_graph_max_tokens": "cuda_graph_max_bs_prefill",
 }
 """An option's name in the oldest supported SGLang -> its name since."""
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from slime.config.errors import ConfigError
 from slime.config.hf_fields import FAMILIES
 from slime.config.prompt_files import file_problem
 
+MOST_LINES = 100_000
+"""More rows of a file are not counted: no batch has as many prompts."""
 TRACKER = "latest_checkpointed_iteration.txt"
 LoadKind = Literal["nothing", "megatron", "release", "iteration", "hf", "unknown"]
 """What a folder holds: nothing at all, a Megatron checkpoint with an iteration or with the word "release" in its tracker, one
@@ -35,6 +39,10 @@ class Facts:
     prompt_file_problem: Callable[[str], str] = _nothing_known
     """A prompt file as a flag or YAML names it -> why nothing can be read from it, empty when it can. A question, not an
     answer: which files there are is known only once the YAML of the evaluation has been read."""
+    load_step: int | None = None
+    """Rollout after which the newest checkpoint in --load was saved, from 0; None where it holds none."""
+    num_prompts: int | None = None
+    """Rows of --prompt-data, at most MOST_LINES; None where nobody can say so quickly."""
 
 
 def kind_of(folder: str | None) -> LoadKind:
@@ -69,11 +77,42 @@ def read_hf_config(folder: str | None) -> Mapping[str, object] | None:
     return raw
 
 
-def gather_facts(*, load: str | None, ref_load: str | None, hf_checkpoint: str | None) -> Facts:
+def step_of(folder: str | None) -> int | None:
+    """What the tracker of a checkpoint folder names; None where there is none, or another word."""
+    try:
+        return int((Path(folder) / TRACKER).read_text()) if folder is not None else None
+    except (OSError, ValueError):
+        return None
+
+
+def count_prompts(data: str | None) -> int | None:
+    """Rows of a `file.jsonl` or `file.jsonl@[first:end]`."""
+    file, _, part = (data or "").partition("@[")
+    bounds = re.fullmatch(r"(-?\d*):(-?\d*)\]", part) if part else None
+    if not file.endswith(".jsonl") or (part and not bounds):
+        return None
+    try:
+        with open(file, "rb") as lines:
+            count = sum(1 for line in islice(lines, MOST_LINES) if line.strip())
+    except OSError:
+        return None
+    if bounds is None or count == MOST_LINES:
+        return count
+    return len(range(count)[slice(*(int(bound) if bound else None for bound in bounds.groups()))])
+
+
+def gather_facts(*, load: str | None, ref_load: str | None, hf_checkpoint: str | None, prompt_data: str | None = None) -> Facts:
     return Facts(
         load=kind_of(load),
         ref_load=kind_of(ref_load),
         hf_config=read_hf_config(hf_checkpoint),
         tensorboard_dir=os.environ.get("TENSORBOARD_DIR"),
         prompt_file_problem=file_problem,
+        load_step=step_of(load),
+        num_prompts=count_prompts(prompt_data),
     )
+
+
+def facts_of(start: Mapping[str, Any]) -> Facts:
+    """The facts about the files that attributes name."""
+    return gather_facts(**{name: start[name] for name in ("load", "ref_load", "hf_checkpoint", "prompt_data")})

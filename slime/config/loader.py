@@ -11,7 +11,7 @@ from typing import Any, Literal
 from slime.config.command_line import SECTIONS, CommandLine, convert_word, flag_table, parse_words
 from slime.config.config import Config
 from slime.config.errors import ConfigError, load_yaml, nearest
-from slime.config.facts import Facts, gather_facts
+from slime.config.facts import Facts, facts_of
 from slime.config.flags import Flag, FrozenMap, field_default
 from slime.config.resolve import MAPPINGS, resolve
 from slime.config.rules import Values
@@ -30,7 +30,7 @@ def parse(
     words = parse_words(argv, door=door)
     start = starting_values(words)
     notes = apply_yaml(start, words)
-    facts = facts or gather_facts(load=start["load"], ref_load=start["ref_load"], hf_checkpoint=start["hf_checkpoint"])
+    facts = facts or facts_of(start)
     final = resolve(start, given=words.given, door=door, facts=facts, env=env)
     return build(final, notes=(*notes, *final.notes), door=door)
 

@@ -137,6 +137,8 @@ class CheckpointConfig:
     """Iteration of --ref-load to use."""
     start_rollout_id: int | None = flag(None, low=0)
     """First rollout; None continues after the loaded iteration. An explicit value always wins."""
+    rollouts_done: int = derived(0)
+    """Rollouts that the checkpoint has done which this run continues; 0 for a run from the beginning."""
     ref_update_interval: int | None = flag(None, low=1)
     """Copy the trained model to the reference every so many rollouts."""
 

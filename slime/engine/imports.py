@@ -5,11 +5,13 @@ python3 -m slime.engine.imports        tries what the recipe's engines on GPUs n
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+from slime.compat.sglang import with_system_libraries
 from slime.config.engine_sizes import DEFAULT_TRANSFER
 
 IMPORT_SECONDS = 120.0
@@ -63,6 +65,7 @@ def import_error(module: str) -> str:
             [sys.executable, "-W", "ignore", "-c", f"import torch, {module}"],
             capture_output=True,
             text=True,
+            env=with_system_libraries(os.environ),
             timeout=IMPORT_SECONDS,
         )
     except subprocess.TimeoutExpired:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slime.compat.sglang import host_environment
+from slime.compat.sglang import host_environment, with_system_libraries
 from slime.engine.ports import EnginePorts
 from slime.engine.spec import EngineSpec, NodePlacement
 from slime.engine.versions import Capabilities, translate
@@ -17,7 +17,8 @@ HOST_MODEL_CLASS = {"glm_moe_dsa": ("SlimeGlmMoeDsaForCausalLM", "DeepseekV2ForC
 
 # What a launcher written for GPUs may say and a CPU cannot do. Each is dropped with a note.
 CUDA_ONLY = (
-    "attn_dp_size", "base_gpu_id", "cuda_graph_max_bs_decode", "cuda_graph_max_bs_prefill", "deepep_mode",
+    "attn_dp_size", "base_gpu_id", "cuda_graph_bs_decode", "cuda_graph_bs_prefill", "cuda_graph_max_bs_decode",
+    "cuda_graph_max_bs_prefill", "deepep_mode",
     "disable_cuda_graph", "disaggregation_ib_device", "dp_size", "dsa_decode_backend", "dsa_prefill_backend",
     "enable_dp_attention", "enable_dp_lm_head", "enable_draft_weights_cpu_backup", "enable_memory_saver", "ep_size",
     "gpu_id_step", "kv_cache_dtype", "mem_fraction_static", "moe_a2a_backend", "moe_dense_tp_size", "moe_runner_backend",
@@ -60,7 +61,7 @@ def command(
         raise ValueError(f"node {place.node_rank} of engine {spec.label} needs node 0's dist_init_addr")
     translated = translate(spec.settings, column)
     common = _common_settings(spec, place, ports)
-    env = dict(os.environ if base_env is None else base_env)
+    env = with_system_libraries(os.environ if base_env is None else base_env)
     build = {"cuda": _cuda, "host": _host}.get(kind)
     if build is None:
         raise ValueError(f"device kind {kind!r} is neither cuda nor host")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from slime.engine.versions import capabilities, installed_version, option_table,
 TERMINATE_SECONDS = 3.0
 KILL_SECONDS = 5.0
 LAST_LINES = 25
+
+# Loads of the data-parallel ranks (sglang/srt/managers/load_snapshot.py).
+_SHARED = re.compile(r"/dev/shm/sglang_loads_\S+")
 
 # What a server's log shows, in order; the last one seen is the phase that `wait_ready` reports.
 PHASES = (
@@ -49,6 +53,7 @@ class ChildProcess:
     popen: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     _log: BinaryIO | None = field(default=None, repr=False)
+    _shared: set[Path] = field(default_factory=set, repr=False)
 
     def launch(self, argv: Sequence[str], env: dict[str, str], token: str) -> None:
         """Start `argv`; the token is written to its stdin, which stays open until `stop`."""
@@ -78,10 +83,19 @@ class ChildProcess:
         return self.popen.pid
 
     def wait(
-        self, ready: Callable[[], bool], *, timeout: float, phase: Callable[[], str], report: Callable[[str], None]
+        self,
+        ready: Callable[[], bool],
+        *,
+        timeout: float,
+        phase: Callable[[], str],
+        report: Callable[[str], None],
+        detail: Callable[[str], None] = lambda line: None,
     ) -> float:
-        """Seconds until `ready`. Raises EngineDied when the child ends, TimeoutError after `timeout` seconds."""
-        last_phase, next_report = "", 0.0
+        """Seconds until `ready`. Raises EngineDied when the child ends, TimeoutError after `timeout` seconds.
+
+        report: gets the phase of a start that takes long, every half minute. detail: gets each phase once.
+        """
+        last_phase, next_report = "", 30.0
         while True:
             elapsed = time.monotonic() - self.started
             if not self.is_alive():
@@ -89,9 +103,12 @@ class ChildProcess:
             if ready():
                 return elapsed
             now = phase()
-            if now != last_phase or elapsed > next_report:
+            if now != last_phase:
+                detail(f"{self.label}: {now} ({elapsed:.0f} s)")
+                last_phase = now
+            if elapsed > next_report:
                 report(f"{self.label}: {now} ({elapsed:.0f} s)")
-                last_phase, next_report = now, elapsed + 30.0
+                next_report = elapsed + 30.0
             if elapsed > timeout:
                 raise TimeoutError(
                     f"{self.label} is not ready after {elapsed:.0f} s (phase: {now}); "
@@ -115,10 +132,15 @@ class ChildProcess:
             return "  (no log)"
         return "\n".join("  " + line[:400] for line in [line for line in lines if line.strip()][-LAST_LINES:])
 
+    def note_shared_memory(self) -> None:
+        """Remember the files in shared memory that SGLang makes and, being killed, does not remove."""
+        self._shared |= _shared_files(self.pid)
+
     def stop(self) -> None:
         """End the whole process group and see it gone: TERM, then KILL. Safe to call twice."""
         if self.popen is None:
             return
+        self.note_shared_memory()
         group = self.popen.pid  # start_new_session made the child the leader of its group
         for number, patience in ((signal.SIGTERM, TERMINATE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
             if not group_exists(group):
@@ -136,6 +158,9 @@ class ChildProcess:
             self.popen.wait(KILL_SECONDS)
         except subprocess.TimeoutExpired:
             pass  # told below
+        for file in self._shared:
+            file.unlink(missing_ok=True)
+        self._shared.clear()
         if self.popen.stdin is not None:
             try:
                 self.popen.stdin.close()
@@ -147,6 +172,21 @@ class ChildProcess:
             raise RuntimeError(
                 f"{self.label}: process group {group} survived SIGKILL; look at it with: ps -o pid,stat,cmd --ppid {group}"
             )
+
+
+def _shared_files(group: int) -> set[Path]:
+    """Files /dev/shm/sglang_loads_* that processes of the group map."""
+    found: set[Path] = set()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if os.getpgid(int(entry.name)) != group:
+                continue
+            found |= {Path(name) for name in _SHARED.findall((entry / "maps").read_text())}
+        except OSError:
+            continue
+    return found
 
 
 def group_exists(group: int) -> bool:
@@ -177,11 +217,15 @@ class EngineProcess:
         place: NodePlacement | None = None,
         ports: EnginePorts | None = None,
         report: Callable[[str], None] = lambda line: None,
+        detail: Callable[[str], None] = lambda line: None,
     ):
-        """place: None is loopback and the first device. ports: None takes free ones. report: gets a line per event."""
+        """place: None is loopback and the first device. ports: None takes free ones.
+
+        report: gets a line per event. detail: gets what was made of each option, and each phase of the start.
+        """
         if not token:
             raise ValueError("an engine needs the run's token: its control endpoints change weights and stop generation")
-        self.spec, self.device_kind, self.token, self.report = spec, device_kind, token, report
+        self.spec, self.device_kind, self.token, self.report, self.detail = spec, device_kind, token, report, detail
         self.place = place or NodePlacement(0, "127.0.0.1", 0)
         self._book = PortBook(self.place.host)
         self.ports = ports or take_engine_ports(self._book, prefill=spec.role == "prefill", dp_size=spec.dp_size)
@@ -212,7 +256,7 @@ class EngineProcess:
         argv = typed_argv(plan.settings, option_table(found))
         self.notes = plan.notes
         for note in plan.notes:
-            self.report(f"engine {self.spec.label}: {note}")
+            self.detail(f"engine {self.spec.label}: {note}")
         self.child.launch([sys.executable, "-u", "-m", "slime.engine.serve", *argv], plan.env, self.token)
 
     def wait_ready(self, timeout: float = 600.0) -> float:
@@ -222,8 +266,9 @@ class EngineProcess:
         """
         if self.place.node_rank != 0:
             return 0.0
-        took = self.child.wait(self._answers, timeout=timeout, phase=self._phase, report=self.report)
+        took = self.child.wait(self._answers, timeout=timeout, phase=self._phase, report=self.report, detail=self.detail)
         self._book.release()
+        self.child.note_shared_memory()
         self.report(
             f"engine {self.spec.label}: ready at {self.url} after {took:.1f} s "
             f"(pid {self.child.pid}, log {self.child.log_path})"

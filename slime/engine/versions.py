@@ -60,7 +60,13 @@ TABLE = (
     ),
     Capabilities(
         "0.5.23",
-        renames={**SUCCESSORS, "prefill_round_robin_balance": None},
+        renames={
+            **SUCCESSORS,
+            "prefill_round_robin_balance": None,
+            "stream_output": "incremental_streaming_output",
+            "mamba_scheduler_strategy": "mamba_radix_cache_strategy",
+            "speculative_dflash_draft_window_size": "speculative_draft_window_size",
+        },
         value_renames=_DSA_VALUES,
         attention_dp_option="attn_dp_size",
         update_session=True,

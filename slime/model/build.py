@@ -46,7 +46,7 @@ def build_model(
     megatron, notes = transformer_config(config, device, dtype=dtype, weights_only=weights_only)
     if ranks.rank == 0:
         for note in notes:
-            logger.info("model: %s", note)
+            logger.debug("model: %s", note)
     if lines := faults(hf) or differences(hf, vars(config.model), config.model.megatron):
         raise ValueError(f"MODEL_ARGS and {hf.source} describe different models:\n  " + "\n  ".join(lines))
     _check_mtp(config.model, hf)

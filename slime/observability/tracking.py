@@ -13,7 +13,9 @@ import json
 import logging
 import math
 import os
+import shlex
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,7 +99,9 @@ class TensorBoardSink:
     which dies with a traceback when the disk is full."""
 
     def __init__(self, directory: Path, start: Start):
-        self.place, self._directory, self._start = f"tensorboard --logdir {directory}", directory, start
+        # As a plain shell would call it: the program lies beside the interpreter.
+        self.place = shlex.join([str(Path(sys.executable).with_name("tensorboard")), "--logdir", str(directory.absolute())])
+        self._directory, self._start = directory, start
         self._file: Path | None = None
 
     def write(self, metrics: Mapping[str, float], axis: Axis, position: int) -> None:

@@ -34,7 +34,7 @@ class EngineActor:
         from slime.device import get_device
         from slime.observability.log import setup_logging
 
-        setup_logging(spec.label)
+        setup_logging(spec.label, folder=log_folder)
         self._process = EngineProcess(
             spec,
             device_kind=get_device().kind,
@@ -42,6 +42,7 @@ class EngineActor:
             log_path=log_folder / f"{spec.label}-{place.node_rank}.log",
             place=place,
             report=logger.info,
+            detail=logger.debug,
         )
 
     def start(self) -> EngineAddress:

@@ -30,7 +30,7 @@ class RolloutActor:
         from slime.ray.engine_fleet import EngineFleet
         from slime.rollout.dumps import Replay
 
-        setup_logging("rollout")
+        setup_logging("rollout", folder=run_folder)
         self._config, self._token = config, token
         self._fleet = EngineFleet(config, placement, run_folder, token)
         self._plugins = self._data_source = None

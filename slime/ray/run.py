@@ -20,8 +20,11 @@ from slime.batch.plan import plan_steps
 from slime.config import Config
 from slime.model.hf_config import read_hf_config
 from slime.observability.identities import broken_identities, compare_norm, norm_path, save_norm
+from slime.observability.log import run_folder
+from slime.observability.owner import LAUNCH_VARIABLE
 from slime.observability.report import RolloutLine, evaluation_line
 from slime.observability.tracking import Axis, JsonLinesSink, Sink, Start, TensorBoardSink, Tracker, tensorboard_directory
+from slime.ray.cluster_watch import ClusterWatch
 from slime.ray.lease import FreeLease, Holder, Lease
 from slime.ray.placement import Placement, place
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
@@ -84,6 +87,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self._connect()
+        self._watch = ClusterWatch(ray.get_runtime_context().gcs_address)
         return self
 
     def _connect(self) -> None:
@@ -109,6 +113,7 @@ class Run:
             self._placement.remove()
         self._tracker.close()
         ray.shutdown()
+        self._watch.stop()
 
     def _rescue_save(self) -> None:
         """Engines may be gone while the trainer, which is well, has a checkpoint half-way to disk."""
@@ -321,11 +326,11 @@ class Run:
             self._trainers.finish_save()
 
     def evaluate_if_due(self, rollout_id: int, *, when: str) -> None:
-        evaluation = self._config.evaluation
-        if not evaluation.datasets or not self._has_engines or evaluation.eval_interval is None:
+        evaluation, alone = self._config.evaluation, self.num_rollout == 0
+        if not evaluation.datasets or not self._has_engines or (evaluation.eval_interval is None and not alone):
             return
         before = rollout_id < self.start_rollout_id
-        if before and evaluation.skip_eval_before_train:
+        if before and evaluation.skip_eval_before_train and not alone:
             return
         if not before and not _is_due(rollout_id, evaluation.eval_interval, self.num_rollout, last=True):
             return
@@ -389,12 +394,14 @@ class Run:
         checkpoint = self._config.checkpoint
         if self._saved is not None:
             logger.info("checkpoint: %s (rollout %d of %d)", checkpoint.save, self._saved + 1, self.num_rollout)
-            logger.info(
-                "to go on: run the same command with --num-rollout %d (or more); it resumes from there", self.num_rollout * 2
-            )
+            if LAUNCH_VARIABLE not in os.environ:  # a launcher says how it was called
+                logger.info(
+                    "to go on: run the same command with --num-rollout %d (or more); it resumes from there",
+                    self.num_rollout * 2,
+                )
         for sink in self._tracker.places():
             logger.info("metrics: %s", sink)
-        logger.info("logs of engines and router: %s", _run_folder(self._config))
+        logger.info("logs of every process: %s", _run_folder(self._config))
 
 
 def check_training(
@@ -436,8 +443,7 @@ def _is_due(rollout_id: int, interval: int | None, num_rollout: int, *, last: bo
 
 
 def _run_folder(config: Config) -> Path:
-    """Logs of engines and router: SLIME_RUN_DIR, else beside the checkpoints, else ./outputs."""
-    return Path(os.environ.get("SLIME_RUN_DIR") or Path(config.checkpoint.save or "outputs") / "logs").absolute()
+    return run_folder(config.checkpoint.save)
 
 
 def _open_tracker(config: Config, done: Start) -> Tracker:

@@ -56,9 +56,9 @@ class TrainActor:
     """Holds a `Trainer`. All methods are called on all ranks alike; rank 0 also serves the rendezvous store."""
 
     def __init__(self, config: Config, rank: int, world_size: int, device_index: int):
-        from slime.observability.log import setup_logging
+        from slime.observability.log import run_folder, setup_logging
 
-        setup_logging(f"trainer {rank}")
+        setup_logging(f"trainer {rank}", folder=run_folder(config.checkpoint.save))
         self._config, self._rank, self._world_size = config, rank, world_size
         self._device_index = device_index
         self._store = None

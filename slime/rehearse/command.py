@@ -40,6 +40,7 @@ OWN = {
     "--rehearse": ("", "what launchers call all this by; it has no meaning of its own"),
     "--preflight": ("", "check the nodes of the running Ray cluster instead (RAY_ADDRESS)"),
     "--logical-gpus": ("", "with --preflight: the nodes' device slots stand for no GPU, their CPUs compute"),
+    "--join-seconds": ("SECONDS", "with --preflight: how long the nodes may take to join (default 60)"),
 }
 REPEATED = ("--rate", "--assume")
 
@@ -137,8 +138,13 @@ def main(argv: Sequence[str]) -> int:
         if "--preflight" in own:
             from slime.rehearse.preflight import main as preflight
 
+            patience = _number(own, "--join-seconds", float)
             return preflight(
-                flags, json_file=_one(own, "--json"), env=job_environment(own), logical_gpus="--logical-gpus" in own
+                flags,
+                json_file=_one(own, "--json"),
+                env=job_environment(own),
+                logical_gpus="--logical-gpus" in own,
+                **({} if patience is None else {"join_seconds": patience}),
             )
         options = options_of(own)
         done = rehearse(flags, options)

@@ -28,6 +28,9 @@ SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of an interface."""
 MAX_SKEW_SECONDS = 1.0
 MIN_SHM_GB = 16.0
+"""With GPUs: NCCL's buffers and pinned host memory."""
+MIN_SHM_HOST_GB = 0.5
+"""Without: Ray's object store, in which rollouts and metrics travel; a node with less joins and dies."""
 MIN_DISK_GB = 20.0
 """Torch comes from a shared file system that every node asks at once; less than the time that a node has to answer."""
 MIN_FREE_SHARE = 0.95
@@ -344,8 +347,9 @@ def _rdma_problem(node: NodeFacts, wanted: Wanted) -> str:
 
 def _room_problem(node: NodeFacts, wanted: Wanted) -> str:
     said = []
-    if wanted.gpus_per_node and node.shm_free_gb < MIN_SHM_GB:  # NCCL's buffers, pinned host memory
-        said.append(f"/dev/shm {node.shm_free_gb:.1f} GB free, wanted {MIN_SHM_GB:g}")
+    shm = MIN_SHM_GB if wanted.gpus_per_node else MIN_SHM_HOST_GB
+    if node.shm_free_gb < shm:
+        said.append(f"/dev/shm {node.shm_free_gb:.1f} GB free, wanted {shm:g}")
     if node.disk_free_gb < MIN_DISK_GB:
         said.append(f"/tmp {node.disk_free_gb:.1f} GB free, wanted {MIN_DISK_GB:g}")
     return ", ".join(said)

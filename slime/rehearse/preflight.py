@@ -26,6 +26,7 @@ from slime.rehearse.reading import Reading, read
 ANSWER_SECONDS = 120.0
 """A node that says nothing for so long is named as silent."""
 JOIN_SECONDS = 60.0
+TELL_SECONDS = 15.0
 INTERFACE_VARIABLES = ("SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
@@ -44,7 +45,7 @@ def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = 
         on_cuda=not logical_gpus,
     )
     folders = {
-        str(Path(path).parent)
+        _existing(Path(path).parent)
         for path in (config.checkpoint.hf_checkpoint, config.checkpoint.save, config.checkpoint.load, config.data.prompt_data)
         if path
     }
@@ -59,6 +60,12 @@ def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = 
     )
 
 
+def _existing(folder: Path) -> str:
+    """The folder, or the one above it that is there: checkpoints and data may be made later."""
+    found = next((one for one in (folder, *folder.parents) if one.is_dir()), folder)
+    return str(folder if found == Path(found.anchor) else found)
+
+
 def node_names(nodes: Sequence[Mapping[str, object]]) -> list[str]:
     """Addresses; where several Ray nodes have the same one, with what tells them apart."""
     addresses = Counter(node["NodeManagerAddress"] for node in nodes)
@@ -70,12 +77,15 @@ def node_names(nodes: Sequence[Mapping[str, object]]) -> list[str]:
     return names
 
 
-def _wait_for_nodes(count: int) -> None:
-    """Nodes that a launcher has just started join one after another; those that do not come are told by the verdict."""
+def _wait_for_nodes(count: int, seconds: float) -> None:
+    """Nodes join one after another, started by a launcher or by hand; who does not come is told by the verdict."""
     import ray
 
-    deadline = time.monotonic() + JOIN_SECONDS
-    while sum(node["Alive"] for node in ray.nodes()) < count and time.monotonic() < deadline:
+    started, told = time.monotonic(), 0.0
+    while (there := sum(node["Alive"] for node in ray.nodes())) < count and (waited := time.monotonic() - started) < seconds:
+        if waited >= told + TELL_SECONDS:
+            told = waited
+            sys.stderr.write(f"preflight: {there} of {count} nodes have joined ({waited:.0f} s, at most {seconds:.0f})\n")
         time.sleep(1.0)
 
 
@@ -162,7 +172,12 @@ def _seed(paths: Sequence[str]) -> dict[str, str]:
 
 
 def main(
-    argv: Sequence[str], *, json_file: str | None = None, env: Mapping[str, str] | None = None, logical_gpus: bool = False
+    argv: Sequence[str],
+    *,
+    json_file: str | None = None,
+    env: Mapping[str, str] | None = None,
+    logical_gpus: bool = False,
+    join_seconds: float = JOIN_SECONDS,
 ) -> int:
     """Exit status 0 when every node is fit, else 1. env: the job's variables, as the launcher passes them."""
     import ray
@@ -182,7 +197,7 @@ def main(
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ValueError(f"--preflight: no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it first") from None
     try:
-        _wait_for_nodes(wanted.num_nodes)
+        _wait_for_nodes(wanted.num_nodes, join_seconds)
         nodes, silent = ask_nodes(wanted)
     finally:
         ray.shutdown()

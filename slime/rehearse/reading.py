@@ -11,7 +11,7 @@ from typing import Literal
 from slime.config.command_line import CommandLine, parse_words
 from slime.config.config import Config
 from slime.config.errors import ConfigError
-from slime.config.facts import Facts, gather_facts
+from slime.config.facts import Facts, facts_of
 from slime.config.hf_config import HfConfig
 from slime.config.hf_fields import FAMILIES
 from slime.config.loader import apply_yaml, build, starting_values
@@ -147,7 +147,7 @@ def _facts(start: dict, findings: Findings) -> tuple[Facts, Basis]:
     """What the disk says; where it has no config.json, the release of that name, or the model that MODEL_ARGS describe."""
     folder = start["hf_checkpoint"]
     try:
-        found = gather_facts(load=start["load"], ref_load=start["ref_load"], hf_checkpoint=folder)
+        found = facts_of(start)
     except ConfigError as error:
         findings.violation("files", str(error), fix="repair the file")
         return Facts(), "nothing"

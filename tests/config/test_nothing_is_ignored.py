@@ -20,6 +20,7 @@ USED_UP_BY_CONFIG = {
     "group_query_attention", "multi_latent_attention", "swiglu", "untie_embeddings_and_output_weights", "bf16",
     "post_self_attn_layernorm", "post_mlp_layernorm", "make_vocab_size_divisible_by", "vocab_size",
     "enable_mtp_training",  # mtp_num_layers
+    "rollouts_done",  # Config.nothing_to_train
     "enable_experimental", "freeze_indexer",  # consents to what is on anyway; a note says so
     "accumulate_allreduce_grads_in_fp32", "use_distributed_optimizer",  # always on
     "num_steps_per_rollout",  # global_batch_size

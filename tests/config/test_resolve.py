@@ -8,7 +8,7 @@ import pytest
 from config.flags import MINIMAL, MODEL, MOE, config_of
 
 from slime.config import ConfigError, parse
-from slime.config.facts import Facts, gather_facts, kind_of
+from slime.config.facts import Facts, count_prompts, gather_facts, kind_of
 
 GPUS16 = ["--actor-num-nodes", "2", "--actor-num-gpus-per-node", "8"]
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -222,7 +222,46 @@ def test_without_any_checkpoint_the_run_starts_from_the_hf_folder():
 
 
 def test_an_explicit_start_always_wins():
-    assert config_of("--start-rollout-id", "7").checkpoint.start_rollout_id == 7
+    assert config_of("--start-rollout-id", "7", "--num-rollout", "9").checkpoint.start_rollout_id == 7
+
+
+DONE = Facts(load="megatron", load_step=11)
+
+
+@pytest.mark.parametrize(
+    ("flags", "facts", "said"),
+    [
+        (("--num-rollout", "8"), DONE, "--num-rollout 8 is below the 12 rollouts that are done"),
+        (("--num-rollout", "8", "--ckpt-step", "8"), DONE, "below the 9 rollouts"),
+        (("--num-rollout", "8", "--start-rollout-id", "9"), Facts(), "below the 9 rollouts that are done (--start-rollout-id)"),
+        (("--num-epoch", "1"), Facts(num_prompts=3), "--num-epoch 1 is no rollout: --prompt-data /p.jsonl has 3 prompts"),
+        (("--num-epoch", "2"), Facts(load="megatron", load_step=4, num_prompts=9), "at most 2 rollouts each, is below the 5"),
+    ],
+)
+def test_a_run_with_nothing_to_do_is_refused_before_anything_starts(flags: tuple[str, ...], facts: Facts, said: str):
+    given = ("--load", "/l", "--rollout-batch-size", "4", "--prompt-data", "/p.jsonl")
+    minimal = MINIMAL[: MINIMAL.index("--num-rollout")]
+    with pytest.raises(ConfigError) as refused:
+        parse([*minimal, *given, *flags], facts=facts)
+    assert said in str(refused.value)
+
+
+def test_a_finished_run_says_so_and_one_without_rollouts_evaluates():
+    def left(*flags: str) -> str:
+        return config_of("--load", "/l", *flags, facts=DONE).nothing_to_train()
+
+    assert "has all 12 rollouts of --num-rollout 12; for more give --num-rollout 24" in left("--num-rollout", "12")
+    more = [("--num-rollout", "13"), ("--num-rollout", "12", "--finetune"), ("--num-rollout", "4", "--ckpt-step", "1")]
+    assert [left(*flags) for flags in more] == ["", "", ""]
+    assert left("--num-rollout", "0", "--eval-prompt-data", "e", "/e.jsonl") == ""
+
+
+def test_facts_count_rows_of_a_slice(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n{"prompt": "c"}\n')
+    counts = {part: count_prompts(f"{file}{part}") for part in ("", "@[1:]", "@[-2:]", "@[:2]", "@[a:b]")}
+    assert counts == {"": 3, "@[1:]": 2, "@[-2:]": 2, "@[:2]": 2, "@[a:b]": None}
+    assert count_prompts("/nowhere.jsonl") is None and count_prompts("x.parquet") is None and count_prompts(None) is None
 
 
 def test_the_reference_brings_its_own_iteration():

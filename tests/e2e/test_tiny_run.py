@@ -24,7 +24,7 @@ class Launch:
     """One run of the launcher, its output read while it runs."""
 
     def __init__(self, base: Path, *flags: str, **environment: str):
-        environment = os.environ | {"BASE_DIR": str(base), "SFT_STEPS": "3", "RAY_DEDUP_LOGS": "0"} | environment
+        environment = os.environ | {"BASE_DIR": str(base), "SFT_STEPS": "3", "PASS_ENV": "RAY_worker_niceness"} | environment
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *flags],

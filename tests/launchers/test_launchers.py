@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +28,20 @@ FAKE_RAY = f"""#!{sys.executable}
 import json, os, sys, time
 keep = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 with open(os.environ["CALLS"], "a") as out:
-    out.write(json.dumps({{"argv": sys.argv[1:], "pid": os.getpid(), "env": {{k: os.environ.get(k) for k in keep}}}}) + "\\n")
+    call = {{"argv": sys.argv[1:], "pid": os.getpid(), "env": {{k: os.environ.get(k) for k in keep}}, "all": dict(os.environ)}}
+    if "--temp-dir" in sys.argv:
+        call["mode"] = os.stat(os.path.dirname(sys.argv[sys.argv.index("--temp-dir") + 1])).st_mode & 0o777
+    out.write(json.dumps(call) + "\\n")
 if sys.argv[1] == "start":
-    if os.environ.get("RAY_START_FAILS"):
+    if os.environ.get("HEAD_FAILS"):
         print("cannot bind")
         sys.exit(1)
     print("Ray runtime started. The head's last words.", flush=True)
     time.sleep(120)
-if sys.argv[1:3] == ["job", "list"] and os.environ.get("RAY_START_FAILS"):
+if sys.argv[1:3] == ["job", "list"] and os.environ.get("HEAD_FAILS"):
     sys.exit(1)
 if sys.argv[1:3] == ["job", "submit"]:
+    time.sleep(float(os.environ.get("JOB_SECONDS", "0")))
     if os.environ.get("HEAD_DIES_WITH_THE_JOB"):
         calls = [json.loads(line) for line in open(os.environ["CALLS"])]
         os.kill(next(call["pid"] for call in calls if call["argv"][0] == "start"), 9)
@@ -86,6 +94,8 @@ class Desk:
     """A folder with shims, checkpoints and a hostfile."""
 
     root: Path
+    ray: Path
+    """RAY_TEMP_DIR: sockets lie in it, so its name is short."""
 
     def run(self, script: str, *flags: str, without: tuple[str, ...] = (), **environment: str) -> Outcome:
         calls = self.root / "calls"
@@ -94,7 +104,7 @@ class Desk:
         base = {
             "PATH": f"{self.root / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(self.root), "CALLS": str(calls), "BASE_DIR": str(self.root / "base"), "MASTER_ADDR": "10.0.0.1",
-            "HOSTFILE": str(self.root / "hostfile"), "RAY_TEMP_DIR": str(self.root / "ray"), "RAY_WORKER_GRACE": "0",
+            "HOSTFILE": str(self.root / "hostfile"), "RAY_TEMP_DIR": str(self.ray), "RAY_WORKER_GRACE": "0",
             "RAY_PORT": "", "PYTHON": sys.executable, "RUN_DIR": str(self.root / "run"),
         }  # fmt: skip
         environment = {name: value for name, value in {**base, **environment}.items() if name not in without}
@@ -108,7 +118,8 @@ def _lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def make_desk(tmp_path: Path) -> Desk:
+@contextmanager
+def make_desk(tmp_path: Path) -> Iterator[Desk]:
     binaries = tmp_path / "bin"
     binaries.mkdir()
     for name, text in (("ray", FAKE_RAY), ("ssh", FAKE_SSH)):
@@ -124,17 +135,20 @@ def make_desk(tmp_path: Path) -> Desk:
         (base / data).parent.mkdir()
         (base / data).write_text('{"prompt": "1+1=", "label": "2"}\n')
     (tmp_path / "hostfile").write_text("# all nodes\n" + "".join(f"10.0.0.{n} slots=8\n" for n in range(1, 33)) + "\n")
-    return Desk(tmp_path)
+    with tempfile.TemporaryDirectory(prefix="slime-desk-", dir="/tmp") as ray:
+        yield Desk(tmp_path, Path(ray))
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return make_desk(tmp_path)
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    with make_desk(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
-def shared_desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    return make_desk(tmp_path_factory.mktemp("flagship"))
+def shared_desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    with make_desk(tmp_path_factory.mktemp("flagship")) as made:
+        yield made
 
 
 def pairs(argv: list[str]) -> dict[str, str]:
@@ -197,7 +211,7 @@ GLM52 = {
     # the rest
     "--attention-dropout": "0.0", "--hidden-dropout": "0.0", "--accumulate-allreduce-grads-in-fp32": "",
     "--attention-softmax-in-fp32": "", "--attention-backend": "flash", "--moe-token-dispatcher-type": "alltoall",
-    "--no-check-for-nan-in-loss-and-grad": "",
+    "--no-check-for-nan-in-loss-and-grad": "", "--use-tensorboard": "", "--tb-project-name": "glm5.2-744B-A40B",
 }  # fmt: skip
 
 GLM52_ENVIRONMENT = {
@@ -304,7 +318,12 @@ def test_clean_up_stops_what_was_started_and_nothing_else(glm52: Outcome):
     kills = {
         call["argv"][-3]: call["stdin"] for call in glm52.ssh if "kill" in call["stdin"] and "ray start" not in call["stdin"]
     }
-    assert kills == {f"10.0.0.{n}": f"kill -TERM {40000 + n} 2>/dev/null\n" for n in range(2, 33)}
+    assert {address: text.splitlines()[0] for address, text in kills.items()} == {
+        f"10.0.0.{n}": f"kill -TERM {40000 + n} 2>/dev/null" for n in range(2, 33)
+    }
+    # What else is killed there carries this launch's name.
+    names = {re.search(r"grep -lsxzF SLIME_LAUNCH=([0-9a-f]{32}) ", text)[1] for text in kills.values()}
+    assert len(names) == 1 and all(text.count("kill ") == 2 for text in kills.values())
 
 
 def test_launchers_kill_nothing_by_name():
@@ -389,7 +408,7 @@ def test_a_port_in_use_is_named(desk: Desk):
 def test_a_head_that_dies_ends_the_launch_with_its_last_lines(desk: Desk, free_ports: dict[str, str]):
     outcome = desk.run(
         "run-glm5.2-744B-A40B.sh",
-        RAY_START_FAILS="1",
+        HEAD_FAILS="1",
         **free_ports,
         without=("HOSTFILE",),
     )

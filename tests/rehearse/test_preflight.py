@@ -107,7 +107,7 @@ def test_sound_nodes_pass_and_a_missing_one_is_counted() -> None:
 
 
 def test_what_was_not_asked_for_is_unchecked_and_a_run_on_cpus_wants_no_gpus() -> None:
-    alone, findings = replace(GOOD, gpus=(), shm_free_gb=0.06), Findings()
+    alone, findings = replace(GOOD, gpus=(), shm_free_gb=0.6), Findings()
     judge([alone], Wanted(1, 0, None, (), (), (15000,)), findings)
     assert findings.launchable, [finding.line() for finding in findings.of("violation")]
     told = [finding.what for finding in findings.of("unchecked")]

@@ -9,6 +9,7 @@ when one is no longer needed. On a CUDA machine nothing of this is used.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,19 @@ SHIMS = Path(__file__).resolve().parent / "shims"
 REPOSITORY = Path(__file__).resolve().parents[3]
 HOST_MODELS = "slime.engine.host_models"
 ACCELERATOR_PREFIXES = ("CUDA_", "NCCL_", "NVSHMEM_", "SGLANG_DEEPEP_")
+
+
+def with_system_libraries(env: Mapping[str, str]) -> dict[str, str]:
+    """`env`, in which the loader also finds the system libraries that lie beside this Python environment.
+
+    mooncake, which SGLang moves KV with, links against libibverbs even where it only speaks TCP; scripts/setup.sh unpacks one
+    into `syslib` where the system has none. Whoever starts Python by hand need not know of it.
+    """
+    folder = str(Path(sys.prefix) / "syslib")
+    known = [part for part in env.get("LD_LIBRARY_PATH", "").split(os.pathsep) if part]
+    if not Path(folder).is_dir() or folder in known:
+        return dict(env)
+    return {**env, "LD_LIBRARY_PATH": os.pathsep.join([folder, *known])}
 
 
 def host_environment(*, cores: Sequence[int], base: Mapping[str, str] | None = None) -> dict[str, str]:

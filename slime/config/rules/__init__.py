@@ -69,6 +69,7 @@ STAGES: tuple[Stage, ...] = (
             training.offloading,
             saving.saving,
             saving.initial_weights,
+            lengths.what_is_left,
         )
     ),
     Stage((engines.groups, engines.sizes, router.options)),

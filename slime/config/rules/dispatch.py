@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from slime.config.engine_sizes import EngineSizes
@@ -138,7 +139,8 @@ def _draft_tokens(engine: EngineSizes) -> int:
 def _decoded(engine: EngineSizes) -> list[tuple[int, str]]:
     """Tokens that one rank sends in a decode step: of the largest captured graph, and of all requests that may run."""
     drafts = _draft_tokens(engine)
-    batch = engine.whole("cuda_graph_max_bs") or GRAPH_BATCH
+    listed = [int(size) for size in re.findall(r"\d+", engine.text("cuda_graph_bs") or "")]
+    batch = max(listed, default=engine.whole("cuda_graph_max_bs") or GRAPH_BATCH)
     found = [(batch * drafts, f"cuda_graph_max_bs {batch} x draft tokens {drafts} = {batch * drafts}")]
     if running := engine.whole("max_running_requests"):
         own = -(-running // engine.dp)

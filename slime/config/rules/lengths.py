@@ -4,8 +4,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from slime.config.facts import MOST_LINES
+
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
+
+
+def what_is_left(v: Values) -> None:
+    """A checkpoint that is beyond what is asked for, and epochs that hold no batch: said before anything starts."""
+    step = v.facts.load_step if v["ckpt_step"] is None else v["ckpt_step"]
+    continues = v.facts.load == "megatron" and not v["finetune"] and v["start_rollout_id"] is None
+    if continues and step is not None and not v["debug_rollout_only"]:
+        v.derive("rollouts_done", step + 1, f"the checkpoint in --load {v['load']} was saved after so many")
+    first, wanted = v["start_rollout_id"] or v["rollouts_done"], v["num_rollout"]
+    said = f"--num-rollout {wanted}"
+    prompts, batch = v.facts.num_prompts, v["rollout_batch_size"]
+    if wanted is None and v["num_epoch"] and v["rollout_global_dataset"] and prompts is not None and prompts < MOST_LINES:
+        wanted, said = (
+            v["num_epoch"] * (prompts // batch),
+            f"--num-epoch {v['num_epoch']}, at most {prompts // batch} rollouts each,",
+        )
+        v.require(
+            wanted,
+            f"--num-epoch {v['num_epoch']} is no rollout: --prompt-data {v['prompt_data']} has {prompts} prompts and "
+            f"--rollout-batch-size takes {batch} at once; lower it, or give --num-rollout",
+        )
+    v.require(
+        not wanted or wanted >= first,
+        f"{said} is below the {first} rollouts that are done"
+        + (f" (the checkpoint in --load {v['load']})" if v["rollouts_done"] else " (--start-rollout-id)")
+        + f"; give --num-rollout {2 * first} or so for more, another --load and --save, or --num-rollout 0 to evaluate alone",
+    )
 
 
 def lengths(v: Values) -> None:

@@ -52,7 +52,7 @@ def get_glm5_spec(args: object, config: MLATransformerConfig, vp_stage: int | No
     if not args.dsa_send_indices:
         check_stage_start(hf, layers, stage=_stage_number(config, vp_stage), num_stages=_num_stages(config))
     computing = [layer for layer in layers if hf.runs_indexer(layer)]
-    logger.info(
+    logger.debug(
         "glm5: layers %d-%d, indexer on %s; indexer parameters are frozen and not in the optimizer",
         layers.start, layers.stop - 1, computing,
     )  # fmt: skip

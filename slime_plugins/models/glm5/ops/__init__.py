@@ -40,7 +40,7 @@ def get_ops(device_type: str, attention_forward: str = "ours") -> Ops:
     was tried, where no package serves.
     """
     ops = _choose(device_type, attention_forward)
-    logger.info("DSA operators: %s", ops.reason)
+    logger.debug("DSA operators: %s", ops.reason)
     return ops
 
 

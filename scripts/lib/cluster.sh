@@ -1,0 +1,256 @@
+# shellcheck shell=bash
+# The Ray cluster of one launch: a head here, the other nodes over ssh or by hand, and a clean-up that stops these and nothing else.
+# Sourced by launch.sh.
+
+RAY_HEAD_PID=""
+RAY_WORKERS=()   # "address pid", one per worker that we started
+
+free_ports() { # COUNT -> that many ports which nobody listens on
+    "$PYTHON" -I -S - "$1" <<'PY'
+import socket, sys
+held = [socket.socket() for _ in range(int(sys.argv[1]))]
+for one in held:
+    one.bind(("", 0))
+print(*(one.getsockname()[1] for one in held))
+PY
+}
+
+require_free_port() { # VARIABLE PORT
+    "$PYTHON" -I -S - "$2" <<'PY' || die "port $2 is in use on this node (another Ray?): set $1 to a free one"
+import socket, sys
+with socket.socket() as one:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        one.bind(("", int(sys.argv[1])))
+    except OSError:
+        sys.exit(1)
+PY
+}
+
+# The run's folder under /tmp, for its owner alone: Ray makes its own below it, which everybody may write to, and every process puts
+# its temporary files there (TMPDIR), so that all goes at once.
+make_temp_folder() {
+    RAY_TEMP_IS_OURS=""
+    if [[ -z ${RAY_TEMP_DIR:-} ]]; then
+        RAY_TEMP_DIR="$(mktemp -d /tmp/slime-ray-XXXXXX)" RAY_TEMP_IS_OURS=1
+    fi
+    # A socket's path may have 107 characters, of which Ray takes 70 for ray/session_<time>_<pid>/sockets/plasma_store.
+    ((${#RAY_TEMP_DIR} <= 37)) || die "RAY_TEMP_DIR=$RAY_TEMP_DIR has ${#RAY_TEMP_DIR} characters: Ray's sockets below it leave room for 37"
+    mkdir -p -- "$RAY_TEMP_DIR" || die "cannot make RAY_TEMP_DIR=$RAY_TEMP_DIR: name another folder"
+    [[ -O $RAY_TEMP_DIR ]] || die "RAY_TEMP_DIR=$RAY_TEMP_DIR belongs to somebody else: name another folder"
+    chmod 700 -- "$RAY_TEMP_DIR"
+    mkdir -p -- "$RAY_TEMP_DIR/ray" "$RAY_TEMP_DIR/tmp"
+    export TMPDIR="$RAY_TEMP_DIR/tmp"
+}
+
+# Starts Ray's head in a session of its own and remembers its process id; from here on any exit stops it again.
+start_ray_head() {
+    [[ $REHEARSE != 1 ]] || return 0
+    require_command ray "run: bash $(printf %q "$PROJECT_ROOT/scripts/setup.sh")"
+    export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" NUM_GPUS="${NUM_GPUS:-8}"
+    find_nodes
+    forget_ranks_of_this_node
+    spare_nodes_from_proxy
+    local free
+    read -ra free <<<"$(free_ports 6)"
+    [[ -z ${RAY_PORT:-} ]] || require_free_port RAY_PORT "$RAY_PORT"
+    [[ -z ${RAY_DASHBOARD_PORT:-} ]] || require_free_port RAY_DASHBOARD_PORT "$RAY_DASHBOARD_PORT"
+    RAY_PORT="${RAY_PORT:-${free[0]}}" RAY_DASHBOARD_PORT="${RAY_DASHBOARD_PORT:-${free[1]}}"
+    make_temp_folder
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN="${RAY_AUTH_TOKEN:-$("$PYTHON" -I -c 'import secrets; print(secrets.token_hex(32))')}"
+    export RAY_USAGE_STATS_ENABLED=0
+    # Ray holds back a line that it has seen before, for seconds, and prints it among later ones.
+    export RAY_DEDUP_LOGS="${RAY_DEDUP_LOGS:-0}"
+    RAY_ADDRESS_OF_HEAD="${MASTER_ADDR}:${RAY_PORT}"
+    RAY_JOBS_URL="http://${RAY_DASHBOARD_HOST:-127.0.0.1}:${RAY_DASHBOARD_PORT}"
+    trap cleanup EXIT
+    trap 'exit 129' HUP
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    start_keeper
+    say "starting Ray on ${RAY_ADDRESS_OF_HEAD} with ${NUM_GPUS} slots, dashboard ${RAY_JOBS_URL}, logs ${RAY_TEMP_DIR}"
+    local attempt
+    for attempt in 1 2 3; do
+        launch_ray_head "${free[@]:2}"
+        wait_for_jobs_api && return 0
+        # Ray allows its parts 30 s to find each other, which a busy machine can miss.
+        say "Ray ended while starting (attempt $attempt of 3)"
+        stop_ray_head
+    done
+    tail -n 20 "$RAY_TEMP_DIR/head.log" >&2
+    die "Ray ended while starting; its last lines are above, all of them in $RAY_TEMP_DIR/head.log"
+}
+
+launch_ray_head() { # CLIENT-PORT AGENT-PORT METRICS-PORT ENVIRONMENT-PORT
+    # With a port of its choice Ray's client server asks for it, and ends Ray when a busy machine does not answer within 30 s.
+    setsid ray start --head --block --runtime-env-agent-port "$4" \
+        --node-ip-address "$MASTER_ADDR" --port "$RAY_PORT" --num-gpus "$NUM_GPUS" ${NUM_CPUS:+--num-cpus "$NUM_CPUS"} \
+        --dashboard-host "${RAY_DASHBOARD_HOST:-127.0.0.1}" --dashboard-port "$RAY_DASHBOARD_PORT" \
+        --ray-client-server-port "$1" --dashboard-agent-listen-port "$2" --metrics-export-port "$3" \
+        --min-worker-port 0 --max-worker-port 0 \
+        --temp-dir "$RAY_TEMP_DIR/ray" --disable-usage-stats >"$RAY_TEMP_DIR/head.log" 2>&1 </dev/null &
+    RAY_HEAD_PID=$!
+}
+
+wait_for_jobs_api() { # status 1 when the head ends before it answers
+    local deadline=$((SECONDS + ${RAY_START_TIMEOUT:-300})) dashboard="$RAY_TEMP_DIR/ray/session_latest/logs/dashboard.log" lacking
+    while ((SECONDS < deadline)); do
+        kill -0 "$RAY_HEAD_PID" 2>/dev/null || return 1
+        # The job server answers before this node has joined, and a head whose node does not join ends itself.
+        if grep -q 'runtime started' "$RAY_TEMP_DIR/head.log" &&
+            ray job list --address "$RAY_JOBS_URL" >/dev/null 2>"$RAY_TEMP_DIR/jobs-api.log"; then return 0; fi
+        if grep -qs 'http server disabled' "$dashboard"; then
+            lacking=$(grep -o 'No module named .*' "$dashboard" | sort -u | head -n 3 | paste -sd ';')
+            die "Ray runs without its job server, because packages of ray[default] are missing (${lacking:-see $dashboard}): run scripts/setup.sh, or install ray[default]"
+        fi
+        sleep 1
+    done
+    tail -n 5 "$RAY_TEMP_DIR/head.log" "$RAY_TEMP_DIR/jobs-api.log" >&2 || true
+    die "Ray's job server at $RAY_JOBS_URL did not answer within ${RAY_START_TIMEOUT:-300} s; see $RAY_TEMP_DIR/head.log"
+}
+
+# ------------------------------------------------------------------------------------------------- the other nodes
+
+# What a node runs before it joins: this node's environment, nothing of another cluster, and the folder of the run for its owner alone.
+node_preamble() {
+    # shellcheck disable=SC2016  # expanded on the node
+    printf '%s\n' 'for name in ${!RAY_@}; do unset "$name"; done'
+    printf 'export %s=%q\n' PATH "$PATH" LD_LIBRARY_PATH "${LD_LIBRARY_PATH:-}" no_proxy "$NO_PROXY" NO_PROXY "$NO_PROXY" \
+        SLIME_LAUNCH "$SLIME_LAUNCH" RAY_AUTH_MODE token RAY_AUTH_TOKEN "$RAY_AUTH_TOKEN" RAY_DEDUP_LOGS "$RAY_DEDUP_LOGS" TMPDIR "$TMPDIR"
+    local word
+    for word in "${PASSED[@]}"; do
+        [[ $word != RAY_* ]] || printf 'export %q\n' "$word"
+    done
+    # shellcheck disable=SC2016
+    printf 'folder=%q\n%s\n' "$RAY_TEMP_DIR" \
+        'mkdir -p -m 700 "$folder" && mkdir -p "$folder/tmp" && [[ -O $folder ]] && chmod 700 "$folder" || { echo "no folder $folder can be made for this user alone" >&2; exit 1; }'
+}
+
+join_command() { # OPTIONS... -> what joins a node to this cluster
+    printf 'ray start --block --address %q --num-gpus %q --disable-usage-stats' "$RAY_ADDRESS_OF_HEAD" "$NUM_GPUS"
+    (($# == 0)) || printf ' %q' "$@"
+}
+
+on_node() { # ADDRESS   a script on standard input, which the node runs: a command line can be read by everybody there
+    # shellcheck disable=SC2086  # SSH is a command with options
+    ${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10} "$1" bash -s
+}
+
+# Every node of HOSTFILE joins, all at once; one that cannot ends the launch.
+join_workers() {
+    [[ $REHEARSE != 1 ]] || return 0
+    if [[ -z ${HOSTFILE:-} ]]; then
+        ((${NUM_NODES:-1} <= 1)) || print_join_line
+        return 0
+    fi
+    local address pids=() answers="$RAY_TEMP_DIR/workers"
+    mkdir -p "$answers"
+    for address in "${WORKER_ADDRESSES[@]}"; do
+        on_node "$address" >"$answers/$address" 2>"$answers/$address.err" <<NODE &
+$(node_preamble)
+log="\$folder/head.log"
+setsid $(join_command --node-ip-address "$address") >"\$log" 2>&1 </dev/null &
+pid=\$!
+sleep ${RAY_WORKER_GRACE:-5}
+kill -0 \$pid 2>/dev/null || { tail -n 5 "\$log" >&2; exit 1; }
+echo \$pid
+NODE
+        pids+=("$! $address")
+    done
+    local pair failed=()
+    for pair in "${pids[@]}"; do
+        address=${pair#* }
+        if wait "${pair%% *}" && [[ $(<"$answers/$address") =~ ^[0-9]+$ ]]; then
+            RAY_WORKERS+=("$address $(<"$answers/$address")")
+        else
+            failed+=("$address ($(tail -n 1 "$answers/$address.err" 2>/dev/null))")
+        fi
+    done
+    ((${#failed[@]} == 0)) || die "${#failed[@]} of ${#pids[@]} nodes did not join: ${failed[*]}"
+    say "${#RAY_WORKERS[@]} other nodes joined"
+}
+
+# The line for a node that is joined by hand. The token is in a file that only its owner reads, not in the line.
+print_join_line() {
+    JOIN_SCRIPT="${RUN_DIR:-$RAY_TEMP_DIR}/join.sh"
+    mkdir -p -- "$(dirname -- "$JOIN_SCRIPT")"
+    # No --node-ip-address: Ray takes the address from which the node reaches the head.
+    (umask 077 && printf '%s\nexec %s\n' "$(node_preamble)" "$(join_command)" >"$JOIN_SCRIPT")
+    say "on each of the other $((NUM_NODES - 1)) nodes: bash $(printf %q "$JOIN_SCRIPT")"
+}
+
+# ------------------------------------------------------------------------------------------------- clean-up
+
+session_members() { # SESSION-LEADER -> process ids of its session
+    ps -e -o pid=,sid= | awk -v sid="$1" '$2 == sid { print $1 }'
+}
+
+stop_ray_head() {
+    kill -TERM "$RAY_HEAD_PID" 2>/dev/null || true
+    local second rest
+    for ((second = 0; second < 20; second++)); do
+        kill -0 "$RAY_HEAD_PID" 2>/dev/null || break
+        sleep 0.5
+    done
+    # Members of the session that we made are ours by construction, also when their leader is gone.
+    rest=$(session_members "$RAY_HEAD_PID")
+    # shellcheck disable=SC2086
+    [[ -z $rest ]] || kill -KILL $rest 2>/dev/null || true
+}
+
+# The job's driver, engines and trainers have sessions of their own, and may outlive a cluster that was killed.
+stop_members() {
+    local attempt left
+    for ((attempt = 0; attempt < 20; attempt++)); do
+        left=$(launch_members)
+        [[ -n $left ]] || return 0
+        # shellcheck disable=SC2086
+        ((attempt < 6)) || kill -KILL $left 2>/dev/null || true
+        sleep 0.5
+    done
+}
+
+stop_worker() { # ADDRESS PID STATUS-OF-THE-LAUNCH
+    on_node "$1" >/dev/null 2>&1 <<NODE
+kill -TERM $2 2>/dev/null
+for second in {1..15}; do
+    left=\$(grep -lsxzF SLIME_LAUNCH=$SLIME_LAUNCH /proc/[0-9]*/environ | cut -d/ -f3)
+    [[ -n \$left ]] || break
+    ((second < 10)) || kill -KILL \$left 2>/dev/null
+    sleep 1
+done
+[[ -z '${RAY_TEMP_IS_OURS}' || $3 != 0 ]] || rm -rf $(printf %q "$RAY_TEMP_DIR")
+NODE
+}
+
+# Stops what this launcher started, by process id: the job's cluster here and the Ray processes on the workers. Nothing else.
+cleanup() {
+    local status=$? entry
+    trap - EXIT INT TERM HUP
+    set +e
+    for entry in "${RAY_WORKERS[@]}"; do
+        stop_worker "${entry%% *}" "${entry##* }" "$status" &
+    done
+    [[ -z $RAY_HEAD_PID ]] || stop_cluster "$status"
+    ((status == 0)) || [[ $RAN_A_JOB != 1 ]] || print_again
+    disown_folders
+    [[ -z $KEEPER_PID ]] || kill "$KEEPER_PID" 2>/dev/null
+    wait
+    exit "$status"
+}
+
+stop_cluster() { # STATUS-OF-THE-LAUNCH
+    # A job that still runs gets its time to stop engines; it would outlive the cluster otherwise.
+    [[ -z $RAY_JOB_ID ]] || timeout 30 ray job stop --address "$RAY_JOBS_URL" "$RAY_JOB_ID" >/dev/null 2>&1
+    [[ -z $RAY_SUBMIT_PID ]] || kill -TERM "$RAY_SUBMIT_PID" 2>/dev/null
+    stop_ray_head
+    stop_members
+    [[ -z ${JOIN_SCRIPT:-} ]] || rm -f -- "$JOIN_SCRIPT"
+    rm -rf -- "${RAY_TEMP_DIR:?}/tmp"
+    if [[ -n $RAY_TEMP_IS_OURS && $1 == 0 ]]; then
+        rm -rf -- "$RAY_TEMP_DIR"
+        say "the Ray cluster of this run is stopped"
+    else
+        say "the Ray cluster of this run is stopped; its logs: $RAY_TEMP_DIR"
+    fi
+}

@@ -1,0 +1,93 @@
+# shellcheck shell=bash
+# The job of a launch, what of its output a person reads, and the line that continues it. Sourced by launch.sh.
+
+RAY_JOB_ID=""
+RAY_SUBMIT_PID=""
+RAN_A_JOB=0 # cluster.sh reads it
+CONSOLE_PID=""
+JOB_FLAGS=()
+
+runtime_env_json() { # NAME=VALUE... -> {"env_vars": {...}}; a later word wins, PASS_ENV over all
+    local ours=()
+    [[ -z ${RUN_DIR:-} ]] || ours=("SLIME_RUN_DIR=$RUN_DIR" "TENSORBOARD_DIR=${TENSORBOARD_DIR:-$RUN_DIR/tensorboard}")
+    "$PYTHON" -I -S -c 'import json, sys; print(json.dumps({"env_vars": dict(word.split("=", 1) for word in sys.argv[1:])}))' \
+        "${ours[@]}" "$@" "${PASSED[@]}"
+}
+
+# Runs the training command as a job of our cluster and follows its output; the status is the job's.
+submit_job() { # RUNTIME-ENV-JSON FLAGS...
+    local runtime_env=$1
+    shift
+    if [[ $REHEARSE == 1 ]]; then
+        run_python -m slime.rehearse --runtime-env "$runtime_env" "$@"
+        exit
+    fi
+    if [[ $PREFLIGHT == 1 ]]; then
+        RAY_ADDRESS="$RAY_ADDRESS_OF_HEAD" run_python -m slime.rehearse --preflight ${LOGICAL_GPUS:+--logical-gpus} \
+            ${JOIN_SCRIPT:+--join-seconds 1800} \
+            --runtime-env "$runtime_env" "$@"
+        exit
+    fi
+    # shellcheck disable=SC2034
+    RAY_JOB_ID="slime-$(date +%Y%m%d-%H%M%S)-$$" RAN_A_JOB=1 JOB_FLAGS=("$@")
+    open_console
+    # In the background, because Bash handles a signal only between foreground commands: a TERM would wait for the end of training.
+    ray job submit --address "$RAY_JOBS_URL" --submission-id "$RAY_JOB_ID" --runtime-env-json "$runtime_env" \
+        -- "$PYTHON" -m slime.train "$@" >&"$CONSOLE_IN" 2>&1 </dev/null &
+    RAY_SUBMIT_PID=$!
+    exec {CONSOLE_IN}>&-
+    local status=0
+    # Whichever ends first: a job whose cluster is gone may never be told to have ended.
+    wait -n "$RAY_SUBMIT_PID" "$RAY_HEAD_PID" || status=$?
+    if kill -0 "$RAY_SUBMIT_PID" 2>/dev/null || ! kill -0 "$RAY_HEAD_PID" 2>/dev/null; then
+        kill "$RAY_SUBMIT_PID" 2>/dev/null || true
+        tail -n 20 "$RAY_TEMP_DIR/head.log" >&2
+        die "Ray itself ended, and the job with it; its last lines are above, all of them in $RAY_TEMP_DIR/head.log"
+    fi
+    wait "$CONSOLE_PID" || true
+    RAY_JOB_ID="" RAY_SUBMIT_PID=""
+    return "$status"
+}
+
+# All that the job and Ray's client print goes to a file, and to this terminal what a person reads.
+open_console() {
+    exec {CONSOLE_IN}> >(run_python -m slime.observability.console --log "${RUN_DIR:-$RAY_TEMP_DIR}/console.log")
+    CONSOLE_PID=$!
+}
+
+# ------------------------------------------------------------------------------------------------- how to go on
+
+# This launcher as it was called, ready to be pasted into any shell.
+command_again() { # FLAGS...
+    local word
+    for word in "${GIVEN[@]}"; do
+        printf '%s=%q ' "${word%%=*}" "${word#*=}"
+    done
+    printf 'bash %q' "$LAUNCHER"
+    for word in "$@"; do printf ' %q' "$word"; done
+}
+
+# The caller's flags, with twice the rollouts that the job had.
+flags_for_more() {
+    local word last="" rollouts=""
+    MORE_FLAGS=()
+    for word in "${LAUNCHER_FLAGS[@]}"; do
+        [[ $word == --num-rollout || $word == --num-rollout=* || $last == --num-rollout ]] || MORE_FLAGS+=("$word")
+        last=$word
+    done
+    for word in "${JOB_FLAGS[@]}"; do
+        [[ $last != --num-rollout ]] || rollouts=$word
+        [[ $word != --num-rollout=* ]] || rollouts=${word#*=}
+        last=$word
+    done
+    [[ ! $rollouts =~ ^[1-9][0-9]*$ ]] || MORE_FLAGS+=(--num-rollout $((2 * rollouts)))
+}
+
+print_resume() {
+    flags_for_more
+    say "to continue from the newest checkpoint, with more rollouts: $(command_again "${MORE_FLAGS[@]}")"
+}
+
+print_again() {
+    say "to continue from the newest checkpoint: $(command_again "${LAUNCHER_FLAGS[@]}")"
+}

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Waits for a launcher to end. A launcher ends its keeper first: one that is still there ends what the launcher started.
+#
+#   bash scripts/lib/keeper.sh PID LAUNCH [OWNED-FOLDER...]        (started by launch.sh, not by hand)
+set -uo pipefail
+launcher=$1 launch=$2
+shift 2
+
+started() { # PID -> when, in the kernel's clock; empty for a process that is gone
+    local fields
+    read -r fields 2>/dev/null <"/proc/$1/stat" || return 0
+    fields=${fields##*) }
+    read -ra fields <<<"$fields"
+    [[ ${fields[0]} == Z ]] || printf '%s' "${fields[19]}"
+}
+
+members() { grep -lsxzF "SLIME_LAUNCH=$launch" /proc/[0-9]*/environ | cut -d/ -f3; }
+
+when=$(started "$launcher")
+while [[ -n $when && $(started "$launcher") == "$when" ]]; do
+    sleep 2
+    # From another machine a run counts as alive while its records are touched (slime/observability/owner.py).
+    ((SECONDS % 30 > 1)) || for folder in "$@"; do touch -c -- "$folder/.slime-owner" 2>/dev/null; done
+done
+
+for signal in TERM KILL; do
+    for ((second = 0; second < 15; second++)); do
+        mapfile -t left < <(members)
+        ((${#left[@]} > 0)) || exit 0
+        ((second > 0)) || kill "-$signal" "${left[@]}" 2>/dev/null
+        sleep 1
+    done
+done

@@ -1,0 +1,44 @@
+# shellcheck shell=bash
+# One launcher works in a folder at a time, and what it started does not outlive it. Sourced by launch.sh.
+
+OWNED=()        # folders that this launcher has
+KEEPER_PID=""
+
+# Takes the folder that the variable names, or ends with who has it. The keeper sees to it that nothing outlives this launcher.
+own() { # NAME-OF-A-VARIABLE
+    runs || return 0
+    # At most half a minute: the processes of a launcher that was killed are being ended by its keeper.
+    local attempt refusal
+    for attempt in {1..15}; do
+        if refusal=$(run_python -m slime.observability.owner take "${!1}" --what "$1" --pid $$ 2>&1); then
+            OWNED+=("${!1}")
+            trap cleanup EXIT
+            start_keeper
+            return
+        fi
+        [[ $refusal == *"processes of it live"* ]] || break
+        ((attempt > 1)) || say "waiting for what an earlier launch left: ${refusal%%;*}"
+        sleep 2
+    done
+    die "$refusal"
+}
+
+disown_folders() {
+    local folder
+    for folder in "${OWNED[@]}"; do
+        run_python -m slime.observability.owner release "$folder" --pid $$
+    done
+    OWNED=()
+}
+
+# A process in a session of its own that waits for this one to disappear without a word (kill -9, a lost machine's shell).
+start_keeper() {
+    [[ -z $KEEPER_PID ]] || { kill "$KEEPER_PID" 2>/dev/null; wait "$KEEPER_PID" 2>/dev/null || true; }
+    env -u SLIME_LAUNCH setsid bash "$PROJECT_ROOT/scripts/lib/keeper.sh" $$ "$SLIME_LAUNCH" "${OWNED[@]}" </dev/null >/dev/null 2>&1 &
+    KEEPER_PID=$!
+}
+
+# Processes of this machine that carry the launch's name. Those of this shell itself do not.
+launch_members() {
+    { env -u SLIME_LAUNCH grep -lsxzF "SLIME_LAUNCH=$SLIME_LAUNCH" /proc/[0-9]*/environ || true; } | cut -d/ -f3
+}

@@ -1,0 +1,80 @@
+"""What a person reads of a job: its own lines, without those of Ray's client. Everything goes to a file.
+
+ray job submit ... 2>&1 | python3 -m slime.observability.console --log FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_RAY_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\t(?P<level>\w+) (?P<file>\w+)\.py:\d+ -- (?P<text>.*)")
+_CLIENT = frozenset({"cli", "sdk", "job_manager"})
+_ACTOR = re.compile(r"^\(\w+ pid=\d+(?:, ip=[^)]*)?\) (?=\d\d:\d\d:\d\d \[)")
+"""The address of an actor before a line of ours, which says who speaks."""
+_REPEATED = "Status message: Job entrypoint command failed with exit code"
+
+
+def readable(lines: Iterable[str]) -> Iterator[str]:
+    """The lines that are for a person, without colours and without the addresses of actors that name themselves.
+
+    Ray's client announces a job in 17 lines, and repeats the end of its output when it fails: that has been read by then.
+    """
+    for raw in lines:
+        line = _COLOUR.sub("", raw.rstrip("\n"))
+        if line.startswith("Running entrypoint for job "):
+            continue
+        found = _RAY_LINE.match(line)
+        if line.startswith(_REPEATED) or (found and found["text"].startswith(_REPEATED)):
+            return
+        if not found or found["file"] not in _CLIENT:
+            yield _ACTOR.sub("", line)
+        elif found["level"] not in ("INFO", "SUCC") and not _is_frame(found["text"]):
+            yield found["text"]
+
+
+def _is_frame(text: str) -> bool:
+    """A ruler, or the sentence between two, which the launcher's status says as well."""
+    return not text.strip("-") or bool(re.fullmatch(r"Job '.*' (failed|was stopped)", text))
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python3 -m slime.observability.console", description="Reads standard input.")
+    parser.add_argument("--log", required=True, help="file that gets every line as it is")
+    words = parser.parse_args(argv)
+    # Ctrl-C is for the launcher, whose job says more before it ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdin.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    log = None
+    try:
+        Path(words.log).parent.mkdir(parents=True, exist_ok=True)
+        log = Path(words.log).open("a", buffering=1, errors="replace")
+    except OSError as error:
+        sys.stderr.write(f"the job's output is not kept: {words.log}: {error.strerror}\n")
+    lines = _kept(sys.stdin, log)
+    for line in readable(lines):
+        sys.stdout.write(line + "\n")
+    for _ in lines:  # what repeats goes to the file alone
+        pass
+    return 0
+
+
+def _kept(lines: Iterable[str], log: TextIO | None) -> Iterator[str]:
+    for line in lines:
+        if log is not None:
+            try:
+                log.write(line)
+            except OSError:  # a full disk ends no run
+                log = None
+        yield line
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""What a person reads of a job, from what Ray's client printed around real runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from slime.observability.console import readable
+
+BEFORE = """\
+2026-11-30 04:08:31,932\tINFO cli.py:42 -- \x1b[37mJob submission server address\x1b[39m: \x1b[1mhttp://127.0.0.1:42385\x1b[22m
+2026-11-30 04:08:32,688\tSUCC cli.py:66 -- \x1b[32m--------------------------------------------------------\x1b[39m
+2026-11-30 04:08:32,688\tSUCC cli.py:67 -- \x1b[32mJob 'slime-1' submitted successfully\x1b[39m
+2026-11-30 04:08:32,688\tINFO cli.py:331 -- Query the logs of the job:
+2026-11-30 04:08:32,482\tINFO job_manager.py:581 -- Runtime env is setting up.
+Running entrypoint for job slime-1: python3 -m slime.train --num-layers 8
+04:08:44 [driver] model: 2,499,456 parameters
+\x1b[36m(TrainActor pid=14441)\x1b[0m 04:08:44 [trainer 0] load /x
+\x1b[36m(RolloutActor pid=7, ip=10.0.0.2)\x1b[0m 04:08:45 [rollout] 8 prompts
+\x1b[36m(RolloutActor pid=7)\x1b[0m a user's own print
+"""
+READ = ["04:08:44 [driver] model: 2,499,456 parameters", "04:08:44 [trainer 0] load /x", "04:08:45 [rollout] 8 prompts",
+        "(RolloutActor pid=7) a user's own print"]  # fmt: skip
+WELL = """\
+2026-11-30 04:08:57,797\tINFO sdk.py:520 -- WebSocket closed for job slime-1 with close code 1000
+2026-11-30 04:08:57,807\tSUCC cli.py:67 -- \x1b[32mJob 'slime-1' succeeded\x1b[39m
+"""
+BADLY = """\
+04:09:00 [driver] the run stopped: KeyError: 'gold'
+2026-11-30 04:09:01,807\tERR cli.py:74 -- \x1b[31m-----------------------------\x1b[39m
+2026-11-30 04:09:01,807\tERR cli.py:75 -- \x1b[31mJob 'slime-1' failed\x1b[39m
+2026-11-30 04:09:01,807\tERR cli.py:76 -- \x1b[31m-----------------------------\x1b[39m
+2026-11-30 04:09:01,807\tINFO cli.py:89 -- Status message: Job entrypoint command failed with exit code 1, last available logs (truncated to 20,000 chars):
+04:09:00 [driver] the run stopped: KeyError: 'gold'
+"""  # noqa: E501
+NEVER_BEGAN = """\
+2026-11-30 04:09:01,807\tERR cli.py:75 -- Job 'slime-1' failed
+2026-11-30 04:09:01,807\tERR cli.py:89 -- Status message: runtime_env setup failed: no such folder
+"""
+
+
+def test_a_person_reads_the_jobs_own_lines():
+    assert list(readable((BEFORE + WELL).splitlines(keepends=True))) == READ
+
+
+def test_a_failure_is_told_once():
+    shown = list(readable((BEFORE + BADLY).splitlines(keepends=True)))
+    assert shown == [*READ, "04:09:00 [driver] the run stopped: KeyError: 'gold'"]
+
+
+def test_what_only_rays_client_knows_is_told():
+    assert list(readable(NEVER_BEGAN.splitlines(keepends=True))) == ["Status message: runtime_env setup failed: no such folder"]
+
+
+def test_the_file_has_all_of_it(tmp_path: Path):
+    command = [sys.executable, "-m", "slime.observability.console", "--log", str(tmp_path / "run" / "console.log")]
+    done = subprocess.run(command, input=BEFORE + BADLY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[:4] == READ
+    assert (tmp_path / "run" / "console.log").read_text() == BEFORE + BADLY

@@ -1,0 +1,33 @@
+"""A process that watches a control process ends when that is gone, also where nothing else in it would."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+DRIVER = """
+import signal, sys, time
+from slime.ray.cluster_watch import ClusterWatch
+signal.signal(signal.SIGTERM, {handler})
+watch = ClusterWatch("127.0.0.1:{port}", look=0.1, gone=0.5, leave=0.5)
+print("watching", flush=True)
+while True:
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(("handler", "status"), [("lambda *_: sys.exit(143)", 143), ("signal.SIG_IGN", 1)])
+def test_a_driver_ends_with_the_control_process(handler: str, status: int):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        text = DRIVER.format(handler=handler, port=listener.getsockname()[1])
+        driver = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert driver.stdout.readline() == "watching\n"
+        # Alive while somebody listens, for longer than it would take to give up.
+        with pytest.raises(subprocess.TimeoutExpired):
+            driver.wait(1.5)
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == status
+    assert "control process at 127.0.0.1" in said
