@@ -42,6 +42,8 @@ from slime.parallel import Ranks  # noqa: E402
 TRACKER = "latest_checkpointed_iteration.txt"
 DESCRIPTION = "slime_model"
 _MTP = "mtp.layers."
+# Layers without a number, experts one level deeper: only Megatron-LM's own modules are saved so.
+_FOREIGN = re.compile(r"^decoder\.layers\.(self_attention|mlp|input_layernorm)|\.mlp\.experts\.experts\.")
 _CHUNK = re.compile(r"model\d*")
 
 
@@ -173,10 +175,13 @@ def check_finished(folder: str | Path) -> None:
 def check_description(hf: HfConfig, folder: str | Path) -> dict[str, Any]:
     """The checkpoint's common values. Raises ValueError listing in what its model differs from `hf`'s."""
     check_finished(folder)
+    if is_foreign(folder):
+        raise ValueError(
+            f"{folder} was written by Megatron-LM or the slime on it, not here: {foreign_differences(hf, folder)}; "
+            + (_EXPORT_THERE if hf.has_indexer else _EXPORT_HERE).format(folder=folder)
+        )
     common = load_values(Path(folder) / "common.pt")
     saved, wanted = common.get(DESCRIPTION), describe(hf)
-    if saved is None:
-        raise ValueError(f"{folder} does not say which model it holds; convert it anew with tools/convert_hf_to_torch_dist.py")
     lines = [
         f"{key}: checkpoint {saved.get(key)!r}, {hf.source} {wanted.get(key)!r}"
         for key in sorted({*saved, *wanted})
@@ -185,6 +190,46 @@ def check_description(hf: HfConfig, folder: str | Path) -> dict[str, Any]:
     if lines:
         raise ValueError(f"{folder} holds another model:\n  " + "\n  ".join(lines))
     return common
+
+
+_EXPORT_HERE = (
+    "make HF files of it with python tools/convert_torch_dist_to_hf.py --input-dir {folder} --origin-hf-dir MODEL --output-dir "
+    "OUT, and pass OUT to --load or --ref-load (optimizer state does not travel)"
+)
+_EXPORT_THERE = (
+    "export {folder} to HF files with the tools/convert_torch_dist_to_hf.py of the project that wrote it, and pass those to "
+    "--load or --ref-load"
+)
+
+
+def is_foreign(folder: str | Path) -> bool:
+    """A torch_dist checkpoint that this project did not write: it does not say which model it holds.
+
+    Raises ValueError where its common.pt cannot be read, and its tensors do not lie as Megatron-LM's do either.
+    """
+    try:
+        return DESCRIPTION not in load_values(Path(folder) / "common.pt")
+    except ValueError:
+        # Megatron-LM keeps its arguments there, which may name classes of any package.
+        if any(_FOREIGN.search(key) for key in read_metadata(folder).state_dict_metadata):
+            return True
+        raise
+
+
+def foreign_differences(hf: HfConfig, folder: str | Path) -> str:
+    """In words, what lies otherwise in a foreign checkpoint than in ours."""
+    keys = read_metadata(folder).state_dict_metadata
+    told = [f"its common.pt has no {DESCRIPTION}"]
+    if any(key.startswith(("decoder.layers.self_attention", "decoder.layers.mlp")) for key in keys):
+        told.append(f"its {hf.num_layers} layers are stacked in one tensor for each kind (decoder.layers.self_attention...)")
+    if any(".mlp.experts.experts." in key for key in keys):
+        told.append("its experts are under mlp.experts.experts")
+    if hf.has_indexer:
+        told.append(
+            "the rows of its indexer begin with the part without position, here with the rotated one, under the same names and "
+            "shapes, so that another set of keys would be selected"
+        )
+    return ", ".join(told)
 
 
 def write_tracker(save: str | Path, value: str) -> None:

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from slime.model.dist_ckpt import TRACKER, check_description, checkpoint_folder, read_metadata, read_tracker
+from slime.model.dist_ckpt import TRACKER, check_description, checkpoint_folder, is_foreign, read_metadata, read_tracker
 from slime.model.hf_config import HfConfig
+from slime.model.names import NameTable
 
 _EXPERT = re.compile(r"^(.*\.mlp\.experts\.linear_fc[12]\.weight)(\d+)$")
+_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.(.*)$")
 _NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state")
 
 
@@ -35,12 +37,21 @@ def checkpoint_of(folder: str | Path) -> Path:
 
 
 class TorchDistReader:
-    """Global Megatron names, experts numbered (see slime.model.names). Keeps no tensor."""
+    """Global Megatron names, experts numbered (see slime.model.names). Keeps no tensor.
+
+    Checkpoints of Megatron-LM, and of the slime that trains with it, are read under the same names: experts one level deeper,
+    layers stacked along a first axis.
+    """
 
     def __init__(self, folder: str | Path, hf: HfConfig | None = None) -> None:
-        """folder: a checkpoint, or a folder of them with a tracker. hf: raise ValueError where it holds another model."""
+        """folder: a checkpoint, or a folder of them with a tracker. hf: raise ValueError where it holds another model.
+
+        A foreign checkpoint does not say which model it holds: its tensors are compared with the weight table instead, and it
+        is refused for a sparse-attention model, whose indexer has its rows in another order there.
+        """
         self.folder = folder = checkpoint_of(folder)
-        if hf is not None:
+        self.is_foreign = hf is not None and not hf.has_indexer and is_foreign(folder)
+        if hf is not None and not self.is_foreign:
             check_description(hf, folder)
         metadata = read_metadata(folder)
         self._places = metadata.storage_data
@@ -49,26 +60,48 @@ class TorchDistReader:
             for name, meta in metadata.state_dict_metadata.items()
             if isinstance(meta, TensorStorageMetadata) and not name.startswith(_NOT_WEIGHTS)
         }
+        if self.is_foreign:
+            self._check_tensors(NameTable.for_model(hf, with_mtp=any(name.startswith("mtp.") for name in self._stored)))
+
+    def _check_tensors(self, table: NameTable) -> None:
+        """Every tensor of the model is there with its shape, and there is no other."""
+        used, wrong = set(), []
+        for entry in table.entries:
+            key, index = self._place(entry.name)
+            if key not in self._stored:
+                wrong.append(f"{entry.name} is not there")
+                continue
+            used.add(key)
+            shape = tuple(self._stored[key].size[len(index) :])
+            rows = shape[:1] if entry.split == "vocab" else ()  # a vocabulary is padded
+            if shape != entry.shape and not (rows and rows >= entry.shape[:1] and shape[1:] == entry.shape[1:]):
+                wrong.append(f"{key} is {list(shape)}, config.json says {list(entry.shape)}")
+        tied = {name for name in table.aliases if table.aliases[name] in used}
+        wrong += [f"{key} is no tensor of this model" for key in sorted(set(self._stored) - used - tied)]
+        if wrong:
+            raise ValueError(
+                f"{self.folder} does not hold the {table.model_type} model of config.json as Megatron-LM saves it: "
+                f"{'; '.join(wrong[:8])}{' ...' if len(wrong) > 8 else ''}"
+            )
 
     def names(self) -> list[str]:
         return list(self._stored)
 
     def __contains__(self, name: str) -> bool:
-        return self._key(name)[0] in self._stored
+        return self._place(name)[0] in self._stored
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, in the dtype it was saved in.
 
         In memory are it and, where several ranks wrote it, one of their pieces. Raises ValueError where a piece is missing.
         """
-        key, expert = self._key(name)
-        meta = self._stored[key]
-        whole = ChunkStorageMetadata(offsets=torch.Size([0] * len(meta.size)), sizes=meta.size)
-        if expert is None:
-            return self._region(key, whole)
-        return self._region(
-            key, ChunkStorageMetadata(torch.Size([expert, *whole.offsets[1:]]), torch.Size([1, *meta.size[1:]]))
-        )[0]
+        key, index = self._place(name)
+        size = self._stored[key].size
+        rest = size[len(index) :]
+        found = self._region(
+            key, ChunkStorageMetadata(torch.Size([*index, *[0] * len(rest)]), torch.Size([*[1] * len(index), *rest]))
+        )
+        return found.reshape(rest) if index else found
 
     def _region(self, key: str, wanted: ChunkStorageMetadata) -> Tensor:
         meta = self._stored[key]
@@ -93,10 +126,18 @@ class TorchDistReader:
             told = str(torn).strip().splitlines()[0] if str(torn).strip() else "its end is missing"
             raise ValueError(f"{path}: {index.fqn} cannot be read ({told}); the file is cut short or damaged") from None
 
-    @staticmethod
-    def _key(name: str) -> tuple[str, int | None]:
+    def _place(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """(key, position along its first axes) of a global name; the plain one where it is nowhere."""
         match = _EXPERT.match(name)
-        return (match.group(1), int(match.group(2))) if match else (name, None)
+        key, index = (match.group(1), (int(match.group(2)),)) if match else (name, ())
+        for candidate in (key, key.replace(".mlp.experts.", ".mlp.experts.experts.")):
+            if candidate in self._stored:
+                return candidate, index
+            if self.is_foreign and (layer := _LAYER.match(candidate)):
+                stacked = f"{layer.group(1)}{layer.group(3)}"
+                if stacked in self._stored:
+                    return stacked, (int(layer.group(2)), *index)
+        return key, index
 
 
 def _narrow(tensor: Tensor, offsets: torch.Size, lengths: torch.Size) -> Tensor:
