@@ -5,13 +5,14 @@
 #
 #   bash scripts/run-glm5.2-mini.sh [FLAGS...]      FLAGS win over the launcher's, e.g. --num-rollout 4
 #
-# BASE_DIR       where everything goes, 80 GB             (default: outputs/glm5.2-mini of this project)
+# BASE_DIR       where everything goes, 46 GB             (default: outputs/glm5.2-mini of this project)
 # NUM_GPUS       1, 2, 4 or 8                             (default: the most of these that are visible)
 # DEEPEP         0: experts' exchange without DeepEP      (default 1; one GPU exchanges nothing)
 # EAGLE          0: no speculative decoding               (default 1)
 # MINI_EXPERTS   routed experts of a layer                (default 32; 16 on one GPU)
+# SAVE           folder of checkpoints, 107 GB each       (default: none is written; SAVE_INTERVAL counts rollouts between two)
 # SEED           of the checkpoint, the data and the run  (default 1234)
-# Steps that are done already are skipped, and training continues from its last checkpoint: delete BASE_DIR to start anew.
+# Steps that are done already are skipped: delete BASE_DIR to start anew.
 set -euo pipefail
 
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
@@ -79,10 +80,8 @@ LAYOUT_ARGS=(
 CKPT_ARGS=(
    --hf-checkpoint "${HF_CHECKPOINT}"
    --ref-load "${BASE_DIR}/GLM-5.2-mini_torch_dist"
-   --load "${BASE_DIR}/GLM-5.2-mini_slime"
-   --save "${BASE_DIR}/GLM-5.2-mini_slime"
-   --save-interval 1000
 )
+if [[ -n ${SAVE:-} ]]; then CKPT_ARGS+=(--load "${SAVE}" --save "${SAVE}" --save-interval "${SAVE_INTERVAL:-20}"); fi
 
 ROLLOUT_ARGS=(
    --prompt-data "${BASE_DIR}/arithmetic/train.jsonl"
@@ -154,7 +153,7 @@ engine_group() { # ROLE GPUS LINES...
    printf '          %s\n' "${@:3}"
 }
 PREFILL_LINES=("chunked_prefill_size: $((8192 * ENGINE_GPUS))" "max_running_requests: 64")
-DECODE_LINES=("max_running_requests: 64" "cuda_graph_max_bs: ${DECODE_CUDA_GRAPH_MAX_BS}" "disable_overlap_schedule: true")
+DECODE_LINES=("max_running_requests: $((DECODE_CUDA_GRAPH_MAX_BS * ENGINE_GPUS))" "cuda_graph_max_bs: ${DECODE_CUDA_GRAPH_MAX_BS}" "disable_overlap_schedule: true")
 REGULAR_LINES=("chunked_prefill_size: $((8192 * ENGINE_GPUS))" "${DECODE_LINES[@]}")
 if ((${DEEPEP:-1})); then
    PREFILL_LINES+=("deepep_mode: auto")
@@ -268,5 +267,5 @@ ENVIRONMENT=(
 start_ray_head
 [[ $REHEARSE == 1 || $PREFLIGHT == 1 ]] || say "3/3 reinforcement learning (GRPO) on random rewards"
 submit_job "$(runtime_env_json "${ENVIRONMENT[@]}" "SLIME_RUN_DIR=${RUN_DIR}" "TENSORBOARD_DIR=${RUN_DIR}/tensorboard")" "${FLAGS[@]}"
-say "checkpoints ${BASE_DIR}/GLM-5.2-mini_slime, curves: tensorboard --logdir ${RUN_DIR}/tensorboard, engine logs ${RUN_DIR}"
-print_resume "NUM_GPUS=${NUM_GPUS} BASE_DIR=${BASE_DIR} bash ${SCRIPT_DIR}/run-glm5.2-mini.sh --num-rollout 6"
+say "curves: tensorboard --logdir ${RUN_DIR}/tensorboard, engine logs ${RUN_DIR}"
+[[ -z ${SAVE:-} ]] || print_resume "NUM_GPUS=${NUM_GPUS} BASE_DIR=${BASE_DIR} SAVE=${SAVE} bash ${SCRIPT_DIR}/run-glm5.2-mini.sh --num-rollout 6"

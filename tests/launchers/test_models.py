@@ -176,6 +176,14 @@ def test_the_tiny_glm_is_the_one_that_the_tool_writes(preset: str):
     assert config.model.megatron["moe_layer_freq"] == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
+def test_the_mini_glm_is_the_one_that_the_tool_writes_and_differs_from_the_release_in_numbers_of_layers_and_experts():
+    size = dataclasses.asdict(PRESETS["mini"].size)
+    config = config_of(model_args("glm5.2-mini"), {**GLM, **size, "vocab_size": 320})
+    assert config.model.megatron["num_moe_experts"] == 32
+    differs = {name for name, value in size.items() if name in GLM and GLM[name] != value}
+    assert differs == {"num_hidden_layers", "n_routed_experts"}
+
+
 def test_the_tiny_qwen3_is_the_one_that_the_tool_writes():
     hf = {**QWEN3, **dataclasses.asdict(PRESETS["qwen3"].size), "vocab_size": 320, "tie_word_embeddings": False}
     assert config_of(model_args("qwen3-tiny"), hf).model.megatron["num_query_groups"] == 2

@@ -122,7 +122,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--lengths", type=lambda text: [int(word) for word in text.split(",")], default=[1000, 3000])
     parser.add_argument("--prompts", type=int, default=8, help="of each length")
     parser.add_argument("--ranks", type=int, default=0, help="of an engine; default: all visible GPUs")
-    parser.add_argument("--ready-seconds", type=float, default=420.0)
+    parser.add_argument("--ready-seconds", type=float, default=900.0)
     parser.add_argument("--limit-seconds", type=float, default=1e9, help="after which no further row is begun")
     parser.add_argument("--logs", default="/tmp/engine_matrix")
     parser.add_argument("--json", default="")
@@ -291,15 +291,29 @@ def gap(trainer: Trainer, answers: Sequence[tuple[list[int], dict]]) -> list[flo
 
 
 async def _update(client, trainer: Trainer, fp8: bool, ranks: int, version: int) -> int:
-    """All weights to every rank of the engine, in the order that a run keeps; bytes of one copy."""
+    """All weights to every rank of the engine, in the order that a run keeps; bytes of one copy.
+
+    Each rank gets a handle of memory on its own device, as from the trainer rank beside it: it cannot read another's.
+    """
+    import torch
+
     from slime.engine.payload import bucket_payload
+    from slime.types.weight_bucket import WeightBucket
+
+    places = [trainer.device.torch_device] * ranks
+    if trainer.device.kind == "cuda":
+        places = [torch.device("cuda", number) for number in range(ranks)]
 
     sent = 0
     await client.pause_generation()
     await client.flush_cache()
     await client.begin_weight_update(version)
     for bucket in trainer.buckets(fp8=fp8):
-        await client.update_weights_from_tensor([bucket_payload(bucket, trainer.device)] * ranks)
+        copies = [WeightBucket(bucket.metas, bucket.flat.to(place)) for place in places]
+        if trainer.device.kind == "cuda":
+            for place in places:
+                torch.cuda.synchronize(place)
+        await client.update_weights_from_tensor([bucket_payload(copy, trainer.device) for copy in copies])
         sent += bucket.nbytes
     await client.end_weight_update(version)
     await client.continue_generation()
