@@ -182,6 +182,7 @@ SAME = [
     (r"-\infty", r"-\infty"),
     (r"\sqrt{8}", r"2\sqrt{2}"),
     (r"\sqrt 8", r"2\sqrt2"),
+    (r"3\sqrt 10", r"3\sqrt{10}"),
     (r"2\sqrt{2}", r"\sqrt8"),
     (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
     (r"\frac{\sqrt3}{3}", r"\frac{1}{\sqrt{3}}"),

@@ -76,7 +76,7 @@ def fraction_as_decimal(r: random.Random) -> tuple[str, str, str]:
 
 
 def mixed(r: random.Random) -> tuple[str, str, str]:
-    w, b = r.randint(1, 12), r.randint(2, 12)
+    w, b = r.randint(1, 12), r.choice([2, 3, 4, 5, 6, 7, 8, 9, 11, 12])
     a = r.randint(1, b - 1)
     label = rf"{w}\frac{{{a}}}{{{b}}}"
     forms = [label, rf"{w}\ \frac{{{a}}}{{{b}}}", rf"{w} \tfrac{{{a}}}{{{b}}}", _frac(w * b + a, b, r), f"{w} {a}/{b}"]
@@ -341,18 +341,21 @@ def agree(count: int, seed: int, show: int) -> None:
             print(f"        label {one.label}    answer {one.answer}")
 
 
-async def _speed(workers: int, seconds: float, made: list[Pair]) -> tuple[float, float]:
-    """(verdicts a second, the longest wait for one)."""
+async def _speed(workers: int, seconds: float) -> tuple[float, float]:
+    """(verdicts a second, seconds measured), on pairs that no worker has seen."""
     from slime.rollout.grading.pool import Pool
     from slime.rollout.grading.question import Question
 
+    def questions(seed: int) -> list[Question]:
+        text = r"<think>...</think> so \boxed{%s}<|im_end|>"
+        return [Question("math", text % one.answer, one.label, {}) for one in pairs(10 * len(KINDS), seed)]
+
     pool = Pool(workers)
-    questions = [Question("math", rf"<think>...</think> so \boxed{{{one.answer}}}<|im_end|>", one.label, {}) for one in made]
-    await asyncio.gather(*(pool.grade(question, 60) for question in questions[: 4 * workers]))  # all workers are up
+    rounds = [questions(seed) for seed in range(1, 200)]
+    await asyncio.gather(*(pool.grade(question, 60) for question in rounds.pop(0)))  # every worker is up and warm
     started, done = time.monotonic(), 0
-    while time.monotonic() - started < seconds:
-        await asyncio.gather(*(pool.grade(question, 60) for question in questions))
-        done += len(questions)
+    while rounds and time.monotonic() - started < seconds:
+        done += len(await asyncio.gather(*(pool.grade(question, 60) for question in rounds.pop(0))))
     took = time.monotonic() - started
     pool.close()
     return done / took, took
@@ -361,9 +364,8 @@ async def _speed(workers: int, seconds: float, made: list[Pair]) -> tuple[float,
 def speed(workers: list[int], seconds: float) -> None:
     import os
 
-    made = pairs(20 * len(KINDS), seed=1)
     for count in workers:
-        rate, took = asyncio.run(_speed(count, seconds, made))
+        rate, took = asyncio.run(_speed(count, seconds))
         print(f"{count} workers on {os.cpu_count()} cores: {rate:.0f} verdicts a second over {took:.0f} s")
 
 

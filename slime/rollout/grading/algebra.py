@@ -21,7 +21,8 @@ from sympy.matrices import MatrixBase
 
 from slime.compat.sympy_text import no_text_is_evaluated
 
-_LONGEST = 500
+_LONGEST = 300
+_DEEPEST = 25
 _MOST_DIGITS = 100_000
 _DIGITS = 30
 _EXACT, _ROUNDED = sympy.Float("1e-20"), sympy.Float("1e-6")
@@ -39,7 +40,7 @@ for _name in ("math_verify.parser", "math_verify.grader"):
 @lru_cache(maxsize=512)
 def read(text: str, is_real: bool) -> sympy.Basic | MatrixBase | None:
     """None when it is not mathematics that the grammar knows."""
-    if len(text) > _LONGEST:
+    if len(text) > _LONGEST or not _is_balanced(text):
         return None
     try:
         found = latex2sympy(normalize_latex(text, _WRITTEN), is_real=is_real, convert_degrees=False, normalization_config=None)
@@ -48,6 +49,17 @@ def read(text: str, is_real: bool) -> sympy.Basic | MatrixBase | None:
     except Exception:  # the grammar and its converter raise bare Exceptions and whatever sympy raises
         return None
     return found if isinstance(found, sympy.Basic | MatrixBase) and not _is_huge(found) else None
+
+
+def _is_balanced(text: str) -> bool:
+    """Braces close and brackets are not nested absurdly deep: the grammar takes seconds to find that out for itself."""
+    braces = depth = 0
+    for char in text:
+        braces += {"{": 1, "}": -1}.get(char, 0)
+        depth += {"{": 1, "(": 1, "[": 1, "}": -1, ")": -1, "]": -1}.get(char, 0)
+        if braces < 0 or depth > _DEEPEST:
+            return False
+    return braces == 0
 
 
 def same_expression(given: str, wanted: str) -> bool:

@@ -20,7 +20,7 @@ def main(control: socket.socket) -> None:
     # Ctrl-C goes to the whole terminal; the pool decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        from slime.rollout.grading.registry import verdict  # the costly import, once for all workers
+        from slime.rollout.grading.registry import verdict, warm_up  # the costly import, once for all workers
     except Exception as error:
         control.sendall(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         return
@@ -41,6 +41,8 @@ def main(control: socket.socket) -> None:
                 children.add(pid)
                 os.close(descriptors[0])
                 control.sendall(str(pid).encode())
+                if len(children) == 1:
+                    warm_up()  # while the first worker has its first question; all later ones are forks of a warm process
             elif (pid := int(message.removeprefix(b"kill "))) in children:
                 os.kill(pid, signal.SIGKILL)
     finally:

@@ -13,7 +13,7 @@ from slime.rollout.grading.dapo import grade_dapo
 from slime.rollout.grading.deepscaler import grade_deepscaler
 from slime.rollout.grading.f1 import token_f1
 from slime.rollout.grading.ifbench import grade_ifbench
-from slime.rollout.grading.mathematics import grade_math
+from slime.rollout.grading.mathematics import grade_math, same_answer
 from slime.rollout.grading.question import Question, Verdict
 from slime.rollout.grading.response import last_boxed, without_end_tokens
 
@@ -33,6 +33,15 @@ GRADERS: dict[str, Callable[[Question], Verdict]] = {
     "gpqa": lambda q: grade_gpqa(q.response, q.label, q.metadata),
     "ifbench": lambda q: grade_ifbench(q.response, q.metadata),
 }
+
+
+def warm_up() -> None:
+    """Fill what the libraries keep after their first calls: tables of the grammar, modules that sympy imports late."""
+    for answer, label in (
+        (r"\frac{3}{2}x^2-\sqrt{3}y", "x"), (r"2\pi+\log_{2}8-\ln 3", r"\binom{5}{2}!"), ("x<3", r"(-\infty,3)"),
+        ("2x+4y=8", "x+2y=4"), (r"\sin x+\cos^2 x", "e^{x}"), (r"[1,2)\cup(3,\infty)", "|x|"), (r"\pm\sqrt{2}", "1,2"),
+    ):  # fmt: skip
+        same_answer(answer, label)
 
 
 def verdict(question: Question) -> Verdict:

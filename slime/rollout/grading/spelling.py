@@ -168,5 +168,5 @@ def _fractions(text: str) -> str:
     text = re.sub(r"\\binom\s*(\w)\s*(\w)", r"\\binom{\1}{\2}", text)
     text = re.sub(r"\\frac\s+\{", r"\\frac{", text)
     text = re.sub(r"(\\frac\{[^{}]*\})\s*(\w)(?!\w)", r"\1{\2}", text)
-    text = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*(\d+|\w)", r"\\sqrt{\1}", text)  # nobody who writes \sqrt 10 means the root of 1, times 0
     return re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
