@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from slime.rollout.grading.registry import last_boxed
+from slime.rollout.grading.response import last_boxed
 from slime.rollout.rm_hub.by_name import graded
 
 __all__ = ["compute_score"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slime.rollout.grading.registry import last_boxed as extract_answer
+from slime.rollout.grading.response import last_boxed as extract_answer
 from slime.rollout.rm_hub.by_name import graded
 
 __all__ = [
