@@ -166,7 +166,7 @@ def _host(spec, place, column, asked, common, env) -> tuple[dict[str, object], d
     if model_override:
         common["json_model_override_args"] = json.dumps(model_override)
     notes += _override_notes(common, kept)
-    env = host_environment(cores=_cores(spec), base=env)
+    env = host_environment(cores=_cores(spec), host=place.host, peers=place.peers, base=env)
     return common | kept, env, notes
 
 

@@ -51,7 +51,7 @@ def router_argv(
         raise ValueError(
             f"prefill/decode needs at least one engine of each kind and no regular one behind a router, got {roles}"
         )
-    argv = [f"--host={host}", f"--port={port}", f"--prometheus-host={host}", f"--prometheus-port={prometheus_port}"]
+    argv = [f"--host={host}", f"--port={port}", "--prometheus-host=127.0.0.1", f"--prometheus-port={prometheus_port}"]
     for name, value in {**ROUTER_DEFAULTS, **options}.items():
         flag = "--" + name.replace("_", "-")
         if value is None or value is False:
@@ -76,14 +76,15 @@ class RouterProcess:
         options: Mapping[str, object] | None = None, report: Callable[[str], None] = lambda line: None,
     ):  # fmt: skip
         self.workers, self.token, self.host, self.report = tuple(workers), token, host, report
-        self._book = PortBook(host, ROUTER_FIRST_PORT)
+        # Its metrics ask for no token, so they are for this node.
+        self._book, self._metrics_book = PortBook(host, ROUTER_FIRST_PORT), PortBook("127.0.0.1", ROUTER_FIRST_PORT)
         if port is None:
             self.port = self._book.take()
         else:
             self._book.held[port] = require_port(host, port, "--sglang-router-port")
             self.port = port
         self._argv = router_argv(
-            workers, host=host, port=self.port, prometheus_port=self._book.take(), options=dict(options or {})
+            workers, host=host, port=self.port, prometheus_port=self._metrics_book.take(), options=dict(options or {})
         )
         self.child = ChildProcess("router", Path(log_path))
 
@@ -102,6 +103,7 @@ class RouterProcess:
         """Seconds until every worker is registered."""
         took = self.child.wait(self._answers, timeout=timeout, phase=lambda: "registering engines", report=self.report)
         self._book.release()
+        self._metrics_book.release()
         self.report(f"router: ready at {self.url} after {took:.1f} s, {len(self.workers)} engines")
         return took
 
@@ -126,4 +128,5 @@ class RouterProcess:
 
     def stop(self) -> None:
         self._book.release()
+        self._metrics_book.release()
         self.child.stop()

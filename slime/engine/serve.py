@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 
+from slime.compat.sglang import keep_token
+
 if __name__ in ("__main__", "__mp_main__"):
     # SGLang's debug dumper imports megatron-core in every scheduler where it is installed, and megatron-core then switches
     # torch_memory_saver to a mode in which CUDA graphs cannot be paused. Here and not in main(), because a spawned child runs
@@ -42,6 +44,7 @@ def stop_with_parent() -> None:
 def main() -> None:
     token = read_token()
     stop_with_parent()
+    keep_token(token)
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree

@@ -60,3 +60,5 @@ class NodePlacement:
     """first device, counted within CUDA_VISIBLE_DEVICES"""
     dist_init_addr: str | None = None
     """host:port of node 0's block, for engines over several nodes"""
+    peers: tuple[str, ...] = ()
+    """addresses of the nodes whose engines exchange KV cache with this one; empty where all are on this node"""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import signal
+import socket
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from engine.reference import largest_difference, load_reference, read_weights, r
 from slime.engine.client import EngineClient, EngineError, RouterClient, sync
 from slime.engine.process import EngineDied, EngineProcess, group_exists
 from slime.engine.router import RouterProcess, Worker
+from slime.engine.spec import NodePlacement
 from slime.ops.fp8 import quantize_blockwise
 
 pytestmark = pytest.mark.slow
@@ -25,6 +29,12 @@ pytestmark = pytest.mark.slow
 # Both sides compute in float32; what remains is the order of additions.
 ROUND_OFF = 1e-4
 PROMPT_LENGTHS = (8, 60, 300)
+# As if they were on two nodes: each knows its own address and whose engines may connect. 127.0.0.1 is what the kernel takes as
+# the source of a connection to any other of these.
+PLACES = {
+    role: NodePlacement(0, host, i, peers=("127.0.0.1", "127.0.0.2", "127.0.0.3"))
+    for i, (role, host) in enumerate({"prefill": "127.0.0.2", "decode": "127.0.0.3"}.items())
+}
 
 
 @dataclass
@@ -56,7 +66,7 @@ def pair(tmp_path_factory):
     engines = [
         EngineProcess(
             spec(role, i, checkpoint, max_total_tokens=8192),
-            device_kind="host", token=TOKEN, log_path=folder / f"{role}.log", report=reports.append,
+            device_kind="host", token=TOKEN, log_path=folder / f"{role}.log", report=reports.append, place=PLACES[role],
         )
         for i, role in enumerate(roles)
     ]  # fmt: skip
@@ -127,17 +137,51 @@ def test_the_token_is_in_no_argument_list_and_no_other_user_can_read_the_log(pai
         assert process.child.log_path.stat().st_mode & 0o077 == 0
 
 
-def test_only_the_kv_transfer_listens_outside_loopback(pair):
-    """mooncake's TCP transfer engine opens two sockets per engine on every interface and has no option against it."""
-    assert listening_outside_loopback({pair.router.child.pid}) == set()
+def test_every_listener_is_at_its_engines_own_address(pair):
+    """At 127.0.0.2 and 127.0.0.3, and the router at 127.0.0.1: nothing listens on every interface."""
     for engine in pair.engines:
-        assert len(listening_outside_loopback({engine.child.pid})) == 2, (
-            "mooncake learned to bind to loopback: tell pd-disaggregation.md"
-        )
+        found = listeners({engine.child.pid})
+        # The KV transfer has two, SGLang's server one, the ranks' store one on loopback, the bootstrap server one.
+        assert {address for address, _ in found} <= {engine.place.host, "127.0.0.1"}, found
+        assert len([port for address, port in found if address == engine.place.host]) >= 3, found
+    assert {address for address, _ in listeners({pair.router.child.pid})} == {"127.0.0.1"}
 
 
-def listening_outside_loopback(groups: set[int]) -> set[str]:
-    """Local addresses of listening TCP sockets of these process groups, from /proc."""
+def test_the_kv_transfer_accepts_the_runs_nodes_alone(pair):
+    for engine in pair.engines:
+        kept = {engine.ports.http, engine.ports.bootstrap}
+        ours = [port for address, port in listeners({engine.child.pid}) if address == engine.place.host and port not in kept]
+        reached = {port for port in ours if connects((engine.place.host, port), source="127.0.0.3")}
+        assert reached == set(ours)
+        # mooncake's two, ZeroMQ's, over which destinations are told, and the ranks' store.
+        assert len(ours) == 4 and not [port for port in ours if connects((engine.place.host, port), source="127.0.0.9")]
+
+
+def connects(address: tuple[str, int], *, source: str) -> bool:
+    with socket.socket() as caller:
+        caller.settimeout(1.0)
+        caller.bind((source, 0))
+        try:
+            caller.connect(address)
+        except TimeoutError:
+            return False
+        return True
+
+
+def test_the_bootstrap_server_needs_the_token(pair):
+    prefill = pair.engines[0]
+    base = f"http://{prefill.place.host}:{prefill.ports.bootstrap}"
+    for headers in ({}, {"Authorization": "Bearer somebody-else"}):
+        assert httpx.get(f"{base}/health", headers=headers).status_code == 401
+        assert httpx.get(f"{base}/route", headers=headers).status_code == 401
+        assert httpx.put(f"{base}/route", json={}, headers=headers).status_code == 401
+        for path in ("/register_dp_rank", "/query_dp_ranks"):
+            assert httpx.post(base + path, json={}, headers=headers).status_code == 401
+    assert httpx.get(f"{base}/health", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
+
+
+def listeners(groups: set[int]) -> set[tuple[str, int]]:
+    """(IPv4 address, port) of the listening TCP sockets of these process groups, from /proc; IPv6 ones as they map."""
     inodes = set()
     for entry in Path("/proc").iterdir():
         try:
@@ -147,11 +191,13 @@ def listening_outside_loopback(groups: set[int]) -> set[str]:
         except OSError:
             continue
     found = set()
-    for table, loopback in (("tcp", "0100007F"), ("tcp6", "00000000000000000000000001000000")):
+    for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes and not fields[1].startswith(loopback):
-                found.add(fields[1])
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                address, _, port = fields[1].partition(":")
+                words = [int(address[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(address), 8)]
+                found.add((str(ipaddress.ip_address(words[-1])), int(port, 16)))
     return found
 
 

@@ -70,6 +70,28 @@ def test_torch_still_opens_its_store_to_every_interface():
     assert run(code).stdout.strip() == "['0100007F']"
 
 
+@pytest.mark.slow
+def test_mooncake_still_listens_on_every_interface():
+    code = (
+        "import os, socket, mooncake.engine as m\n"
+        "engine = m.TransferEngine()\n"
+        "assert engine.initialize('127.0.0.1', 'P2PHANDSHAKE', 'tcp', '') == 0\n"
+        "links = [f'/proc/self/fd/{fd}' for fd in os.listdir('/proc/self/fd')]\n"
+        "mine = {os.readlink(link) for link in links if os.path.islink(link)}\n"
+        "lines = [l.split() for f in ('tcp', 'tcp6') for l in open(f'/proc/net/{f}')]\n"
+        "print(sorted(l[1].rpartition(':')[0] for l in lines if l[3] == '0A' and f'socket:[{l[9]}]' in mine))"
+    )
+    assert run(code, off="mooncake_bind").stdout.splitlines()[-1] == str(["0" * 8, "0" * 32])
+    assert run(code).stdout.splitlines()[-1] == str(["0000000000000000FFFF00000100007F", "0100007F"])
+
+
+def test_the_bootstrap_server_still_answers_anybody():
+    connection = source("srt/disaggregation/common/conn.py")
+    server = connection[connection.index("class CommonKVBootstrapServer(") :]
+    assert "Authorization" not in connection and "middlewares" not in server
+    assert "def _setup_routes(self)" in server and "import requests" in connection and "from aiohttp import web" in connection
+
+
 def test_a_python_that_never_imports_sglang_pays_nothing():
     code = "import sys; print(sorted({'torch', 'sglang', 'triton', 'torchvision'} & set(sys.modules)))"
     assert run(code).stdout.strip() == "[]"
@@ -83,5 +105,8 @@ def test_the_childs_environment_hides_accelerators_and_stays_on_loopback():
     assert env["SGLANG_CPU_OMP_THREADS_BIND"] == "3|5" and env["OMP_NUM_THREADS"] == "1"
     assert env["SGLANG_HOST_IP"] == "127.0.0.1" and env["GLOO_SOCKET_IFNAME"] == "lo"
     assert env["PYTHONPATH"].split(os.pathsep)[-1] == "/mine" and env["HOME"] == "/h"
+    there = host_environment(cores=[0], host="10.0.0.2", peers=["10.0.0.1", "10.0.0.2"], base={})
+    assert there["SGLANG_HOST_IP"] == there["MC_TCP_BIND_ADDRESS"] == "10.0.0.2"
+    assert there["SLIME_ENGINE_PEERS"] == "10.0.0.1,10.0.0.2" and env["SLIME_ENGINE_PEERS"] == ""
     with pytest.raises(ValueError, match="one core per tensor-parallel rank"):
         host_environment(cores=[])

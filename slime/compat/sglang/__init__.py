@@ -32,9 +32,23 @@ def with_system_libraries(env: Mapping[str, str]) -> dict[str, str]:
     return {**env, "LD_LIBRARY_PATH": os.pathsep.join([folder, *known])}
 
 
-def host_environment(*, cores: Sequence[int], base: Mapping[str, str] | None = None) -> dict[str, str]:
+def keep_token(token: str) -> None:
+    """Leave the run's token with the shims of this process, where they are loaded; the ranks that it forks have it then."""
+    shims = sys.modules.get("sitecustomize")
+    if shims is not None and Path(shims.__file__ or "").parent == SHIMS:
+        shims.TOKEN = token
+
+
+def host_environment(
+    *,
+    cores: Sequence[int],
+    host: str = "127.0.0.1",
+    peers: Sequence[str] = (),
+    base: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """The environment of an engine process on the CPU; one entry of `cores` per tensor-parallel rank.
 
+    host: where its KV transfer listens. peers: addresses of the nodes that may connect there; none where it is loopback.
     base: the environment to start from (None: this process's). Returns a new dict; os.environ is not touched.
     """
     if not cores:
@@ -51,10 +65,12 @@ def host_environment(*, cores: Sequence[int], base: Mapping[str, str] | None = N
         # More threads than the bound cores make small matrix products several times slower.
         OMP_NUM_THREADS="1",
         SGLANG_CPU_OMP_THREADS_BIND="|".join(str(core) for core in cores),
-        # Everything of a CPU engine stays on loopback; by default SGLang and mooncake choose an address of the machine.
+        # The ranks of a CPU engine are on one node.
         GLOO_SOCKET_IFNAME="lo",
-        SGLANG_HOST_IP="127.0.0.1",
-        MC_TCP_BIND_ADDRESS="127.0.0.1",
+        # By default SGLang and mooncake choose an address of the machine. They tell it to their partners, too.
+        SGLANG_HOST_IP=host,
+        MC_TCP_BIND_ADDRESS=host,
+        SLIME_ENGINE_PEERS=",".join(peers),
         HF_HUB_OFFLINE=env.get("HF_HUB_OFFLINE", "1"),
         TOKENIZERS_PARALLELISM="false",
     )

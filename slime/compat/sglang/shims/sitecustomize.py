@@ -12,6 +12,8 @@ SLIME_SGLANG_SHIMS_OFF=name,name switches shims off; the tests use it to see whe
 | host_register | sglang 0.5.17 - 0.5.23 | host buffers are registered with the CUDA runtime |
 | fork | sglang 0.5.15.post1 - 0.5.23 | every rank and the detokenizer would import SGLang anew, 10 s of a core each |
 | loopback_store | torch 2.11 - 2.13 | the ranks' TCPStore listens on every interface, without any authentication |
+| mooncake_bind | mooncake 0.3.13 | the KV transfer listens on every interface, without any authentication (slime_bind.py) |
+| bootstrap_token | sglang 0.5.15.post1 - 0.5.23 | a prefill engine's bootstrap server answers anybody (slime_bootstrap.py) |
 """
 
 from __future__ import annotations
@@ -134,22 +136,41 @@ def _host_register(module: types.ModuleType) -> None:
 
 
 def _loopback_store(module: types.ModuleType) -> None:
-    """torch/distributed/rendezvous.py: a store for 127.0.0.1 gets a socket that is bound there, instead of binding its own."""
+    """torch/distributed/rendezvous.py: a store at this engine's address gets a socket bound there and kept to the run."""
     import socket
 
     plain = module.TCPStore
 
     def store(*args, **kwargs):
-        mine = kwargs.get("is_master") and kwargs.get("host_name") in ("127.0.0.1", "localhost")
+        address, peers = os.environ.get("MC_TCP_BIND_ADDRESS", "127.0.0.1"), os.environ.get("SLIME_ENGINE_PEERS", "")
+        mine = kwargs.get("is_master") and kwargs.get("host_name") in ("127.0.0.1", "localhost", address)
         if not mine or kwargs.get("master_listen_fd") is not None:
             return plain(*args, **kwargs)
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", kwargs["port"]))
+        listener.bind((socket.gethostbyname(kwargs["host_name"]), kwargs["port"]))
+        if peers:
+            from slime.compat.peers import only_from
+
+            only_from(listener, peers.split(","))
         listener.listen(128)
         return plain(*args, **kwargs, master_listen_fd=listener.detach())
 
     module.TCPStore = store
+
+
+def _mooncake_bind(module: types.ModuleType) -> None:
+    import slime_bind
+
+    slime_bind.after_import(module)
+
+
+def _bootstrap_token(module: types.ModuleType) -> None:
+    import slime_bind
+    import slime_bootstrap
+
+    slime_bootstrap.after_import(module)
+    slime_bind.keep_announcements()
 
 
 def _fork(module: types.ModuleType) -> None:
@@ -164,12 +185,16 @@ def _fork(module: types.ModuleType) -> None:
 
 
 _KEPT: list[object] = []
+TOKEN = ""
+"""The run's secret, once slime.engine.serve has read it; ranks are forked after that."""
 _STAND_INS = {"torchvision": _torchvision, "sgl_kernel": _sgl_kernel}
 _AFTER_IMPORT = {
     "sglang.srt.disaggregation.mooncake.conn": ("mooncake_indices", _mooncake_indices),
     "sglang.srt.mem_cache.pool_host.common": ("host_register", _host_register),
     "sglang.srt.entrypoints.engine": ("fork", _fork),
     "torch.distributed.rendezvous": ("loopback_store", _loopback_store),
+    "mooncake.engine": ("mooncake_bind", _mooncake_bind),
+    "sglang.srt.disaggregation.common.conn": ("bootstrap_token", _bootstrap_token),
 }
 
 
