@@ -39,6 +39,9 @@ def main(argv: list[str]) -> int:
         logger.info("%s", nothing_to_train)
         return 0
     # Only now the heavy imports: a mistyped flag is answered in a fraction of a second.
+    from slime.ray.environment import prepare
+
+    prepare()
     from slime.ray.run import Run
 
     # `ray job stop` sends SIGTERM: leave through the `with` block, which stops engines and trainer.

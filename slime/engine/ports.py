@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 from dataclasses import dataclass, field
 
 # Below the ephemeral range; slime's base.
@@ -29,6 +30,28 @@ def bind(host: str, port: int) -> socket.socket:
         raise
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return held
+
+
+def bind_when_free(host: str, port: int, *, patience: float) -> socket.socket:
+    """Hold the port of a server that is ending, once nobody listens there. Raises ValueError after `patience` seconds.
+
+    Its last connections, which the system keeps for a minute, are no hindrance; another lease of the port is not noticed.
+    """
+    held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            held.bind((host.strip("[]"), port))
+            return held
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                held.close()
+                raise ValueError(
+                    f"port {port} on {host}, which a server of this run had, cannot be taken again ({error.strerror}, "
+                    f"for {patience:.0f} s); see who has it: ss -ltnp 'sport = :{port}'"
+                ) from None
+        time.sleep(0.1)
 
 
 def require_port(host: str, port: int, flag: str) -> socket.socket:

@@ -16,14 +16,15 @@ from typing import BinaryIO
 import httpx
 
 from slime.engine import kinds
-from slime.engine.ports import EnginePorts, PortBook, take_engine_ports
+from slime.engine.last_words import last_words
+from slime.engine.ports import EnginePorts, PortBook, bind_when_free, take_engine_ports
 from slime.engine.spec import EngineSpec, NodePlacement
 from slime.engine.versions import capabilities, installed_version, option_table, typed_argv
 
 # Nothing is lost by killing a server; SGLang would take 5 s to say goodbye.
 TERMINATE_SECONDS = 3.0
 KILL_SECONDS = 5.0
-LAST_LINES = 25
+TAKE_OVER_SECONDS = 60.0
 
 # Loads of the data-parallel ranks (sglang/srt/managers/load_snapshot.py).
 _SHARED = re.compile(r"/dev/shm/sglang_loads_\S+")
@@ -107,12 +108,12 @@ class ChildProcess:
                 detail(f"{self.label}: {now} ({elapsed:.0f} s)")
                 last_phase = now
             if elapsed > next_report:
-                report(f"{self.label}: {now} ({elapsed:.0f} s)")
+                report(f"{self.label}: {now} ({elapsed:.0f} s of at most {timeout:.0f})")
                 next_report = elapsed + 30.0
             if elapsed > timeout:
                 raise TimeoutError(
-                    f"{self.label} is not ready after {elapsed:.0f} s (phase: {now}); "
-                    f"its log {self.log_path} ends\n{self.tail()}"
+                    f"{self.label} is not ready after {elapsed:.0f} s (phase: {now}; expected within {timeout:.0f} s)"
+                    f"{last_words(self.log_path)}"
                 )
             time.sleep(0.25)
 
@@ -123,14 +124,7 @@ class ChildProcess:
             if code is not None and code < 0
             else f"exited with {code}"
         )
-        return f"{self.label} {how}; its log {self.log_path} ends\n{self.tail()}"
-
-    def tail(self) -> str:
-        try:
-            lines = self.log_path.read_text(errors="replace").splitlines()
-        except FileNotFoundError:
-            return "  (no log)"
-        return "\n".join("  " + line[:400] for line in [line for line in lines if line.strip()][-LAST_LINES:])
+        return f"{self.label} {how}{last_words(self.log_path)}"
 
     def note_shared_memory(self) -> None:
         """Remember the files in shared memory that SGLang makes and, being killed, does not remove."""
@@ -219,8 +213,9 @@ class EngineProcess:
         report: Callable[[str], None] = lambda line: None,
         detail: Callable[[str], None] = lambda line: None,
     ):
-        """place: None is loopback and the first device. ports: None takes free ones.
+        """place: None is loopback and the first device.
 
+        ports: None takes free ones; else those of a server that has just ended or is about to, which are waited for.
         report: gets a line per event. detail: gets what was made of each option, and each phase of the start.
         """
         if not token:
@@ -228,10 +223,12 @@ class EngineProcess:
         self.spec, self.device_kind, self.token, self.report, self.detail = spec, device_kind, token, report, detail
         self.place = place or NodePlacement(0, "127.0.0.1", 0)
         self._book = PortBook(self.place.host)
+        self._takes_over = ports is not None
         self.ports = ports or take_engine_ports(self._book, prefill=spec.role == "prefill", dp_size=spec.dp_size)
         self.child = ChildProcess(f"engine {spec.label}", Path(log_path))
         self.notes: tuple[str, ...] = ()
-        self._stopped: float | None = None
+        # The one whose ports these are has ended just now.
+        self._stopped: float | None = time.monotonic() if ports is not None else None
 
     @property
     def url(self) -> str:
@@ -251,6 +248,8 @@ class EngineProcess:
         """
         if self._stopped is not None and self.spec.role == "prefill":
             time.sleep(max(0.0, self._stopped + seconds_until_missed(os.environ) - time.monotonic()))
+        if self._takes_over:
+            self._take_over()
         found = installed_version()
         plan = kinds.command(self.device_kind, self.spec, self.place, self.ports, capabilities(found))
         argv = typed_argv(plan.settings, option_table(found))
@@ -258,6 +257,14 @@ class EngineProcess:
         for note in plan.notes:
             self.detail(f"engine {self.spec.label}: {note}")
         self.child.launch([sys.executable, "-u", "-m", "slime.engine.serve", *argv], plan.env, self.token)
+
+    def _take_over(self) -> None:
+        """Once: the other server's ports are free, and its log stays beside ours."""
+        self._takes_over = False
+        for port in filter(None, (self.ports.http, self.ports.nccl, self.ports.bootstrap, self.ports.dist_init)):
+            self._book.held[port] = bind_when_free(self.place.host, port, patience=TAKE_OVER_SECONDS)
+        if self.child.log_path.exists():
+            self.child.log_path.replace(self.child.log_path.with_suffix(f"{self.child.log_path.suffix}.lost"))
 
     def wait_ready(self, timeout: float = 600.0) -> float:
         """Seconds until the server answers (node 0), or until its ranks are up (other nodes).

@@ -2,57 +2,164 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from slime.ray.fates import Process, fates, process_in
+
+logger = logging.getLogger(__name__)
+
 # How long the others get to report after the first failure: the one that raised is the cause, those that hang in a
 # collective are not.
 _GRACE_SECONDS = 3.0
+# A rank that lost its peer often reports before Ray has noticed that the peer's process has ended.
+_DEATH_SECONDS = 20.0
+_LOOK_SECONDS = 60.0
+# What a rank says whose peer has gone: gloo's, NCCL's and the store's words.
+_PEER_LOST = (
+    "closed by peer", "reset by peer", "gloo/", "nccl", "broken pipe", "connection refused", "socket timeout", "timed out",
+    "disterror", "diststoreerror", "distnetworkerror", "distbackenderror", "failed to recv", "wait timeout",
+)  # fmt: skip
 
 
-def gather(refs: Mapping[str, ray.ObjectRef], *, doing: str) -> dict[str, Any]:
-    """Results by name. If one fails, RuntimeError with the cause, at once; ranks that then hang are not waited for."""
+def gather(
+    refs: Mapping[str, ray.ObjectRef],
+    *,
+    doing: str,
+    processes: Mapping[str, Process] | None = None,
+    timeout: float | None = None,
+) -> dict[str, Any]:
+    """Results by name. If one fails, RuntimeError with the cause, at once; ranks that then hang are not waited for.
+
+    processes: those behind the names, where they are known: one that is stopped is told while the others wait for it.
+    timeout: seconds until RuntimeError names who has not answered; None waits for ever.
+    """
     names = {ref: name for name, ref in refs.items()}
     results: dict[str, Any] = {}
-    pending = list(names)
+    pending, started, told = list(names), time.monotonic(), set()
     while pending:
-        done, pending = ray.wait(pending, num_returns=1)
+        elapsed = time.monotonic() - started
+        if timeout is not None and elapsed > timeout:
+            late = ", ".join(names[ref] for ref in pending)
+            raise RuntimeError(f"{late} did not answer within {elapsed:.0f} s while {doing} (expected within {timeout:.0f} s)")
+        done, pending = ray.wait(pending, num_returns=1, timeout=min(_LOOK_SECONDS, timeout or _LOOK_SECONDS))
         for ref in done:
             try:
                 results[names[ref]] = ray.get(ref)
             except ray.exceptions.RayError as error:
-                raise RuntimeError(_explain(names, ref, error, pending, doing)) from None
+                raise RuntimeError(_explain(names, ref, error, pending, doing, processes or {})) from None
+        if not done and processes:
+            told |= _tell_unwell({names[ref]: processes[names[ref]] for ref in pending}, doing, elapsed, told)
     return {name: results[name] for name in refs}
 
 
-def _explain(names: dict, first: ray.ObjectRef, error: Exception, pending: list, doing: str) -> str:
+def _tell_unwell(processes: Mapping[str, Process], doing: str, seconds: float, told: set[str]) -> set[str]:
+    unwell = {name: fate for name, fate in fates(processes).items() if fate is not None and name not in told}
+    for name, fate in unwell.items():
+        logger.warning("%s (%s) %s while %s; the others have waited %.0f s", name, processes[name], fate, doing, seconds)
+    return set(unwell)
+
+
+def _explain(
+    names: Mapping[ray.ObjectRef, str],
+    first: ray.ObjectRef,
+    error: Exception,
+    pending: Sequence[ray.ObjectRef],
+    doing: str,
+    processes: Mapping[str, Process],
+) -> str:
     failures = {names[first]: error}
-    deadline = time.monotonic() + _GRACE_SECONDS
-    while pending and time.monotonic() < deadline:
-        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+    started = time.monotonic()
+    while pending:
+        patience = _DEATH_SECONDS if all(map(_lost_a_peer, failures.values())) else _GRACE_SECONDS
+        left = started + patience - time.monotonic()
+        if left <= 0:
+            break
+        done, pending = ray.wait(pending, num_returns=1, timeout=left)
         for ref in done:
             try:
                 ray.get(ref)
             except ray.exceptions.RayError as other:
                 failures[names[ref]] = other
-    # A process that died or lost its peer is a consequence; an exception of our own code is a cause.
-    causes = {
-        name: failure for name, failure in failures.items() if isinstance(failure, ray.exceptions.RayTaskError)
-    } or failures
-    name, cause = next(iter(causes.items()))
-    others = sorted(set(failures) - {name})
-    also = f"\n(also failed: {', '.join(others)})" if others else ""
-    hanging = f"\n(still waiting, now stopped: {', '.join(names[ref] for ref in pending)})" if pending else ""
-    return f"{name} failed while {doing}:\n{_text(cause)}{also}{hanging}"
+    hanging = [names[ref] for ref in pending]
+    cause, why = _cause(failures, hanging, processes, doing)
+    others = sorted(set(failures) - {cause})
+    also = f"\n(it took others with it: {', '.join(others)})" if others else ""
+    waiting = [name for name in hanging if name != cause]
+    stopped = f"\n(still waiting, now stopped: {', '.join(waiting)})" if waiting else ""
+    return f"{why}{also}{stopped}"
+
+
+def _cause(
+    failures: Mapping[str, Exception], hanging: Sequence[str], processes: Mapping[str, Process], doing: str
+) -> tuple[str, str]:
+    """(who failed first, a sentence that says why). failures: in the order in which they were told.
+
+    A process that was killed is a cause; so is an exception of our own code. One that ended by SIGABRT may have been ended by a
+    collective whose peer had failed, and whoever lost a peer is a consequence.
+    """
+    own = [name for name, failure in failures.items() if _is_raised(failure) and not _lost_a_peer(failure)]
+    dead = {name: _death(name, failure, processes.get(name)) for name, failure in failures.items() if not _is_raised(failure)}
+    dead = dict(sorted(dead.items(), key=lambda item: "SIGABRT" in item[1]))  # stable: aborted ones last
+    if dead and not (own and "SIGABRT" in next(iter(dead.values()))):
+        name, how = next(iter(dead.items()))
+        return name, f"{how}, while {doing}"
+    if own:
+        return own[0], f"{own[0]} failed while {doing}:\n{_text(failures[own[0]])}"
+    known = {name: processes[name] for name in hanging if name in processes}
+    unwell = {name: fate for name, fate in fates(known).items() if fate is not None} if known else {}
+    name, failure = next(iter(failures.items()))
+    lost = f"{name} waited for it:\n{_text(failure)}"
+    if unwell:
+        culprit, fate = next(iter(unwell.items()))
+        return culprit, f"{culprit} ({known[culprit]}) {fate}, while {doing}; {lost}"
+    if known:
+        culprit = next(iter(known))
+        return culprit, f"{culprit} ({known[culprit]}) runs but did not take part, while {doing}; {lost}"
+    return name, f"{name} failed while {doing}:\n{_text(failure)}"
+
+
+def _is_raised(error: Exception) -> bool:
+    """Raised in the actor's code, whose process lives; anything else of Ray's is about a process that is gone."""
+    return isinstance(error, ray.exceptions.RayTaskError)
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    if not _is_raised(error):
+        return False
+    said = f"{type(error.cause).__name__}: {error.cause}".lower()
+    return isinstance(error.cause, RuntimeError) and any(words in said for words in _PEER_LOST)
+
+
+def _death(name: str, error: Exception, process: Process | None) -> str:
+    """Who died and of what, by the fate of its own process where that can still be read."""
+    text = str(error).strip()
+    process = process or process_in(error)
+    if "low on memory" in text or isinstance(error, ray.exceptions.OutOfMemoryError):
+        return f"{name} was killed by Ray's memory monitor: {_one_line(text)}"
+    fate = fates({name: process})[name] if process is not None else None
+    if fate is None or fate == "is gone":
+        return f"{name} died ({type(error).__name__}: {_one_line(text)})"
+    return f"{name} ({process}) {fate}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:600]
 
 
 def _text(error: Exception) -> str:
-    if isinstance(error, ray.exceptions.RayTaskError):
-        # Raised by our own checks, its message is written for the user; the traceback is for everything else.
-        if isinstance(error.cause, (ValueError, OSError)) and str(error.cause):
-            return f"{type(error.cause).__name__}: {error.cause}"
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+    """Raised by our own checks, its message is written for the user; the traceback is for everything else."""
+    if not _is_raised(error):
+        return f"{type(error).__name__}: {error}"
+    cause = error.cause
+    if isinstance(cause, (ValueError, OSError)) and str(cause):
+        return f"{type(cause).__name__}: {cause}"
+    places = re.findall(r'^ *File "(.+?)", line \d+', str(error), re.MULTILINE)
+    ours = bool(places) and Path(places[-1]).is_relative_to(Path(__file__).parents[1])
+    return str(cause) if ours and isinstance(cause, RuntimeError) and str(cause) else str(error)

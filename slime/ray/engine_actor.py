@@ -8,8 +8,10 @@ from pathlib import Path
 
 import ray
 
+from slime.engine.ports import EnginePorts
 from slime.engine.process import EngineDied, EngineProcess
 from slime.engine.spec import EngineSpec, NodePlacement
+from slime.ray.fates import Process, this_process
 
 logger = logging.getLogger(__name__)
 
@@ -24,30 +26,37 @@ class EngineAddress:
     """Where decode engines ask a prefill engine for its KV cache."""
     dist_init_addr: str
     """Where the ranks of an engine over several nodes meet."""
+    ports: EnginePorts
+    actor: Process
 
 
-@ray.remote
+# Threads: whether the server lives can be asked, and it can be stopped, while somebody waits until it is ready.
+@ray.remote(max_concurrency=4)
 class EngineActor:
     """Starts, watches and stops the server process. Requests do not pass through here."""
 
-    def __init__(self, spec: EngineSpec, place: NodePlacement, token: str, log_folder: Path):
+    def __init__(self, spec: EngineSpec, place: NodePlacement, token: str, log_path: Path, ports: EnginePorts | None = None):
+        """ports: those of an actor that was lost; the new server is reached where the old one was."""
         from slime.device import get_device
         from slime.observability.log import setup_logging
 
-        setup_logging(spec.label, folder=log_folder)
+        setup_logging(spec.label, folder=log_path.parent)
+        self._who = this_process()
         self._process = EngineProcess(
             spec,
             device_kind=get_device().kind,
             token=token,
-            log_path=log_folder / f"{spec.label}-{place.node_rank}.log",
+            log_path=log_path,
             place=place,
+            ports=ports,
             report=logger.info,
             detail=logger.debug,
         )
 
     def start(self) -> EngineAddress:
         self._process.start()
-        return EngineAddress(self._process.url, self._process.ports.bootstrap, self._process.dist_init_addr)
+        process = self._process
+        return EngineAddress(process.url, process.ports.bootstrap, process.dist_init_addr, process.ports, self._who)
 
     def wait_ready(self) -> float:
         return self._process.wait_ready(timeout=READY_SECONDS)

@@ -5,23 +5,30 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
 
+from slime.compat.peers import peers_of
 from slime.config import Config
 from slime.engine.client import EngineClient, EngineError
 from slime.engine.plan import plan_engines
+from slime.engine.ports import EnginePorts
 from slime.engine.process import EngineDied
 from slime.engine.router import RouterProcess, Worker
 from slime.engine.spec import EngineSpec, NodePlacement
+from slime.ray import engine_nodes
 from slime.ray.calls import gather
-from slime.ray.engine_actor import EngineActor
+from slime.ray.engine_actor import EngineActor, EngineAddress
+from slime.ray.engine_nodes import Death, EngineNode
 from slime.ray.placement import ALL_DEVICES, ENGINE_SHARE, Placement
 from slime.ray.train_actor import EngineTarget
 
 logger = logging.getLogger(__name__)
+
+# A new actor and its server's process; not until it serves.
+_START_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,8 @@ class Engine:
     spec: EngineSpec
     url: str
     bootstrap_port: int | None
-    actors: tuple
-    """One per node of the engine, node 0 first."""
+    nodes: tuple[EngineNode, ...]
+    """Node 0, which answers HTTP, first."""
 
     @property
     def label(self) -> str:
@@ -43,6 +50,7 @@ class EngineFleet:
     def __init__(self, config: Config, placement: Placement, log_folder: Path, token: str):
         self._config, self._placement, self._log_folder, self._token = config, placement, log_folder, token
         self.engines: list[Engine] = []
+        self._known_dead: frozenset[str] = frozenset()
         self.router: RouterProcess | None = None
 
     def start(self) -> None:
@@ -53,18 +61,17 @@ class EngineFleet:
             raise ValueError(
                 f"--sglang-config serves {len(models)} models ({', '.join(models)}); this version runs one model and its router"
             )
-        heads = {spec.label: self._actor(spec, 0) for spec in specs}
-        addresses = gather({f"engine {label}": head.start.remote() for label, head in heads.items()}, doing="starting")
-        for spec in specs:
-            address = addresses[f"engine {spec.label}"]
-            others = [self._actor(spec, node, address.dist_init_addr) for node in range(1, spec.num_nodes)]
-            self.engines.append(Engine(spec, address.url, address.bootstrap_port, (heads[spec.label], *others)))
-            gather(
-                {f"node {n} of engine {spec.label}": o.start.remote() for n, o in enumerate(others, start=1)}, doing="starting"
-            )
+        heads = [self._node(spec, 0) for spec in specs]
+        for spec, (head, address) in zip(specs, self._started(heads), strict=True):
+            others = [self._node(spec, number, address.dist_init_addr) for number in range(1, spec.num_nodes)]
+            # Before the others start: whatever fails from here on, `stop` knows of them.
+            self.engines.append(Engine(spec, address.url, address.bootstrap_port, (head, *others)))
+            nodes = (head, *(node for node, _ in self._started(others)))
+            self.engines[-1] = replace(self.engines[-1], nodes=nodes)
 
     def wait_ready(self) -> None:
-        gather({f"engine {engine.label}": engine.actors[0].wait_ready.remote() for engine in self.engines}, doing="coming up")
+        heads = [engine.nodes[0] for engine in self.engines]
+        gather({head.name: head.actor.wait_ready.remote() for head in heads}, doing="coming up")
         engine = self._config.engine
         self.router = RouterProcess(
             [Worker(served.url, served.spec.role, served.bootstrap_port) for served in self.updated()],
@@ -83,15 +90,28 @@ class EngineFleet:
         nodes = {slot.node_ip for slot in self._placement.engine_slots}
         return "127.0.0.1" if len(nodes) == 1 else ray.util.get_node_ip_address()
 
-    def _actor(self, spec: EngineSpec, node: int, dist_init_addr: str | None = None):
-        slot = self._placement.engine_slots[spec.gpu_offset + node * spec.gpus_per_node]
-        host = self._host() if self._host() == "127.0.0.1" else slot.node_ip
-        return EngineActor.options(
+    @staticmethod
+    def _started(nodes: Sequence[EngineNode], *, timeout: float | None = None) -> list[tuple[EngineNode, EngineAddress]]:
+        """The nodes with what is known of them once their processes run."""
+        addresses = gather({node.name: node.actor.start.remote() for node in nodes}, doing="starting", timeout=timeout)
+        found = ((node, addresses[node.name]) for node in nodes)
+        return [(replace(node, ports=address.ports, process=address.actor), address) for node, address in found]
+
+    def _node(
+        self, spec: EngineSpec, number: int, dist_init_addr: str | None = None, ports: EnginePorts | None = None
+    ) -> EngineNode:
+        slot = self._placement.engine_slots[spec.gpu_offset + number * spec.gpus_per_node]
+        nodes = sorted({slot.node_ip for slot in self._placement.engine_slots})
+        host, peers = ("127.0.0.1", ()) if len(nodes) == 1 else (slot.node_ip, tuple(peers_of(nodes)))
+        log_path = self._log_folder / f"{spec.label}-{number}.log"
+        actor = EngineActor.options(
             num_gpus=ENGINE_SHARE,
             num_cpus=ENGINE_SHARE,
             scheduling_strategy=self._placement.strategy(slot),
             runtime_env={"env_vars": ALL_DEVICES},
-        ).remote(spec, NodePlacement(node, host, slot.device_index, dist_init_addr), self._token, self._log_folder)
+        ).remote(spec, NodePlacement(number, host, slot.device_index, dist_init_addr, peers), self._token, log_path, ports)
+        name = f"engine {spec.label}" if spec.num_nodes == 1 else f"node {number} of engine {spec.label}"
+        return EngineNode(name, slot.node_ip, actor, log_path, ports)
 
     # ------------------------------------------------------------------ weights
 
@@ -146,7 +166,19 @@ class EngineFleet:
 
     def obituaries(self) -> list[str]:
         """Why engines or the router are gone; empty while all live."""
-        return [text for texts in (*self._dead_engines().values(), self._dead_router()) for text in texts]
+        return [death.why for death in self._deaths().values()] + self._dead_router()
+
+    def _nodes(self, engines: Sequence[Engine] | None = None) -> dict[str, EngineNode]:
+        return {node.name: node for engine in (self.engines if engines is None else engines) for node in engine.nodes}
+
+    def _deaths(self) -> dict[str, Death]:
+        """By the name of the node."""
+        return engine_nodes.deaths(list(self._nodes().values()))
+
+    def _without(self, dead: Mapping[str, Death]) -> tuple[list[Engine], list[Engine]]:
+        """(engines that are whole, engines that lack a node)."""
+        broken = [engine for engine in self.engines if any(node.name in dead for node in engine.nodes)]
+        return [engine for engine in self.engines if engine not in broken], broken
 
     def _dead_router(self) -> list[str]:
         """Why the router is gone; empty while it lives."""
@@ -157,27 +189,23 @@ class EngineFleet:
                 return [str(died)]
         return []
 
-    def _dead_engines(self) -> dict[str, list[str]]:
-        """Label -> why its processes are gone, of the engines that lack one."""
-        nodes = {(e.label, n): node for e in self.engines for n, node in enumerate(e.actors)}
-        asked = {f"node {n} of engine {label}": node.obituary.remote() for (label, n), node in nodes.items()}
-        found: dict[str, list[str]] = {}
-        for (label, _), text in zip(nodes, gather(asked, doing="looking after engines").values(), strict=True):
-            if text:
-                found.setdefault(label, []).append(text)
-        return found
-
     def end_hopeless_requests(self) -> None:
-        """Stop the router when the last engine of a kind has died: its partner would keep every request waiting for minutes."""
-        dead = self._dead_engines()
-        alive = {(engine.spec.model, engine.spec.role) for engine in self.engines if engine.label not in dead}
-        lost = [e.label for e in self.engines if e.label in dead and (e.spec.model, e.spec.role) not in alive]
-        if lost and self.router is not None and self.router.is_alive():
-            logger.error("%s died and nobody can take its place: ending all requests", ", ".join(lost))
+        """Stop the router when nobody will end some requests: the last engine of a kind has died, whose partner would keep each
+        for minutes, or one is out of reach, whose connections do not break."""
+        dead = self._deaths()
+        whole, broken = self._without(dead)
+        self._known_dead = frozenset(engine.label for engine in broken)
+        alive = {(engine.spec.model, engine.spec.role) for engine in whole}
+        lost = [e.label for e in broken if (e.spec.model, e.spec.role) not in alive]
+        hanging = [name for name, death in dead.items() if death.hangs]
+        if (lost or hanging) and self.router is not None and self.router.is_alive():
+            why = f"{', '.join(lost)} died and nobody can take its place" if lost else f"{', '.join(hanging)} is out of reach"
+            logger.error("%s: ending all requests", why)
             self.router.stop()
 
     def missed_checks(self, timeout: float) -> dict[str, str | None]:
-        """Asks every engine to generate a token: label -> why it did not within `timeout` seconds, None where it did."""
+        """Asks every engine that lived at the last look to generate a token: label -> why it did not within `timeout` seconds,
+        None where it did."""
 
         async def check(client: EngineClient) -> str | None:
             try:
@@ -186,49 +214,66 @@ class EngineFleet:
                 return str(error)
             return None
 
-        return self._each(self.engines, check)
+        return self._each([engine for engine in self.engines if engine.label not in self._known_dead], check)
 
     def end_engine(self, label: str) -> None:
         """Kill one engine, on all its nodes."""
-        (engine,) = (engine for engine in self.engines if engine.label == label)
-        self._stop_nodes([engine])
+        engine_nodes.stop([node for engine in self.engines if engine.label == label for node in engine.nodes])
 
     def recover(self) -> list[str]:
         """Start what died again, at the address where it was, and wait until it serves. What was started; empty if all live.
 
         A restarted engine holds the checkpoint's weights. Requests that wait for a dead partner are aborted on the others.
+        Raises RuntimeError where the machine of an engine is gone.
         """
-        dead, router_died = self._dead_engines(), self._dead_router()
-        for text in (*(text for texts in dead.values() for text in texts), *router_died):
+        dead, router_died = self._deaths(), self._dead_router()
+        for text in (*(death.why for death in dead.values()), *router_died):
             logger.error("%s", text)
         if not dead and not router_died:
             return []
-        self._each([engine for engine in self.engines if engine.label not in dead], lambda client: client.abort_all())
-        again = [engine for engine in self.engines if engine.label in dead]
-        self._stop_nodes(again)
-        for engine in again:
-            for number, node in enumerate(engine.actors):  # node 0 first: the ranks of the others look for it
-                gather({f"node {number} of engine {engine.label}": node.start.remote()}, doing="starting again")
-        gather({f"engine {e.label}": e.actors[0].wait_ready.remote() for e in again}, doing="coming up again")
+        engine_nodes.refuse_lost_nodes(self._nodes(), dead)
+        whole, broken = self._without(dead)
+        self._abort_on(whole)
+        engine_nodes.stop(list(self._nodes(broken).values()))
+        for engine in broken:
+            self._start_again(engine, {name for name, death in dead.items() if death.actor_is_lost})
+        labels = [engine.label for engine in broken]
+        heads = [engine.nodes[0] for engine in self.engines if engine.label in labels]
+        gather({head.name: head.actor.wait_ready.remote() for head in heads}, doing="coming up again")
         if router_died:
             self.router.stop()
             self.router.start()
             self.router.wait_ready()
-        return [*dead, *(["router"] if router_died else [])]
+        self._known_dead = frozenset()
+        return [*labels, *(["router"] if router_died else [])]
 
-    @staticmethod
-    def _stop_nodes(engines: list[Engine]) -> None:
-        nodes = {f"node {n} of engine {e.label}": node for e in engines for n, node in enumerate(e.actors)}
-        gather({name: node.stop.remote() for name, node in nodes.items()}, doing="stopping")
+    def _abort_on(self, engines: list[Engine]) -> None:
+        async def abort(client: EngineClient) -> None:
+            try:
+                await client.abort_all()
+            except EngineError as error:  # it dies too: the next look finds it
+                logger.warning("abort: %s", error)
+
+        self._each(engines, abort)
+
+    def _start_again(self, engine: Engine, lost: set[str]) -> None:
+        """lost: names of nodes whose actor is gone; each gets a new one at the old address."""
+        nodes, meeting = list(engine.nodes), None
+        for number, node in enumerate(nodes):  # node 0 first: the ranks of the others look for it
+            if node.name in lost:
+                ray.kill(node.actor)  # one that hangs still holds its share of the device
+                node = self._node(engine.spec, number, meeting, node.ports)
+            ((nodes[number], address),) = self._started([node], timeout=_START_SECONDS)
+            meeting = address.dist_init_addr
+        self.engines[self.engines.index(engine)] = replace(engine, nodes=tuple(nodes))
 
     def stop(self) -> None:
         if self.router is not None:
             self.router.stop()
-        stops = [node.stop.remote() for engine in self.engines for node in engine.actors]
-        ray.wait(stops, num_returns=len(stops), timeout=30) if stops else None
-        for engine in self.engines:
-            for node in engine.actors:
-                ray.kill(node)
+        nodes = list(self._nodes().values())
+        engine_nodes.stop(nodes)
+        for node in nodes:
+            ray.kill(node.actor)
         self.engines.clear()
 
     def _each(self, engines: list[Engine], call: Callable[[EngineClient], Awaitable[object]]) -> dict[str, object]:
@@ -239,6 +284,8 @@ class EngineFleet:
             client = EngineClient(engine.url, self._token)
             try:
                 return await call(client)
+            except EngineError as error:
+                raise type(error)(f"engine {engine.label}: {error}", error.status, error.retry_after) from None
             finally:
                 await client.close()
 

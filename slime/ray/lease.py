@@ -1,11 +1,18 @@
-"""Who holds the devices. With --colocate trainer and engines share them, one at a time."""
+"""Who holds the devices. With --colocate trainer and engines share them, one at a time.
+
+An engine may die while it gives or takes memory, as at any other time. With --use-fault-tolerance it is started again, and the
+hand-over goes on with it.
+"""
 
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
+
+logger = logging.getLogger(__name__)
 
 
 class Holder(enum.Enum):
@@ -33,6 +40,10 @@ Revive = Callable[[Callable[[], None]], list[str]]
 """Starts dead engines again, after a call of its argument, and says which; [] where none is dead or may be started."""
 
 
+DiedLately = Callable[[], bool]
+"""Whether an engine is dead that may be started again, waiting some seconds for one that is about to be."""
+
+
 def nobody_died(prepare: Callable[[], None]) -> list[str]:
     return []
 
@@ -51,15 +62,17 @@ class Lease:
         *,
         holder: Holder,
         revive: Revive = nobody_died,
+        died_lately: DiedLately = lambda: False,
     ):
-        self._engines, self._trainers, self.holder, self._revive = engines, trainers, holder, revive
+        self._engines, self._trainers, self.holder = engines, trainers, holder
+        self._revive, self._died_lately = revive, died_lately
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Engines give up their memory, the trainer wakes."""
         self._expect(Holder.ENGINES)
         self._revive(lambda: None)  # who died after the last answer
-        self._engines.release_memory()
+        self.release_engines()
         self._trainers.wake()
         self.holder = Holder.TRAINER
         yield
@@ -74,12 +87,34 @@ class Lease:
             self._engines.release_memory(revived)
             self._trainers.wake()
         self._trainers.sleep("steps")
-        self._engines.resume_memory("weights")
         self.holder = Holder.SYNC
+        try:
+            self._engines.resume_memory("weights")
+        except RuntimeError as broken:
+            if not self._died_lately() or not self.restart_engines():
+                raise
+            logger.warning("taking memory for weights went on with a new engine; what broke: %s", broken)
         yield
         self._trainers.sleep("weights")
-        self._engines.resume_memory("kv_cache")
+        try:
+            self._engines.resume_memory("kv_cache")
+        except RuntimeError as broken:
+            # All others have their caches, and the new weights. The next to ask for an engine finds the dead one.
+            if not self._died_lately():
+                raise
+            logger.warning("an engine died while it took memory for its cache: %s", broken)
         self.holder = Holder.ENGINES
+
+    def release_engines(self) -> None:
+        """Engines that share devices give up weights and cache; one that dies of it is started again, and does so too."""
+        try:
+            self._engines.release_memory()
+        except RuntimeError as broken:
+            if not self._died_lately():
+                raise
+            revived = self._revive(lambda: None)
+            logger.warning("giving memory back went on with a new engine; what broke: %s", broken)
+            self._engines.release_memory(revived)
 
     def restart_engines(self) -> bool:
         """Within `syncing`, after a death: the dead are started while the trainer sleeps, then all is as before, but for their

@@ -13,6 +13,7 @@ from pathlib import Path
 import ray
 
 from slime.config import Config
+from slime.ray.fates import Process, this_process
 from slime.ray.health import HealthWatch
 from slime.ray.placement import Placement
 from slime.ray.train_actor import EngineTarget
@@ -42,6 +43,9 @@ class RolloutActor:
         from slime.rollout.plugins import load_plugins
 
         self._plugins = load_plugins(self._config)
+
+    def process(self) -> Process:
+        return this_process()
 
     def start(self) -> None:
         """Engines start first and load while prompts are read; then all is waited for."""
@@ -164,11 +168,13 @@ class RolloutSide:
 
     def __init__(self, actor):
         self._actor = actor
+        self._processes: dict[str, Process] = {}
 
     def load_plugins(self) -> None:
         self._wait(self._actor.load_plugins.remote(), "loading plugins")
 
     def begin_start(self) -> ray.ObjectRef:
+        self._processes = {"rollout": self._wait(self._actor.process.remote(), "starting its process")}
         return self._actor.start.remote()
 
     def finish_start(self, started: ray.ObjectRef) -> None:
@@ -179,10 +185,10 @@ class RolloutSide:
 
     def generate(self, rollout_id: int) -> tuple[ray.ObjectRef, Report]:
         batch, report = self._actor.generate.remote(rollout_id)
-        return batch, self._wait(report, f"generating rollout {rollout_id}")
+        return batch, self._wait(report, f"generating rollout {rollout_id + 1}")
 
     def evaluate(self, rollout_id: int) -> tuple[dict[str, float], Report]:
-        return self._call("evaluate", rollout_id)
+        return self._wait(self._actor.evaluate.remote(rollout_id), f"evaluating after rollout {rollout_id + 1}")
 
     def state(self, saving: int | None = None) -> dict | None:
         return self._call("state", saving)
@@ -239,8 +245,7 @@ class RolloutSide:
     def _call(self, method: str, *args):
         return self._wait(getattr(self._actor, method).remote(*args), " ".join(str(part) for part in (method, *args))[:80])
 
-    @staticmethod
-    def _wait(ref: ray.ObjectRef, doing: str):
+    def _wait(self, ref: ray.ObjectRef, doing: str):
         from slime.ray.calls import gather
 
-        return gather({"rollout": ref}, doing=doing)["rollout"]
+        return gather({"rollout": ref}, doing=doing, processes=self._processes)["rollout"]

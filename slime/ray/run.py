@@ -25,6 +25,7 @@ from slime.observability.owner import LAUNCH_VARIABLE
 from slime.observability.report import RolloutLine, evaluation_line
 from slime.observability.tracking import Axis, JsonLinesSink, Sink, Start, TensorBoardSink, Tracker, tensorboard_directory
 from slime.ray.cluster_watch import ClusterWatch
+from slime.ray.environment import QUIET
 from slime.ray.lease import FreeLease, Holder, Lease
 from slime.ray.placement import Placement, place
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
@@ -44,6 +45,9 @@ _GENERATE_AGAIN = 2
 _SEND_AGAIN = 2
 # From the first call that a dying server does not answer to the end of its process.
 _DYING_SECONDS = 10.0
+# The same where the run ends in any case, and what a look at engines may take then.
+_REAPING_SECONDS = 3.0
+_TELLING_SECONDS = 75.0
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,9 @@ class Run:
 
     def _tell_who_is_gone(self) -> None:
         """A dead server shows as a refused connection wherever it is missed next; its own log says why."""
-        gone = self._rollout.obituaries(timeout=15)
+        deadline = time.monotonic() + _REAPING_SECONDS
+        while not (gone := self._rollout.obituaries(timeout=_TELLING_SECONDS)) and time.monotonic() < deadline:
+            time.sleep(0.5)
         for text in gone:
             logger.error("%s", text)
         if gone:
@@ -146,7 +152,7 @@ class Run:
             num_trainer=self._num_trainer_slots(), num_engine=self._num_engine_slots(), colocate=config.cluster.colocate
         )
         # It takes no CPU from the slots. Two threads: `stop` must get through while `start` still waits for engines.
-        actor = RolloutActor.options(num_cpus=0, max_concurrency=2).remote(
+        actor = RolloutActor.options(num_cpus=0, max_concurrency=2, runtime_env={"env_vars": QUIET}).remote(
             config, self._placement, _run_folder(config), secrets.token_hex(16)
         )
         self._rollout = RolloutSide(actor)
@@ -183,8 +189,16 @@ class Run:
     def _take_first_lease(self) -> None:
         """The first weights: engines were started with a checkpoint's, the trainer's may differ, so they are always sent."""
         if self._config.cluster.colocate:
-            self._release_engines()
-            self.lease = Lease(self._rollout, self._trainers, holder=Holder.TRAINER, revive=self._revive)
+            lease = Lease(
+                self._rollout,
+                self._trainers,
+                holder=Holder.TRAINER,
+                revive=self._revive,
+                died_lately=self._died_lately,
+            )
+            if self._config.cluster.offload_rollout and not self._released:
+                lease.release_engines()
+            self.lease = lease
         with self.lease.syncing():
             report = self.sync_weights()
         logger.info("%s", report.line())
@@ -221,17 +235,13 @@ class Run:
         if not self._tolerates_deaths:
             return generate()
         position = self._rollout.state()
+        self._mend()  # who died while the devices changed hands
         for _ in range(_GENERATE_AGAIN):
             try:
                 result, error = generate(), None
             except RuntimeError as broken:
                 error = broken
-            started_again = self._revive()
-            if started_again:
-                with self.lease.training():
-                    pass  # on shared devices the trainer has to be awake to send weights
-                with self.lease.syncing():
-                    self.sync_weights()
+            started_again = self._mend()
             if error is None:
                 return result
             if not started_again:
@@ -239,6 +249,16 @@ class Run:
             logger.warning("generating again, from the same prompts; what broke: %s", error)
             self._rollout.restore(position)
         return generate()
+
+    def _mend(self) -> list[str]:
+        """Dead servers are started again and get the trainer's weights: which."""
+        started_again = self._revive()
+        if started_again:
+            with self.lease.training():
+                pass  # on shared devices the trainer has to be awake to send weights
+            with self.lease.syncing():
+                self.sync_weights()
+        return started_again
 
     @property
     def _tolerates_deaths(self) -> bool:

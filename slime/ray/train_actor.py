@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from slime.compat.peers import peers_of
 from slime.config import Config
+from slime.ray.fates import Process, this_process
 from slime.types import RolloutBatch, StepPlan
 from slime.weights.protocol import StreamReport
 
@@ -51,6 +53,13 @@ class RankMemory:
     """Phase -> {"tensors", "reserved"} (slime.device.PhasePeak)."""
 
 
+def meeting_place(nodes: Sequence[str]) -> tuple[str, list[str]]:
+    """(address of this node at which ranks on `nodes` find a server here, addresses that may connect; none where loopback)."""
+    if len(set(nodes)) == 1:
+        return "127.0.0.1", []
+    return ray.util.get_node_ip_address(), peers_of(nodes)
+
+
 @ray.remote
 class TrainActor:
     """Holds a `Trainer`. All methods are called on all ranks alike; rank 0 also serves the rendezvous store."""
@@ -67,6 +76,9 @@ class TrainActor:
         for name, value in config.cluster.train_env_vars.items():
             os.environ[name] = str(value)
 
+    def process(self) -> Process:
+        return this_process()
+
     def device_kind(self) -> str:
         from slime.device import get_device
 
@@ -82,14 +94,14 @@ class TrainActor:
             prepare()  # a hook may import megatron.core
             check_hooks(self._config)
 
-    def open_store(self) -> tuple[str, int]:
-        """Rank 0 only: start the rendezvous store on a port that the system picks, so that no two runs race for one."""
-        import torch.distributed as dist
+    def open_store(self, nodes: Sequence[str]) -> tuple[str, int]:
+        """Rank 0 only: start the rendezvous store, for the ranks on these nodes. Where it is."""
+        from slime.compat.store import serve_store
 
-        address, minutes = ray.util.get_node_ip_address(), self._config.parallel.distributed_timeout_minutes
+        address, peers = meeting_place(nodes)
         # Without it rank 0 alone would give up on slow ranks after torch's five minutes.
-        wait = timedelta(minutes=minutes)
-        self._store = dist.TCPStore(address, 0, self._world_size, is_master=True, wait_for_workers=False, timeout=wait)
+        wait = timedelta(minutes=self._config.parallel.distributed_timeout_minutes)
+        self._store = serve_store(address, peers, world_size=self._world_size, timeout=wait)
         return address, self._store.port
 
     def start(self, store_address: tuple[str, int]) -> RankShare:

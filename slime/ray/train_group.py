@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import ray
 
 from slime.config import Config
 from slime.ray.calls import gather
+from slime.ray.fates import Process, end
 from slime.ray.placement import ALL_DEVICES, TRAINER_SHARE, Placement
 from slime.ray.train_actor import EngineTarget, RankMemory, TrainActor
 from slime.weights.protocol import StreamReport
@@ -25,16 +27,18 @@ class TrainGroup:
     """One actor per trainer slot, all called at once. Implements the trainer's side of lease and weight protocol."""
 
     def __init__(self, config: Config, placement: Placement):
+        self._nodes = [slot.node_ip for slot in placement.trainer_slots]
         self._actors = {
             f"trainer rank {rank}": TrainActor.options(
                 num_gpus=TRAINER_SHARE,
                 num_cpus=TRAINER_SHARE,
                 scheduling_strategy=placement.strategy(slot),
-                runtime_env={"env_vars": _environment()},
+                runtime_env={"env_vars": _environment(one_node=len(set(self._nodes)) == 1)},
             ).remote(config, rank, len(placement.trainer_slots), slot.device_index)
             for rank, slot in enumerate(placement.trainer_slots)
         }
         self.targets: Sequence[EngineTarget] = ()
+        self._processes: dict[str, Process] = {}
         self.has_failed = False
         """A call failed: ranks may hang in a collective, so no further call would be answered."""
 
@@ -50,8 +54,12 @@ class TrainGroup:
 
     def start(self) -> list[RankShare]:
         """Build the model on every rank; the ranks' shares, in order."""
+        asked = {name: actor.process.remote() for name, actor in self._actors.items()}
+        self._processes = gather(asked, doing="starting their processes")
         first = next(iter(self._actors.values()))
-        address = gather({"trainer rank 0": first.open_store.remote()}, doing="opening the rendezvous store")["trainer rank 0"]
+        address = gather({"trainer rank 0": first.open_store.remote(self._nodes)}, doing="opening the rendezvous store")[
+            "trainer rank 0"
+        ]
         return list(self._call("start", address, doing="starting the trainer").values())
 
     def load(self):
@@ -62,7 +70,7 @@ class TrainGroup:
         return self._first(self._call("train", batch, ray.put(list(steps)), doing="training"))
 
     def save(self, rollout_id: int, data_state: dict | None) -> None:
-        self._call("save", rollout_id, data_state, doing=f"saving rollout {rollout_id}")
+        self._call("save", rollout_id, data_state, doing=f"saving rollout {rollout_id + 1}")
 
     def finish_save(self) -> None:
         """Wait until a save that is written beside training (--async-save) is in force."""
@@ -95,10 +103,13 @@ class TrainGroup:
     def stop(self) -> None:
         for actor in self._actors.values():
             ray.kill(actor)
+        if self.has_failed:
+            end(self._processes)  # a stopped one does not hear Ray
 
     def _call(self, method: str, *args, doing: str) -> dict[str, object]:
+        refs = {name: getattr(actor, method).remote(*args) for name, actor in self._actors.items()}
         try:
-            return gather({name: getattr(actor, method).remote(*args) for name, actor in self._actors.items()}, doing=doing)
+            return gather(refs, doing=doing, processes=self._processes)
         except RuntimeError:
             self.has_failed = True
             raise
@@ -108,9 +119,12 @@ class TrainGroup:
         return next(iter(results.values()))
 
 
-def _environment() -> dict[str, str]:
+def _environment(*, one_node: bool) -> dict[str, str]:
+    # Ranks of one node need nothing but loopback; gloo would listen at the address that the host's name stands for.
+    loopback = {} if not one_node or os.environ.get("GLOO_SOCKET_IFNAME") else {"GLOO_SOCKET_IFNAME": "lo"}
     return {
         **ALL_DEVICES,
+        **loopback,
         "NCCL_CUMEM_ENABLE": "0",
         "TOKENIZERS_PARALLELISM": "false",
         # megatron-core warns on every import about each optional package that is not there.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from slime.engine.ports import bind_when_free
 from slime.engine.process import ChildProcess, EngineDied, EngineProcess, group_exists, seconds_until_missed
 from slime.engine.spec import EngineSpec, NodePlacement
 
@@ -37,7 +40,7 @@ def test_a_child_that_never_serves_is_a_time_out_with_its_phase(tmp_path):
     process = child(tmp_path, "import time; print('still here'); time.sleep(600)")
     try:
         wait(process, ready=lambda: "still here" in process.log_path.read_text())
-        with pytest.raises(TimeoutError, match=r"not ready after \d+ s \(phase: thinking\); its log .*\n  still here"):
+        with pytest.raises(TimeoutError, match=r"not ready after \d+ s \(phase: thinking; expected .*its log .*\n  still here"):
             wait(process, timeout=0.0)
     finally:
         process.stop()
@@ -138,3 +141,34 @@ def test_a_prefill_engine_is_away_for_as_many_heartbeats_as_decode_engines_allow
     assert seconds_until_missed({}) == 2 * 5.0 + 1
     own = {"SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "1", "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE": "3"}
     assert seconds_until_missed(own) == 3 * 2.0 + 1, "SGLang asks every 2 s at the most"
+
+
+def test_a_port_whose_server_is_ending_is_taken_once_nobody_listens_there():
+    """With a connection that the system still keeps, as after every server that closed first."""
+    with socket.create_server(("127.0.0.1", 0)) as old:
+        port = old.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} on 127.0.0.1, which a server of this run had, cannot"):
+            bind_when_free("127.0.0.1", port, patience=0.2)
+        caller = socket.create_connection(("127.0.0.1", port))
+        accepted, _ = old.accept()
+        accepted.close()  # first: this side keeps the connection in TIME_WAIT
+        caller.close()
+        threading.Timer(0.3, old.close).start()
+        with bind_when_free("127.0.0.1", port, patience=60.0), socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", port))
+            server.listen()  # what the new server does while the port is still held for it
+
+
+def test_an_engine_in_the_place_of_a_lost_one_has_its_address_and_leaves_its_log(tmp_path):
+    first = engine(tmp_path)
+    first.child.log_path.write_text("the last words of the lost one")
+    first._book.release()
+    second = EngineProcess(first.spec, device_kind="host", token="t", log_path=first.child.log_path, ports=first.ports)
+    try:
+        second._take_over()
+        assert second.url == first.url and second.dist_init_addr == first.dist_init_addr
+        assert sorted(second._book.held) == sorted({first.ports.http, first.ports.nccl, first.ports.dist_init})
+        assert (tmp_path / f"{first.child.log_path.name}.lost").read_text() == "the last words of the lost one"
+    finally:
+        second.stop()

@@ -11,6 +11,7 @@ import pytest
 
 from slime.engine.client import EngineGone
 from slime.ray.engine_fleet import EngineFleet
+from slime.ray.engine_nodes import Death
 from slime.ray.health import HealthWatch, Strikes
 from slime.ray.run import Run
 
@@ -77,6 +78,13 @@ def test_a_rollout_that_a_death_broke_is_made_again_from_the_same_prompts_with_t
     assert run.generate(3).batch == 10
     assert side.events == ["generate from 10", *AGAIN, "generate from 10"]
     assert run.generate(4).batch == 15, "and the prompts go on behind those"
+
+
+def test_who_died_while_the_devices_changed_hands_is_mended_before_the_next_prompts(run_with):
+    run, side = run_with([([], False)])
+    side.dead = ["decode-1"]
+    assert run.generate(3).batch == 10
+    assert side.events == [*AGAIN, "generate from 10"]
 
 
 def test_a_rollout_that_the_other_engines_finished_stands(run_with):
@@ -198,17 +206,50 @@ def test_the_watch_ends_the_engine_that_stopped_answering_and_leaves_with_the_bl
     assert not watch._thread.is_alive()
 
 
+def test_the_watch_outlives_whatever_looking_and_ending_meet(caplog):
+    """The first look meets an actor that is gone; the engine that then misses its checks is ended all the same."""
+    ended, looks = threading.Event(), []
+
+    def look():
+        looks.append(1)
+        raise RuntimeError("the actor of engine a died")
+
+    def end(label):
+        if len(looks) < 12:
+            raise RuntimeError("its actor does not answer")
+        ended.set()
+
+    with HealthWatch(look, lambda: {"a": "no answer within 1 s"}, end, interval=0.001, first_wait=0.0):
+        assert ended.wait(30)
+    told = [record.getMessage() for record in caplog.records if "the watch goes on" in record.getMessage()]
+    assert told == [
+        "the watch could not see whether engines live: RuntimeError: the actor of engine a died (the watch goes on)",
+        "the watch could not see that engine a ends: RuntimeError: its actor does not answer (the watch goes on)",
+    ]
+
+
 @pytest.mark.parametrize(
-    "dead, hopeless",
-    [([], False), (["decode-1"], False), (["decode-1", "decode-2"], True), (["prefill-0"], True)],
+    "dead, hangs, hopeless",
+    [
+        ([], False, False),
+        (["decode-1"], False, False),
+        (["decode-1"], True, True),
+        (["decode-1", "decode-2"], False, True),
+        (["prefill-0"], False, True),
+    ],
 )
-def test_requests_are_ended_when_the_last_engine_of_a_kind_has_died(dead, hopeless):
+def test_requests_are_ended_when_the_last_engine_of_a_kind_has_died_or_one_is_out_of_reach(dead, hangs, hopeless):
     fleet = EngineFleet(None, None, None, "token")
     labels = ("prefill-0", "decode-1", "decode-2")
     fleet.engines = [
-        SimpleNamespace(label=label, spec=SimpleNamespace(model="default", role=label.split("-")[0])) for label in labels
+        SimpleNamespace(
+            label=label,
+            spec=SimpleNamespace(model="default", role=label.split("-")[0]),
+            nodes=(SimpleNamespace(name=f"engine {label}"),),
+        )
+        for label in labels
     ]
-    fleet._dead_engines = lambda: {label: ["killed"] for label in dead}
+    fleet._deaths = lambda: {f"engine {label}": Death("killed", hangs, hangs) for label in dead}
     stops = []
     fleet.router = SimpleNamespace(is_alive=lambda: not stops, stop=lambda: stops.append(1))
     fleet.end_hopeless_requests()

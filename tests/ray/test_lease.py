@@ -119,6 +119,78 @@ def test_an_engine_that_died_in_the_sync_is_started_again_while_the_trainer_slee
         lease.restart_engines()
 
 
+class DiesAt(Mortal):
+    """decode-1 dies of one call; the others have done what was asked."""
+
+    def __init__(self, call: str):
+        super().__init__()
+        self.dead, self.deadly = [], call
+
+    def _meet(self, call: str) -> None:
+        if call == self.deadly and not self.dead:
+            self.dead, self.deadly = ["decode-1"], ""
+            raise RuntimeError("engine default-decode-1: the server is gone")
+
+    def release_memory(self, labels=None):
+        super().release_memory(labels)
+        self._meet("release")
+
+    def resume_memory(self, what, labels=None):
+        super().resume_memory(what, labels)
+        self._meet(what)
+
+
+def lease_of(both: DiesAt, holder: Holder) -> Lease:
+    return Lease(both, both, holder=holder, revive=both.revive, died_lately=lambda: bool(both.dead))
+
+
+def test_an_engine_that_dies_of_giving_memory_back_is_started_again_before_the_trainer_wakes():
+    both = DiesAt("release")
+    with lease_of(both, Holder.ENGINES).training():
+        pass
+    assert both.events == ["engines release", "start ['decode-1']", "['decode-1'] release", "trainer wakes"]
+
+
+def test_an_engine_that_dies_of_taking_memory_for_weights_is_started_again_while_the_trainer_sleeps():
+    both = DiesAt("weights")
+    with lease_of(both, Holder.TRAINER).syncing():
+        both.events.append("sync")
+    assert both.events == [
+        "trainer puts steps to sleep",
+        "engines resume weights",
+        "trainer puts weights to sleep",
+        "start ['decode-1']",
+        "['decode-1'] release",
+        "trainer wakes",
+        "trainer puts steps to sleep",
+        "['decode-1'] resume weights",
+        "sync",
+        "trainer puts weights to sleep",
+        "engines resume kv_cache",
+    ]
+
+
+def test_an_engine_that_dies_of_taking_memory_for_its_cache_is_left_to_who_generates_next(caplog):
+    both = DiesAt("kv_cache")
+    lease = lease_of(both, Holder.TRAINER)
+    with lease.syncing():
+        both.events.clear()
+    assert both.events == ["trainer puts weights to sleep", "engines resume kv_cache"]
+    assert lease.holder is Holder.ENGINES and both.dead == ["decode-1"]
+    assert "engine default-decode-1: the server is gone" in caplog.text
+
+
+@pytest.mark.parametrize("call", ["release", "weights", "kv_cache"])
+def test_a_hand_over_that_breaks_while_all_engines_live_ends_the_run(call):
+    both = DiesAt(call)
+    lease = Lease(both, both, holder=Holder.ENGINES, revive=lambda prepare: [], died_lately=lambda: False)
+    with pytest.raises(RuntimeError, match="default-decode-1"):
+        with lease.training():
+            pass
+        with lease.syncing():
+            pass
+
+
 def test_training_twice_without_giving_the_devices_back_is_our_mistake():
     both = Recorder()
     lease = Lease(both, both, holder=Holder.ENGINES)

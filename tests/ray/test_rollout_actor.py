@@ -66,7 +66,7 @@ def test_a_resumed_replay_keeps_the_checkpoints_position_until_a_file_tells_a_la
     torch.save({"rollout_id": 5, "samples": []}, tmp_path / "5.pt")
     replay = started(config_with(folder, load_debug_rollout_data=str(tmp_path / "{rollout_id}.pt")), tmp_path)
     replay.restore({"sample_offset": 4})
-    with pytest.raises(ValueError, match="rollout 5 has no samples"):
+    with pytest.raises(ValueError, match="rollout 6 has no samples"):
         replay.generate(5)
     assert replay.state() == {"sample_offset": 4}
 

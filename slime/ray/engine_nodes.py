@@ -1,0 +1,111 @@
+"""The actors of engines, one per node of each: which of them live, and what became of the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from slime.engine.last_words import last_words
+from slime.engine.ports import EnginePorts
+from slime.ray.fates import Process, end, fates, lost_nodes
+
+# An actor that has not said in this time whether its server lives does not look after it either.
+_ANSWER_SECONDS = 60.0
+_STOP_SECONDS = 30.0
+# After which an actor that Ray called unavailable, not dead, is asked once more.
+_ASK_AGAIN_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class EngineNode:
+    """One node's part of an engine."""
+
+    name: str
+    """ "node 0 of engine default-decode-1" """
+    node_ip: str
+    actor: Any
+    log_path: Path
+    ports: EnginePorts | None = None
+    """Known once it was started; a new actor in its place takes them, so that nobody needs to be told."""
+    process: Process | None = None
+
+
+@dataclass(frozen=True)
+class Death:
+    why: str
+    actor_is_lost: bool = False
+    """Not the server alone: the actor that started it cannot be asked, so a new one has to take its place."""
+    hangs: bool = False
+    """Nobody ends its connections: its node is gone, or nothing is known. Requests to it would wait for ever."""
+
+
+def deaths(nodes: Sequence[EngineNode]) -> dict[str, Death]:
+    """Name -> what became of it, of the nodes whose server is gone or cannot be asked about. Takes a minute at most."""
+    found, unavailable = _ask(nodes)
+    if unavailable:
+        time.sleep(_ASK_AGAIN_SECONDS)
+        again, still = _ask([node for node in nodes if node.name in unavailable])
+        found |= again | still
+    return {node.name: found[node.name] for node in nodes if node.name in found}
+
+
+def _ask(nodes: Sequence[EngineNode]) -> tuple[dict[str, Death], dict[str, Death]]:
+    """(those that are gone, those of which Ray says that they may come back)."""
+    asked = {node.actor.obituary.remote(): node for node in nodes}
+    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS) if asked else ([], [])
+    found: dict[str, Death] = {}
+    unavailable: dict[str, Death] = {}
+    for ref, node in asked.items():
+        if ref not in done:
+            found[node.name] = _lost(node, f"has not answered for {_ANSWER_SECONDS:.0f} s", hangs=True)
+            continue
+        try:
+            why = ray.get(ref)
+        except ray.exceptions.ActorUnavailableError as error:
+            unavailable[node.name] = _lost(node, _said(node, error), hangs=True)
+        except ray.exceptions.RayError as error:
+            found[node.name] = _lost(node, _said(node, error), hangs=bool(lost_nodes({node.node_ip})))
+        else:
+            if why:
+                found[node.name] = Death(why)
+    return found, unavailable
+
+
+def _lost(node: EngineNode, what: str, *, hangs: bool) -> Death:
+    return Death(f"{node.name} cannot be asked: its actor on {node.node_ip} {what}{last_words(node.log_path)}", True, hangs)
+
+
+def _said(node: EngineNode, error: Exception) -> str:
+    fate = fates({node.name: node.process})[node.name] if node.process is not None else None
+    return fate if fate not in (None, "is gone") else f"died ({type(error).__name__}: {' '.join(str(error).split())[:600]})"
+
+
+def stop(nodes: Sequence[EngineNode]) -> None:
+    """End the servers; of an actor that does not do so in time, the process, and with it the server whose pipe it holds."""
+    stops = {node.actor.stop.remote(): node for node in nodes}
+    done, _ = ray.wait(list(stops), num_returns=len(stops), timeout=_STOP_SECONDS) if stops else ([], [])
+    for ref in done:
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayError:
+            pass  # an actor that is gone took its server along
+    silent = [node for ref, node in stops.items() if ref not in done]
+    for node in silent:
+        ray.kill(node.actor)
+    end({node.name: node.process for node in silent if node.process is not None})
+
+
+def refuse_lost_nodes(nodes: Mapping[str, EngineNode], dead: Mapping[str, Death]) -> None:
+    """Raises RuntimeError naming the machines that are gone: only somebody outside can bring them back."""
+    lost = lost_nodes({node.node_ip for name, node in nodes.items() if name in dead})
+    if lost:
+        gone = "; ".join(f"{name} ({nodes[name].node_ip})" for name in dead if nodes[name].node_ip in lost)
+        raise RuntimeError(
+            f"node {', '.join(lost)} is gone, and with it {gone}. Ray cannot start an engine there: bring the node back or "
+            "replace it and run the same command again; it resumes from the last checkpoint"
+        )

@@ -1,0 +1,194 @@
+"""What became of the process behind an actor, as its own node sees it: Ray says only that the connection has ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from slime.ray.keeper import keep
+
+logger = logging.getLogger(__name__)
+
+# A look needs a worker process on that node, which a busy machine starts in some seconds.
+_LOOK_SECONDS = 30.0
+# A keeper writes its note within milliseconds of the end.
+_NOTE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Process:
+    node_ip: str
+    pid: int
+    born: int | None = None
+    """Clock ticks since boot, which tell it from a later process of the same number; None: any of that number."""
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.node_ip}"
+
+
+def this_process() -> Process:
+    """For actors: who this is. From now on a keeper watches how it ends."""
+    note = _note(os.getpid())
+    if not note.parent.exists():
+        note.parent.mkdir(mode=0o700, exist_ok=True)
+    keep(os.getpid(), str(note))
+    return Process(ray.util.get_node_ip_address(), os.getpid(), _stat(os.getpid())[-1])
+
+
+def _note(pid: int) -> Path:
+    """Where the keeper of a process of this node writes: in Ray's own folder, which goes when the cluster goes."""
+    return Path(ray._private.worker._global_node.get_session_dir_path()) / "fates" / str(pid)
+
+
+def process_in(error: Exception) -> Process | None:
+    """The one that an ActorDiedError names in its text."""
+    found = {name: re.search(rf"^\s*{name}: (\S+)$", str(error), re.MULTILINE) for name in ("pid", "ip")}
+    return Process(found["ip"][1], int(found["pid"][1])) if all(found.values()) else None
+
+
+def lost_nodes(addresses: set[str]) -> list[str]:
+    """Those of the addresses where no node of the cluster is alive."""
+    return sorted(addresses - {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+
+
+def fates(processes: Mapping[str, Process]) -> dict[str, str | None]:
+    """name -> a clause ("was killed by signal 9 (SIGKILL)", "is stopped", ...); None for a process that runs, or where looking
+    fails: whoever asks has an error of his own to tell."""
+    try:
+        return _fates(processes)
+    except Exception as error:
+        logger.warning("cannot see what became of %s: %s: %s", ", ".join(processes), type(error).__name__, error)
+        return dict.fromkeys(processes)
+
+
+def _fates(processes: Mapping[str, Process]) -> dict[str, str | None]:
+    alive = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    lost = {name: process.node_ip for name, process in processes.items() if process.node_ip not in alive}
+    found: dict[str, str | None] = {name: f"was on node {node_ip}, which is gone" for name, node_ip in lost.items()}
+    looks = {
+        _read_fate.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=alive[process.node_ip], soft=False)
+        ).remote(process): name
+        for name, process in processes.items()
+        if name not in found
+    }
+    done, late = ray.wait(list(looks), num_returns=len(looks), timeout=_LOOK_SECONDS) if looks else ([], [])
+    for look in done:
+        try:
+            found[looks[look]] = ray.get(look)
+        except ray.exceptions.RayError as error:
+            found[looks[look]] = f"cannot be looked at ({type(error).__name__})"
+    found |= {looks[look]: f"is on node {processes[looks[look]].node_ip}, which does not answer" for look in late}
+    return {name: found[name] for name in processes}
+
+
+def end(processes: Mapping[str, Process]) -> None:
+    """SIGKILL to those that are still there: a stopped process does not hear Ray's request to leave."""
+    alive = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    kills = [
+        _kill.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=alive[process.node_ip], soft=False)).remote(
+            process
+        )
+        for process in processes.values()
+        if process.node_ip in alive
+    ]
+    if kills:
+        ray.wait(kills, num_returns=len(kills), timeout=_LOOK_SECONDS)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(process: Process) -> None:
+    stat = _stat(process.pid)
+    if stat is not None and stat[-1] == process.born:
+        os.kill(process.pid, signal.SIGKILL)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _read_fate(process: Process) -> str | None:
+    return read_fate(process)
+
+
+def read_fate(process: Process) -> str | None:
+    """On the process's own node."""
+    stat = _stat(process.pid)
+    if stat is None or (process.born is not None and stat[-1] != process.born):
+        return _read_note(process.pid)
+    state, status, _ = stat
+    if state in "tT":
+        return f"is stopped (SIGSTOP, or a debugger; kill -CONT {process.pid} there lets it go on)"
+    return _how(process.pid, status) if state in "ZX" else None
+
+
+def _read_note(pid: int) -> str:
+    note, deadline = _note(pid) if ray.is_initialized() else None, time.monotonic() + _NOTE_SECONDS
+    while note is not None and time.monotonic() < deadline:
+        if note.exists():
+            return _how(pid, int(note.read_text()))
+        time.sleep(0.05)
+    return "is gone"
+
+
+def _how(pid: int, status: int) -> str:
+    """status: as wait(2) gives it."""
+    if number := status & 0x7F:
+        how = f"was killed by signal {number} ({signal.Signals(number).name})"
+        return how + (_who_killed(pid) if number == signal.SIGKILL else "")
+    return f"exited with {status >> 8}"
+
+
+def _stat(pid: int) -> tuple[str, int, int] | None:
+    """(state, exit status as wait(2) gives it, birth) from /proc/PID/stat; None if there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return fields[0], int(fields[49]), int(fields[19])
+
+
+def _who_killed(pid: int) -> str:
+    """What the kernel says of a SIGKILL: it counts, per container, the processes that it killed for memory."""
+    if re.search(rf"Killed process {pid}\b", _kernel_log()):
+        return " by the kernel, because memory had run out"
+    count = _oom_kills()
+    if count:
+        return f"; memory is the likely reason, the kernel has killed {count} processes of this container for it"
+    return "; somebody sent it, or the kernel for want of memory (dmesg on that node tells)"
+
+
+def _oom_kills() -> int:
+    own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
+    for folder in (Path("/sys/fs/cgroup") / own, Path("/sys/fs/cgroup")):
+        try:
+            events = dict(line.split() for line in (folder / "memory.events").read_text().splitlines())
+        except OSError:
+            continue
+        return int(events.get("oom_kill", 0))
+    return 0
+
+
+def _kernel_log() -> str:
+    """Empty where it may not be read."""
+    lines: list[str] = []
+    try:
+        log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return ""
+    try:
+        while True:
+            try:
+                lines.append(os.read(log, 8192).decode(errors="replace"))
+            except BrokenPipeError:  # overwritten meanwhile: reading goes on behind the gap
+                continue
+    except OSError:  # EAGAIN: its end
+        return "".join(lines)
+    finally:
+        os.close(log)

@@ -1,0 +1,229 @@
+"""Real actors and real gloo ranks that are killed, stopped or wrong: who is named, with why, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import ray
+
+from slime.ray import calls, engine_nodes
+from slime.ray.calls import gather
+from slime.ray.engine_nodes import EngineNode
+from slime.ray.fates import Process, end, read_fate, this_process
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init("local", num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@ray.remote(num_cpus=0)
+class Rank:
+    """A rank as the trainer has it: a gloo group over a store that rank 0 serves."""
+
+    def process(self) -> Process:
+        return this_process()
+
+    def open_store(self) -> int:
+        import torch.distributed as dist
+
+        self.store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+        return self.store.port
+
+    def join(self, rank: int, port: int) -> None:
+        import torch.distributed as dist
+
+        if rank:
+            self.store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
+        dist.init_process_group("gloo", store=self.store, rank=rank, world_size=2, timeout=timedelta(seconds=6))
+
+    def reduce(self, rank: int, wrong: bool = False) -> None:
+        import torch
+        import torch.distributed as dist
+
+        if wrong and rank == 1:
+            raise ValueError("the gradient of rank 1 is not finite")
+        for _ in range(10**6):
+            dist.all_reduce(torch.ones(8))
+            time.sleep(0.01)
+
+    def keep_nothing(self) -> None:
+        from types import SimpleNamespace
+
+        from slime.rollout.sglang_rollout import Ledger, _tell_drops
+
+        args = SimpleNamespace(rollout_batch_size=4, max_drops_in_a_row=3, dynamic_sampling_filter_path="my.filter")
+        _tell_drops(args, 2, Ledger(in_a_row=3))
+
+    def break_elsewhere(self) -> None:
+        import torch
+
+        torch.ones(2) @ torch.ones(3)
+
+
+def test_a_sentence_of_our_own_comes_without_a_traceback_and_an_error_of_others_with_it():
+    rank = Rank.remote()
+    with pytest.raises(RuntimeError) as told:
+        gather({"rollout": rank.keep_nothing.remote()}, doing="generating rollout 3")
+    first, second = str(told.value).splitlines()
+    assert first == "rollout failed while generating rollout 3:"
+    assert second.startswith("rollout 3: 0 of 4 groups are kept so far, and none of the last 3 was")
+    with pytest.raises(RuntimeError, match="Traceback|inconsistent tensor size") as told:
+        gather({"rollout": rank.break_elsewhere.remote()}, doing="generating rollout 3")
+    assert 'test_deaths.py", line' in str(told.value)
+
+
+@pytest.fixture
+def ranks():
+    actors = {f"trainer rank {rank}": Rank.remote() for rank in range(2)}
+    processes = ray.get([actor.process.remote() for actor in actors.values()])
+    port = ray.get(actors["trainer rank 0"].open_store.remote())
+    ray.get([actor.join.remote(rank, port) for rank, actor in enumerate(actors.values())])
+    yield actors, dict(zip(actors, processes, strict=True))
+    end(dict(zip(actors, processes, strict=True)))
+
+
+def told(actors, processes, **how) -> str:
+    refs = {name: actor.reduce.remote(rank, **how) for rank, (name, actor) in enumerate(actors.items())}
+    with pytest.raises(RuntimeError) as error:
+        gather(refs, doing="training", processes=processes)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_was_killed_is_named_with_its_signal_and_not_the_one_that_lost_it(ranks, victim):
+    actors, processes = ranks
+    name, other = f"trainer rank {victim}", f"trainer rank {1 - victim}"
+    # A second before it dies both are in the collective; the other then reports a lost peer, at its own time.
+    subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {processes[name].pid}"])
+    message = told(actors, processes)
+    first = message.splitlines()[0]
+    assert first.startswith(f"{name} (pid {processes[name].pid} on ") and first.endswith(", while training")
+    assert "was killed by signal 9 (SIGKILL)" in first and other not in first
+    assert f"(it took others with it: {other})" in message
+
+
+def test_a_rank_that_was_stopped_is_named_and_not_the_one_that_waited_for_it(ranks, monkeypatch):
+    monkeypatch.setattr(calls, "_DEATH_SECONDS", 3.0)
+    actors, processes = ranks
+    victim = processes["trainer rank 1"]
+    subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {victim.pid}"])
+    message = told(actors, processes)
+    assert message.startswith(f"trainer rank 1 (pid {victim.pid} on {victim.node_ip}) is stopped (SIGSTOP")
+    assert "while training; trainer rank 0 waited for it:" in message
+    # The run's end reaches it all the same.
+    end(processes)
+    deadline = time.monotonic() + 30
+    while read_fate(victim) != "is gone" and "SIGKILL" not in str(read_fate(victim)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert read_fate(victim) == "is gone" or "was killed by signal 9" in read_fate(victim)
+
+
+def test_a_rank_whose_own_code_failed_is_the_cause_whatever_happens_to_the_others(ranks):
+    message = told(*ranks, wrong=True)
+    assert message.startswith("trainer rank 1 failed while training:\nValueError: the gradient of rank 1 is not finite")
+
+
+def test_a_stopped_rank_is_told_while_the_others_still_wait(ranks, monkeypatch, caplog):
+    actors, processes = ranks
+    victim = processes["trainer rank 1"]
+    monkeypatch.setattr(calls, "_LOOK_SECONDS", 1.0)
+    monkeypatch.setattr(calls, "_DEATH_SECONDS", 3.0)
+    os.kill(victim.pid, signal.SIGSTOP)
+    told(actors, processes)
+    (line,) = [record.getMessage() for record in caplog.records if "the others have waited" in record.getMessage()]
+    assert line.startswith(
+        f"trainer rank 1 (pid {victim.pid} on {victim.node_ip}) is stopped (SIGSTOP, or a debugger; kill -CONT"
+    )
+
+
+def test_a_call_with_a_limit_names_who_did_not_answer(ranks):
+    actors, _ = ranks
+    ref = actors["trainer rank 0"].reduce.remote(0)
+    with pytest.raises(RuntimeError, match=r"engine a did not answer within \d s while starting again \(expected within 1 s\)"):
+        gather({"engine a": ref}, doing="starting again", timeout=1)
+
+
+# ------------------------------------------------------------------------------------------------------ engines' actors
+
+
+@ray.remote(num_cpus=0, max_concurrency=4)
+class Server:
+    """What the fleet asks of an EngineActor, about a process that only sleeps."""
+
+    def __init__(self):
+        self.child = subprocess.Popen(["sleep", "1000"])
+
+    def process(self) -> tuple[Process, int]:
+        return this_process(), self.child.pid
+
+    def obituary(self) -> str | None:
+        return None if self.child.poll() is None else f"engine x was killed by signal {-self.child.returncode}"
+
+    def stop(self) -> None:
+        self.child.kill()
+        self.child.wait()
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    found = []
+    for name in ("engine a", "engine b", "engine c"):
+        actor = Server.remote()
+        process, server = ray.get(actor.process.remote())
+        log = tmp_path / f"{name[-1]}.log"
+        log.write_text(f"{name} said this last\n")
+        found.append((EngineNode(name, process.node_ip, actor, log, process=process), server))
+    yield found
+    for node, server in found:
+        for pid in (node.process.pid, server):
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_an_engine_whose_actor_was_killed_is_dead_with_the_signal_and_its_last_words(nodes):
+    (a, _), (b, server_of_b), _ = nodes
+    os.kill(a.process.pid, signal.SIGKILL)
+    os.kill(server_of_b, signal.SIGKILL)
+    deadline, found = time.monotonic() + 60, {}
+    while set(found) != {"engine a", "engine b"} and time.monotonic() < deadline:
+        found = engine_nodes.deaths([node for node, _ in nodes])
+    assert set(found) == {"engine a", "engine b"}, "engine c lives"
+    assert found["engine a"].actor_is_lost and not found["engine a"].hangs
+    why = found["engine a"].why
+    assert why.startswith(f"engine a cannot be asked: its actor on {a.node_ip} was killed by signal 9 (SIGKILL)")
+    assert why.endswith(f"its log {a.log_path} ends\n  engine a said this last")
+    assert found["engine b"] == engine_nodes.Death("engine x was killed by signal 9")
+
+
+def test_an_actor_that_does_not_answer_is_dead_and_out_of_reach_and_can_be_ended(nodes, monkeypatch):
+    (a, _), *_ = nodes
+    monkeypatch.setattr(engine_nodes, "_ANSWER_SECONDS", 3.0)
+    monkeypatch.setattr(engine_nodes, "_STOP_SECONDS", 3.0)
+    os.kill(a.process.pid, signal.SIGSTOP)
+    (death,) = engine_nodes.deaths([a]).values()
+    assert death.actor_is_lost and death.hangs and "has not answered for 3 s" in death.why
+    engine_nodes.stop([node for node, _ in nodes])
+    deadline = time.monotonic() + 60
+    while read_fate(a.process) not in ("is gone",) and "signal 9" not in str(read_fate(a.process)):
+        assert time.monotonic() < deadline, read_fate(a.process)
+        time.sleep(0.1)
+
+
+def test_a_machine_that_is_gone_is_named_and_ends_the_run(nodes):
+    (a, _), *_ = nodes
+    away = EngineNode("engine d", "203.0.113.9", a.actor, a.log_path, process=Process("203.0.113.9", 7))
+    dead = {"engine d": engine_nodes.Death("its node is gone", True, True)}
+    with pytest.raises(RuntimeError, match=r"node 203\.0\.113\.9 is gone, and with it engine d \(203\.0\.113\.9\)"):
+        engine_nodes.refuse_lost_nodes({"engine a": a, "engine d": away}, dead)
+    engine_nodes.refuse_lost_nodes({"engine a": a, "engine d": away}, {"engine a": engine_nodes.Death("killed")})

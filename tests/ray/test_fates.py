@@ -1,0 +1,94 @@
+"""What /proc tells of a process that has ended, checked against processes that end in known ways."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from slime.ray.fates import Process, _stat, process_in, read_fate
+from slime.ray.keeper import keep
+
+
+def ended(command: list[str], number: int | None = None) -> str | None:
+    """The fate of a child of ours that has ended and was not waited for yet."""
+    child = subprocess.Popen(command)
+    process = Process("here", child.pid, _stat(child.pid)[-1])
+    if number is None:
+        assert os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT) is not None
+    else:
+        os.kill(child.pid, number)
+        os.waitid(os.P_PID, child.pid, (os.WSTOPPED if number == signal.SIGSTOP else os.WEXITED) | os.WNOWAIT)
+    fate = read_fate(process)
+    child.kill()
+    child.wait()
+    assert read_fate(process) == "is gone"
+    return fate
+
+
+def test_exit_codes_and_signals_are_told():
+    assert ended(["sh", "-c", "exit 3"]) == "exited with 3"
+    assert ended(["sleep", "100"], signal.SIGTERM) == "was killed by signal 15 (SIGTERM)"
+    killed = ended(["sleep", "100"], signal.SIGKILL)
+    assert killed.startswith("was killed by signal 9 (SIGKILL)") and "memory" in killed
+
+
+def test_a_stopped_process_is_told_with_what_lets_it_go_on():
+    assert ended(["sleep", "100"], signal.SIGSTOP).startswith("is stopped (SIGSTOP, or a debugger; kill -CONT ")
+
+
+def test_a_process_that_runs_has_no_fate_and_a_later_one_of_its_number_is_not_taken_for_it():
+    pid = os.getpid()
+    born = _stat(pid)[-1]
+    assert read_fate(Process("here", pid, born)) is None and read_fate(Process("here", pid)) is None
+    assert read_fate(Process("here", pid, born + 1)) == "is gone"
+    assert 0 < time.clock_gettime(time.CLOCK_BOOTTIME) - born / os.sysconf("SC_CLK_TCK") < 86400
+
+
+@pytest.mark.parametrize(
+    "text, process",
+    [
+        (
+            "The actor died.\n\tclass_name: A\n\tpid: 9432\n\tnamespace: x\n\tip: 10.0.0.7\nIt is dead.",
+            Process("10.0.0.7", 9432),
+        ),
+        ("The actor died because its node has died. Node Id: 3", None),
+    ],
+)
+def test_the_process_is_read_from_rays_words(text, process):
+    assert process_in(RuntimeError(text)) == process
+
+
+@pytest.mark.parametrize("script, status", [("exit 3", 3 << 8), ("kill -9 $$", 9), ("kill -15 $$", 15)])
+def test_a_keeper_writes_how_the_process_ended_although_it_is_not_its_parent(tmp_path, script, status):
+    note = tmp_path / "note"
+    child = subprocess.Popen(["sh", "-c", f"read line; {script}"], stdin=subprocess.PIPE)
+    keep(child.pid, str(note))
+    deadline = time.monotonic() + 60
+    while not any(_waits_on_a_pidfd(pid) for pid in os.listdir("/proc") if str(note) in _command(pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.stdin.write(b"go\n")
+    child.stdin.close()
+    while not note.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)  # the child stays a zombie: nobody has waited for it yet
+    assert note.read_text() == str(status)
+    child.wait()
+
+
+def _command(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def _waits_on_a_pidfd(pid: str) -> bool:
+    try:
+        return any("pidfd" in os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:  # it was opening its files
+        return False
