@@ -1,4 +1,4 @@
-"""What the fleet does for an engine over two nodes of which an actor is gone: who is stopped, replaced, started, in which order."""
+"""An engine over two nodes of which an actor is gone: who is stopped, replaced and started again, in which order."""
 
 from __future__ import annotations
 
