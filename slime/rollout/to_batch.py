@@ -81,7 +81,7 @@ def _with_a_response(sample: Sample) -> Sample:
     if sample.response_length > 0:
         return sample
     row = copy.copy(sample)
-    row.tokens, row.response_length, row.loss_mask = [*(sample.tokens or [0]), 0], 1, [0]
+    row.tokens, row.response_length, row.loss_mask = [*sample.tokens, 0] if len(sample.tokens) else [0, 0], 1, [0]
     row.rollout_log_probs = row.teacher_log_probs = None
     return row
 

@@ -39,8 +39,8 @@ class Objective:
     """Global token ids of this rank's rows of the output layer, padding excluded."""
     temperature: float
     custom_loss: Callable[..., Any] | None
-    importance: Callable[..., Any]
-    """slime's signature: see slime.training.importance_functions."""
+    custom_tis: Callable[..., Any] | None
+    """In the place of vanilla_tis_function."""
     custom_reducer: Callable[..., Any] | None
 
     @staticmethod
@@ -58,7 +58,7 @@ class Objective:
             # Supervised data was not sampled, so there is no sampling temperature to undo.
             temperature=1.0 if rules.loss_type == "sft_loss" else config.rollout.rollout_temperature,
             custom_loss=custom,
-            importance=load_hook("--custom-tis-function-path", rules.custom_tis_function_path) or vanilla_tis_function,
+            custom_tis=load_hook("--custom-tis-function-path", rules.custom_tis_function_path),
             custom_reducer=load_hook("--custom-pg-loss-reducer-function-path", rules.custom_pg_loss_reducer_function_path),
         )
 
@@ -177,17 +177,18 @@ class Objective:
             raise ValueError("--use-tis needs the engine's log-probs, but this rollout has none; keep return_logprob on")
         # An engine may say -inf of a token that is not trained: its weight, inf, would make every gradient nan.
         engines = torch.where((micro.loss_mask > 0) | engines.isfinite(), engines, trainers)
-        lengths = torch.bincount(micro.segments, minlength=micro.num_samples).tolist()
-        weighted, masks, shown = self.importance(
+        # A rank without a sample asks of an empty one: functions join their lists, and its values need the others' names.
+        lengths = torch.bincount(micro.segments, minlength=micro.num_samples).tolist() or [0]
+        weighted, masks, shown = (self.custom_tis or vanilla_tis_function)(
             args=self.config.args,
             pg_loss=token_loss,
             train_log_probs=list(trainers.split(lengths)),
             rollout_log_probs=list(engines.split(lengths)),
             loss_masks=list(micro.loss_mask.split(lengths)),
-            total_lengths=list(micro.layout.lengths),
+            total_lengths=list(micro.layout.lengths) or [0],
             response_lengths=lengths,
         )
-        kept = torch.cat(list(masks)) if len(masks) else micro.loss_mask
+        kept = torch.cat(list(masks))
         if kept.shape != micro.loss_mask.shape or weighted.shape != token_loss.shape:
             raise ValueError(
                 f"--custom-tis-function-path {self.config.algorithm.custom_tis_function_path} gave a loss of "

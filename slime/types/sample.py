@@ -247,7 +247,8 @@ class Sample:
             self.rollout_top_p_token_ids, self.rollout_top_p_token_offsets = spans
         if routed is not None:
             self.rollout_routed_experts = routed
-        self.tokens = self.tokens + tokens
+        # A new list: a plugin may have given the same prompt ids to several samples, or an array, whose + adds numbers.
+        self.tokens = [*self.tokens, *tokens] if isinstance(self.tokens, list) else [*map(int, self.tokens), *tokens]
         self.response_length += len(tokens)
         if text is not None:
             self.response += text

@@ -50,6 +50,14 @@ def test_lists_that_a_plugin_assigned_grow_in_place():
     assert other.loss_mask == [0, 1] and other.rollout_log_probs == [-0.5, -1.0]
 
 
+@pytest.mark.parametrize("prompt", [[7, 8], (7, 8), np.array([7, 8])])
+def test_prompt_ids_are_followed_by_the_response_and_never_changed(prompt):
+    samples = [Sample(tokens=prompt), Sample(tokens=prompt)]
+    samples[0].append_response_tokens(tokens=np.array([1, 2]), log_probs=[-1.0, -1.0])
+    assert samples[0].tokens == [7, 8, 1, 2] and {type(token) for token in samples[0].tokens} == {int}
+    assert list(prompt) == list(samples[1].tokens) == [7, 8]
+
+
 @pytest.mark.parametrize("log_probs", [None, [], np.zeros(0)])
 @pytest.mark.parametrize("before", [{}, {"response_length": 1}, {"response_length": 1, "rollout_log_probs": [-0.5]}])
 def test_a_request_that_gave_nothing_ends_the_sample_and_changes_no_length(log_probs, before):

@@ -11,7 +11,10 @@ import torch
 from ranks import RankFailed, run_ranks
 from tiny import config_for, gradients, plans, rollout, start
 
+from slime.batch.pack import pack
 from slime.training.columns import Columns, fill_advantages, passes_of
+from slime.training.importance_functions import icepop_function
+from slime.training.loss import Objective
 
 pytestmark = pytest.mark.slow
 
@@ -302,6 +305,23 @@ def test_icepop_by_its_public_name_is_finite_where_the_engine_gave_no_probabilit
         losses.append(-float(reward) * (lp - lp.detach()).exp() * torch.tensor(weight, dtype=torch.float32))
     check_against(qwen3, batch, report, grads, (model, mean(batch, losses)))
     assert all(torch.isfinite(gradient).all() for gradient in grads.values())
+
+
+@pytest.mark.parametrize("function", [None, icepop_function, drops_uneven_ratios])
+def test_a_rank_without_a_sample_reports_the_same_names(function):
+    """Sums of values are added over ranks by position, so a name that one rank lacks would shift all others."""
+    batch = rollout(seed=24)
+    values = dict(tis_clip_low=0.5, tis_clip=2.0, custom_tis_function_path=None)
+    config = SimpleNamespace(args=SimpleNamespace(**values), algorithm=SimpleNamespace(**values))
+    objective = Objective(config, None, range(0), 1.0, None, function, None)
+    names = []
+    for positions in ((), (0, 1)):
+        micro = pack(batch, positions, loss_weight=np.ones(len(batch)))
+        loss = torch.ones(len(micro.loss_mask))
+        weighted, kept, shown = objective._importance(micro, loss, torch.full_like(loss, -1.0))
+        assert weighted.shape == kept.loss_mask.shape == loss.shape
+        names.append(sorted(shown))
+    assert names[0] == names[1]
 
 
 def test_an_importance_function_that_answers_with_other_lengths_is_named(qwen3, monkeypatch):
