@@ -116,7 +116,7 @@ def _target(config: object) -> Path:
     if not config.checkpoint.hf_checkpoint or not config.checkpoint.save:
         raise ValueError("--hf-checkpoint (what to read) and --save (where to write) are both needed")
     folder = Path(config.checkpoint.save) / "release"
-    if folder.resolve() == Path(config.checkpoint.hf_checkpoint).resolve():
+    if Path(config.checkpoint.hf_checkpoint).resolve() in (folder.resolve(), folder.parent.resolve()):
         raise ValueError(f"--save {config.checkpoint.save} would overwrite --hf-checkpoint")
     return folder
 

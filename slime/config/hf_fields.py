@@ -62,6 +62,7 @@ ASSUMED: dict[str, tuple[object, ...]] = {
     "cross_attention_hidden_size": (),
     "is_decoder": (False, True),
     "use_mrope": (False,),
+    "num_nextn_predict_layers": (0,),
     "quantization": (),
 }
 """Of every family: field -> the values that the code assumes; a field that is absent or null has the first one."""
@@ -160,7 +161,7 @@ def faults(hf: HfConfig) -> list[str]:
 
 
 def _faults(hf: HfConfig, family: Family) -> Iterator[str]:
-    assumed = {**ASSUMED, **family.assumed}
+    assumed = {name: values for name, values in ASSUMED.items() if name not in family.used | family.unread} | family.assumed
     known = COMMON | NOTHING_COMPUTED | family.used | family.unread | set(assumed)
     for name, value in hf.items():
         if value is None or name in known and name not in assumed:

@@ -190,7 +190,7 @@ def copy_assets(origin: str | Path, target: str | Path, *, config_changes: Mappi
     """Tokenizer, templates, generation config and config.json of `origin`; never weights nor hidden files.
 
     config.json loses `quantization_config`, because the weights beside it are not quantised; `config_changes` are written over
-    it.
+    the fields that it has.
     """
     origin, target = Path(origin), Path(target)
     if origin.resolve() == target.resolve():
@@ -202,7 +202,7 @@ def copy_assets(origin: str | Path, target: str | Path, *, config_changes: Mappi
             shutil.copyfile(path, target / path.name)  # its content alone: a private original makes no private copy
     config = json.loads((origin / "config.json").read_text())
     config.pop("quantization_config", None)
-    config.update(config_changes or {})
+    config.update((name, value) for name, value in (config_changes or {}).items() if name in config)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

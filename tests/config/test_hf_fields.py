@@ -43,6 +43,8 @@ def test_released_models_are_known_to_their_last_field() -> None:
         assert said(raw) == "", name
     for base in (QWEN3, QWEN3_MOE, DEEPSEEK, GLM):
         assert said(base) == ""
+    assert said(QWEN3, num_nextn_predict_layers=0) == said(DEEPSEEK, num_nextn_predict_layers=1) == ""
+    assert "num_nextn_predict_layers is 1, and what is trained here has 0" in said(QWEN3, num_nextn_predict_layers=1)
     assert said(QWEN3, rope_scaling=YARN) == said(GLM, quantization_config=FP8) == said(DEEPSEEK, q_lora_rank=None) == ""
 
 

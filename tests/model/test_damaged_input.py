@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from model.parity import build
+from ranks import RankFailed, run_ranks
 from safetensors.torch import load_file, save_file
 
 from slime.model.coverage import check_files
@@ -191,6 +193,19 @@ def test_a_checkpoint_without_the_announced_mtp_layer_is_whole_unless_it_is_trai
     assert told.endswith("each accounted for once; without the multi-token-prediction layer that config.json announces")
     with pytest.raises(ValueError, match="holds no multi-token-prediction layer, though its config.json announces one; "):
         check_files(table, reader, needs_mtp=True)
+
+
+def test_an_export_without_the_layer_fills_the_model_of_the_release(glm: str, tmp_path: Path) -> None:
+    """--load EXPORT --hf-checkpoint RELEASE, and the export as --hf-checkpoint itself."""
+    folder = without_mtp(Path(glm), tmp_path / "export")
+
+    def norms(rank: int, source: str) -> float:
+        chunks, *_ = build(rank, 1, source)
+        return sum(parameter.double().square().sum().item() for parameter in chunks[0].parameters())
+
+    assert run_ranks(1, norms, str(folder)) == run_ranks(1, norms, glm)
+    with pytest.raises(RankFailed, match="holds no multi-token-prediction layer, though its config.json announces one"):
+        run_ranks(1, lambda rank: build(rank, 1, str(folder), mtp=True) and None)
 
 
 def test_an_mtp_layer_of_which_a_part_is_missing_is_named(glm: str, tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def test_hf_files_are_made_of_a_foreign_checkpoint_bit_for_bit(family: str, layo
     before, after = SafetensorsReader(tmp_path / "hf"), SafetensorsReader(tmp_path / "out")
     assert sorted(before.names()) == sorted(after.names())
     assert all(torch.equal(before.raw(name), after.raw(name)) for name in before.names())
+    # The export's config.json is the original's, to the last field.
+    assert dict(read_hf_config(tmp_path / "out")) == dict(hf)
     # Training takes those files; the checkpoint itself is refused with the command that makes them.
     with pytest.raises(ValueError, match=r"not here: its common.pt has no slime_model.*make HF files of it"):
         check_description(hf, tmp_path / "iter_0000007")
