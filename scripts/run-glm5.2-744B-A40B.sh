@@ -39,9 +39,9 @@ PROMPT_DATA="${PROMPT_DATA:-${BASE_DIR}/dapo-math-17k/dapo-math-17k.jsonl}"
 RUN_DIR="${RUN_DIR:-${BASE_DIR}/runs/glm5.2-744B-A40B-$(date +%Y%m%d-%H%M%S)}"
 
 check_hostfile "${NUM_NODES}"
-require_dir "${HF_CHECKPOINT}" "the FP8 checkpoint (hf download zai-org/GLM-5.2-FP8 --local-dir ${HF_CHECKPOINT})"
+require_dir "${HF_CHECKPOINT}" "the FP8 checkpoint ($(program hf) download zai-org/GLM-5.2-FP8 --local-dir $(printf %q "${HF_CHECKPOINT}"))"
 require_dir "${REF_LOAD}" "the converted BF16 checkpoint (tools/convert_hf_to_torch_dist.py; see docs/en/examples/glm5.2-744B-A40B.md)"
-require_file "${PROMPT_DATA}" "the prompts (hf download --repo-type dataset zhuzilin/dapo-math-17k --local-dir ${BASE_DIR}/dapo-math-17k)"
+require_file "${PROMPT_DATA}" "the prompts ($(program hf) download --repo-type dataset zhuzilin/dapo-math-17k --local-dir $(printf %q "${BASE_DIR}/dapo-math-17k"))"
 mkdir -p "${RUN_DIR}" || die "cannot make the run folder ${RUN_DIR}"
 
 # ---------------------------------------------------------------------------------------------- flags

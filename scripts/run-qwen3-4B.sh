@@ -25,9 +25,9 @@ PROMPT_DATA="${PROMPT_DATA:-${BASE_DIR}/dapo-math-17k/dapo-math-17k.jsonl}"
 EVAL_DATA="${EVAL_DATA-${BASE_DIR}/aime-2024/aime-2024.jsonl}"   # EVAL_DATA= (empty) trains without evaluation
 RUN_DIR="${RUN_DIR:-${BASE_DIR}/runs/qwen3-4B-$(date +%Y%m%d-%H%M%S)}"
 
-require_dir "${HF_CHECKPOINT}" "the model (hf download Qwen/Qwen3-4B --local-dir ${HF_CHECKPOINT})"
+require_dir "${HF_CHECKPOINT}" "the model ($(program hf) download Qwen/Qwen3-4B --local-dir $(printf %q "${HF_CHECKPOINT}"))"
 require_dir "${REF_LOAD}" "the converted checkpoint (tools/convert_hf_to_torch_dist.py; see docs/en/examples/qwen3-4B.md)"
-require_file "${PROMPT_DATA}" "the prompts (hf download --repo-type dataset zhuzilin/dapo-math-17k --local-dir ${BASE_DIR}/dapo-math-17k)"
+require_file "${PROMPT_DATA}" "the prompts ($(program hf) download --repo-type dataset zhuzilin/dapo-math-17k --local-dir $(printf %q "${BASE_DIR}/dapo-math-17k"))"
 
 CKPT_ARGS=(
    --hf-checkpoint "${HF_CHECKPOINT}"
@@ -58,7 +58,7 @@ ROLLOUT_ARGS=(
 
 EVAL_ARGS=()
 if [[ -n ${EVAL_DATA} ]]; then
-   require_file "${EVAL_DATA}" "the evaluation set (hf download --repo-type dataset zhuzilin/aime-2024 --local-dir ${BASE_DIR}/aime-2024), or set EVAL_DATA= to train without"
+   require_file "${EVAL_DATA}" "the evaluation set ($(program hf) download --repo-type dataset zhuzilin/aime-2024 --local-dir $(printf %q "${BASE_DIR}/aime-2024")), or set EVAL_DATA= to train without"
    EVAL_ARGS=(
       --eval-interval 20
       --eval-prompt-data aime "${EVAL_DATA}"

@@ -109,7 +109,9 @@ def _place() -> tuple[int, int]:
         return int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
         return int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
-    raise ValueError(f"start me with torchrun: torchrun --nproc-per-node N {sys.argv[0]} ...")
+    raise ValueError(
+        f"start me with torchrun: {Path(sys.executable).with_name('torchrun')} --nproc-per-node N {sys.argv[0]} ..."
+    )
 
 
 def _target(config: object) -> Path:

@@ -138,3 +138,9 @@ check_tmpdir() {
         die "TMPDIR=$TMPDIR is no folder that can be written to: unset it, or name another"
     fi
 }
+
+program() { # NAME -> how a plain shell calls a program of the environment
+    local beside
+    beside="$(dirname -- "$PYTHON")/$1"
+    if [[ -x $beside ]]; then printf '%q' "$beside"; else printf '%s' "$1"; fi
+}

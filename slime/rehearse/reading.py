@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -118,7 +119,7 @@ def _words(argv: Sequence[str], findings: Findings) -> CommandLine:
 def _flag_fix(line: str) -> str:
     if "did you mean" in line:
         return f"write {line.partition('did you mean ')[2].rstrip('?')}"
-    return "correct or remove the flag; `python3 -m slime.config.help` lists all"
+    return f"correct or remove the flag; `{sys.executable} -m slime.config --help` lists all"
 
 
 def _resolved(words: CommandLine, findings: Findings, env: Mapping[str, str] | None) -> tuple[Values, list[str], Basis]:

@@ -288,18 +288,24 @@ def test_a_node_is_joined_by_the_line_that_is_printed(shell: Shell):
     shutil.rmtree(re.search(r"its logs: (/tmp/slime-ray-\w+)", said)[1])
 
 
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    return [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+
+
 def test_documented_commands_work_as_they_are_printed(shell: Shell):
     """Each command of the pages for the first hour, in a plain shell in the project: launchers prove their flags, which
     runs all of a launcher but the job; Python's commands are those of the environment."""
     lines = []
     for page in ("README.md", "docs/en/get_started/quick_start.md", "docs/en/get_started/data.md"):
-        for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
-            lines += [line.split(" #")[0].strip() for line in block.splitlines()]
+        lines += commands(ROOT / page)
     launched = [line for line in lines if re.match(r"([A-Z]\w*=\S+ )*bash scripts/run-", line)]
     assert len(launched) >= 3
     for line in launched:
         shell.run(f"export REHEARSE=1; {line} --quick", cwd=shell.project)
-    bare = [line for line in lines if re.match(r"(python3?|torchrun|tensorboard|ray|hf) ", line)]
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    everywhere = [line for page in pages for line in commands(page)]
+    bare = [line for line in everywhere if re.match(r"(python3?|torchrun|tensorboard|ray|hf) ", line)]
     assert bare == [], "a plain shell has none of them: write .venv/bin/..."
     called = [line for line in lines if line.startswith(".venv/bin/python ") and "<<" not in line]
     assert called
