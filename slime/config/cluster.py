@@ -50,8 +50,8 @@ class EngineConfig:
     """YAML file with models and server groups (prefill, decode, regular, ...)."""
     prefill_num_servers: int | None = flag(None, low=1)
     """Short form without YAML: this many prefill engines, the rest decode."""
-    sglang_router_ip: str | None = None
-    """Address of a router that already runs; None starts one."""
+    sglang_router_ip: str | None = flag(None, later="a router that somebody else started (the run starts its own)")
+    """Address of a router that already runs."""
     sglang_router_port: int | None = flag(None, low=1, high=65535)
     """Port of the router; None takes a free one."""
     sglang_router_request_timeout_secs: int = flag(14400, low=1)

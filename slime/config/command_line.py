@@ -42,7 +42,7 @@ SET_BY_SLIME = {
         "disaggregation_mode": "worker_type in --sglang-config", "disaggregation_bootstrap_port": "", "api_key": "",
         "admin_api_key": "",
     },
-    "router": {"host": "--sglang-router-ip", "port": "--sglang-router-port"},
+    "router": {"host": "", "port": "--sglang-router-port"},
 }  # fmt: skip
 """Engine and router settings that this project sets itself -> the flag to use instead, if there is one."""
 

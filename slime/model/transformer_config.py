@@ -20,7 +20,7 @@ from slime.device import Device  # noqa: E402
 logger = logging.getLogger(__name__)
 
 # Field -> why it cannot be honoured without TransformerEngine or apex.
-_NEEDS_OTHER_PACKAGES = {
+NEEDS_OTHER_PACKAGES = {
     "moe_permute_fusion": "its kernel is TransformerEngine's",
     "gradient_accumulation_fusion": "its kernel is apex's",
     "masked_softmax_fusion": "attention here is torch's own",
@@ -66,7 +66,7 @@ def transformer_config(
     values = dict(model.megatron)
     notes: list[str] = []
     _refuse(parallel, values, weights_only)
-    for name, reason in _NEEDS_OTHER_PACKAGES.items():
+    for name, reason in NEEDS_OTHER_PACKAGES.items():
         if values.pop(name, False):
             notes.append(f"{name} off: {reason}")
         values[name] = False

@@ -95,6 +95,9 @@ class Trainer:
             "advantage": load_hook("--custom-advantage-function-path", config.algorithm.custom_advantage_function_path),
             "data": load_hook("--rollout-data-postprocess-path", config.algorithm.rollout_data_postprocess_path),
         }
+        if config.model.megatron.get("deterministic_mode"):
+            # Kernels of our own ask torch as well. Some operations of torch have no other way than theirs: they warn.
+            torch.use_deterministic_algorithms(True, warn_only=True)
         _refuse_auxiliary_losses(self.model)
         _prepare_schedules(self.model, ranks)
         self.snapshots = Snapshots(self.model)

@@ -60,6 +60,18 @@ def test_an_engine_that_is_never_paused_runs_without_the_memory_saver(glm):
     assert "PYTORCH_CUDA_ALLOC_CONF" not in plan.env
 
 
+def test_an_engine_that_gives_its_memory_back_captures_no_prefill_graphs(glm):
+    """They would keep addresses that the memory saver takes away; whoever asks for graphs by name gets them."""
+    paused = dataclasses.replace(spec("prefill", 0, glm), needs_offload=True)
+    plan = command("cuda", paused, HERE, PORTS, capabilities("0.5.23"), base_env={})
+    assert plan.settings["enable_memory_saver"] is True and plan.settings["cuda_graph_backend_prefill"] == "disabled"
+    asked = dataclasses.replace(paused, settings={**paused.settings, "cuda_graph_backend_prefill": "full"})
+    assert (
+        command("cuda", asked, HERE, PORTS, capabilities("0.5.23"), base_env={}).settings["cuda_graph_backend_prefill"]
+        == "full"
+    )
+
+
 def test_a_cpu_engine_drops_each_cuda_option_with_a_note(glm):
     base = {"CUDA_VISIBLE_DEVICES": "0", "PATH": "/bin", "PYTHONPATH": "/mine"}
     plan = command("host", spec("decode", 0, glm, **GPU_FLAGS), HERE, PORTS, capabilities("0.5.23"), base_env=base)

@@ -22,6 +22,7 @@ from slime.config.rules import (
     config_json,
     context,
     dispatch,
+    effects,
     engine_model,
     engines,
     environment,
@@ -70,6 +71,8 @@ STAGES: tuple[Stage, ...] = (
             saving.saving,
             saving.initial_weights,
             lengths.what_is_left,
+            effects.without_effect,
+            effects.off_policy,
         )
     ),
     Stage((engines.groups, engines.sizes, router.options)),

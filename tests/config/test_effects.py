@@ -1,0 +1,45 @@
+"""A flag that is taken and changes nothing, or less than one may think, says so at start."""
+
+from __future__ import annotations
+
+import pytest
+
+from slime.config import ConfigError
+from tests.config.flags import MOE, config_of
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        ("--update-weight-transport nccl", "--update-weight-transport changes nothing: weights go by the device's own ways"),
+        ("--rollout-data-transport object-store", "--rollout-data-transport changes nothing: rollouts go through Ray's object"),
+        ("--train-backend megatron", "--train-backend changes nothing: there is one"),
+        ("--update-weight-mode full", "--update-weight-mode changes nothing: a sync sends all weights"),
+        ("--attention-softmax-in-fp32", "--attention-softmax-in-fp32 changes nothing: attention here always sums in float32"),
+        ("--init-method-std 0.01", "--init-method-std changes nothing: every parameter comes from a checkpoint"),
+        ("--no-initialization", "--perform-initialization changes nothing"),
+        ("--overlap-p2p-communication", "--overlap-p2p-comm changes nothing: the schedule decides it"),
+        ("--log-max-attention-logit", "--log-max-attention-logit changes nothing"),
+        ("--rollout-top-p 0.9", "--rollout-top-p 0.9 cut the vocabulary when sampling"),
+        ("--rollout-top-k 50 --rollout-top-p 0.5", "--rollout-top-p 0.5 and --rollout-top-k 50 cut the vocabulary"),
+    ],
+)
+def test_a_note_says_what_changes_nothing(words: str, note: str) -> None:
+    assert any(line.startswith(note) for line in config_of(*words.split()).notes), config_of(*words.split()).notes
+    assert not any(line.startswith(note) for line in config_of().notes)
+
+
+@pytest.mark.parametrize(
+    "words", ["--moe-enable-deepep", "--moe-token-dispatcher-type flex", "--moe-flex-dispatcher-backend deepep"]
+)
+def test_experts_are_reached_by_all_to_all_whatever_is_asked(words: str) -> None:
+    """Six launchers of the public project ask for flex and DeepEP, with which megatron-core's build would end."""
+    config = config_of(*MOE, *words.split())
+    assert config.model.megatron["moe_token_dispatcher_type"] == "alltoall"
+    assert not {"moe_enable_deepep", "moe_flex_dispatcher_backend"} & config.model.megatron.keys()
+    assert any("all-to-all" in note or "alltoall" in note for note in config.notes)
+
+
+def test_a_router_of_others_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="--sglang-router-ip: this version does not have a router that somebody else started"):
+        config_of("--sglang-router-ip", "10.0.0.1")
