@@ -75,3 +75,8 @@ def test_the_readme_shows_as_many_packages_as_are_pinned():
         line for line in (ROOT / "scripts" / "constraints" / "cpu.txt").read_text().splitlines() if not line.startswith("#")
     ]
     assert f"2/3 {len(pins)} pinned packages" in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_has_every_launcher():
+    readme = (ROOT / "README.md").read_text()
+    assert [file.name for file in sorted((ROOT / "scripts").glob("run-*.sh")) if f"`scripts/{file.name}`" not in readme] == []
