@@ -17,6 +17,10 @@ PUBLIC = {
     },
     "slime.utils.misc": {"load_function": "path", "SingletonMeta": None},
     "slime.utils.async_utils": {"run": "coro"},
+    "slime.utils.data": {
+        "Dataset": "path, tokenizer, processor, max_length, prompt_key=1, multimodal_keys=1, label_key=1, tool_key=1, "
+        "metadata_key=1, seed=1, apply_chat_template=1, apply_chat_template_kwargs=1"
+    },
     "slime.utils.processing_utils": {
         "load_tokenizer": "name_or_path, chat_template_path=None, trust_remote_code=True",
         "load_processor": "name_or_path, trust_remote_code=True", "encode_image_for_rollout_engine": "image",
@@ -101,6 +105,25 @@ def test_graders_by_their_public_names_say_what_the_flags_graders_say():
     assert compute_gpqa_reward("The answer is B", "B") == 1.0
     # 2 of 3 words given, 2 of 4 words wanted: F1 = 2 * (2/3) * (1/2) / (2/3 + 1/2) = 4/7
     assert f1_score("red green blue", "red green black white") == pytest.approx((4 / 7, 2 / 3, 1 / 2))
+
+
+def test_a_data_set_of_a_plugins_own_has_the_order_of_the_stock_one(rollout_config, prompt_file, tokenizer_folder):
+    from slime.rollout.data_source import RolloutDataSource
+    from slime.utils.data import Dataset
+    from slime.utils.processing_utils import load_tokenizer
+
+    own = Dataset(
+        prompt_file, load_tokenizer(tokenizer_folder), None, None, prompt_key="prompt", label_key="label", seed=7,
+        apply_chat_template=True,
+    )  # fmt: skip
+    stock = RolloutDataSource(rollout_config(rollout_shuffle=True, rollout_seed=7, n_samples_per_prompt=1).args)
+    assert [sample.label for sample in own.samples[:6]] == ["0", "1", "2", "3", "4", "1"] and len(own) == 30
+    for epoch in range(2):
+        own.shuffle(epoch)
+        taken = [group[0] for group in stock.get_samples(len(own))]
+        assert [sample.prompt for sample in own.samples] == [sample.prompt for sample in taken]
+    with pytest.raises(ValueError, match="trains text alone"):
+        Dataset(prompt_file, None, None, None, multimodal_keys={"image": "images"})
 
 
 def test_glm4s_layers_are_for_glm4(tmp_path):
