@@ -72,6 +72,7 @@ provide_libibverbs() {
 
 install_packages() {
     local list=$root/scripts/constraints/$extra.txt pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+    local nodeps=(--no-deps) # SGLang's metadata asks for a CUDA torch, which a CPU does without
     if [[ $extra == cpu ]]; then
         say "1/3 torch (the CPU build where pip's index offers it)"
         "${pip[@]}" install -qq -c "$list" "$(grep -m1 '^torch==' "$list")"
@@ -81,8 +82,9 @@ install_packages() {
         say "1/3 torch comes with the list"
         say "2/3 $(grep -vc '^#' "$list") pinned packages, several GB"
         cp "$list" "$venv/install.txt"
+        nodeps=() # the list agrees with itself, and pip may say so
     fi
-    "${pip[@]}" install -qq --no-deps -r "$venv/install.txt"
+    "${pip[@]}" install -qq "${nodeps[@]}" -r "$venv/install.txt"
     if [[ $dev == yes ]]; then "${pip[@]}" install -qq --no-deps -r "$root/scripts/constraints/dev.txt"; fi
     say "3/3 this project, editable"
     "${pip[@]}" install -qq --no-deps --no-build-isolation -e "$root"
@@ -107,6 +109,11 @@ fi
 [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
 rm -f "$stamp"
 install_packages
-if [[ $extra == cpu ]]; then provide_libibverbs; fi
+if [[ $extra == cpu ]]; then
+    provide_libibverbs
+else
+    say "what the recipe needs of them:"
+    (cd "$root" && "$venv/bin/python" -m slime.engine.imports >&2) || die "the packages above cannot be imported: nothing that needs them will start"
+fi
 printf '%s\n' "$wanted" > "$stamp"
 say "done: $venv"
