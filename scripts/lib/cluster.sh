@@ -59,6 +59,9 @@ start_ray_head() {
     make_temp_folder
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN="${RAY_AUTH_TOKEN:-$("$PYTHON" -I -c 'import secrets; print(secrets.token_hex(32))')}"
     export RAY_USAGE_STATS_ENABLED=0
+    # Ray's three metrics ports ask for no secret and listen on every interface: the agents' is not opened, and by a number that is no
+    # port neither are those of the autoscaler and the dashboard.
+    export RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=-1 DASHBOARD_METRIC_PORT=-1
     # Ray holds back a line that it has seen before, for seconds, and prints it among later ones.
     export RAY_DEDUP_LOGS="${RAY_DEDUP_LOGS:-0}"
     RAY_ADDRESS_OF_HEAD="${MASTER_ADDR}:${RAY_PORT}"
@@ -116,7 +119,8 @@ node_preamble() {
     # shellcheck disable=SC2016  # expanded on the node
     printf '%s\n' 'for name in ${!RAY_@}; do unset "$name"; done'
     printf 'export %s=%q\n' PATH "$PATH" LD_LIBRARY_PATH "${LD_LIBRARY_PATH:-}" no_proxy "$NO_PROXY" NO_PROXY "$NO_PROXY" \
-        SLIME_LAUNCH "$SLIME_LAUNCH" RAY_AUTH_MODE token RAY_AUTH_TOKEN "$RAY_AUTH_TOKEN" RAY_DEDUP_LOGS "$RAY_DEDUP_LOGS" TMPDIR "$TMPDIR"
+        SLIME_LAUNCH "$SLIME_LAUNCH" RAY_AUTH_MODE token RAY_AUTH_TOKEN "$RAY_AUTH_TOKEN" RAY_DEDUP_LOGS "$RAY_DEDUP_LOGS" \
+        RAY_enable_metrics_collection 0 TMPDIR "$TMPDIR"
     local word
     for word in "${PASSED[@]}"; do
         [[ $word != RAY_* ]] || printf 'export %q\n' "$word"

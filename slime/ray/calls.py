@@ -140,6 +140,8 @@ def _lost_a_peer(error: Exception) -> bool:
 def _death(name: str, error: Exception, process: Process | None) -> str:
     """Who died and of what, by the fate of its own process where that can still be read."""
     text = str(error).strip()
+    if "creation task" in text:  # its constructor raised: the text is that traceback
+        return f"{name} could not be made: {text}"
     process = process or process_in(error)
     if "low on memory" in text or isinstance(error, ray.exceptions.OutOfMemoryError):
         return f"{name} was killed by Ray's memory monitor: {_one_line(text)}"

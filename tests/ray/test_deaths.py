@@ -83,6 +83,21 @@ def test_a_sentence_of_our_own_comes_without_a_traceback_and_an_error_of_others_
     assert 'test_deaths.py", line' in str(told.value)
 
 
+@ray.remote(num_cpus=0)
+class Unmade:
+    def __init__(self):
+        raise KeyError("no such plugin")
+
+    def start(self) -> None:
+        pass
+
+
+def test_an_actor_whose_constructor_raised_is_told_with_that_traceback():
+    with pytest.raises(RuntimeError, match="rollout could not be made: (.|\n)*KeyError: 'no such plugin'") as told:
+        gather({"rollout": Unmade.remote().start.remote()}, doing="loading plugins")
+    assert 'test_deaths.py", line' in str(told.value)
+
+
 @pytest.fixture
 def ranks():
     actors = {f"trainer rank {rank}": Rank.remote() for rank in range(2)}
