@@ -92,6 +92,6 @@ def _tensors(table: object, reader: object, origin: object | None, dtype: object
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except ValueError as wrong:
+    except (ValueError, OSError) as wrong:
         print(f"convert_torch_dist_to_hf: {wrong}", file=sys.stderr)
         sys.exit(1)

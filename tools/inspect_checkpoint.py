@@ -127,6 +127,6 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ValueError as wrong:
+    except (ValueError, OSError) as wrong:
         print(f"inspect_checkpoint: {wrong}", file=sys.stderr)
         sys.exit(1)

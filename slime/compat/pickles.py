@@ -6,6 +6,7 @@ distributed checkpoints read their metadata and their small objects that way, wh
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,12 +55,44 @@ def load_pickle(stream: IO[bytes], *, rooms: Sequence[str] = ()) -> Any:
 
 
 def value_classes() -> list[Any]:
-    """Classes that values in our torch files are made of beyond torch's own list: NumPy's arrays and numbers."""
+    """Classes that values in our torch files are made of beyond torch's own list: NumPy's arrays and numbers, and the values
+    that a column of a data set may have."""
+    import datetime
+    import decimal
+    import uuid
+
     import numpy as np
     from numpy._core.multiarray import _reconstruct, scalar
 
     kinds = [kind for name in dir(np.dtypes) if isinstance(kind := getattr(np.dtypes, name), type)]
-    return [np.ndarray, np.dtype, _reconstruct, scalar, *(kind for kind in kinds if kind is not np.dtypes.ObjectDType)]
+    columns = [
+        datetime.date,
+        datetime.datetime,
+        datetime.time,
+        datetime.timedelta,
+        datetime.timezone,
+        decimal.Decimal,
+        uuid.UUID,
+    ]
+    return [
+        *columns,
+        np.ndarray,
+        np.dtype,
+        _reconstruct,
+        scalar,
+        *(kind for kind in kinds if kind is not np.dtypes.ObjectDType),
+    ]
+
+
+def foreign_classes(value: Any) -> list[str]:
+    """Classes in `value` that `load_values` would refuse, so that a save can say so while the values are still there."""
+    import torch
+
+    torch.serialization.add_safe_globals(value_classes())
+    written = io.BytesIO()
+    torch.save(value, written)
+    written.seek(0)
+    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(written))
 
 
 def load_values(path: str | Path) -> Any:

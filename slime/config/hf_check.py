@@ -32,6 +32,7 @@ _NAMES: dict[str, tuple[str, str]] = {
     "moe_shared_expert_intermediate_size": ("--moe-shared-expert-intermediate-size", "the shared experts' width"),
     "moe_router_num_groups": ("--moe-router-num-groups", "n_group"),
     "moe_router_group_topk": ("--moe-router-group-topk", "topk_group"),
+    "layernorm_zero_centered_gamma": ("--apply-layernorm-1p", "layernorm_zero_centered_gamma"),
     "rotary_scaling_factor": ("--rotary-scaling-factor", "rope_scaling.factor"),
 }
 
@@ -236,6 +237,8 @@ def _positions(hf: HfConfig, v: Mapping[str, object], megatron: Mapping[str, obj
             f"rope_theta is {theta} there, --rotary-base is {base} here; pass --rotary-base {theta:.0f} (a file of "
             f"scripts/models takes MODEL_ARGS_ROTARY_BASE={theta:.0f} before it is sourced)"
         )
+    if v["position_embedding_type"] == "yarn" and hf.rope_parameters["rope_type"] != "yarn":
+        yield f"rope_type is {hf.rope_parameters['rope_type']} there, --position-embedding-type is yarn here; pass rope"
     share = hf.partial_rotary_factor if not hf.is_mla else 1.0
     if not _same(share, v["rotary_percent"]):
         yield (

@@ -85,7 +85,7 @@ class HfConfig(Mapping[str, Any]):
     @property
     def num_mtp_layers(self) -> int:
         """Layers that can be trained; MiMo's one is built otherwise and left out."""
-        return 0 if self.model_type == "mimo" else self.get("num_nextn_predict_layers", 0)
+        return 0 if self.get("model_type") == "mimo" else self.get("num_nextn_predict_layers", 0)
 
     @property
     def has_qk_norm(self) -> bool:

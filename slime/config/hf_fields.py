@@ -62,6 +62,7 @@ ASSUMED: dict[str, tuple[object, ...]] = {
     "cross_attention_hidden_size": (),
     "is_decoder": (False, True),
     "use_mrope": (False,),
+    "partial_rotary_factor": (1.0, 1),
     "num_nextn_predict_layers": (0,),
     "quantization": (),
 }
@@ -89,7 +90,7 @@ class Family:
     """Without meaning in this family."""
 
 
-_LATENT = Family(_MLA | _ROUTED, {**_SIGMOID, "partial_rotary_factor": (1.0, 1)}, _NOMINAL)
+_LATENT = Family(_MLA | _ROUTED, _SIGMOID, _NOMINAL)
 _INDEXED = Family(
     _MLA | _ROUTED | _INDEXER, {**_SIGMOID, **_SPARSE}, _NOMINAL | {"index_share_for_mtp_iteration"}
 )  # the last one is about draft models of an engine
@@ -219,6 +220,9 @@ def _rope_faults(hf: HfConfig) -> Iterator[str]:
         for key, value in given.items():
             if value is not None and key not in known:
                 yield f"{name}: {key} {value!r:.60} is not known for {kind} positions{nearest(key, known)}"
+        share = given.get("partial_rotary_factor", 1.0)
+        if share != 1.0 and "partial_rotary_factor" not in FAMILIES[hf.model_type].used:
+            yield f"{name}: partial_rotary_factor is {share}, and a {hf.model_type} model turns whole heads"
         if given.get("truncate", True) is False:
             yield f"{name}: truncate is False, and the bounds of YaRN's ramp are whole numbers here"
         if kind != "default" and given.get("factor") is None:

@@ -24,6 +24,9 @@ class TensorSource(Protocol):
     def names(self) -> list[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def fault(self, tensor: HfTensor) -> str | None: ...
+    def is_fp8(self, name: str) -> bool: ...
+    @property
+    def promises_fp8(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ def check_files(table: NameTable, source: TensorSource, *, needs_mtp: bool = Fal
             misshaped.append(f"{name}: file {list(source.shape(name))}, config {list(tensor.shape)}")
         elif wrong := source.fault(tensor):
             unreadable.append(wrong)
+    if source.promises_fp8 and not any(source.is_fp8(name) for name in expected if name in present):
+        raise ValueError(
+            f"{source.folder}: config.json has a quantization_config of FP8, and no tensor is FP8; remove it beside BF16 "
+            "weights, or take the FP8 files"
+        )
     found = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped), ("unreadable", unreadable))
     parts = [
         f"{len(names)} {kind} tensors: " + "; ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")

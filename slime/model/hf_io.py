@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -108,7 +109,10 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.unlink(missing_ok=True)
     path.touch()
     usual = stat.S_IMODE(path.stat().st_mode)
-    save_file(tensors, str(path), metadata={"format": "pt"})
+    try:
+        save_file(tensors, str(path), metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk among others
+        raise OSError(f"{path} could not be written ({error})") from None
     path.chmod(usual)
 
 

@@ -37,6 +37,11 @@ class SafetensorsReader:
         """Rows and columns of the tile that has one FP8 scale."""
         return int(self._block[0])
 
+    @property
+    def promises_fp8(self) -> bool:
+        """config.json says that matrices are FP8."""
+        return self._quantization.get("quant_method") == "fp8"
+
     def names(self) -> list[str]:
         return list(self._stored)
 
@@ -88,6 +93,8 @@ class SafetensorsReader:
             return f"{where} is {stored.dtype}; BF16, F16, F32 and F8_E4M3 with block scales are read: take such a release"
         if not tensor.fp8:
             return f"{where} is F8_E4M3, and this model's is never quantised; take a release with it in BF16"
+        if not self._quantization:
+            return f"{where} is FP8, and config.json has no quantization_config that says in which blocks; add the release's"
         if scale is None:
             return f"{where} is FP8, but {tensor.scale_name} is missing"
         return self._scale_fault(tensor, f"{scale.file}: {tensor.scale_name}")

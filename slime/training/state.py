@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from slime.compat.megatron import prepare
+from slime.compat.pickles import foreign_classes
 from slime.model.build import padded_vocab_size
 from slime.model.dist_ckpt import (
     DESCRIPTION,
@@ -79,6 +80,11 @@ def save(trainer: Trainer, rollout_id: int, data_state: Mapping[str, Any] | None
     finish_save(trainer)
     if not config.checkpoint.save:
         raise ValueError("saving needs --save FOLDER")
+    if foreign := foreign_classes(data_state):
+        raise ValueError(
+            f"the data position cannot be saved: it holds {', '.join(foreign[:3])}, which no load would take; keep plain "
+            "values in the metadata of samples and of the data source"
+        )
     state = _sharded_state(trainer, is_loading=False)
     hf = read_hf_config(config.checkpoint.hf_checkpoint)
     state |= {

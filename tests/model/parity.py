@@ -97,7 +97,8 @@ def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
         make_vocab_size_divisible_by=16, seq_length=4096, rotary_base=hf.rope_theta, vocab_size=hf["vocab_size"],
         untie_embeddings_and_output_weights=not hf.get("tie_word_embeddings", False),
         only_train_params_name_list=None, freeze_params_name_list=None,
-        mtp_num_layers=1 if mtp else None, rotary_percent=1.0 if hf.is_mla else hf.partial_rotary_factor,
+        mtp_num_layers=1 if mtp else None, position_embedding_type="rope",
+        rotary_percent=1.0 if hf.is_mla else hf.partial_rotary_factor,
         post_self_attn_layernorm=hf.has_sandwich_norms, post_mlp_layernorm=hf.has_sandwich_norms,
     )  # fmt: skip
     args = SimpleNamespace(hf_checkpoint=folder, **parallel)

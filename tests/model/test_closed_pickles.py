@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import json
 import pickle
 import shutil
+import uuid
 import zlib
 from argparse import Namespace
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ import torch
 from model.parity import build
 from ranks import run_ranks
 
-from slime.compat.pickles import load_pickle, load_values
+from slime.compat.pickles import foreign_classes, load_pickle, load_values
 from slime.model.dist_ckpt import DESCRIPTION, describe, read_metadata, sharded_model
 from slime.model.dist_reader import TorchDistReader
 from slime.training.checkpoint import MANIFEST, begin_save
@@ -140,6 +143,22 @@ def test_small_objects_of_a_checkpoint_are_not_run_either(checkpoint: Path, tmp_
     with pytest.raises(pickle.UnpicklingError):
         planner.load_bytes(item, bad)
     assert not (tmp_path / "ran").exists()
+
+
+def test_values_of_a_data_sets_columns_come_back_and_a_save_names_what_would_not(tmp_path: Path) -> None:
+    when = datetime.datetime(2026, 11, 30, 5, 0, tzinfo=datetime.UTC)
+    row = {"when": when, "day": when.date(), "took": datetime.timedelta(1.5), "cost": Decimal("1.10"), "id": uuid.UUID(int=7)}
+    torch.save(row, tmp_path / "row.pt")
+    assert load_values(tmp_path / "row.pt") == row and foreign_classes([row, np.float32(1)]) == []
+    (name,) = foreign_classes({"buffer": [[{"metadata": Namespace2(1)}]]})
+    assert name.endswith("Namespace2")
+
+
+class Namespace2:
+    """Some class of a plugin's."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
 
 
 def test_values_of_every_kind_come_back_and_classes_do_not(tmp_path: Path) -> None:

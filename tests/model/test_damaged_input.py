@@ -142,6 +142,19 @@ def test_blocks_that_are_not_square_are_refused(block: list[int], fp8: Path) -> 
     assert f"{SCALE}: config.json says weight_block_size {block}; blocks must be square" in refusal(fp8)
 
 
+def test_fp8_files_and_their_config_must_agree(fp8: Path) -> None:
+    config = json.loads((fp8 / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    (fp8 / "config.json").write_text(json.dumps(config))
+    assert "is FP8, and config.json has no quantization_config that says in which blocks" in refusal(fp8)
+    plain = fp8.parent / "bf16"
+    shutil.copytree(fp8, plain, ignore=shutil.ignore_patterns("*.safetensors", INDEX))
+    (plain / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    table = NameTable.for_model(read_hf_config(plain))
+    save_file({t.name: torch.zeros(t.shape, dtype=torch.bfloat16) for t in table.hf_tensors()}, plain / "model.safetensors")
+    assert "config.json has a quantization_config of FP8, and no tensor is FP8; remove it beside" in refusal(plain)
+
+
 def test_scales_that_are_powers_of_two_are_read_as_such(fp8: Path) -> None:
     """UE8M0: a byte is an exponent, 2^-7 is stored as 120. With the type e8m0, or as bytes where config.json says ue8m0."""
     edit(fp8, SCALE, lambda x: torch.full_like(x, 2.0**-7))

@@ -186,7 +186,7 @@ def mtp(v: Values) -> None:
         return
     v.require(layers == 1, f"--mtp-num-layers {layers}: one multi-token-prediction layer can be built; pass 1 or leave it out")
     if v.facts.hf_config is not None:
-        held = hf_check.text_config(v.facts.hf_config).get("num_nextn_predict_layers") or 0
+        held = HfConfig(v.facts.hf_config).num_mtp_layers
         v.require(
             held == 1,
             f"--mtp-num-layers {layers}: {v['hf_checkpoint']}/config.json has num_nextn_predict_layers {held}; "
