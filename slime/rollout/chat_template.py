@@ -15,7 +15,6 @@ from typing import Any
 
 from jinja2 import Template, nodes
 from jinja2.visitor import NodeTransformer
-from transformers.utils import chat_template_utils
 
 from slime.rollout.messages import Message, call_name, check_messages, spellings
 
@@ -137,6 +136,9 @@ def _call(name: str, *arguments: nodes.Expr) -> nodes.Call:
 @lru_cache(maxsize=16)
 def _marked_template(source: str) -> Template:
     # transformers' own environment: its filters, its {% generation %} tag, its white space.
+    # Imported here, as the tokenizers are: it takes a second, which whoever only names a rollout module should not pay.
+    from transformers.utils import chat_template_utils
+
     environment = chat_template_utils._compile_jinja_template(source).environment
     tree = _AddMarks().visit(environment.parse(source))
     tree.set_environment(environment)

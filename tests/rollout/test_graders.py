@@ -107,6 +107,7 @@ def test_who_grades_a_sample_the_nearest_wins():
     sample = Sample(response=r"\boxed{7}", label="7")
     assert grade(sample, rm_type="math") == 1
     assert grade(sample, rm_type="boxed_f1") == 1.0 and grade(sample, rm_type="f1") < 1.0
+    assert grade(sample, rm_type="boxed_math") == 1
     assert grade(Sample(response="7", label="7", metadata={"rm_type": "f1"}), rm_type="math") == 1.0
     assert grade(sample, rm_type="math", custom_rm_path=f"{__name__}.by_length") == 9.0 == len(sample.response)
     own = Sample(response="abc", custom_rm_path=f"{__name__}.always_nine")

@@ -92,6 +92,18 @@ def test_workers_end_with_a_process_that_was_killed():
         assert time.monotonic() < deadline, f"{pids} live on"
 
 
+def test_the_first_verdict_waits_for_no_library_that_it_does_not_need():
+    code = (
+        "import sys\nimport slime.rollout.rm_hub, slime.rollout.grading.registry as registry\n"
+        "from slime.rollout.grading.question import Question\n"
+        "assert registry.verdict(Question('math', r'\\boxed{1 1/2}', '1.5', {})) == 1\n"
+        "print([name for name in ('torch', 'transformers', 'ray', 'sympy', 'math_verify') if name in sys.modules])\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------- own functions
 
 held = threading.Event()
@@ -127,7 +139,7 @@ def test_an_own_grader_that_blocks_leaves_the_callers_loop_free_and_is_named_wit
         await grading
 
     with pytest.raises(
-        GradingError, match=r"blocks gave no reward within 0.3 s .* it is at .*test_grading_pool.py:\d+ in blocks"
+        GradingError, match=r"blocks gave no reward within 0.3 s .* blocked at .*test_grading_pool.py:\d+ in blocks"
     ):
         asyncio.run(grade())
     held.set()

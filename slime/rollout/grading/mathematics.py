@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from slime.rollout.grading.algebra import same_expression
 from slime.rollout.grading.literals import read_literal, same_number
 from slime.rollout.grading.response import last_boxed, without_end_tokens
 from slime.rollout.grading.spelling import normalise, split_unit
@@ -64,6 +63,13 @@ def _same(given: str, wanted: str, *, depth: int) -> bool:
     items = _items(given), _items(wanted)
     if None not in items:
         return _same_items(*items, depth=depth)
+    return _same_algebra(given, wanted)
+
+
+def _same_algebra(given: str, wanted: str) -> bool:
+    # Here and not above: sympy and the grammar take a second to import, and most answers are decided before.
+    from slime.rollout.grading.algebra import same_expression
+
     return same_expression(given, wanted)
 
 

@@ -1,4 +1,7 @@
-"""Runs as a process (`python -P nursery.py FD`): imports the graders once and forks workers, each in milliseconds.
+"""Runs as a process (`python -P nursery.py FD`): forks workers, each in milliseconds.
+
+The first is forked at once, before the libraries of algebra are imported: whoever grades one answer needs no more, and has it
+in a fraction of a second. From the second on they are forks of a process that has imported and warmed everything.
 
 On the control socket: `fork` with the descriptor of a socket is answered by the child's process id, `kill PID` by nothing.
 A worker reads one question a line and answers one line. What cannot be ended from inside (a pattern that backtracks, a number
@@ -9,23 +12,27 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
 
 ALARM_GRACE_SECONDS = 2
+MOST_BYTES = 4 << 30
+"""Of address space for a worker: an answer whose digits would fill the machine is a MemoryError of that one grading."""
 
 
 def main(control: socket.socket) -> None:
     # Ctrl-C goes to the whole terminal; the pool decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        from slime.rollout.grading.registry import verdict, warm_up  # the costly import, once for all workers
+        from slime.rollout.grading.registry import verdict, warm_up
     except Exception as error:
         control.sendall(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         return
     control.sendall(json.dumps({"ready": os.getpid()}).encode())
     children: set[int] = set()
+    first = True
     try:
         while True:
             message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
@@ -33,6 +40,9 @@ def main(control: socket.socket) -> None:
                 return  # the pool is gone
             _reap(children)
             if message == b"fork":
+                if not first:
+                    warm_up()
+                first = False
                 pid = os.fork()
                 if pid == 0:
                     control.close()
@@ -41,8 +51,6 @@ def main(control: socket.socket) -> None:
                 children.add(pid)
                 os.close(descriptors[0])
                 control.sendall(str(pid).encode())
-                if len(children) == 1:
-                    warm_up()  # while the first worker has its first question; all later ones are forks of a warm process
             elif (pid := int(message.removeprefix(b"kill "))) in children:
                 os.kill(pid, signal.SIGKILL)
     finally:
@@ -60,6 +68,7 @@ def _reap(children: set[int]) -> None:
 def _work(questions: socket.socket, verdict) -> None:
     from slime.rollout.grading.question import Question
 
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     with questions, questions.makefile("rwb") as stream:
         for line in stream:
             asked = json.loads(line)

@@ -93,7 +93,8 @@ class OwnCode:
                 self._leave_behind(call.loop)
             raise GradingError(
                 "timeout",
-                f"{name} gave no reward within {seconds:g} s (--rm-timeout)" + (f"; it is at {where}" if where else ""),
+                f"{name} gave no reward within {seconds:g} s (--rm-timeout)"
+                + (f"; its loop is blocked at {where}" if where else ""),
             )
         finally:
             if not call.result.done():
