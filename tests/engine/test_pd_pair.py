@@ -159,7 +159,7 @@ def test_the_kv_transfer_accepts_the_runs_nodes_alone(pair):
 
 def connects(address: tuple[str, int], *, source: str) -> bool:
     with socket.socket() as caller:
-        caller.settimeout(1.0)
+        caller.settimeout(0.3)
         caller.bind((source, 0))
         try:
             caller.connect(address)
