@@ -44,15 +44,25 @@ def main(argv: list[str]) -> int:
     prepare()
     from slime.ray.run import Run
 
-    # `ray job stop` sends SIGTERM: leave through the `with` block, which stops engines and trainer.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    leave_on_sigterm()
     try:
         with owned(config.checkpoint.save if config.trains else None, what="--save"), Run(config) as run:
+            leave_on_sigterm()  # Ray has put a handler of its own there, which prints a stack and ends the process at once
             train(run, config)
     except (RuntimeError, ValueError, OSError) as error:
         logger.error("the run stopped: %s", error)
         return 1
     return 0
+
+
+def leave_on_sigterm() -> None:
+    """`ray job stop` sends SIGTERM: leave through the `with` block, which stops engines and trainer."""
+
+    def leave(*_: object) -> None:
+        logger.info("stopped from outside (SIGTERM): ending engines and trainer; the last checkpoint is intact")
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def train(run, config: Config) -> None:

@@ -62,6 +62,8 @@ start_ray_head() {
     # Ray's three metrics ports ask for no secret and listen on every interface: the agents' is not opened, and by a number that is no
     # port neither are those of the autoscaler and the dashboard.
     export RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=-1 DASHBOARD_METRIC_PORT=-1
+    # A driver that is told to stop ends its engines first; Ray would kill it after 3 s.
+    export RAY_JOB_STOP_WAIT_TIME_S=25
     # Ray holds back a line that it has seen before, for seconds, and prints it among later ones.
     export RAY_DEDUP_LOGS="${RAY_DEDUP_LOGS:-0}"
     RAY_ADDRESS_OF_HEAD="${MASTER_ADDR}:${RAY_PORT}"
@@ -100,7 +102,7 @@ wait_for_jobs_api() { # status 1 when the head ends before it answers
     while ((SECONDS < deadline)); do
         kill -0 "$RAY_HEAD_PID" 2>/dev/null || return 1
         # The job server answers before this node has joined, and a head whose node does not join ends itself.
-        if grep -q 'runtime started' "$RAY_TEMP_DIR/head.log" &&
+        if grep -qs 'runtime started' "$RAY_TEMP_DIR/head.log" &&
             ray job list --address "$RAY_JOBS_URL" >/dev/null 2>"$RAY_TEMP_DIR/jobs-api.log"; then return 0; fi
         if grep -qs 'http server disabled' "$dashboard"; then
             lacking=$(grep -o 'No module named .*' "$dashboard" | sort -u | head -n 3 | paste -sd ';')
