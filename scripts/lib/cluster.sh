@@ -246,11 +246,15 @@ cleanup() {
 }
 
 stop_cluster() { # STATUS-OF-THE-LAUNCH
+    local shared
+    shared=$(shared_files)
     # A job that still runs gets its time to stop engines; it would outlive the cluster otherwise.
     [[ -z $RAY_JOB_ID ]] || timeout 30 ray job stop --address "$RAY_JOBS_URL" "$RAY_JOB_ID" >/dev/null 2>&1
     [[ -z $RAY_SUBMIT_PID ]] || kill -TERM "$RAY_SUBMIT_PID" 2>/dev/null
     stop_ray_head
     stop_members
+    # shellcheck disable=SC2086
+    [[ -z $shared ]] || rm -f -- $shared
     [[ -z ${JOIN_SCRIPT:-} ]] || rm -f -- "$JOIN_SCRIPT"
     rm -rf -- "${RAY_TEMP_DIR:?}/tmp"
     if [[ -n $RAY_TEMP_IS_OURS && $1 == 0 ]]; then

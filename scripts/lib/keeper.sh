@@ -23,11 +23,13 @@ while [[ -n $when && $(started "$launcher") == "$when" ]]; do
     ((SECONDS % 30 > 1)) || for folder in "$@"; do touch -c -- "$folder/.slime-owner" 2>/dev/null; done
 done
 
+mapfile -t shared < <(for pid in $(members); do grep -hso '/dev/shm/sglang_loads_[^ ]*' "/proc/$pid/maps"; done | sort -u)
 for signal in TERM KILL; do
     for ((second = 0; second < 15; second++)); do
         mapfile -t left < <(members)
-        ((${#left[@]} > 0)) || exit 0
+        ((${#left[@]} > 0)) || break 2
         ((second > 0)) || kill "-$signal" "${left[@]}" 2>/dev/null
         sleep 1
     done
 done
+rm -f -- "${shared[@]}"

@@ -102,7 +102,10 @@ run_ranks() { # RANKS PROGRAM ARGUMENTS...
     shift
     said=$(mktemp)
     PYTHONWARNINGS=ignore run_python -m torch.distributed.run --nproc-per-node "$ranks" --standalone "$@" 2>"$said" || status=$?
-    grep -v -e '^W[0-9]* .*torch/distributed' -e '^E[0-9]* .*torch/distributed' "$said" | sed '/^Traceback (most recent call last):$/,$d' >&2 || true
+    awk '/^Traceback \(most recent call last\):$/ { last = NR }
+        /\.ChildFailedError:/ { cut = last }
+        { line[NR] = $0 }
+        END { for (i = 1; i <= NR && (!cut || i < cut); i++) if (line[i] !~ /^[WE][0-9]+ .*torch\/distributed/) print line[i] }' "$said" >&2
     rm -f -- "$said"
     ((status == 0)) || die "${1##*/} failed, as said above; nothing else was started"
 }

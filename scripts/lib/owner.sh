@@ -38,6 +38,14 @@ start_keeper() {
     KEEPER_PID=$!
 }
 
+# What SGLang leaves in shared memory when it is killed, of the engines that live now.
+shared_files() {
+    local pid
+    for pid in $(launch_members); do
+        grep -hso '/dev/shm/sglang_loads_[^ ]*' "/proc/$pid/maps" || true
+    done | sort -u
+}
+
 # Processes of this machine that carry the launch's name. Those of this shell itself do not.
 launch_members() {
     { env -u SLIME_LAUNCH grep -lsxzF "SLIME_LAUNCH=$SLIME_LAUNCH" /proc/[0-9]*/environ || true; } | cut -d/ -f3

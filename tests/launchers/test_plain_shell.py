@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -286,6 +287,27 @@ def test_a_node_is_joined_by_the_line_that_is_printed(shell: Shell):
     assert f"on each of the other 15 nodes: bash {str(script).replace(' ', chr(92) + ' ')}" in said
     assert process.returncode == 143 and not script.exists() and continued(said)
     shutil.rmtree(re.search(r"its logs: (/tmp/slime-ray-\w+)", said)[1])
+
+
+TOOL = """
+import sys
+print("reading", flush=True)
+sys.stderr.write("no config.json in /x; name a folder that has one\\n")
+if sys.argv[1] == "bug":
+    raise KeyError("gold")
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("end", "frames"), [("2", 0), ("bug", 1)])
+def test_what_a_tool_says_is_not_buried_under_torchruns_traceback(shell: Shell, end: str, frames: int):
+    (shell.folder / "tool.py").write_text(TOOL)
+    source = f". {shlex.quote(str(shell.project / 'scripts' / 'lib' / 'launch.sh'))}"
+    lines = shell.run(f"set -euo pipefail; {source}; run_ranks 1 '{shell.folder}/tool.py' {end}", status=1).splitlines()
+    assert lines[0] == "no config.json in /x; name a folder that has one"
+    assert lines[-1] == "[launch] error: tool.py failed, as said above; nothing else was started"
+    assert "\n".join(lines).count("Traceback") == frames, "its own, where it has one"
+    assert frames == 1 or len(lines) == 2
 
 
 def commands(page: Path) -> list[str]:
