@@ -32,6 +32,13 @@ _COMMANDS = (
     (re.compile(r"\\[bpB]matrix|(?<=\{)[bB]matrix(?=\})"), "pmatrix"),
     (re.compile(r"(?<!\\)\\(?:qquad|quad|,|;|:|>| )|~"), " "),
 )  # fmt: skip
+_PLAIN = (
+    (re.compile(r"\\(?:underline|boldmath|ensuremath)\s*(?=\{)|\\(?:text)?color\s*\{[^{}]*\}"), ""),
+    (re.compile(r"^\s*(?:\\approx|\\text\s*\{\s*(?:approximately|about|roughly)\s*\})\s*"), ""),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
+)
+"""What programs and word processors write."""
 _LIST_WORD = re.compile(r",?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s+(?:and|or)\s+", re.IGNORECASE)
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _PERCENT = re.compile(r"\s*(?:\\%|%|\\text\s*\{\s*(?:percent|per cent|%|\\%)\s*\}|\bper\s?cent\b)", re.IGNORECASE)
@@ -129,6 +136,8 @@ def normalise(answer: str) -> str:
     text = _NOTHING.sub("", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\;|\\:|\{\\,\})\s*(?=\d{3}(?!\d))", "", text)
     for pattern, replacement in _COMMANDS:
+        text = pattern.sub(replacement, text)
+    for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
     text = text.replace("\\$", "").replace("$", "")
     text = _LIST_WORD.sub(",", text)
