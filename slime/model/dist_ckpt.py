@@ -175,13 +175,13 @@ def check_finished(folder: str | Path) -> None:
 def check_description(hf: HfConfig, folder: str | Path) -> dict[str, Any]:
     """The checkpoint's common values. Raises ValueError listing in what its model differs from `hf`'s."""
     check_finished(folder)
-    if is_foreign(folder):
+    common = _common_values(folder)
+    if common is None:
         raise ValueError(
             f"{folder} was written by Megatron-LM or the slime on it, not here: {foreign_differences(hf, folder)}; "
             + (_EXPORT_THERE if hf.has_indexer else _EXPORT_HERE).format(folder=folder)
         )
-    common = load_values(Path(folder) / "common.pt")
-    saved, wanted = common.get(DESCRIPTION), describe(hf)
+    saved, wanted = common[DESCRIPTION], describe(hf)
     lines = [
         f"{key}: checkpoint {saved.get(key)!r}, {hf.source} {wanted.get(key)!r}"
         for key in sorted({*saved, *wanted})
@@ -207,13 +207,19 @@ def is_foreign(folder: str | Path) -> bool:
 
     Raises ValueError where its common.pt cannot be read, and its tensors do not lie as Megatron-LM's do either.
     """
+    return _common_values(folder) is None
+
+
+def _common_values(folder: str | Path) -> dict[str, Any] | None:
+    """Of a checkpoint of ours; None of a foreign one."""
     try:
-        return DESCRIPTION not in load_values(Path(folder) / "common.pt")
+        common = load_values(Path(folder) / "common.pt")
     except ValueError:
         # Megatron-LM keeps its arguments there, which may name classes of any package.
         if any(_FOREIGN.search(key) for key in read_metadata(folder).state_dict_metadata):
-            return True
+            return None
         raise
+    return common if isinstance(common, dict) and DESCRIPTION in common else None
 
 
 def foreign_differences(hf: HfConfig, folder: str | Path) -> str:

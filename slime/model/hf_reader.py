@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from slime.model.hf_config import read_hf_config
 from slime.model.hf_headers import stored_tensors
 from slime.model.names import HfTensor
 from slime.ops.fp8 import dequantize_blockwise, scale_shape
@@ -124,11 +126,5 @@ class SafetensorsReader:
         return (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
 
 
-def _quantization(folder: Path) -> dict:
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_bytes()).get("quantization_config") or {}
-    except (ValueError, AttributeError) as broken:
-        raise ValueError(f"{path} is no JSON object ({broken}); download it again") from None
+def _quantization(folder: Path) -> Mapping[str, Any]:
+    return read_hf_config(folder).get("quantization_config", {}) if (folder / "config.json").is_file() else {}

@@ -109,11 +109,7 @@ def test_a_malicious_pickle_is_not_run(name: str, sealed: bool, checkpoint: Path
         torch.save({"iteration": Runs(ran)}, checkpoint / name)
     if sealed:
         seal(checkpoint)
-    told = (
-        "it names pathlib.*touch.*nothing of it was run|it names builtins.getattr"
-        if sealed
-        else f"{name} has .* bytes instead of"
-    )
+    told = "it names .*nothing of it was run" if sealed else f"{name} has .* bytes instead of"
     with pytest.raises(ValueError, match=told):
         export(checkpoint, glm, tmp_path / "hf")
     if name == ".metadata" or not sealed:

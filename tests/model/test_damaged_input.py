@@ -94,7 +94,7 @@ def test_a_config_that_is_no_json_object_is_named(fp8: Path) -> None:
         (fp8 / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"fp8/config.json is n"):
             read_hf_config(fp8)
-        with pytest.raises(ValueError, match=r"fp8/config.json is no JSON object"):
+        with pytest.raises(ValueError, match=r"fp8/config.json is n"):
             SafetensorsReader(fp8)
 
 
