@@ -113,11 +113,17 @@ run_ranks() { # RANKS PROGRAM ARGUMENTS...
 check_flags() { # FLAGS...
     runs || return 0 # the rehearsal lists them together with everything else
     parse_flags --check "$@"
+    check_engines "$@"
 }
 
 check_flags_alone() { # FLAGS...   before the files that they name are there
     runs || return 0
     parse_flags --door rehearse --check "$@"
+    check_engines --door rehearse "$@"
+}
+
+check_engines() { # their options have names and types of the SGLang that will run them
+    run_python -m slime.engine.plan "$@" || die "the engines' flags above are wrong; nothing was started"
 }
 
 parse_flags() {

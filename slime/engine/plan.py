@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -114,3 +115,22 @@ def check_options(spec: EngineSpec) -> Translation:
     translated = translate(spec.settings, capabilities(found))
     typed_argv(translated.settings, option_table(found))
     return translated
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python3 -m slime.engine.plan [--door rehearse] FLAGS`: would the engines start? Status 2 with what is wrong."""
+    from slime.config import load
+
+    door = "train"
+    if list(argv[:1]) == ["--door"]:
+        door, argv = argv[1], argv[2:]
+    try:
+        plan_engines(load(argv, door=door))  # type: ignore[arg-type]
+    except ValueError as error:
+        sys.stderr.write(f"slime: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

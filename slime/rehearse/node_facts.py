@@ -70,6 +70,8 @@ class NodeFacts:
     """Other node's name -> the error of connecting to it."""
     unloadable: Mapping[str, str] = field(default_factory=dict)
     """Python module -> the error of importing it."""
+    memory_gb: float = 0.0
+    """Main memory; 0 where the node does not say."""
 
     @property
     def address(self) -> str:
@@ -89,6 +91,14 @@ class Wanted:
     ports: tuple[int, ...]
     modules: tuple[str, ...] = ()
     """Python modules that the engines import only when they come up."""
+    read_only: tuple[str, ...] = ()
+    """Folders that are read and never written."""
+    gpu_gb: float = 0.0
+    """What the largest phase of the plan needs of a GPU; 0 where no plan could be made."""
+    host_gb: float = 0.0
+    """The same of a node's main memory."""
+    hopper: bool = False
+    """The plan's kernels (FP8, sparse attention, DeepEP) need compute capability 9 or above."""
 
 
 def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts:
@@ -100,7 +110,8 @@ def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts
         interfaces={interface: _ipv4_of(interface) for _, interface in socket.if_nameindex()},
         ib_devices=rdma_devices(Path("/sys/class/infiniband")),
         clock_offset=0.0,
-        shared={path: try_shared(path, seed_path.get(path)) for path in wanted.paths},
+        shared={path: try_shared(path, seed_path.get(path)) for path in wanted.paths}
+        | {path: try_read(path) for path in wanted.read_only},
         shm_free_gb=_free_gb("/dev/shm"),
         disk_free_gb=_free_gb("/tmp"),
         busy_ports=tuple(port for port in wanted.ports if _is_busy(port)),
@@ -108,7 +119,15 @@ def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts
         packages={name: _version(name) for name in PACKAGES},
         python=platform.python_version(),
         unloadable=import_errors(wanted.modules),
+        memory_gb=_memory_gb(Path("/proc/meminfo")),
     )
+
+
+def _memory_gb(meminfo: Path) -> float:
+    if not meminfo.is_file():
+        return 0.0
+    total = next((line for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:")), "")
+    return int(total.split()[1]) * 1024 / 1e9 if total else 0.0
 
 
 def _gpus() -> tuple[Gpu, ...]:
@@ -181,6 +200,15 @@ def try_shared(path: str, seed: str | None) -> str:
     return ""
 
 
+def try_read(path: str) -> str:
+    """The error of looking into a folder that nobody writes, or ""."""
+    try:
+        next(os.scandir(path), None)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def listen() -> socket.socket:
     """A port of the node's own choosing for the others to connect to."""
     one = socket.socket()
@@ -232,6 +260,18 @@ def judge(nodes: Sequence[NodeFacts], wanted: Wanted, findings: Findings, *, sil
         wrong=f"{len(silent)} of {count} nodes did not answer",
         values="; ".join(f"{name}: {why}" for name, why in list(silent.items())[:8]),
         fix="look into Ray's logs on the named nodes (a broken environment, a full disk?), or drain them",
+    )
+    hosts: dict[str, set[str]] = {}
+    for node in nodes:
+        hosts.setdefault(node.address, set()).add(node.host)
+    twins = {address: names for address, names in hosts.items() if len(names) > 1}
+    findings.check(
+        not twins,
+        "nodes",
+        "every machine has an address of its own",
+        wrong=f"{len(twins)} addresses are those of several machines",
+        values="; ".join(f"{address}: {', '.join(sorted(names))}" for address, names in list(twins.items())[:8]),
+        fix="give each machine its own address (ray start --node-ip-address)",
     )
     for question in _questions(nodes, wanted):
         if question.unasked:
@@ -285,10 +325,10 @@ def _questions(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[_Question]:
             "synchronise the clock (chrony, ntp)",
         ),
         _Question(
-            "shared folders are seen, written and renamed in",
+            "shared folders are seen, and written where the run writes",
             lambda node: "; ".join(f"{path}: {why}" for path, why in node.shared.items() if why),
             "mount the shared file system",
-            "" if wanted.paths else "the flags name no folder",
+            "" if wanted.paths or wanted.read_only else "the flags name no folder",
         ),
         _Question("/dev/shm and /tmp have room", lambda node: _room_problem(node, wanted), "free space, or enlarge /dev/shm"),
         _Question(
@@ -304,6 +344,28 @@ def _questions(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[_Question]:
     ]
     if wanted.gpus_per_node:
         questions.append(_Question("GPU memory free", _memory_problem, "end what else uses the GPUs (nvidia-smi names it)"))
+        questions.append(
+            _Question(
+                "GPUs are of a kind and size that the plan fits",
+                lambda node: _kind_problem(node, wanted),
+                "rehearse with --gpu-memory of these GPUs, and follow its fixes; FP8, sparse attention and DeepEP need Hopper",
+            )
+        )
+    if wanted.host_gb and any(node.memory_gb for node in nodes):
+        questions.append(
+            _Question(
+                f"main memory of {wanted.host_gb:.0f} GB, which the plan takes",
+                lambda node: f"{node.memory_gb:.0f} GB" if 0 < node.memory_gb < wanted.host_gb else "",
+                "lower --optimizer-offload-fraction, or use more nodes",
+            )
+        )
+    questions.append(
+        _Question(
+            "packages are there",
+            lambda node: ", ".join(f"no {name}" for name in PACKAGES if node.packages.get(name) == "-"),
+            "run scripts/setup.sh on the named nodes",
+        )
+    )
     if wanted.modules:
         questions.append(
             _Question(
@@ -329,6 +391,20 @@ def _gpu_problem(node: NodeFacts, nodes: Sequence[NodeFacts], wanted: Wanted) ->
     usual = Counter((gpu.name, gpu.driver) for each in nodes for gpu in each.gpus).most_common(1)
     odd = [f"{gpu.name} driver {gpu.driver}" for gpu in node.gpus if usual and (gpu.name, gpu.driver) != usual[0][0]]
     return f"{odd[0]}, the others have {usual[0][0][0]} driver {usual[0][0][1]}" if odd else ""
+
+
+HOPPER = ("H100", "H200", "H800", "H20", "GH200", "B100", "B200", "B300", "GB200", "GB300")
+"""In the names of GPUs of compute capability 9 and above."""
+
+
+def _kind_problem(node: NodeFacts, wanted: Wanted) -> str:
+    small = [gpu for gpu in node.gpus if gpu.total_mb * 2**20 < wanted.gpu_gb * 1e9]
+    if small:
+        return (
+            f"{small[0].name} has {small[0].total_mb * 2**20 / 1e9:.0f} GB, the plan's largest phase needs {wanted.gpu_gb:.1f}"
+        )
+    old = [gpu for gpu in node.gpus if wanted.hopper and not any(name in gpu.name.split() for name in HOPPER)]
+    return f"{old[0].name} is no Hopper GPU" if old else ""
 
 
 def _memory_problem(node: NodeFacts) -> str:

@@ -21,7 +21,9 @@ from slime.engine.imports import needed
 from slime.engine.ports import FIRST_PORT
 from slime.rehearse.findings import Findings
 from slime.rehearse.node_facts import NodeFacts, Wanted, clock_offset, gather, judge, listen, reach
+from slime.rehearse.options import Options
 from slime.rehearse.reading import Reading, read
+from slime.rehearse.result import rehearse
 
 ANSWER_SECONDS = 120.0
 """A node that says nothing for so long is named as silent."""
@@ -44,9 +46,10 @@ def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = 
         disaggregated=any(group.worker_type in ("prefill", "decode") for group in groups),
         on_cuda=not logical_gpus,
     )
-    folders = {
+    written = {_existing(Path(path).parent) for path in (config.checkpoint.save,) if path}
+    read_only = {
         _existing(Path(path).parent)
-        for path in (config.checkpoint.hf_checkpoint, config.checkpoint.save, config.checkpoint.load, config.data.prompt_data)
+        for path in (config.checkpoint.hf_checkpoint, config.checkpoint.load, config.data.prompt_data)
         if path
     }
     return Wanted(
@@ -54,9 +57,27 @@ def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = 
         gpus_per_node=0 if logical_gpus else min(cluster.num_gpus_per_node, max(reading.num_gpus, 1)),
         interface=next((env[name] for name in INTERFACE_VARIABLES if env.get(name)), None),
         ib_devices=tuple(name for name in re.split(r"[,\s]+", devices) if name and not name.startswith("{")),
-        paths=tuple(sorted(folders)),
+        paths=tuple(sorted(written)),
+        read_only=tuple(sorted(read_only - written)),
         ports=(FIRST_PORT, FIRST_PORT + 1),
         modules=tuple(modules),
+    )
+
+
+def with_plan(wanted: Wanted, argv: Sequence[str], *, env: Mapping[str, str] | None) -> Wanted:
+    """What the plan takes of GPUs and main memory, where the flags make one; nothing for a run on CPUs."""
+    if not wanted.gpus_per_node:
+        return wanted
+    plan = rehearse(argv, Options(build_ranks=False, env=env))
+    hf, budget = plan.reading.hf, plan.budget
+    if hf is None or budget is None:
+        return wanted
+    deepep = any(str(spec.settings.get("moe_a2a_backend")) == "deepep" for spec in plan.engines.specs)
+    return replace(
+        wanted,
+        gpu_gb=max(stage.peak.total for stage in budget.stages) / 1e9,
+        host_gb=sum(budget.node.rollout.values()) / 1e9,
+        hopper=bool(hf.has_indexer or hf.get("quantization_config") or deepep),
     )
 
 
@@ -183,7 +204,10 @@ def main(
     import ray
 
     findings = Findings()
-    wanted = wanted_of(read(argv, Findings()), {**(env or {}), **os.environ}, logical_gpus=logical_gpus)
+    # The job's environment wins over this shell's: it is what the run will have.
+    wanted = with_plan(
+        wanted_of(read(argv, Findings()), {**os.environ, **(env or {})}, logical_gpus=logical_gpus), argv, env=env
+    )
     address = os.environ.get("RAY_ADDRESS", "auto")
     root = Path(__file__).resolve().parents[2]
     try:

@@ -19,9 +19,9 @@ import pytest
 from slime.engine.ports import FIRST_PORT
 from slime.rehearse.findings import Findings
 from slime.rehearse.node_facts import Gpu, NodeFacts, Wanted, clock_offset, gather, judge, rdma_devices, reach, try_shared
-from slime.rehearse.preflight import wanted_of
+from slime.rehearse.preflight import wanted_of, with_plan
 from slime.rehearse.reading import read
-from tests.rehearse.recipes import ROOT
+from tests.rehearse.recipes import ROOT, Recipe
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "580.1", 81559, 81000)
 GOOD = NodeFacts(
@@ -38,12 +38,24 @@ GOOD = NodeFacts(
     {},
     {"torch": "2.13.0", "ray": "2.60.0"},
     "3.11.9",
+    memory_gb=2100.0,
 )
-WANTED = Wanted(4, 8, "eth0", ("mlx5_100", "mlx5_101"), ("/shared",), (15000,), ("mooncake.engine",))
+WANTED = Wanted(
+    4,
+    8,
+    "eth0",
+    ("mlx5_100", "mlx5_101"),
+    ("/shared",),
+    (15000,),
+    ("mooncake.engine",),
+    gpu_gb=68.8,
+    host_gb=741.0,
+    hopper=True,
+)
 
 FAULTS: dict[str, tuple[Callable[[NodeFacts], NodeFacts], str]] = {
     "a GPU fell off": (lambda n: replace(n, gpus=n.gpus[:7]), "7 GPUs, wanted 8"),
-    "another GPU": (lambda n: replace(n, gpus=(replace(H100, name="NVIDIA A100"), *n.gpus[1:])), "NVIDIA A100"),
+    "another GPU": (lambda n: replace(n, gpus=(replace(H100, name="NVIDIA H200"), *n.gpus[1:])), "NVIDIA H200"),
     "another driver": (lambda n: replace(n, gpus=tuple(replace(g, driver="550.2") for g in n.gpus)), "driver 550.2"),
     "memory in use": (lambda n: replace(n, gpus=(replace(H100, free_mb=40000), *n.gpus[1:])), "GPU 0 40000 of 81559 MB free"),
     "interface": (lambda n: replace(n, interfaces={"lo": "127.0.0.1", "bond0": "10.0.0.9"}), "no eth0; has lo, bond0"),
@@ -69,6 +81,8 @@ FAULTS: dict[str, tuple[Callable[[NodeFacts], NodeFacts], str]] = {
         lambda n: replace(n, unloadable={"mooncake.engine": "ImportError: libcudart.so.12: cannot open"}),
         "mooncake.engine: ImportError: libcudart.so.12",
     ),
+    "main memory": (lambda n: replace(n, memory_gb=540.0), "540 GB"),
+    "sglang is missing": (lambda n: replace(n, packages={**n.packages, "sglang": "-"}), "no sglang"),
     "firewall": (lambda n: replace(n, unreachable={"10.0.0.1": "timed out"}), "10.0.0.1: timed out"),
 }
 
@@ -92,7 +106,7 @@ def test_a_fault_is_found_and_its_node_named(name: str) -> None:
 def test_sound_nodes_pass_and_a_missing_one_is_counted() -> None:
     findings = Findings()
     judge(cluster(lambda node: node), WANTED, findings)
-    assert findings.launchable and len(findings.items) == 14
+    assert findings.launchable and len(findings.items) == 18
     covered = {"http_proxy": "http://p:8080", "no_proxy": "localhost,10.0.0.0/8"}
     findings = Findings()
     judge(cluster(lambda node: replace(node, proxies=covered)), WANTED, findings)
@@ -104,6 +118,52 @@ def test_sound_nodes_pass_and_a_missing_one_is_counted() -> None:
     judge(cluster(lambda node: node)[:3], WANTED, findings, silent={"10.0.0.4": "actor died"})
     [silent] = findings.of("violation")
     assert silent.what == "1 of 4 nodes did not answer" and silent.values == "10.0.0.4: actor died"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "message"),
+    [
+        (Gpu("NVIDIA A100-SXM4-40GB", "580.1", 40960, 40900), "has 43 GB, the plan's largest phase needs 68.8"),
+        (Gpu("Tesla T4", "580.1", 15360, 15300), "has 16 GB, the plan's largest phase needs 68.8"),
+        (Gpu("NVIDIA A100 80GB PCIe", "580.1", 81920, 81900), "is no Hopper GPU"),
+    ],
+)
+def test_what_is_alike_on_every_node_may_be_wrong_on_every_node(gpu: Gpu, message: str) -> None:
+    """A cluster of small GPUs, without SGLang, whose nodes agree with each other in all of it."""
+    nodes = [replace(GOOD, name=f"10.0.0.{n}", gpus=(gpu,) * 8, packages={**GOOD.packages, "sglang": "-"}) for n in range(1, 5)]
+    findings = Findings()
+    judge(nodes, WANTED, findings)
+    told = "\n".join(finding.line() for finding in findings.of("violation"))
+    assert "GPUs are of a kind and size that the plan fits: not on 4 of 4 nodes" in told and f"{gpu.name} {message}" in told
+    assert "packages are there: not on 4 of 4 nodes" in told and "no sglang" in told
+
+
+def test_two_machines_with_one_address_are_named() -> None:
+    nodes = [replace(GOOD, name=f"10.0.0.{n}", host=f"node{n}") for n in range(1, 4)]
+    findings = Findings()
+    judge([*nodes, replace(GOOD, name="10.0.0.3 (b)", host="node9")], WANTED, findings)
+    [found] = findings.of("violation")
+    assert found.what == "1 addresses are those of several machines" and found.values == "10.0.0.3: node3, node9"
+
+
+def test_a_folder_that_is_only_read_may_be_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("model", "data", "out"):
+        (tmp_path / name).mkdir()
+    flags = ["--hf-checkpoint", str(tmp_path / "model" / "m"), "--prompt-data", str(tmp_path / "data" / "p.jsonl")]
+    wanted = wanted_of(read([*flags, "--save", str(tmp_path / "out" / "run")], Findings()), {})
+    assert wanted.paths == (str(tmp_path / "out"),)
+    assert wanted.read_only == (str(tmp_path / "data"), str(tmp_path / "model"))
+    monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
+    facts = gather("10.0.0.1", wanted, {})
+    assert facts.shared[str(tmp_path / "model")] == "" and "read-only" in facts.shared[str(tmp_path / "out")]
+
+
+def test_the_plan_says_what_a_node_must_have(flagship: Recipe, tmp_path: Path) -> None:
+    """The recipe's engines take 56 GB of weights and cache, 8 and 0.8 beside them, and the sleeping trainer 4."""
+    argv = flagship.written(tmp_path)
+    wanted = with_plan(wanted_of(read(argv, Findings()), flagship.env), argv, env=flagship.env)
+    assert wanted.gpu_gb == pytest.approx(68.8, abs=0.1) and wanted.host_gb == pytest.approx(741, abs=2) and wanted.hopper
+    assert wanted_of(read(argv, Findings()), {"NCCL_SOCKET_IFNAME": "eth0"}).interface == "eth0"
 
 
 def test_what_was_not_asked_for_is_unchecked_and_a_run_on_cpus_wants_no_gpus() -> None:
