@@ -28,7 +28,14 @@ from slime.rehearse.shares import Grid
 Basis = Literal["file", "release", "flags", "nothing"]
 """config.json of the checkpoint; the stored one of the release that the folder is named after; one that MODEL_ARGS describe."""
 
-SUBJECTS = {"engine_model": "engines", "dispatch": "engines", "router": "engines", "training": "config"}
+SUBJECTS = {
+    "engine_model": "engines",
+    "engine_server": "engines",
+    "context": "engines",
+    "dispatch": "engines",
+    "router": "engines",
+    "training": "config",
+}
 """File of a rule -> what a report calls its subject, where that is not its name."""
 
 

@@ -437,4 +437,18 @@ WRONG: dict[str, tuple[Edit, str]] = {
         flags("--eval-prompt-data", "a", "/a.jsonl", "--eval-interval", "5", "--eval-max-response-len", "4000000"),
         "max_response_len 4000000 leaves no room for a prompt",
     ),
+    # What SGLang asserts of its own arguments.
+    "chunks of no whole page": (
+        in_group("prefill", ("size: 131072", "size: 100000")),
+        "is 1562 tokens, no multiple of page_size 64",
+    ),
+    "chunks smaller than the ranks": (
+        in_group("prefill", ("size: 131072", "size: 32")),
+        "is 0 tokens, no multiple of page_size",
+    ),
+    "fewer requests than ranks": (
+        in_group("decode", ("requests: 768", "requests: 63")),
+        "leaves a rank none; give at least 64",
+    ),
+    "a context beyond the positions": (flags("--sglang-context-length", "2000000"), "is above the model's 1048576 positions"),
 }

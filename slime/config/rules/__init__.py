@@ -24,6 +24,7 @@ from slime.config.rules import (
     dispatch,
     effects,
     engine_model,
+    engine_server,
     engines,
     environment,
     evaluation,
@@ -86,6 +87,7 @@ STAGES: tuple[Stage, ...] = (
             engine_model.speculation,
             engine_model.fractions,
             engine_model.pairs,
+            engine_server.arguments,
             dispatch.deepep,
         )
     ),

@@ -62,8 +62,13 @@ def _whole_number(text: object) -> int | None:
 
 def _context_of_config(v: Values, model: SglangModel, group: EngineGroup) -> int | None:
     """As SGLang derives it: the trained positions, stretched by a rope scaling that does not name them itself."""
+    return context_of_config(v) if group.overrides.get("model_path", model.model_path) == v["hf_checkpoint"] else None
+
+
+def context_of_config(v: Values) -> int | None:
+    """Positions of the trained model; None where nobody says."""
     raw = v.facts.hf_config
-    if raw is None or group.overrides.get("model_path", model.model_path) != v["hf_checkpoint"]:
+    if raw is None:
         return None
     hf = HfConfig(raw)
     scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}

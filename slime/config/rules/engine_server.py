@@ -1,0 +1,62 @@
+"""What SGLang asserts about its own arguments while an engine starts, as far as the arguments alone decide it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slime.config.engine_sizes import EngineSizes
+from slime.config.rules.context import context_of_config
+from slime.config.rules.engines import engines_of
+
+if TYPE_CHECKING:
+    from slime.config.rules.book import Values
+
+LONGER = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
+"""With it SGLang takes a --sglang-context-length beyond the model's positions."""
+
+
+def arguments(v: Values) -> None:
+    for engine in engines_of(v):
+        _chunks(v, engine)
+        _shares(v, engine)
+        _context(v, engine)
+
+
+def _chunks(v: Values, engine: EngineSizes) -> None:
+    """Prompts go in chunks of whole pages; attention data parallelism shares a chunk among its ranks."""
+    chunk, page = engine.whole("chunked_prefill_size"), engine.whole("page_size") or 1
+    if engine.role == "decode" or chunk is None or chunk <= 0:
+        return
+    own = chunk // engine.dp
+    v.require(
+        own > 0 and own % page == 0,
+        f"{engine.where}: chunked_prefill_size {chunk} over {engine.dp} attention ranks is {own} tokens, no multiple "
+        "of page_size "
+        f"{page}; give a multiple of {page * engine.dp}",
+    )
+
+
+def _shares(v: Values, engine: EngineSizes) -> None:
+    running = engine.whole("max_running_requests")
+    v.require(
+        running is None or running >= engine.dp,
+        f"{engine.where}: max_running_requests {running} over {engine.dp} attention ranks leaves a rank none; give at least "
+        f"{engine.dp}",
+    )
+    v.require(
+        not engine.on("enable_dp_lm_head") or engine.on("enable_dp_attention"),
+        f"{engine.where}: enable_dp_lm_head needs enable_dp_attention; add it, or remove the option",
+    )
+
+
+def _context(v: Values, engine: EngineSizes) -> None:
+    said = engine.whole("context_length")
+    positions = context_of_config(v) if engine.model_path == str(v["hf_checkpoint"]) else None
+    if said is None or positions is None or said <= positions:
+        return
+    what = f"{engine.where}: context_length {said} is above the model's {positions} positions"
+    if v.env is None:
+        v.undecided(what, "", f"pass at most {positions}, or set {LONGER}=1 in the job's environment", decides=False)
+        return
+    allowed = v.env.get(LONGER, "").lower() in ("1", "true")
+    v.require(allowed, f"{what}; pass at most {positions}, or set {LONGER}=1")
