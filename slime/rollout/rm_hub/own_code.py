@@ -8,6 +8,7 @@ side by side. A thread cannot be ended: a loop that is still blocked when its ca
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import sys
 import threading
@@ -110,7 +111,8 @@ class OwnCode:
             if loop not in offered:
                 offered.add(loop)
                 call.offer_to(loop)
-            await asyncio.wait([asyncio.ensure_future(call.begun.wait())], timeout=PATIENCE_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(call.begun.wait(), PATIENCE_SECONDS)
 
     def _loop(self, number: int) -> _Loop:
         with self._lock:
