@@ -36,7 +36,7 @@ class DataConfig:
     rollout_shuffle: bool = False
     """Shuffle the prompts in every epoch."""
     rollout_seed: int = flag(42, low=0)
-    """Seed of the shuffle and of deterministic sampling."""
+    """Seed of the shuffle, of deterministic sampling, and of what plugins draw from Python's and NumPy's own generators."""
     num_rollout: int | None = flag(None, low=0)
     """Rollouts of the run; 0 evaluates only."""
     num_epoch: int | None = flag(None, low=1)

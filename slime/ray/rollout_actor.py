@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import ray
 
 from slime.config import Config
@@ -20,6 +22,13 @@ from slime.ray.train_actor import EngineTarget
 from slime.rollout.reports import Report
 
 logger = logging.getLogger(__name__)
+
+
+def seed_generators(seed: int, rollout_id: int) -> None:
+    """Python's and NumPy's own generators, which plugins draw from: the same in every run, and after a resume, of a rollout."""
+    words = np.random.SeedSequence([seed, rollout_id]).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
 
 
 @ray.remote
@@ -100,6 +109,7 @@ class RolloutActor:
         if self._replay is not None:
             output = self._replay.rollout(rollout_id)
         else:
+            seed_generators(self._config.data.rollout_seed, rollout_id)
             with self._watched():
                 output = self._plugins.rollout(self._args, rollout_id, self._data_source)
         seconds = time.monotonic() - started

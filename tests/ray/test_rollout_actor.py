@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from slime.config import Config
 from slime.config.config import section_of
-from slime.ray.rollout_actor import RolloutActor
+from slime.ray.rollout_actor import RolloutActor, seed_generators
 from slime.ray.run import sample_costs
 from tools.tiny_tokenizer import write_tokenizer
 
@@ -107,3 +108,14 @@ def test_samples_are_balanced_by_work_with_sparse_attention_counted_as_used(tmp_
 
 def test_nothing_is_estimated_where_nothing_is_balanced(tmp_path):
     assert sample_costs(config_with(tmp_path, hf_checkpoint="/missing"), np.array([1, 2])) is None
+
+
+def test_what_a_plugin_draws_depends_on_the_seed_and_the_rollout_alone():
+    def draw(seed: int, rollout_id: int) -> tuple[float, float]:
+        seed_generators(seed, rollout_id)
+        return random.random(), float(np.random.rand())
+
+    first = draw(42, 3)
+    draw(42, 2)
+    assert draw(42, 3) == first
+    assert len({draw(seed, rollout_id) for seed in (42, 43) for rollout_id in range(4)}) == 8
