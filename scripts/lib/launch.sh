@@ -67,6 +67,11 @@ read_passed
 forget_other_clusters
 check_tmpdir
 find_environment
+if is_in --help "$@" || is_in -h "$@"; then # the launcher's own heading, and where the flags are listed
+    sed -n '2,/^[^#]/ { /^#/ s/^# \{0,1\}//p }' "$LAUNCHER"
+    printf '\nFLAGS: %q -m slime.config --help\n' "$PYTHON"
+    exit 0
+fi
 # The launch's name in the environment of everything that it starts: how its processes are told from all others.
 SLIME_LAUNCH="$("$PYTHON" -I -S -c 'import uuid; print(uuid.uuid4().hex)')"
 export SLIME_LAUNCH

@@ -289,6 +289,16 @@ def test_a_node_is_joined_by_the_line_that_is_printed(shell: Shell):
     shutil.rmtree(re.search(r"its logs: (/tmp/slime-ray-\w+)", said)[1])
 
 
+def test_help_is_the_launchers_heading_and_starts_nothing(shell: Shell):
+    process = shell.start(f"{QWEN} --help")
+    told, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and said == "" and shell.calls() == []
+    assert told.startswith("Qwen3-4B: GRPO on one node") and "BASE_DIR   folder with Qwen3-4B" in told
+    flags = re.search(r"FLAGS: (.*)", told)[1]
+    listing = shell.start(flags, cwd=shell.project)
+    assert "--rollout-batch-size" in listing.communicate(timeout=60)[0]
+
+
 TOOL = """
 import sys
 print("reading", flush=True)
