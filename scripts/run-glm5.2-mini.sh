@@ -230,9 +230,11 @@ check_flags_alone "${FLAGS[@]}"
 [[ $REHEARSE == 1 ]] || ((NUM_VISIBLE >= NUM_GPUS)) ||
    die "NUM_GPUS=${NUM_GPUS}, and ${NUM_VISIBLE} are visible here; scripts/run-glm5.2-tiny.sh runs without a GPU"
 
+own BASE_DIR
+
 # ---------------------------------------------------------------------------------------------- checkpoint and data
 
-if [[ $REHEARSE != 1 && $PREFLIGHT != 1 && ! -f ${BASE_DIR}/GLM-5.2-mini-FP8/config.json ]]; then
+if runs && [[ ! -f ${BASE_DIR}/GLM-5.2-mini-FP8/config.json ]]; then
    say "1/3 drawing the checkpoint pair (29 GB) and its data"
    run_python "${PROJECT_ROOT}/tools/make_tiny_checkpoint.py" --preset mini --experts "${MINI_EXPERTS}" --seed "${SEED}" --device cuda \
       --output-bf16 "${BASE_DIR}/GLM-5.2-mini" --output-fp8 "${BASE_DIR}/GLM-5.2-mini-FP8"
@@ -240,10 +242,9 @@ if [[ $REHEARSE != 1 && $PREFLIGHT != 1 && ! -f ${BASE_DIR}/GLM-5.2-mini-FP8/con
    run_python "${PROJECT_ROOT}/tools/make_arithmetic_data.py" --output "${BASE_DIR}/arithmetic" --seed "${SEED}" \
       --task add --max-operand 3 --train 4096 --eval 8 --sft 64 --examples 120
 fi
-if [[ $REHEARSE != 1 && $PREFLIGHT != 1 && ! -f ${BASE_DIR}/GLM-5.2-mini_torch_dist/latest_checkpointed_iteration.txt ]]; then
+if runs && [[ ! -f ${BASE_DIR}/GLM-5.2-mini_torch_dist/latest_checkpointed_iteration.txt ]]; then
    say "2/3 converting it to torch_dist on ${NUM_GPUS} ranks"
-   PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" PYTHONWARNINGS=ignore "${PYTHON}" -m torch.distributed.run \
-      --nproc-per-node "${NUM_GPUS}" --standalone "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" "${LAYOUT_ARGS[@]}" \
+   run_ranks "${NUM_GPUS}" "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" "${LAYOUT_ARGS[@]}" \
       --hf-checkpoint "${BASE_DIR}/GLM-5.2-mini/" --save "${BASE_DIR}/GLM-5.2-mini_torch_dist/"
 fi
 check_flags "${FLAGS[@]}"
@@ -265,7 +266,6 @@ ENVIRONMENT=(
 )
 
 start_ray_head
-[[ $REHEARSE == 1 || $PREFLIGHT == 1 ]] || say "3/3 reinforcement learning (GRPO) on random rewards"
-submit_job "$(runtime_env_json "${ENVIRONMENT[@]}" "SLIME_RUN_DIR=${RUN_DIR}" "TENSORBOARD_DIR=${RUN_DIR}/tensorboard")" "${FLAGS[@]}"
-say "curves: tensorboard --logdir ${RUN_DIR}/tensorboard, engine logs ${RUN_DIR}"
-[[ -z ${SAVE:-} ]] || print_resume "NUM_GPUS=${NUM_GPUS} BASE_DIR=${BASE_DIR} SAVE=${SAVE} bash ${SCRIPT_DIR}/run-glm5.2-mini.sh --num-rollout 6"
+! runs || say "3/3 reinforcement learning (GRPO) on random rewards"
+submit_job "$(runtime_env_json "${ENVIRONMENT[@]}")" "${FLAGS[@]}"
+[[ -z ${SAVE:-} ]] || print_resume
