@@ -121,6 +121,13 @@ def test_what_follows_an_instruction_and_what_does_not(name, kwargs, follows, br
     assert grade([name], [kwargs], breaks) == 0.0
 
 
+@pytest.mark.parametrize("part", ["<<", "[", "*", "<i>", "\n", ".", '"', "!", "Question ", "a.b ", "(", "? ", "'\"", "word "])
+def test_every_instruction_is_checked_in_linear_time(part):
+    # In square time one of these would take hours.
+    for name, kwargs, *_ in ROWS:
+        grade([name], [kwargs], "x" + part * 50_000 + "y")
+
+
 def test_all_instructions_must_be_followed_by_the_answer_without_its_thought():
     ids = ["punctuation:no_comma", "length_constraints:number_words"]
     kwargs = [{"num_words": None, "relation": None}, {"num_words": 3.0, "relation": LESS, "keywords": None}]

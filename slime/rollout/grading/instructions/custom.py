@@ -7,6 +7,7 @@ import io
 import re
 import unicodedata
 from datetime import date
+from typing import Any
 
 from slime.rollout.grading.instructions.text import EDGES, Check, bare_words, sentences
 
@@ -31,7 +32,7 @@ def mcq_count_length(response: str) -> bool:
     """Four questions of five options, each longer than the one before, and nothing ahead of them."""
     if not response.startswith("Question"):
         return False
-    questions = [part.strip() for part in re.split(r"\n*Question \d+[.|):;]?\s*", response) if part.strip()]
+    questions = [part.strip() for part in re.split(r"Question \d+[.|):;]?", response) if part.strip()]
     lengths = []
     for question in questions:
         lines = [line.strip() for line in question.split("\n")]
@@ -69,33 +70,39 @@ def european_capitals_sort(response: str) -> bool:
     return [part.strip() for part in _ascii(response).split(",") if part.strip()] == _CAPITALS
 
 
-def _table(response: str, header: list[str], *, num_rows: int, delimiter: str = ",") -> list[list[str]] | None:
-    """Its rows below the header, with the quotes they are written in; None when the form is another."""
-    rows = list(csv.reader(io.StringIO(response.strip()), delimiter=delimiter, quoting=csv.QUOTE_NONE, skipinitialspace=True))
-    whole = bool(rows) and [field.strip().strip('"') for field in rows[0]] == header
-    return rows[1:] if whole and len(rows) == num_rows + 1 else None
+def _rows(text: str, **form: Any) -> list[list[str]]:
+    """None at all of a text that is no CSV."""
+    try:
+        return list(csv.reader(io.StringIO(text), **form))
+    except csv.Error:
+        return []
+
+
+def _has_form(response: str, header: list[str], *, num_rows: int, delimiter: str = ",") -> bool:
+    """The header, quoted or not, and so many rows below it."""
+    rows = _rows(response.strip(), delimiter=delimiter, quoting=csv.QUOTE_NONE, skipinitialspace=True)
+    return len(rows) == num_rows + 1 and [field.strip().strip('"') for field in rows[0]] == header
 
 
 def csv_city(response: str) -> bool:
-    rows = list(csv.reader(io.StringIO(response)))
+    rows = _rows(response)
     header = ["ID", "Country", "City", "Year", "Count"]
     return len(rows) == 8 and rows[0] == header and all(len(row) == 5 for row in rows)
 
 
 def csv_special_character(response: str) -> bool:
     """One quoted field with something that is no letter, digit or space."""
-    rows = _table(response, ["ProductID", "Category", "Brand", "Price", "Stock"], num_rows=14)
-    parsed = list(csv.reader(io.StringIO(response.strip()), skipinitialspace=True))
-    if rows is None or any(len(row) != 5 for row in parsed):
+    if not _has_form(response, ["ProductID", "Category", "Brand", "Price", "Stock"], num_rows=14):
         return False
-    return re.search(r'"[^"\n]*[^\d\w\s"][^"\n]*"', response.partition("\n")[2]) is not None
+    if any(len(row) != 5 for row in _rows(response.strip(), skipinitialspace=True)):
+        return False
+    quoted = response.partition("\n")[2].split('"')[1::2]
+    return any(re.search(r"[^\w\s]", field) for field in quoted)
 
 
 def csv_quotes(response: str) -> bool:
     """Tabs between fields, quotes around each, those of the header included."""
-    header = ["StudentID", "Subject", "Grade", "Semester", "Score"]
-    rows = _table(response, header, num_rows=3, delimiter="\t")
-    if rows is None:
+    if not _has_form(response, ["StudentID", "Subject", "Grade", "Semester", "Score"], num_rows=3, delimiter="\t"):
         return False
     fields = [[field.strip() for field in line.split("\t")] for line in response.strip().split("\n")]
     return all(len(row) == 5 and all(len(f) > 1 and f[0] == f[-1] == '"' for f in row) for row in fields)

@@ -88,8 +88,9 @@ def item_list(response: str, sep: str) -> bool:
 
 def thesis(response: str) -> bool:
     """A statement in <i> or <em>, and something behind it."""
-    found = re.search(r"<(?:i|em)>(.*?)</(?:i|em)>(.*)", response, re.DOTALL)
-    return found is not None and bool(found[1].strip()) and bool(found[2].strip())
+    start = re.search(r"<(?:i|em)>", response)
+    end = re.compile(r"</(?:i|em)>").search(response, start.end()) if start else None
+    return end is not None and bool(response[start.end() : end.start()].strip()) and bool(response[end.end() :].strip())
 
 
 def sub_bullets(response: str) -> bool:

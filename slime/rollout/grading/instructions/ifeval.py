@@ -79,7 +79,7 @@ def nth_paragraph_first_word(response: str, num_paragraphs: int, nth_paragraph: 
 
 
 def number_placeholders(response: str, num_placeholders: int) -> bool:
-    return len(re.findall(r"\[[^\]\n]*\]", response)) >= num_placeholders
+    return len(re.findall(r"\[[^\[\]\n]*\]", response)) >= num_placeholders
 
 
 def postscript(response: str, postscript_marker: str) -> bool:
@@ -120,7 +120,8 @@ def json_format(response: str) -> bool:
 
 
 def title(response: str) -> bool:
-    return any(found.strip("<> ") for found in re.findall(r"<<([^\n]+?)>>", response))
+    lines = [(line, line.find("<<"), line.rfind(">>")) for line in response.split("\n")]
+    return any(0 <= start < end and line[start:end].strip("<> \t") for line, start, end in lines)
 
 
 def two_responses(response: str) -> bool:

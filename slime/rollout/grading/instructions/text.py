@@ -13,7 +13,8 @@ _TOKEN = re.compile(r"\w+(?:[-'’.]\w+)*|[^\w\s]")
 _NO_END = re.compile(
     r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|Capt|Lt|Jr|Sr|Inc|Ltd|Co|vs|etc|e\.g|i\.e|No|Vol|Fig|approx|[A-Z])\.$|\b(?:[A-Za-z]\.){2,}$"
 )
-_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)")
+# It begins with the first mark of a run: from each mark on, a long run of them would take square time.
+_END = re.compile(r"(?<![.!?])[.!?]+[\"'”’)\]]*(?=\s|$)")
 
 
 def sentences(text: str) -> list[str]:
