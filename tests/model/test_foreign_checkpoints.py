@@ -75,6 +75,20 @@ def test_hf_files_are_made_of_a_foreign_checkpoint_bit_for_bit(family: str, layo
         check_description(hf, tmp_path / "iter_0000007")
 
 
+class Arguments:
+    """Megatron-LM keeps its arguments in common.pt, and those name classes of any package."""
+
+
+def test_arguments_of_foreign_classes_are_not_read(tmp_path: Path) -> None:
+    make_reference("qwen3", tmp_path / "hf")
+    run_ranks(1, save_as_megatron_does, 1, str(tmp_path / "hf"), tmp_path / "ckpt", {})
+    torch.save({"args": Arguments(), "iteration": 7}, tmp_path / "ckpt" / "common.pt")
+    hf = read_hf_config(tmp_path / "hf")
+    assert TorchDistReader(tmp_path / "ckpt", hf).is_foreign
+    with pytest.raises(ValueError, match="was written by Megatron-LM or the slime on it, not here"):
+        check_description(hf, tmp_path / "ckpt")
+
+
 def test_a_foreign_checkpoint_of_another_model_names_what_does_not_fit(tmp_path: Path) -> None:
     make_reference("qwen3", tmp_path / "hf")
     make_reference("llama", tmp_path / "other")
