@@ -41,6 +41,14 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
     wait -n "$RAY_SUBMIT_PID" "$RAY_HEAD_PID" || status=$?
     if kill -0 "$RAY_SUBMIT_PID" 2>/dev/null || ! kill -0 "$RAY_HEAD_PID" 2>/dev/null; then
         kill "$RAY_SUBMIT_PID" 2>/dev/null || true
+        local which
+        for _ in {1..50}; do # what is told next is the last word
+            kill -0 "$CONSOLE_PID" 2>/dev/null || break
+            sleep 0.1
+        done
+        # Which of Ray's processes ended is one line among two hundred of its statistics.
+        which=$(sed 's/\x1b\[[0-9;]*m//g' "$RAY_TEMP_DIR/head.log" | grep -o '[a-z_]* \[exit code=[^]]*\]' | paste -sd ';' || true)
+        [[ -z $which ]] || die "Ray itself ended, and the job with it: $which; its log is $RAY_TEMP_DIR/head.log"
         tail -n 20 "$RAY_TEMP_DIR/head.log" >&2
         die "Ray itself ended, and the job with it; its last lines are above, all of them in $RAY_TEMP_DIR/head.log"
     fi

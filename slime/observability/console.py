@@ -18,6 +18,9 @@ _RAY_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\t(?P<level>\w+) (
 _CLIENT = frozenset({"cli", "sdk", "job_manager"})
 _ACTOR = re.compile(r"^\(\w+ pid=\d+(?:, ip=[^)]*)?\) (?=\d\d:\d\d:\d\d \[)")
 """The address of an actor before a line of ours, which says who speaks."""
+_TRACEBACK = "Traceback (most recent call last):"
+_CLIENT_FRAME = re.compile(r'^  File "[^"]*/bin/ray", line ')
+"""The client lost its cluster: why is the launcher's to say."""
 _REPEATED = "Status message: Job entrypoint command failed with exit code"
 
 
@@ -26,8 +29,17 @@ def readable(lines: Iterable[str]) -> Iterator[str]:
 
     Ray's client announces a job in 17 lines, and repeats the end of its output when it fails: that has been read by then.
     """
+    held = ""
     for raw in lines:
         line = _COLOUR.sub("", raw.rstrip("\n"))
+        if held:
+            if _CLIENT_FRAME.match(line):
+                return
+            yield held
+            held = ""
+        if line == _TRACEBACK:
+            held = line
+            continue
         if line.startswith("Running entrypoint for job "):
             continue
         found = _RAY_LINE.match(line)
@@ -37,6 +49,8 @@ def readable(lines: Iterable[str]) -> Iterator[str]:
             yield _ACTOR.sub("", line)
         elif found["level"] not in ("INFO", "SUCC") and not _is_frame(found["text"]):
             yield found["text"]
+    if held:
+        yield held
 
 
 def _is_frame(text: str) -> bool:

@@ -49,6 +49,21 @@ def test_a_failure_is_told_once():
     assert shown == [*READ, "04:09:00 [driver] the run stopped: KeyError: 'gold'"]
 
 
+LOST = """\
+Traceback (most recent call last):
+  File "/x y/.venv/bin/ray", line 8, in <module>
+    sys.exit(main())
+RuntimeError: WebSocket connection closed unexpectedly with close code 1006
+"""
+
+
+def test_a_client_that_lost_its_cluster_says_nothing_and_a_users_traceback_stays():
+    theirs = ["Traceback (most recent call last):", '  File "/my/reward.py", line 3, in reward', "KeyError: 'gold'"]
+    lines = [*(BEFORE + "\n".join(theirs) + "\n" + LOST).splitlines(keepends=True)]
+    assert list(readable(lines)) == [*READ, *theirs]
+    assert list(readable(theirs[:1])) == theirs[:1]
+
+
 def test_what_only_rays_client_knows_is_told():
     assert list(readable(NEVER_BEGAN.splitlines(keepends=True))) == ["Status message: runtime_env setup failed: no such folder"]
 
