@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from slime.ray.fates import Process, fates, process_in
+from slime.ray.fates import Process, death, fates, process_in
 
 logger = logging.getLogger(__name__)
 
@@ -138,21 +138,11 @@ def _lost_a_peer(error: Exception) -> bool:
 
 
 def _death(name: str, error: Exception, process: Process | None) -> str:
-    """Who died and of what, by the fate of its own process where that can still be read."""
-    text = str(error).strip()
-    if "creation task" in text:  # its constructor raised: the text is that traceback
-        return f"{name} could not be made: {text}"
+    """Who died and of what."""
+    if "creation task" in str(error):  # its constructor raised: the text is that traceback
+        return f"{name} could not be made: {str(error).strip()}"
     process = process or process_in(error)
-    if "low on memory" in text or isinstance(error, ray.exceptions.OutOfMemoryError):
-        return f"{name} was killed by Ray's memory monitor: {_one_line(text)}"
-    fate = fates({name: process})[name] if process is not None else None
-    if fate is None or fate == "is gone":
-        return f"{name} died ({type(error).__name__}: {_one_line(text)})"
-    return f"{name} ({process}) {fate}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:600]
+    return f"{name}{f' ({process})' if process is not None else ''} {death(error, process)}"
 
 
 def _text(error: Exception) -> str:

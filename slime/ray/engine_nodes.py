@@ -12,7 +12,7 @@ import ray
 
 from slime.engine.last_words import last_words
 from slime.engine.ports import EnginePorts
-from slime.ray.fates import Process, end, fates, lost_nodes
+from slime.ray.fates import Process, death, end, lost_nodes
 
 # An actor that has not said in this time whether its server lives does not look after it either.
 _ANSWER_SECONDS = 60.0
@@ -67,9 +67,9 @@ def _ask(nodes: Sequence[EngineNode]) -> tuple[dict[str, Death], dict[str, Death
         try:
             why = ray.get(ref)
         except ray.exceptions.ActorUnavailableError as error:
-            unavailable[node.name] = _lost(node, _said(node, error), hangs=True)
+            unavailable[node.name] = _lost(node, death(error, node.process), hangs=True)
         except ray.exceptions.RayError as error:
-            found[node.name] = _lost(node, _said(node, error), hangs=bool(lost_nodes({node.node_ip})))
+            found[node.name] = _lost(node, death(error, node.process), hangs=bool(lost_nodes({node.node_ip})))
         else:
             if why:
                 found[node.name] = Death(why)
@@ -78,11 +78,6 @@ def _ask(nodes: Sequence[EngineNode]) -> tuple[dict[str, Death], dict[str, Death
 
 def _lost(node: EngineNode, what: str, *, hangs: bool) -> Death:
     return Death(f"{node.name} cannot be asked: its actor on {node.node_ip} {what}{last_words(node.log_path)}", True, hangs)
-
-
-def _said(node: EngineNode, error: Exception) -> str:
-    fate = fates({node.name: node.process})[node.name] if node.process is not None else None
-    return fate if fate not in (None, "is gone") else f"died ({type(error).__name__}: {' '.join(str(error).split())[:600]})"
 
 
 def stop(nodes: Sequence[EngineNode]) -> None:

@@ -55,6 +55,15 @@ def process_in(error: Exception) -> Process | None:
     return Process(found["ip"][1], int(found["pid"][1])) if all(found.values()) else None
 
 
+def death(error: Exception, process: Process | None) -> str:
+    """A clause for an actor of which Ray says that it is gone: by the fate of its process where that can be read."""
+    said = " ".join(str(error).split())[:400]
+    if "low on memory" in said:
+        return f"was killed by Ray's memory monitor: {said}"
+    fate = fates({"": process})[""] if process is not None else None
+    return fate if fate not in (None, "is gone") else f"died ({type(error).__name__}: {said})"
+
+
 def lost_nodes(addresses: set[str]) -> list[str]:
     """Those of the addresses where no node of the cluster is alive."""
     return sorted(addresses - {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})

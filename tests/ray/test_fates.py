@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slime.ray.fates import Process, _stat, process_in, read_fate
+from slime.ray.fates import Process, _stat, death, process_in, read_fate
 from slime.ray.keeper import keep
 
 
@@ -61,6 +61,17 @@ def test_a_process_that_runs_has_no_fate_and_a_later_one_of_its_number_is_not_ta
 )
 def test_the_process_is_read_from_rays_words(text, process):
     assert process_in(RuntimeError(text)) == process
+
+
+def test_rays_memory_monitor_is_told_as_the_cause():
+    """In the words with which Ray 2.60 ends an actor's call, as a run with RAY_memory_usage_threshold=0.02 shows them."""
+    error = RuntimeError(
+        "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7)\nwas 2.00GB"
+    )
+    assert death(error, None) == (
+        "was killed by Ray's memory monitor: 1 worker(s) were killed due to the node running low on memory. "
+        "Memory on the node (IP: 10.0.0.7) was 2.00GB"
+    )
 
 
 @pytest.mark.parametrize("script, status", [("exit 3", 3 << 8), ("kill -9 $$", 9), ("kill -15 $$", 15)])
