@@ -83,6 +83,12 @@ class HfConfig(Mapping[str, Any]):
         return next((self[key] for key in ("n_routed_experts", "num_experts", "num_local_experts") if self.get(key)), 0)
 
     @property
+    def fp8_exceptions(self) -> frozenset[str]:
+        """Modules that a quantised checkpoint keeps in BF16, under either name that engines read."""
+        section = self.get("quantization_config", {})
+        return frozenset(name for key in ("modules_to_not_convert", "ignored_layers") for name in section.get(key) or ())
+
+    @property
     def num_mtp_layers(self) -> int:
         """Layers that can be trained; MiMo's one is built otherwise and left out."""
         return 0 if self.get("model_type") == "mimo" else self.get("num_nextn_predict_layers", 0)

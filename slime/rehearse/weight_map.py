@@ -110,7 +110,7 @@ def fp8_format(hf: HfConfig) -> tuple[int | None, frozenset[str]]:
     """(block, modules kept as they are) of the serving checkpoint; (None, ...) when it is not block FP8."""
     section = hf.get("quantization_config") or {}
     block = section.get("weight_block_size")
-    return (int(block[0]) if block else None), frozenset(section.get("modules_to_not_convert") or ())
+    return (int(block[0]) if block else None), hf.fp8_exceptions
 
 
 def build_weight_map(

@@ -45,7 +45,7 @@ class WireFormat:
                 "fp8 e4m3 in square blocks (quant_method fp8, weight_block_size [128, 128]). Serve the BF16 checkpoint by "
                 "pointing --hf-checkpoint at it."
             )
-        kept = set(quantization.get("modules_to_not_convert") or ())
+        kept = hf_config.fp8_exceptions
         fp8_names = frozenset(
             tensor.name for tensor in table.hf_tensors() if tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
         )

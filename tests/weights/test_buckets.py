@@ -52,6 +52,14 @@ def test_buckets_respect_the_limit_and_never_split_a_group():
     ]
 
 
+def test_modules_that_stay_bf16_are_read_under_both_names_that_engines_know():
+    name = "model.layers.0.self_attn.o_proj"
+    for key in ("modules_to_not_convert", "ignored_layers"):
+        section = GLM_FP8["quantization_config"] | {"modules_to_not_convert": None, key: [name]}
+        fp8 = WireFormat.of_checkpoint(HfConfig(GLM | {"quantization_config": section})).fp8_names
+        assert f"{name}.weight" not in fp8 and "model.layers.1.self_attn.o_proj.weight" in fp8
+
+
 def test_a_bucket_size_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="--update-weight-buffer-size is 0"):
         list(fill_buckets([], limit_bytes=0))
