@@ -220,6 +220,8 @@ def _rope_faults(hf: HfConfig) -> Iterator[str]:
         for key, value in given.items():
             if value is not None and key not in known:
                 yield f"{name}: {key} {value!r:.60} is not known for {kind} positions{nearest(key, known)}"
+            elif value is not None and key not in ("rope_type", "type") and not isinstance(value, int | float):
+                yield f"{name}: {key} is {value!r:.60}, no number"
         share = given.get("partial_rotary_factor", 1.0)
         if share != 1.0 and "partial_rotary_factor" not in FAMILIES[hf.model_type].used:
             yield f"{name}: partial_rotary_factor is {share}, and a {hf.model_type} model turns whole heads"

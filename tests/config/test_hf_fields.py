@@ -81,6 +81,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_known_one(base: dict) -> N
         (QWEN3, {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope' is not supported"),
         (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and what is trained here has 1.0"),
         (QWEN3, {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}, "a qwen3 model turns whole heads"),
+        (QWEN3, {"rope_scaling": {**YARN, "factor": "four"}}, "rope_scaling: factor is 'four', no number"),
         (QWEN3, {"rope_scaling": {"type": "linear"}}, "linear positions need a factor"),
         (QWEN3, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}, "rope_parameters say 5e+06"),
         (QWEN3, {"rope_parameters": {"rope_type": "default"}, "rope_scaling": YARN}, "differ; remove one"),
