@@ -172,3 +172,29 @@ def test_an_engine_in_the_place_of_a_lost_one_has_its_address_and_leaves_its_log
         assert (tmp_path / f"{first.child.log_path.name}.lost").read_text() == "the last words of the lost one"
     finally:
         second.stop()
+
+
+MAPS = """
+import mmap, os, sys, time
+if os.fork() == 0:
+    with open("{file}", "w+b") as shared:
+        shared.truncate(4096)
+        kept = mmap.mmap(shared.fileno(), 4096)
+    print("mapped", flush=True)
+    time.sleep(600)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_shared_memory_of_a_servers_children_goes_with_it_however_it_ends(tmp_path, killed):
+    """SGLang's schedulers make such files, and are killed before they could remove them."""
+    file = Path(f"/dev/shm/sglang_loads_test_{os.getpid()}.shm")
+    process = child(tmp_path, MAPS.format(file=file))
+    wait(process, ready=lambda: "mapped" in process.tail())
+    process.note_shared_memory()
+    assert file.exists()
+    if killed:
+        os.killpg(process.pid, 9)
+    process.stop()
+    assert not file.exists()

@@ -55,6 +55,15 @@ def test_old_names_are_translated_and_every_change_is_noted():
         translate({"cuda_graph_max_bs": 12, "cuda_graph_max_bs_decode": 8}, NEWEST)
 
 
+@pytest.mark.parametrize("column", TABLE, ids=lambda column: column.version)
+def test_batch_sizes_of_graphs_are_taken_under_the_name_that_public_launchers_use(column):
+    settings = translate({"cuda_graph_bs": "1 2 4 8"}, column).settings
+    argv = typed_argv(settings, option_table(column.version))
+    assert argv[1:] == ["1", "2", "4", "8"]
+    # The oldest parsers know one option under both spellings.
+    assert argv[0] in option_table(column.version).find("cuda_graph_bs_decode").flags
+
+
 def test_attention_data_parallelism_has_its_own_name_from_0_5_23_on():
     asked = {"enable_dp_attention": True, "dp_size": 64}
     assert translate(asked, NEWEST).settings == {"attn_dp_size": 64}

@@ -174,6 +174,9 @@ def test_what_was_not_asked_for_is_unchecked_and_a_run_on_cpus_wants_no_gpus() -
     assert told == ["no network interface is named", "no RDMA devices are named", "the flags name no folder"]
     assert not [finding for finding in findings.items if "memory" in finding.what or "reaches" in finding.what]
     findings = Findings()
+    judge([replace(alone, shm_free_gb=0.001)], Wanted(1, 0, None, (), (), (15000,)), findings)
+    assert "/dev/shm 0.0 GB free, wanted 0.5" in findings.of("violation")[0].values, "Ray's object store would not fit"
+    findings = Findings()
     judge([GOOD], Wanted(1, 0, "eth0", (), (), ()), findings)
     assert "8 GPUs, wanted none" in findings.of("violation")[0].values, "such a node would train on its GPUs"
 
