@@ -191,7 +191,7 @@ def test_shared_memory_of_a_servers_children_goes_with_it_however_it_ends(tmp_pa
     """SGLang's schedulers make such files, and are killed before they could remove them."""
     file = Path(f"/dev/shm/sglang_loads_test_{os.getpid()}.shm")
     process = child(tmp_path, MAPS.format(file=file))
-    wait(process, ready=lambda: "mapped" in process.tail())
+    wait(process, ready=lambda: "mapped" in process.log_path.read_text())
     process.note_shared_memory()
     assert file.exists()
     if killed:
