@@ -55,7 +55,14 @@ RIGHT = [
     ("the answer to the question is B", "B", N), ("The correct answer is therefore B", "B", N),
     ("The answer is clearly B.", "B", N), ("The answer is thus (B)", "B", N), ("The right answer is letter B", "B", N),
     ("Answer：B", "B", N), ("答案是B", "B", N), ("The answer is B because A is wrong.", "B", N), ("I think it is B", "B", N),
-    ("Answer = B", "B", N),
+    ("Answer = B", "B", N), ("The answer isn't A but B", "B", N), ("The answer is not A, but rather B.", "B", N),
+    ("<answer>B</answer>", "B", N), ("<answer> (B) Paris </answer>", "B", M), ("Ｂ", "B", N), ("𝐁", "B", N),
+    ("The answer is “B”.", "B", N), ("Answer: ‘B’", "B", N), ("“B”", "B", N), ("B!", "B", N), ("# B", "B", N),
+    ("- B", "B", N), ("> B", "B", N), (r"\boxed{\rm B}", "B", N), ("B would be the correct answer", "B", N),
+    ("It must be B.", "B", N), ("B is my answer", "B", N), ("The choice that fits is B", "B", N),
+    ("The answer to question A is B", "B", N), ("The answer is Paris, not Rome.", "B", M), ("Antwort: B", "B", N),
+    ("Die Antwort ist B.", "B", N), ("Respuesta: B", "B", N), ("La réponse est B.", "B", N), ("回答：B", "B", N),
+    ("故选择B。", "B", N),
 ]
 WRONG = [
     ("The answer is A.", "B", N), ("A", "B", N), ("", "B", N), ("no idea", "B", N), ("The answer is a number", "A", N),
@@ -67,6 +74,8 @@ WRONG = [
     ("The answer is C. B is wrong.", "B", N), ("The answer is not B", "B", N), ("A. Oslo", "B", M), ("Big question", "B", N),
     ("The answer is Because", "B", N), ("Answer: none", "B", N), ("The options are A, B, C, D", "D", N),
     ("option B is wrong. The answer is A", "B", N), ("It is C, not B", "B", N), ("a", "B", N),
+    ("The answer is Rome, not Paris.", "B", M), ("It isn't B but C.", "B", N), ("The answer isn’t B.", "B", N),
+    ("The option that uses B is wrong", "B", N), ("The answer is A’s", "A", N),
 ]
 DAPO = [
     ("Answer: 34<|im_end|>", "34", 1), ("Answer: $34$<|endoftext|>", "34", 1), ("**Answer:** 34", "34", 1),

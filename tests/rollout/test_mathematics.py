@@ -48,7 +48,7 @@ def test_the_last_box_counts_and_an_open_one_is_no_answer(text, content):
     [
         "<|im_end|>", "<|endoftext|>", "<|user|>", "<|observation|>", "<|eot_id|>", "<|end_of_text|>", "</s>", "<eos>",
         "<end_of_turn>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<|return|>", "[EOS]", "<|im_end|>\n",
-        " <|im_end|><|endoftext|> ",
+        " <|im_end|><|endoftext|> ", "<eot>", "<eod>", "<seed:eos>", "<end_of_utterance>", "[|endofturn|]", "[gMASK]<sop>",
     ],
 )  # fmt: skip
 def test_the_end_tokens_of_a_model_are_no_part_of_its_answer(token):

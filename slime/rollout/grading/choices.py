@@ -13,29 +13,38 @@ from slime.rollout.grading.response import answer_part, last_boxed, without_end_
 _DEFAULT_LETTERS = tuple("ABCDEFGHIJ")
 
 # Between the word and the letter: "is", a colon, brackets, stars. Bounded, so that no text makes the search quadratic.
-_OPEN = r"[\s:：=,*_`\"'(\[{$\\-]{0,12}"
+_OPEN = r"[\s:=,*_`\"'(\[{$\\>-]{0,12}"
 _CLOSE = r"[)\]}*_`\"'$.,;:!]{0,6}"
-_LINK = (
-    r"(?:\s{1,4}(?:is|are|was|would\s+be|should\s+be|must\s+be|will\s+be|being|to\s+be|是)"
-    r"(?:\s(?:clearly|thus|indeed|therefore|simply|definitely))?)?"
-)
+_BE = r"(?:is|are|was|would\s+be|should\s+be|must\s+be|has\s+to\s+be|will\s+be|being|to\s+be)"
+_LINK = rf"(?:\s{{1,4}}(?:{_BE}|是|ist|es|est)(?:\s(?:clearly|thus|indeed|therefore|simply|definitely))?)?"
+# "The answer to question A is C" and "the option that fits is C": what stands between must lead to a verb or a colon.
+_OF_WHAT = rf"(?:\s+(?:to|that|which|for|of)\s+[^\n.:]{{1,60}}?(?=\s+{_BE}\s|\s?:))?"
+_NOT_BUT = r"(?:(?:n't|\s+not)\s+[^\n.;]{1,40}?\s+but(?:\s+rather)?)?"
 _KIND = r"(?:[\s:*_]{1,6}(?:the\s+)?(?:correct|right|best|final)?\s?(?:answer|option|choice|letter|statement))?"
 _DRESSED = r"(?:\\(?:text|mathrm|mathbf|textbf)\{)?[(*]{0,3}"
 _VERBS = (
-    r"choose|choosing|chose|select|selecting|pick|picking|go\s+with|going\s+with|opt\s+for|it\s+is|it's|is\s+therefore|therefore|"
-    r"thus|hence|so"
+    r"choose|choosing|chose|select|selecting|pick|picking|go\s+with|going\s+with|opt\s+for|it\s+is|it's|it\s+must\s+be|"
+    r"is\s+therefore|therefore|thus|hence|so"
+)
+_ANSWER = (
+    r"(?:\b(?:answer|option|choice|conclusion|solution)s?|\bcorrect|\bantwort|\brespuesta|\bréponse"
+    r"|答案[是为]?|回答[是为]?|选择?)"
 )
 _STATED = (
-    rf"(?:\b(?:answer|option|choice|conclusion|solution)s?|\bcorrect|答案是?|选)(?:\s+to\s+[^\n.]{{1,60}}?)?{_LINK}{_KIND}{_LINK}{_OPEN}{_DRESSED}",
+    rf"{_ANSWER}{_OF_WHAT}{_LINK}{_NOT_BUT}{_KIND}{_LINK}{_OPEN}{_DRESSED}",
     rf"\b(?:{_VERBS}){_KIND}{_OPEN}",
 )
 _CONFIRMED = (
-    rf"{_CLOSE}\s{{1,4}}(?:is|seems|looks)\s{{1,4}}(?:therefore\s+|thus\s+|clearly\s+|also\s+)?(?:the\s+)?"
-    r"(?:correct|right|best|true|answer)"
+    rf"{_CLOSE}\s{{1,4}}(?:{_BE}|seems|looks)\s{{1,4}}(?:therefore\s+|thus\s+|clearly\s+|also\s+)?(?:(?:the|my)\s+)?"
+    r"(?:final\s+)?(?:correct|right|best|true|answer)"
 )
 _TEXT_COMMAND = re.compile(
-    r"\\(?:text|textbf|textrm|textit|textsf|mathrm|mathbf|mathit|mathsf|operatorname|mbox|bf|rm|boldsymbol)\s*(?=\{)"
+    r"\\(?:text|textbf|textrm|textit|textsf|mathrm|mathbf|mathit|mathsf|operatorname|mbox|boldsymbol)\s*(?=\{)"
+    r"|\\(?:bf|rm|it)(?![A-Za-z])"
 )
+
+
+_QUOTES = str.maketrans("“”„‘’", '"""\'\'')
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,13 @@ class Choices:
 
 def _plain(text: str) -> str:
     """Lower case, without LaTeX dressing and punctuation, one space between words."""
-    text = _TEXT_COMMAND.sub("", unicodedata.normalize("NFKC", text))
+    text = _TEXT_COMMAND.sub("", _in_ascii(text))
     return re.sub(r"[\s\\$*_{}()\[\]\"'`,;:!?]+|\.(?!\d)", " ", text).strip().lower()
+
+
+def _in_ascii(text: str) -> str:
+    """Letters of other widths and faces (Ｂ, 𝐁) and typographic quotes as those of a keyboard."""
+    return unicodedata.normalize("NFKC", text).translate(_QUOTES)
 
 
 def read_choices(metadata: Mapping[str, Any]) -> Choices:
@@ -101,14 +115,14 @@ def _letter_of_label(value: Any, choices: Choices) -> str | None:
 
 def _named(text: str, choices: Choices) -> str | None:
     """The letter that a short text is: `B`, `(b)`, `\\textbf{(B)}`, `B. Paris`, `Option B`, or the text of a choice."""
-    bare = _TEXT_COMMAND.sub("", text).strip(" \t\n$\\{}()[]*_`.\"':;,")
+    bare = _TEXT_COMMAND.sub("", text).strip(" \t\n$\\{}()[]*_`.\"':;,!#>-")
     if bare.upper() in choices.letters:
         return bare.upper()
     plain = _plain(text)
     same = [letter for letter, choice in choices.texts.items() if choice and choice == plain]
     if same:
         return same[0] if len(same) == 1 else None
-    dressed = _TEXT_COMMAND.sub("", text).strip(" \t\n$\\{*_`\"'")
+    dressed = _TEXT_COMMAND.sub("", text).strip(" \t\n$\\{*_`\"'#>-")
     found = re.match(
         rf"(?:(?i:the\s+)?(?i:answer|option|choice)(?i:\s+is)?[\s:]{{0,4}})?[(\[{{*]{{0,3}}{choices.one}(?P<rest>.*)",
         dressed,
@@ -127,7 +141,7 @@ def chosen_letter(response: str, metadata: Mapping[str, Any]) -> str | None:
     """What the response names as its answer: the last box, else the last statement, else its only letter or choice. None if it
     names none, or an open box stands at its end."""
     choices = read_choices(metadata)
-    response = answer_part(without_end_tokens(response)).strip()
+    response = _in_ascii(answer_part(without_end_tokens(response))).strip()
     if "\\boxed" in response or "\\fbox" in response:
         content = last_boxed(response)
         letter = _named(content, choices) if content is not None else None
@@ -141,15 +155,25 @@ def _stated(response: str, choices: Choices) -> str | None:
     found: list[tuple[int, str]] = []
     lower = "".join(letter.lower() for letter in choices.letters if len(letter) == 1)
     for pattern in _STATED:
-        for match in re.finditer(rf"(?i:{pattern}){choices.one}(?![\w'’]|-\w)", response):
+        for match in re.finditer(rf"(?i:{pattern}){choices.one}(?!['-]?\w)", response):
             found.append((match.start("letter"), match["letter"]))
     if lower:  # "answer: b" at the end of a line or in brackets; "the answer is a number" names nothing
         end = r"(?=[)\]}*_`\"'$.,;:!]{0,6}(?:\s*$|\s*\n)|[)\]}])"
-        for match in re.finditer(rf"(?i:{_STATED[0]})(?P<letter>[{re.escape(lower)}])(?![\w'’]){end}", response):
+        for match in re.finditer(rf"(?i:{_STATED[0]})(?P<letter>[{re.escape(lower)}])(?!'?\w){end}", response):
             found.append((match.start("letter"), match["letter"].upper()))
-    for match in re.finditer(rf"(?<![\w'’-]){choices.one}(?i:{_CONFIRMED})", response):
+    for match in re.finditer(rf"(?<!\w)(?<!\w['-]){choices.one}(?i:{_CONFIRMED})", response):
         found.append((match.start("letter"), match["letter"]))
+    for match in re.finditer(rf"(?i:{_STATED[0]})(?P<rest>[^\n]{{1,200}})", response):
+        if (letter := _begins_with(match["rest"], choices)) is not None:
+            found.append((match.start("rest"), letter))
     return max(found)[1].upper() if found else None
+
+
+def _begins_with(text: str, choices: Choices) -> str | None:
+    """The letter of the longest choice whose text this one begins with: `Paris, not Rome`."""
+    plain = f"{_plain(text)} "
+    said = [letter for letter, choice in choices.texts.items() if choice and plain.startswith(f"{choice} ")]
+    return max(said, key=lambda letter: len(choices.texts[letter]), default=None)
 
 
 def _alone(response: str, choices: Choices) -> str | None:

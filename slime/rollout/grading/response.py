@@ -10,10 +10,12 @@ import re
 # Written by the model, kept by the engine (no_stop_trim): they end the text and are no part of the answer.
 _END_TOKENS = (
     "</s>", "<eos>", "<end_of_turn>", "<turn|>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>", "[EOS]", "[EOT]", "[e~[",
-    "<pad>", "<end_of_sentence>", "</assistant>", "<extra_id_1>", "[/INST]",
+    "<pad>", "<end_of_sentence>", "</assistant>", "<extra_id_1>", "[/INST]", "<end_of_utterance>", "<seed:eos>", "<eot>",
+    "<eod>", "<sop>", "[gMASK]",
 )  # fmt: skip
-# <|im_end|>, <|endoftext|>, <|user|>, <|observation|>, <|eot_id|>, <|end_of_text|>, DeepSeek's <｜User｜> and their like.
-_CONTROL = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>\Z")
+# <|im_end|>, <|endoftext|>, <|user|>, <|observation|>, <|eot_id|>, <|end_of_text|>, DeepSeek's <｜User｜>, EXAONE's
+# [|endofturn|] and their like.
+_CONTROL = re.compile(r"(?:<[|｜][^<>|｜\s]{1,40}[|｜]>|\[\|[a-z_]{1,40}\|\])\Z")
 _LONGEST_TOKEN = 48
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
