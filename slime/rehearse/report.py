@@ -28,6 +28,7 @@ def as_text(done: Rehearsal) -> str:
         ("memory per GPU, GB", _memory(done)),
         ("prediction and measurement, GB", _measured(done)),
         ("cost of one rollout", _cost(done)),
+        ("what a GPU-hour buys", _advice(done)),
         ("engine options", list(done.engines.renames)),
     ):
         if part:
@@ -145,6 +146,23 @@ def _cost(done: Rehearsal) -> list[str]:
     return lines
 
 
+def _advice(done: Rehearsal) -> list[str]:
+    advice = done.advice
+    if advice is None:
+        return []
+    lines = [
+        f"  {batch.prompts:6,} prompts, {batch.samples:7,} samples: {batch.gpu_hours:8.3g} GPU-hours, "
+        f"{batch.per_million:7.3g} per million trained tokens" + (f", {batch.waves} waves" if batch.waves > 1 else "")
+        for batch in advice.batches
+    ]
+    lines.append(
+        f"  the decode engines hold {advice.held:,} of the longest samples at once: until then, more samples are nearly free"
+    )
+    if advice.knee != advice.batches[0]:
+        lines.append(f"  append, {advice.gain:.1f} times cheaper per token: {advice.flags}")
+    return lines
+
+
 def _memory_json(budget: Budget) -> dict[str, object]:
     seen = budget.measured
     return {
@@ -240,6 +258,13 @@ def as_json(done: Rehearsal) -> dict[str, object]:
             "seconds": cost.seconds,
             "gpu_hours": cost.gpu_hours,
             "rates": dict(rates_shown(done.rates)),
+            "advice": None
+            if done.advice is None
+            else {
+                "batches": [vars(batch) for batch in done.advice.batches],
+                "held_at_once": done.advice.held,
+                "append": done.advice.flags,
+            },
             "sync": None if cost.sync is None else vars(cost.sync),
         },
         "engines": {

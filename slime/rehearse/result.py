@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from slime.config import Config
+from slime.rehearse.advice import Advice, advise, held_at_once
 from slime.rehearse.budget import DEFAULT_LENGTH, Budget, assumed_of, check_memory, train_shapes
 from slime.rehearse.cost import Cost, Rates, Shape, SyncBytes, predict, sync_bytes, with_rates
 from slime.rehearse.engine_checks import EnginePlan, check_engines
@@ -36,6 +38,7 @@ class Rehearsal:
     budget: Budget | None = None
     cost: Cost | None = None
     rates: Rates = Rates()
+    advice: Advice | None = None
     weights: WeightMap | None = None
     built: BuiltRanks | None = None
     seconds: Mapping[str, float] | None = None
@@ -115,7 +118,12 @@ def _arithmetic(done: Rehearsal, length: int, longest: int | None) -> None:
         mem_fraction=assumed_of(options.assume).mem_fraction_static,
     )
     done.budget = check_memory(reading, done.shares, shapes, ranks, options, done.findings, longest=longest)
-    done.cost = _cost(done, length, longest, sync, shapes)
+    held = held_at_once(done.engines.specs, done.budget.caches)
+    samples = (config.data.rollout_batch_size or 0) * config.data.n_samples_per_prompt
+    done.cost = _cost(done, length, longest, sync, shapes, waves=max(1, -(-samples // held)) if held else 1)
+    done.advice = _advice(
+        done, held, lambda prompts, waves: _cost(done, length, longest, sync, shapes, prompts=prompts, waves=waves)
+    )
     done.weights = build_weight_map(
         reading.table,
         hf,
@@ -129,19 +137,45 @@ def _arithmetic(done: Rehearsal, length: int, longest: int | None) -> None:
     _check_weights(done)
 
 
-def _cost(done: Rehearsal, length: int, longest: int | None, sync: SyncBytes | None, shapes: TrainShapes) -> Cost:
+def _steps(config: Config) -> int:
+    samples = (config.data.rollout_batch_size or 0) * config.data.n_samples_per_prompt
+    return max(1, samples // (config.batch.global_batch_size or max(samples, 1)))
+
+
+def _advice(done: Rehearsal, held: int, cost_of: Callable[[int, int], Cost]) -> Advice | None:
+    config = done.reading.config
+    return advise(
+        cost_of,
+        prompts=config.data.rollout_batch_size or 0,
+        samples_per_prompt=config.data.n_samples_per_prompt,
+        steps=_steps(config),
+        held=held,
+    )
+
+
+def _cost(
+    done: Rehearsal,
+    length: int,
+    longest: int | None,
+    sync: SyncBytes | None,
+    shapes: TrainShapes,
+    *,
+    prompts: int | None = None,
+    waves: int = 1,
+) -> Cost:
+    """prompts: of a rollout, in the run's number of steps (its own where nothing is said). waves: see slime.rehearse.advice."""
     reading, stages = done.reading, done.budget.stages
     config, grid = reading.config, reading.grid
-    prompts, samples = config.data.rollout_batch_size or 0, config.data.n_samples_per_prompt
-    steps = max(1, prompts * samples // (config.batch.global_batch_size or max(prompts * samples, 1)))
+    own, samples = config.data.rollout_batch_size or 0, config.data.n_samples_per_prompt
+    prompts = own if prompts is None else prompts
     shape = Shape(
         samples=prompts * samples,
         mean_tokens=max(1, int((longest or DEFAULT_LENGTH) * done.rates.mean_response_share)),
-        longest_response=config.rollout.rollout_max_response_len or length,
+        longest_response=(config.rollout.rollout_max_response_len or length) * waves,
         trainer_gpus=grid.world,
         rollout_gpus=config.cluster.rollout_num_gpus or 0,
-        micro_batches=shapes.micro_batches,
-        steps=steps,
+        micro_batches=-(-shapes.micro_batches * prompts // max(own, 1)),
+        steps=_steps(config),
         needs_reference=bool(config.algorithm.kl_coef or config.algorithm.use_kl_loss),
         needs_old_log_probs=config.algorithm.loss_type == "policy_loss" and not config.algorithm.use_rollout_logprobs,
         colocate=config.cluster.colocate,
