@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from slime.config.cluster import ClusterConfig, EngineConfig
-from slime.config.errors import ConfigError, nearest
+from slime.config.errors import ConfigError, nearest, one_edit_apart
 from slime.config.flags import Flag, flags_of
 from slime.config.megatron_flags import megatron_flags
 from slime.config.model import ModelConfig, ParallelConfig
@@ -116,25 +116,10 @@ def _carry(kind: str, name: str, words: list[str], into: dict[str, str | bool], 
         return
     own = [known for known in flag_table() if known.startswith(f"--{kind}-")]
     close = nearest(name, [known for known in own if abs(len(known) - len(name)) <= 2])
-    if close and _one_edit_apart(name, close.removeprefix("; did you mean ").removesuffix("?")):
+    if close and one_edit_apart(name, close.removeprefix("; did you mean ").removesuffix("?")):
         mistakes.append(f"unknown flag {name}{close}")
         return
     into[key] = " ".join(words) if words else True
-
-
-def _one_edit_apart(left: str, right: str) -> bool:
-    """One letter came, went or changed, or two neighbours were swapped."""
-    if len(left) == len(right):
-        wrong = [i for i in range(len(left)) if left[i] != right[i]]
-        swapped = (
-            len(wrong) == 2
-            and wrong[1] == wrong[0] + 1
-            and left[wrong[0]] == right[wrong[1]]
-            and left[wrong[1]] == right[wrong[0]]
-        )
-        return len(wrong) == 1 or swapped
-    short, long = sorted((left, right), key=len)
-    return len(long) - len(short) == 1 and any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
 
 
 def _store(row: Flag, words: list[str], into: dict[str, object], mistakes: list[str]) -> None:

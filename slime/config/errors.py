@@ -16,6 +16,21 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def one_edit_apart(left: str, right: str) -> bool:
+    """One letter came, went or changed, or two neighbours were swapped."""
+    if len(left) == len(right):
+        wrong = [i for i in range(len(left)) if left[i] != right[i]]
+        swapped = (
+            len(wrong) == 2
+            and wrong[1] == wrong[0] + 1
+            and left[wrong[0]] == right[wrong[1]]
+            and left[wrong[1]] == right[wrong[0]]
+        )
+        return len(wrong) == 1 or swapped
+    short, long = sorted((left, right), key=len)
+    return len(long) - len(short) == 1 and any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
+
+
 def refuse_unknown_keys(mapping: dict, legal: Iterable[str], *, file: str, path: str) -> None:
     """One error for all keys of `mapping` (found at `path` of `file`) that are not `legal`."""
     legal = list(legal)

@@ -83,6 +83,9 @@ LEGAL: dict[str, Edit] = {
     ),
     "half an optimizer offloaded": flags("--optimizer-offload-fraction", "0.5"),
     "no offload": flags("--no-offload-rollout"),
+    "variables of other dispatchers": env(
+        SGLANG_DEEPEP_V2_NUM_MAX_DISPATCH_TOKENS_PER_RANK="64", CUDA_DEVICE_MAX_COPY_CONNECTIONS="1", NCCL_MAX_CTAS="8"
+    ),
     "other variables": env(NCCL_DEBUG="INFO", MY_OWN="1", PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:512"),
     "regular engines": lambda r: replace(
         r.without("--sglang-disaggregation-transfer-backend").without("--sglang-disaggregation-ib-device"),

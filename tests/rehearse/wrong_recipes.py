@@ -285,6 +285,7 @@ WRONG: dict[str, tuple[Edit, str]] = {
     ),
     "a variable misspelled": (env(SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKEN_PER_RANK="64"), f"did you mean {DISPATCH}?"),
     "another variable misspelled": (env(NVSHMEM_DISABLE_NCLL="1"), "did you mean NVSHMEM_DISABLE_NCCL?"),
+    "a third variable misspelled": (env(NCCL_SOKCET_IFNAME="eth0"), "did you mean NCCL_SOCKET_IFNAME?"),
     # The trainer.
     "router loss": (flags("--moe-aux-loss-coeff", "0.01"), "--moe-aux-loss-coeff 0.01 / --moe-z-loss-coeff 0"),
     "z loss": (flags("--moe-z-loss-coeff", "1e-3"), "has no router loss"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import TYPE_CHECKING
 
+from slime.config.errors import one_edit_apart
 from slime.config.rules.dispatch import uses_deepep
 from slime.config.rules.engines import engines_of
 
@@ -110,13 +110,9 @@ KNOWN = frozenset(
 
 
 def spelling(v: Values) -> None:
-    """A variable that is nearly one of the recipe's is a slip: it would be ignored in silence."""
+    """A variable that is one letter off one of the recipe's is a slip: it would be ignored in silence."""
     for name in v.env if v.env is not None else ():
-        if name in KNOWN or not name.startswith(
-            ("NCCL", "NVSH", "SGL", "GLOO", "NVTE", "PYTORCH", "MASTER", "CUDA_DEV", "TP_")
-        ):
-            continue
-        close = difflib.get_close_matches(name, KNOWN, 1, cutoff=0.93)
+        meant = None if name in KNOWN else next((known for known in sorted(KNOWN) if one_edit_apart(name, known)), None)
         v.require(
-            not close, f"the environment variable {name} is read by nobody; did you mean {close[0] if close else ''}? Rename it"
+            meant is None, f"the environment variable {name} is read by nobody; did you mean {meant}? Rename it, or remove it"
         )
