@@ -257,7 +257,7 @@ def test_the_layer_of_a_dense_attention_model_is_the_same_under(world, name, dee
 def train(rank: int, folder: Path, changes: dict) -> tuple[list[dict], dict[str, torch.Tensor], dict[int, torch.Tensor]]:
     trainer = tiny.start(tiny.config_for(folder, clip_grad=0.0, loss_type="sft_loss", **changes))
     batch = samples()
-    reports = [trainer.train(batch, tiny.plans(batch, trainer.config, 1)).metrics for _ in range(4)]
+    reports = [step for _ in range(4) for step in trainer.train(batch, tiny.plans(batch, trainer.config, 1)).per_step]
     weights = {name: weight.clone() for name, weight in trainer.named_weights()}
     return reports, weights, trainer.log_probs(batch, tiny.plans(batch, trainer.config, 1))
 
