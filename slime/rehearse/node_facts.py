@@ -110,8 +110,10 @@ def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts
         interfaces={interface: _ipv4_of(interface) for _, interface in socket.if_nameindex()},
         ib_devices=rdma_devices(Path("/sys/class/infiniband")),
         clock_offset=0.0,
-        shared={path: try_shared(path, seed_path.get(path)) for path in wanted.paths}
-        | {path: try_read(path) for path in wanted.read_only},
+        shared={
+            path: try_shared(path, seed_path.get(path)) if path in wanted.paths else try_read(path, seed_path.get(path))
+            for path in sorted({*wanted.paths, *wanted.read_only})
+        },
         shm_free_gb=_free_gb("/dev/shm"),
         disk_free_gb=_free_gb("/tmp"),
         busy_ports=tuple(port for port in wanted.ports if _is_busy(port)),
@@ -200,9 +202,11 @@ def try_shared(path: str, seed: str | None) -> str:
     return ""
 
 
-def try_read(path: str) -> str:
-    """The error of looking into a folder that nobody writes, or ""."""
+def try_read(path: str, seed: str | None) -> str:
+    """Look into a folder that is only read: the driver's file is there, if it could write one. Returns the error, or ""."""
     try:
+        if seed is not None and not Path(seed).exists():
+            return f"the file that the driver wrote there ({seed}) is not visible"
         next(os.scandir(path), None)
     except OSError as error:
         return f"{type(error).__name__}: {error}"

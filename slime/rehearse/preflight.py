@@ -153,7 +153,7 @@ def ask_nodes(wanted: Wanted) -> tuple[list[NodeFacts], dict[str, str]]:
                 silent[name] = str(error).strip().splitlines()[-1][:200]
         return found
 
-    seeds = _seed(wanted.paths)
+    seeds = _seed((*wanted.paths, *wanted.read_only))
     try:
         ports = answers({name: scout.port.remote() for name, scout in scouts.items()})
         facts = answers({name: scouts[name].facts.remote(name, wanted, seeds) for name in ports})

@@ -326,7 +326,7 @@ def test_bad_nodes_of_a_real_cluster_are_named(tmp_path: Path) -> None:
         "package versions differ on 1 nodes": "(first): numpy 0.0.1, the others",
         "clocks agree: not on 1 of 3 nodes": "(second): -3",
         "the network interface is there: not on 1 of 3 nodes": "(second): no lo; has bond0",
-        "shared folders are seen, written and renamed in: not on 1 of 3 nodes": "(second): ",
+        "shared folders are seen, and written where the run writes: not on 1 of 3 nodes": "(second): ",
         "every node reaches every other: not on 1 of 3 nodes": "(second): ",
         "1 of 4 nodes did not answer": "(third): ",
     }
@@ -380,7 +380,7 @@ def test_a_launcher_asks_its_own_cluster_and_stops_it(tmp_path: Path) -> None:
     assert busy["severity"] == "violation" and re.search(rf": {FIRST_PORT}(, {FIRST_PORT + 1})?$", busy["values"])
     bad = [what for what, one in found.items() if one["severity"] == "violation" and "room" not in what]
     assert bad == [busy["what"]] and found["no GPUs, as the run computes on CPUs"]["severity"] == "ok"
-    assert found["shared folders are seen, written and renamed in"]["severity"] == "ok"
+    assert found["shared folders are seen, and written where the run writes"]["severity"] == "ok"
     assert list(told["nodes"][0]["shared"]) == [str(tmp_path), str(tmp_path / "arithmetic")]
     assert "the Ray cluster of this run is stopped" in child.stderr
     made = ["GLM-5.2-tiny", "GLM-5.2-tiny-FP8", "arithmetic", "report.json", "run"]
