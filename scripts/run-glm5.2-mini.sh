@@ -55,7 +55,6 @@ export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"
 RUN_DIR="${RUN_DIR:-${BASE_DIR}/run}"
 mkdir -p "${RUN_DIR}"
 
-
 # A rehearsal reads the config of the checkpoint that a run would draw.
 HF_CHECKPOINT="${BASE_DIR}/GLM-5.2-mini-FP8"
 if [[ $REHEARSE == 1 && ! -f ${HF_CHECKPOINT}/config.json ]]; then
