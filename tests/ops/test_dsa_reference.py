@@ -164,7 +164,7 @@ def test_rms_norm_matches_its_formula():
 
 def test_the_choice_on_a_cpu_is_plain_torch_made_once_and_says_why(caplog):
     get_ops.cache_clear()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG", logger="slime_plugins.models.glm5.ops"):
         ops = get_ops("cpu")
         assert get_ops("cpu") is ops
     assert ops.sparse_mla is torch_ops.sparse_mla and ops.index_topk is torch_ops.index_topk

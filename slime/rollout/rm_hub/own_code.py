@@ -86,6 +86,8 @@ class OwnCode:
         try:
             await self._begin(call)
             waiting = asyncio.wrap_future(call.result)
+            # A cancelled caller looks at no result, and asyncio prints an error that nobody has looked at.
+            waiting.add_done_callback(lambda future: future.cancelled() or future.exception())
             done, _ = await asyncio.wait([waiting], timeout=seconds)
             if done:
                 return waiting.result()

@@ -40,7 +40,8 @@ def get_ops(device_type: str, attention_forward: str = "ours") -> Ops:
     was tried, where no package serves.
     """
     ops = _choose(device_type, attention_forward)
-    logger.debug("DSA operators: %s", ops.reason)
+    # Which kernels run decides how fast a GPU is; on a CPU there is nothing to choose.
+    logger.log(logging.INFO if device_type == "cuda" else logging.DEBUG, "DSA operators: %s", ops.reason)
     return ops
 
 
