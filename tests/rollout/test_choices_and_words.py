@@ -92,6 +92,8 @@ DAPO = [
     ("Answer: 34<|eot_id|>", "\\boxed{34}", 1), ("Answer: 34<end_of_turn>", "34", 1), ("\\boxed{34}", "34", 0),
     ("Answer: 34" + "x"*400, "34", 0), ("Answer: \\boxed{34", "34", 0), ("Answer: 3.4e1", "34", 1),
     ("Answer: $$34$$", "34", 1), ("Answer: 34, as shown.", "34", 0), ("Answer: 12\\sqrt{3}", "12\\sqrt{3}", 1),
+    ("Answer: \\frac{\\sqrt{3}}{2}", "\\sqrt{3}/2", 1), ("Answer: 2x+1", "1+2x", 1), ("Answer: x^2", "x^3", 0),
+    ("Answer: 12\\pi", "12", 0), ("Answer: \\{1,2\\}", "\\{2,1\\}", 1), ("Answer: 1/3", "0.33", 0),
 ]
 F1 = [
     ("1,000","1000",1), ("U.S.","US",1), ("The cat.","cat",1), ("<think>long</think>Paris","Paris",1),

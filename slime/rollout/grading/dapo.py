@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from slime.rollout.grading.literals import read_literal, same_number
+from slime.rollout.grading.literals import read_literal
+from slime.rollout.grading.mathematics import same_answer
 from slime.rollout.grading.response import last_boxed, without_end_tokens
 from slime.rollout.grading.spelling import normalise, split_unit
 
@@ -14,9 +15,13 @@ _ANSWER = re.compile(r"(?i)answer[*_]{0,3}\s{0,8}[:：][*_]{0,3}\s{0,8}([^\n]+)"
 LOOK_BACK = 300
 
 
-def _plain(answer: str) -> str:
+def _bare(answer: str) -> str:
     answer = answer.strip().strip("*_` ")
-    text = split_unit(normalise(last_boxed(answer) or answer))[0]
+    return last_boxed(answer) or answer
+
+
+def _plain(answer: str) -> str:
+    text = split_unit(normalise(answer))[0]
     text = text.rpartition("=")[2].strip()
     literal = read_literal(text)
     if literal is not None and literal.value.denominator == 1 and not literal.percent:
@@ -26,11 +31,10 @@ def _plain(answer: str) -> str:
 
 def grade_dapo(response: str, label: str) -> dict[str, Any]:
     """{"score": 1.0 or -1.0, "acc": bool, "pred": text}; use it with --reward-key score."""
-    wanted = _plain(label)
     found = _ANSWER.findall(without_end_tokens(response)[-LOOK_BACK:])
     if not found:
         return {"score": -1.0, "acc": False, "pred": "[INVALID]"}
-    pred = _plain(found[-1])
-    literals = read_literal(pred), read_literal(wanted)
-    correct = bool(pred) and (pred == wanted or (None not in literals and same_number(*literals)))
+    given, wanted = _bare(found[-1]), _bare(label)
+    pred = _plain(given)
+    correct = bool(pred) and (pred == _plain(wanted) or same_answer(given, wanted))
     return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": pred}

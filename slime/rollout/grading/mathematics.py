@@ -13,9 +13,13 @@ _LONGEST = 2_000
 """Of a longer answer only the spelling is compared."""
 _DEEPEST = 4
 _NAME = r"[A-Za-z](?:_\{?\w+\}?)?(?:\s*\(\s*[a-z]\s*\))?"
-_ASSIGNED = re.compile(rf"(?P<name>\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\)|{_NAME})\s*(?:=|\\in(?![A-Za-z]))\s*(?P<value>.+)")
+_ASSIGNED = re.compile(
+    rf"(?P<name>\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\)|{_NAME})\s*(?:=|\\(?:in|equiv)(?![A-Za-z]))\s*(?P<value>.+)"
+)
 _BASE = re.compile(r"([0-9A-Fa-f]+)_(\d+)")
 _MATRIX = re.compile(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}")
+_SIGNS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+_MODULUS = re.compile(r"(?P<value>.+?)\s*\(?\\(?:pmod|mod|bmod|text\s*\{\s*\(?mod)\s*[{}]?\s*(?P<modulus>\w+)[\s{})]*")
 _WORD = re.compile(r"[A-Za-z][A-Za-z' -]*")
 
 
@@ -51,6 +55,10 @@ def _same(given: str, wanted: str, *, depth: int) -> bool:
     given, wanted = _values(given, wanted)
     if _compact(given) == _compact(wanted):
         return True
+    moduli = _MODULUS.fullmatch(given), _MODULUS.fullmatch(wanted)
+    if any(moduli) and (not all(moduli) or moduli[0]["modulus"] == moduli[1]["modulus"]):
+        # As with a base: a question about remainders need not have its modulus repeated.
+        given, wanted = (found["value"] if found else text for found, text in zip(moduli, (given, wanted), strict=True))
     literals = read_literal(given), read_literal(wanted)
     if None not in literals:
         return same_number(*literals)
@@ -60,10 +68,38 @@ def _same(given: str, wanted: str, *, depth: int) -> bool:
     matrices = _cells(given), _cells(wanted)
     if None not in matrices:
         return _same_cells(*matrices, depth=depth)
+    signed = _with_signs(given), _with_signs(wanted)
+    if None not in signed and _SIGNS.search(given + wanted):
+        return _same_in_any_order(*signed, depth=depth)
     items = _items(given), _items(wanted)
     if None not in items:
         return _same_items(*items, depth=depth)
+    pieces = _alternatives(given), _alternatives(wanted)
+    if None not in pieces and ("\\cup" in given) != ("\\cup" in wanted):
+        return _same_in_any_order(*pieces, depth=depth)
     return _same_algebra(given, wanted)
+
+
+def _with_signs(text: str) -> list[str] | None:
+    """1 \\pm a as 1+a and 1-a; None where two signs of one value may or may not go together."""
+    text = text.strip()
+    members = text[2:-2] if text.startswith("\\{") and text.endswith("\\}") else text
+    found = _items(members)
+    signed: list[str] = []
+    for item in found.items if found and not found.brackets else [members]:
+        signs = _SIGNS.findall(item)
+        if len(signs) > 1:
+            return None
+        signed.extend([_SIGNS.sub("+", item), _SIGNS.sub("-", item)] if signs else [item])
+    return signed
+
+
+def _alternatives(text: str) -> list[str] | None:
+    """What may hold: x < -1, x > 1 are two conditions, and so are the intervals of a union."""
+    if "\\cup" in text:
+        return re.split(r"\\cup(?![A-Za-z])", re.sub(r"^\s*[A-Za-z]\s*\\in(?![A-Za-z])", "", text))
+    found = _items(text)
+    return list(found.items) if found and not found.brackets and all(map(_is_relation, found.items)) else None
 
 
 def _same_algebra(given: str, wanted: str) -> bool:
@@ -161,6 +197,8 @@ _UNORDERED = ("", "{}")
 
 def _same_items(one: _Items, other: _Items, *, depth: int) -> bool:
     """Sets and bare lists in any order, tuples and intervals in theirs; a bare list also as the coordinates of a point."""
+    if one.brackets == other.brackets == "{}":
+        one, other = _without_repeats(one), _without_repeats(other)
     if len(one.items) != len(other.items):
         return False
     in_order = all(_same(left, right, depth=depth + 1) for left, right in zip(one.items, other.items, strict=True))
@@ -170,7 +208,13 @@ def _same_items(one: _Items, other: _Items, *, depth: int) -> bool:
     return in_order and same_brackets
 
 
+def _without_repeats(found: _Items) -> _Items:
+    return _Items(found.brackets, tuple({_compact(item): item for item in found.items}.values()))
+
+
 def _same_in_any_order(one: list[str], other: list[str], *, depth: int) -> bool:
+    if len(one) != len(other):
+        return False
     for item in one:
         match = next((candidate for candidate in other if _same(item, candidate, depth=depth + 1)), None)
         if match is None:

@@ -29,6 +29,10 @@ _COMMANDS = (
     (re.compile(r"\\(?:bold|bf|rm|it)(?![A-Za-z])"), " "),
     (re.compile(r"\\(?:mathrm|textbf|mathbf|textrm|textit|mathit|textnormal|mbox|textsf|mathsf|operatorname|boldsymbol|bm)\s*\{"),
      r"\\text{"),
+    # Euler's number and the imaginary unit upright, and functions by their names.
+    (re.compile(r"\\text\{\s*([ei])\s*\}"), r" \1"),
+    (re.compile(r"\\text\{\s*((?:arc)?(?:sin|cos|tan|cot|sec|csc)|sinh|cosh|tanh|ln|log|exp|gcd|lcm|det)\s*\}"), r"\\\1 "),
+    (re.compile(r"\\backslash(?![A-Za-z])"), r"\\setminus "),
     (re.compile(r"\\[bpB]matrix|(?<=\{)[bB]matrix(?=\})"), "pmatrix"),
     (re.compile(r"(?<!\\)\\(?:qquad|quad|,|;|:|>| )|~"), " "),
 )  # fmt: skip
@@ -36,9 +40,22 @@ _PLAIN = (
     (re.compile(r"\\(?:underline|boldmath|ensuremath)\s*(?=\{)|\\(?:text)?color\s*\{[^{}]*\}"), ""),
     (re.compile(r"^\s*(?:\\approx|\\text\s*\{\s*(?:approximately|about|roughly)\s*\})\s*"), ""),
     (re.compile(r"\*\*"), "^"),
+    (re.compile(r"\\text\s*\{\s*([:;,])\s*\}"), r"\1"),
+    (re.compile(r"\\langle(?![A-Za-z])"), "("),
+    (re.compile(r"\\rangle(?![A-Za-z])"), ")"),
+    (re.compile(r"\\(?:lor|vee)(?![A-Za-z])"), r"\\text{or}"),
     (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
 )
 """What programs and word processors write."""
+# {x | x > 2} is x > 2. Of numbers that are not all real, or with a second bar, it is left as it is.
+_SET_BUILDER = re.compile(
+    r"^(?:\\\{|\{)\s*[A-Za-z](?:\s*\\in\s*(?:\\mathbb\s*\{?\s*R\s*\}?|\\R))?\s*(?:\\mid|\\vert|\||:|\\colon)"
+    r"(?P<condition>(?:(?!\\mid|\\in|\|).)+?)(?:\\\}|\})$"
+)
+# Equations below each other, but no cases of a function, which stand in columns.
+_EQUATIONS = re.compile(r"\\begin\{(?:cases|aligned|gathered)\}((?:[^&]|&=)*)\\end\{(?:cases|aligned|gathered)\}")
+_FRENCH = re.compile(r"^([\[\](])([^\[\]]*[,;][^\[\]]*)([\[\])])$")
+"""]0, 1[ for (0, 1)."""
 _LIST_WORD = re.compile(r",?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s+(?:and|or)\s+", re.IGNORECASE)
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _PERCENT = re.compile(r"\s*(?:\\%|%|\\text\s*\{\s*(?:percent|per cent|%|\\%)\s*\}|\bper\s?cent\b)", re.IGNORECASE)
@@ -48,7 +65,8 @@ _TRIGONOMETRIC = re.compile(
     r"(\\(?:sin|cos|tan|cot|sec|csc))\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))\s*[)}]?"
 )
 _LEADING = re.compile(
-    r"^\s*(?:\\text\s*\{[^{}]*(?:\bis|=|:)\s*\}\s*[:=]?|(?:\\text\s*\{\s*)?(?:USD|US|EUR|Rs\.?)(?:\s*\})?\s*(?=\d))\s*"
+    r"^\s*(?:\\text\s*\{[^{}]*(?:\bis|=|:)\s*\}\s*[:=]?|\\text\s*\{\s*\([A-J]\)\s*\}(?=\s*[^\s,;])"
+    r"|(?:\\text\s*\{\s*)?(?:USD|US|EUR|Rs\.?)(?:\s*\})?\s*(?=\d))\s*"
 )
 
 _UNIT_WORDS = (
@@ -68,7 +86,7 @@ _UNIT_TEXT = re.compile(
     r"(?P<head>.*[\w.})\]])\s*(?P<unit>(?:\\text\s*\{[^{}]*\}\s*(?:\^\s*\{?-?\d\}?)?(?:[\s./]|\\cdot)*){1,4})$", re.DOTALL
 )
 _SAME_UNITS = (
-    (r"square\s*|sq\.?\s*", ""), (r"cubic\s*|cu\.?\s*", ""), (r"\^\{?\d\}?", ""), (r"inch(?:es)?", "in"), (r"feet|foot", "ft"),
+    (r"inch(?:es)?", "in"), (r"feet|foot", "ft"), (r"mph", "mi/h"), (r"kmph", "km/h"),
     (r"centimet(?:er|re)s?", "cm"), (r"millimet(?:er|re)s?", "mm"), (r"kilomet(?:er|re)s?", "km"), (r"met(?:er|re)s?", "m"),
     (r"kilograms?", "kg"), (r"grams?", "g"), (r"hours?|hrs?", "h"), (r"minutes?|mins?", "min"), (r"seconds?|secs?", "s"),
     (r"years?|yrs?", "y"), (r"days?", "d"), (r"weeks?", "w"), (r"months?", "mo"), (r"miles?", "mi"), (r"yards?|yd", "yd"),
@@ -124,10 +142,21 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def known_unit(words: str) -> str:
-    unit = words.strip(" ./\\").lower()
-    for pattern, short in _SAME_UNITS:
-        unit = re.sub(rf"^(?:{pattern})$" if short else pattern, short, unit).strip(" ./\\")
-    return unit if unit in _KNOWN_UNITS else ""
+    """`cm^2`, `km/h`; "" where a part of it is not known."""
+    parts = [_with_power(part) for part in re.split(r"/|\bper\b", words.strip(" ./\\").lower())]
+    return "/".join(parts) if all(parts) else ""
+
+
+def _with_power(words: str) -> str:
+    found = re.fullmatch(
+        r"\s*(?P<dimension>square|sq\.?|cubic|cu\.?)?\s*(?P<name>[a-z]+)\s*(?:\^\s*\{?(?P<power>-?\d)\}?)?[\s.]*", words
+    )
+    if found is None:
+        return ""
+    name = next((short for pattern, short in _SAME_UNITS if re.fullmatch(pattern, found["name"])), found["name"])
+    power = found["power"] or {"s": "2", "c": "3"}.get((found["dimension"] or "1")[0], "1")
+    known = all(part in _KNOWN_UNITS for part in name.split("/"))
+    return "" if not known else name if power == "1" else f"{name}^{power}"
 
 
 def normalise(answer: str) -> str:
@@ -149,6 +178,9 @@ def normalise(answer: str) -> str:
     if whole is not None:
         text = whole[1].strip()
     text = re.sub(r"^\(\s*([A-Za-z])\s*\)$", r"\1", text)
+    text = _EQUATIONS.sub(lambda found: re.sub(r"\\\\", ",", found[1].replace("&=", "=").strip("\\ ")), text)
+    text = _FRENCH.sub(lambda found: f"{found[1].replace(']', '(')}{found[2]}{found[3].replace('[', ')')}", text)
+    text = _SET_BUILDER.sub(lambda found: found["condition"], text)
     return _fractions(_bases(_bare(text)))
 
 
