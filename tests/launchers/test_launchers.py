@@ -493,7 +493,7 @@ def test_a_ray_without_its_job_server_is_refused_in_seconds(tmp_path: Path):
     temp = Path("/tmp") / f"slime-ray-none-{os.getpid()}"  # a socket's path may have 107 characters
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUM_GPUS": "1", "RAY_TEMP_DIR": str(temp)}
     outcome = subprocess.run(
-        ["bash", "-c", f"set -euo pipefail; source {ROOT}/scripts/lib/launch.sh; start_ray_head"],
+        ["bash", "-c", f"set -euo pipefail; source '{ROOT}/scripts/lib/launch.sh'; start_ray_head"],
         env=environment, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     shutil.rmtree(temp, ignore_errors=True)  # not made where the launch failed earlier
