@@ -333,6 +333,7 @@ async def _hooked(args: Any, item: Sample | list, rollout_id: int, evaluation: b
         if value is not None and not isinstance(value, Sample):
             raise ValueError(f"--rollout-sample-hook-path {path} returned a {type(value).__name__}; expected a Sample or None")
         sample = sample if value is None else value
+        sample.status = Status(sample.status)  # a plugin may say "completed"
     return sample
 
 

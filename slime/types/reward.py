@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
@@ -16,7 +17,7 @@ def plain_reward(value: Any) -> Any:
             return value.item()
         except (ValueError, RuntimeError):  # an array of several: whoever needs one number names it
             return value
-    if isinstance(value, Real) and not isinstance(value, int | float):
+    if isinstance(value, Real | Decimal) and not isinstance(value, int | float):
         return float(value)
     return value
 

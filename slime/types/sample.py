@@ -215,21 +215,21 @@ class Sample:
         self,
         args: Any = None,
         *,
-        tokens: list[int],
+        tokens: list[int] | None = None,
         log_probs: list[float] | None = None,
         trainable: bool = True,
         meta_info: dict[str, Any] | None = None,
         text: str | None = None,
         update_terminal_info: bool = True,
     ) -> None:
-        """Grow the response by what an engine generated (trainable) or an environment said (not trainable).
+        """Grow the response by what an engine generated (trainable) or an environment said (not trainable), or by no token.
 
         `meta_info` is the engine's: top-p spans, routed experts and, at the end of a request, finish reason, weight version and
         cache statistics. A mask or log-probs that are a list stay that list and grow: who assigned it sees what is appended.
         Raises ValueError and leaves the sample unchanged when a length disagrees.
         """
         self.validate()
-        tokens = [int(token) for token in tokens]
+        tokens = [int(token) for token in tokens] if tokens is not None else []
         meta_info = meta_info or {}
         new_log_probs = self._checked_log_probs(len(tokens), log_probs, trainable)
         spans = self._checked_top_p(len(tokens), meta_info, trainable)

@@ -286,6 +286,7 @@ async def fan_out(args, sample, sampling_params):
 
 def note_label(args, sample, *, rollout_id):
     sample.metadata["hook"] = (sample.label, rollout_id)
+    sample.status = sample.status.value  # its name, as a plugin may say it
 
 
 async def another_one(args, sample):

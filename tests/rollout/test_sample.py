@@ -58,11 +58,12 @@ def test_prompt_ids_are_followed_by_the_response_and_never_changed(prompt):
     assert list(prompt) == list(samples[1].tokens) == [7, 8]
 
 
+@pytest.mark.parametrize("nothing", [{}, {"tokens": None}, {"tokens": []}])
 @pytest.mark.parametrize("log_probs", [None, [], np.zeros(0)])
 @pytest.mark.parametrize("before", [{}, {"response_length": 1}, {"response_length": 1, "rollout_log_probs": [-0.5]}])
-def test_a_request_that_gave_nothing_ends_the_sample_and_changes_no_length(log_probs, before):
+def test_a_request_that_gave_nothing_ends_the_sample_and_changes_no_length(nothing, log_probs, before):
     sample = Sample(tokens=[1, 2], **before)
-    sample.append_response_tokens(tokens=[], log_probs=log_probs, meta_info={"finish_reason": {"type": "abort"}})
+    sample.append_response_tokens(**nothing, log_probs=log_probs, meta_info={"finish_reason": {"type": "abort"}})
     assert sample.status is Status.ABORTED and sample.tokens == [1, 2]
     assert sample.rollout_log_probs == before.get("rollout_log_probs")
     sample.validate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -23,6 +24,7 @@ NUMBERS = [
     (torch.tensor(True), True, bool),
     (torch.tensor(1.5, dtype=torch.bfloat16, requires_grad=True), 1.5, float),
     (Fraction(1, 4), 0.25, float),
+    (Decimal("0.25"), 0.25, float),
     (7, 7, int),
     (True, True, bool),
 ]
