@@ -32,7 +32,7 @@ def check_messages(messages: Any) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"message {position} is {str(message)[:60]!r}; a message has a role and a content")
         where = f"message {position} ({message['role']})"
-        calls = message.get("tool_calls") or []
+        calls = calls_of(message)
         if message.get("content") is None and not calls and not message.get("reasoning_content"):
             raise ValueError(f"{where} has no content" + (" and calls no tool" if message["role"] == "assistant" else ""))
         _check_content(message.get("content"), where)
@@ -70,10 +70,14 @@ def _plain(message: Message) -> Message:
 
     Templates ask whether a message has tool_calls (Llama) or reasoning_content (Qwen3), not whether anything is in them.
     """
-    kept = {key: value for key, value in message.items() if value is not None and key != STEP_LOSS_MASK}
-    for key in ("tool_calls", "reasoning_content"):
-        if not kept.get(key):
-            kept.pop(key, None)
+    own = (STEP_LOSS_MASK, "tool_calls", "function_call")
+    kept = {key: value for key, value in message.items() if value is not None and key not in own}
+    if calls := calls_of(message):
+        kept["tool_calls"] = calls
+    if not kept.get("reasoning_content"):
+        kept.pop("reasoning_content", None)
+    if kept["role"] == "function":  # who answers a function_call
+        kept["role"] = "tool"
     content = kept.get("content", "")
     if isinstance(content, list) and all(_part_text(part) is not None for part in content):
         content = "".join(_part_text(part) for part in content)
@@ -106,6 +110,12 @@ def _with_arguments(call: Message, *, as_text: bool) -> Message:
         arguments = read if isinstance(read, dict) else arguments
     changed = {**inner, "arguments": arguments}
     return changed if inner is call else {**call, "function": changed}
+
+
+def calls_of(message: Message) -> Any:
+    """Its tool calls. Older data sets have a single `function_call`, which today's templates do not look for."""
+    older = message.get("function_call")
+    return message.get("tool_calls") or ([{"type": "function", "function": older}] if older else [])
 
 
 def call_name(call: Message) -> str | None:

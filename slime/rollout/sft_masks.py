@@ -87,8 +87,11 @@ def mask_conversation(
     turns = [family.turn(whole, position) for position in answers]
     if turns:
         whole, turns = family.with_last_thoughts(whole, turns)
+    trained = [turn for turn in turns if turn.message in wanted]
+    for turn in trained:
+        _refuse_emptied(whole, turn, (family.end, tokenizer.eos_token, *_OTHER_ENDS))
     _say_what_is_lost(tokenizer.get_chat_template(tools=tools), whole, turns)
-    return _mask(tokenizer, whole, [turn for turn in turns if turn.message in wanted], family.end)
+    return _mask(tokenizer, whole, trained, family.end)
 
 
 def _only_last_turn(tokenizer: Any, loss_mask_type: str) -> bool:
@@ -256,8 +259,22 @@ def _marked_by_template(
     return MaskedConversation(ids, mask)
 
 
+def _refuse_emptied(whole: Rendering, turn: Turn, ends: tuple[str | None, ...]) -> None:
+    """A turn of thoughts alone, which the template leaves out, would teach the model to say nothing."""
+    nothing = whole.text[turn.start : turn.end].strip() in ("", *ends)
+    if nothing and thoughts_of(whole.messages[turn.message]):
+        raise ValueError(
+            f"the chat template leaves out the thoughts of message {turn.message}, which holds nothing else; "
+            f"give it a content, or step_loss_mask 0"
+        )
+
+
 def _say_what_is_lost(template: str, whole: Rendering, turns: list[Turn]) -> None:
-    """Thoughts and contents that the template does not write are not trained; said once per kind."""
+    """Messages, thoughts and contents that the template does not write; said once per kind."""
+    for message, span in zip(whole.messages, whole.spans, strict=True):
+        content = message["content"]
+        if span == (0, 0) and isinstance(content, str) and content.strip() not in whole.text:
+            _say_once(f"the chat template leaves out messages of role {message['role']!r}")
     for turn in turns:
         message, text = whole.messages[turn.message], whole.text[turn.start : turn.end]
         if (thoughts := thoughts_of(message)) and thoughts not in text:

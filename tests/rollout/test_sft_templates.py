@@ -304,6 +304,44 @@ def test_a_row_that_cannot_be_trained_says_which_message_and_why(messages, reaso
         mask_conversation(tokenizer_of("deepseek-v3"), messages, loss_mask_type="qwen3")
 
 
+@pytest.mark.parametrize("name", ["qwen3", "glm4.6", "deepseek-v3", "llama3"])
+def test_the_older_form_of_a_call_is_the_same_conversation(name):
+    """`function_call` and the role `function`, as data sets of 2023 have them; left out, an empty turn would be taught."""
+    calling = {"role": "assistant", "content": None, "function_call": {"name": "get", "arguments": '{"city": "Oslo"}'}}
+    older = [user("w?"), calling, {"role": "function", "name": "get", "content": "12"}, answer("12 C")]
+    newer = [user("w?"), answer("", tool_calls=[call(city="Oslo")]), result("12"), answer("12 C")]
+    tokenizer = tokenizer_of(name)
+    masked = mask_conversation(tokenizer, older, loss_mask_type="qwen3")
+    assert masked == mask_conversation(tokenizer, newer, loss_mask_type="qwen3")
+    assert "get" in trained(tokenizer, masked) and "Oslo" in trained(tokenizer, masked)
+
+
+@pytest.mark.parametrize(
+    "name, messages",
+    [
+        ("llama3", [user("hi"), answer(None, reasoning_content="hm")]),
+        ("deepseek-v3", [user("hi"), answer("", reasoning_content="hm")]),
+        ("qwen3", [user("hi"), answer("", reasoning_content="hm"), user("so?"), answer("yes")]),
+    ],
+)
+def test_a_turn_of_thoughts_that_the_template_leaves_out_is_refused_by_its_number(name, messages):
+    with pytest.raises(ValueError, match="leaves out the thoughts of message 1, which holds nothing else"):
+        mask_conversation(tokenizer_of(name), messages, loss_mask_type="qwen3")
+    messages[1]["step_loss_mask"] = 0
+    if len(messages) > 2:
+        mask_conversation(tokenizer_of(name), messages, loss_mask_type="qwen3")
+
+
+def test_messages_that_a_template_leaves_out_are_said_once(caplog):
+    sft_masks._say_once.cache_clear()
+    developer = [{"role": "developer", "content": "Be short."}, user("hi"), answer("yo")]
+    with caplog.at_level(logging.WARNING):
+        for messages in (developer, developer, [{"role": "system", "content": "Be short."}, *developer[1:]]):
+            mask_conversation(tokenizer_of("qwen3"), messages, loss_mask_type="qwen3")
+            mask_conversation(tokenizer_of("deepseek-v3"), messages[1:], loss_mask_type="qwen3")
+    assert [record.getMessage() for record in caplog.records] == ["the chat template leaves out messages of role 'developer'"]
+
+
 def test_templates_that_write_messages_twice_or_rewrite_their_text_are_refused():
     tokenizer = tokenizer_of("in-loop")
     tokenizer.chat_template = (
