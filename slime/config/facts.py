@@ -35,6 +35,8 @@ class Facts:
     ref_load: LoadKind = "nothing"
     hf_config: Mapping[str, object] | None = None
     """config.json of --hf-checkpoint, when that is a folder on this machine."""
+    hf_source: str = ""
+    """What stands for it where it is not; messages name it."""
     tensorboard_dir: str | None = None
     prompt_file_problem: Callable[[str], str] = _nothing_known
     """A prompt file as a flag or YAML names it -> why nothing can be read from it, empty when it can. A question, not an

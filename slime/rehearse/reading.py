@@ -166,7 +166,7 @@ def _facts(start: dict, findings: Findings) -> tuple[Facts, Basis]:
         return found, "nothing"
     if (known := known_config(folder)) is not None:
         findings.unchecked("files", f"{folder}/config.json is not on this machine; {known.source} stands for it")
-        return replace(found, hf_config=dict(known)), "release"
+        return replace(found, hf_config=dict(known), hf_source=known.source), "release"
     described, source = described_config(start)
     absent = f"{folder}/config.json is not on this machine, and no release is stored under that name"
     findings.unchecked(
@@ -176,7 +176,9 @@ def _facts(start: dict, findings: Findings) -> tuple[Facts, Basis]:
         "run this where the checkpoint is, or copy its config.json into a folder and pass that as --hf-checkpoint",
         decides=True,
     )
-    return (replace(found, hf_config=described), "flags") if described else (found, "nothing")
+    if described is None:
+        return found, "nothing"
+    return replace(found, hf_config=described, hf_source=source.rstrip(",")), "flags"
 
 
 def _grid(config: Config) -> Grid | None:

@@ -73,7 +73,7 @@ class Values(dict):
     def hf(self) -> HfConfig | None:
         """config.json of the trained model, where it is known."""
         raw = self.facts.hf_config
-        return None if raw is None else HfConfig(raw, f"{self['hf_checkpoint']}/config.json")
+        return None if raw is None else HfConfig(raw, self.facts.hf_source or f"{self['hf_checkpoint']}/config.json")
 
     def stop_if_wrong(self) -> None:
         """Raise all mistakes so far as one error; what follows may rely on what came before."""
