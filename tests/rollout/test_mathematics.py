@@ -64,6 +64,7 @@ def test_what_only_looks_like_an_end_token_stays(text):
 def test_the_answer_follows_the_last_thought_and_an_unfinished_thought_has_none():
     assert answer_part("<think>a</think>b</think> c") == " c" and answer_part("plain") == "plain"
     assert answer_part("<think> the answer is B") == ""
+    assert answer_part("<think>a</think>\n<think> the answer is B") == ""
 
 
 SAME = [
@@ -433,6 +434,17 @@ SAME = [
     (r"\operatorname{arctan}(2)", r"\arctan 2"),
     (r"\mathrm{e}^{2}", r"e^2"),
     (r"\textbf{(A) } 5", r"5"),
+    (r"x > 3 \text{ and } x < 5", r"(3,5)"),
+    (r"3 < x \le 5", r"x \le 5 \text{ and } x>3"),
+    (r"\left(\begin{smallmatrix}1&2\end{smallmatrix}\right)", r"\begin{pmatrix}1&2\end{pmatrix}"),
+    (r"\mathbb{R}^+", r"(0,\infty)"),
+    (r"\text{all real numbers}", r"\mathbb{R}"),
+    (r"k\pi, k\in\mathbb{Z}", r"k\pi"),
+    (r"\text{(a) }3", r"3"),
+    (r"**5**", r"5"),
+    (r"`5`", r"5"),
+    (r"5\\", r"5"),
+    (r"\Large 5", r"5"),
     (r"\{\pm 2\}", r"\{2,-2\}"),
     (r"(\pm 1, \pm 2)", r"(\pm 1, \pm 2.0)"),
 ]
@@ -450,6 +462,8 @@ DIFFERENT = [
     (r"\begin{cases}x & x>0\\x & x\le 0\end{cases}", r"\begin{cases} x & x>0 \\ -x & x \le 0\end{cases}"),
     (r"7 \pmod{10}", r"7 \pmod{9}"),
     (r"]1,2]", r"[1,2]"),
+    (r"x > 3 \text{ and } x < 5", r"[3,5)"),
+    (r"x > 3 \text{ and } x > 5", r"(3,5)"),
     (r"\text{(A)}, \text{(C)}", r"\text{(B)}, \text{(C)}"),
     (r"\{1,1,3\}", r"\{1,2\}"),
     (r"1\pm\sqrt{2}", r"1+\sqrt2"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slime.rollout.grading.mathematics import grade_math
+from slime.rollout.grading.response import answer_part
 
 
 def grade_deepscaler(response: str, label: str) -> bool:
@@ -10,8 +11,9 @@ def grade_deepscaler(response: str, label: str) -> bool:
     wrong."""
     if not label.strip():
         return False
-    _, thought, solution = response.rpartition("</think>")
-    if not thought:
+    if "</think>" in response:
+        solution = answer_part(response)
+    else:
         parts = response.split("###Response", 2)
         if len(parts) == 1:
             return False

@@ -37,10 +37,8 @@ def without_end_tokens(text: str) -> str:
 
 def answer_part(text: str) -> str:
     """What follows the last thought; nothing, when the text is a thought that never ended."""
-    before, closed, after = text.rpartition("</think>")
-    if closed:
-        return after
-    return "" if before == "" and text.lstrip().startswith("<think>") else text
+    after = text.rpartition("</think>")[2]
+    return "" if after.lstrip().startswith("<think>") else after
 
 
 def last_boxed(text: str) -> str | None:

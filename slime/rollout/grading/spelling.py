@@ -14,7 +14,7 @@ _CHARACTERS = str.maketrans(
     }
 )  # fmt: skip
 _NOTHING = re.compile(
-    r"\\(?:left|right)\.|\\(?:left|right|displaystyle|textstyle|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])"
+    r"\\(?:left|right)\.|\\(?:left|right|displaystyle|textstyle|tiny|small|large|Large|LARGE|huge|Huge|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])"
     r"|\\!|\\limits(?![A-Za-z])|\\phantom\{[^{}]*\}"
 )
 _COMMANDS = (
@@ -33,7 +33,7 @@ _COMMANDS = (
     (re.compile(r"\\text\{\s*([ei])\s*\}"), r" \1"),
     (re.compile(r"\\text\{\s*((?:arc)?(?:sin|cos|tan|cot|sec|csc)|sinh|cosh|tanh|ln|log|exp|gcd|lcm|det)\s*\}"), r"\\\1 "),
     (re.compile(r"\\backslash(?![A-Za-z])"), r"\\setminus "),
-    (re.compile(r"\\[bpB]matrix|(?<=\{)[bB]matrix(?=\})"), "pmatrix"),
+    (re.compile(r"\\[bpB]matrix|(?<=\{)(?:[bB]|small)matrix(?=\})"), "pmatrix"),
     (re.compile(r"(?<!\\)\\(?:qquad|quad|,|;|:|>| )|~"), " "),
 )  # fmt: skip
 _PLAIN = (
@@ -54,6 +54,23 @@ _SET_BUILDER = re.compile(
 )
 # Equations below each other, but no cases of a function, which stand in columns.
 _EQUATIONS = re.compile(r"\\begin\{(?:cases|aligned|gathered)\}((?:[^&]|&=)*)\\end\{(?:cases|aligned|gathered)\}")
+_UPPER = ("<", r"\le")
+_BETWEEN = re.compile(
+    r"^\s*(?P<name>[A-Za-z])\s*(?P<one_sign>[<>]|\\[lg]e(?![A-Za-z]))(?P<one>[^<>=,;{}]+?)(?:\\text\s*\{\s*and\s*\}|\band\b|\\land\b)"
+    r"\s*(?P=name)\s*(?P<other_sign>[<>]|\\[lg]e(?![A-Za-z]))(?P<other>[^<>=,;{}]+)$"
+)
+_SETS_OF_NUMBERS = (
+    (
+        re.compile(r"^\s*\\text\s*\{\s*(?:the\s+set\s+of\s+)?(?:all\s+)?(?:the\s+)?real(?:s|\s+numbers)\s*\}\s*$"),
+        r"\\mathbb{R}",
+    ),
+    (
+        re.compile(r"^\s*\\mathbb\s*\{?R\}?\s*(?:\^\s*\{?\s*\+\s*\}?|_\s*\{?\s*\+\s*\}?|_\s*\{\s*>\s*0\s*\})\s*$"),
+        r"(0,\\infty)",
+    ),
+    # k \pi with k an integer: what k is, the question says.
+    (re.compile(r"(?<=\S)\s*,\s*\(?[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\)?\s*$"), ""),
+)
 _FRENCH = re.compile(r"^([\[\](])([^\[\]]*[,;][^\[\]]*)([\[\])])$")
 """]0, 1[ for (0, 1)."""
 _LIST_WORD = re.compile(r",?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s+(?:and|or)\s+", re.IGNORECASE)
@@ -65,7 +82,7 @@ _TRIGONOMETRIC = re.compile(
     r"(\\(?:sin|cos|tan|cot|sec|csc))\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))\s*[)}]?"
 )
 _LEADING = re.compile(
-    r"^\s*(?:\\text\s*\{[^{}]*(?:\bis|=|:)\s*\}\s*[:=]?|\\text\s*\{\s*\([A-J]\)\s*\}(?=\s*[^\s,;])"
+    r"^\s*(?:\\text\s*\{[^{}]*(?:\bis|=|:)\s*\}\s*[:=]?|\\text\s*\{\s*\([A-Ja-j]\)\s*\}(?=\s*[^\s,;])"
     r"|(?:\\text\s*\{\s*)?(?:USD|US|EUR|Rs\.?)(?:\s*\})?\s*(?=\d))\s*"
 )
 
@@ -117,12 +134,24 @@ def _bare(text: str) -> str:
     """Without the signs of mathematics around it, and without the full stop behind it."""
     while True:
         before = text
+        text = text.strip().removesuffix("\\\\")
         text = text.strip().rstrip(".,;").strip() if not text.rstrip().endswith("\\,") else text.strip()[:-2]
-        for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        for opening, closing in (("$$", "$$"), ("$", "$"), ("**", "**"), ("`", "`"), (r"\(", r"\)"), (r"\[", r"\]")):
             if _closed(text, opening, closing):
                 text = text[len(opening) : len(text) - len(closing)]
         if text == before:
             return text
+
+
+def _between(found: re.Match) -> str:
+    """x > 3 and x < 5 as 3 < x < 5."""
+    (low, below), (high, above) = sorted(
+        ((found["one"], found["one_sign"]), (found["other"], found["other_sign"])), key=lambda bound: bound[1] in _UPPER
+    )
+    if (below in _UPPER) == (above in _UPPER):
+        return found[0]
+    turned = {">": "<", r"\ge": r"\le"}[below]
+    return f"{low} {turned} {found['name']} {above} {high}"
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -169,6 +198,9 @@ def normalise(answer: str) -> str:
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
     text = text.replace("\\$", "").replace("$", "")
+    for pattern, replacement in _SETS_OF_NUMBERS:
+        text = pattern.sub(replacement, text)
+    text = _BETWEEN.sub(_between, text)
     text = _LIST_WORD.sub(",", text)
     text = _PERCENT.sub("%", text)
     text = _DEGREE.sub("", _TRIGONOMETRIC.sub(r"\1(\2\\cdot \\pi/180)", text))
