@@ -145,6 +145,31 @@ def test_an_own_grader_that_blocks_leaves_the_callers_loop_free_and_is_named_wit
     held.set()
 
 
+async def leaves(args, sample, **kwargs):
+    if sample.label == "task":
+        asyncio.get_running_loop().call_soon(sys.exit, 3)
+        return 1.0
+    raise {"exit": SystemExit, "interrupt": KeyboardInterrupt, "cancelled": asyncio.CancelledError}[sample.label](3)
+
+
+@pytest.mark.parametrize(
+    "label, kind", [("exit", "SystemExit"), ("interrupt", "KeyboardInterrupt"), ("cancelled", "CancelledError")]
+)
+def test_a_grader_that_leaves_ends_its_own_grading_and_no_other(label, kind):
+    async def ask():
+        runner = OwnCode(1)
+        for word in (label, "task", label):
+            call = runner.run(lambda word=word: leaves(None, Sample(index=0, label=word)), name="leaves", seconds=20)
+            if word == "task":
+                assert await call == 1.0
+                continue
+            with pytest.raises(GradingError, match=rf"{kind}: 3 \(.*test_grading_pool.py:\d+ in leaves") as caught:
+                await call
+            assert caught.value.reason == kind
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+
+
 def test_blocking_own_graders_run_side_by_side(monkeypatch):
     monkeypatch.setattr("slime.rollout.rm_hub.own_code.PATIENCE_SECONDS", 0.05)
     runner, together = OwnCode(3), threading.Barrier(3)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import logging
 import sys
 import threading
 import traceback
@@ -17,8 +18,10 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
-from slime.rollout.failures import users_lines
+from slime.rollout.failures import told, users_lines
 from slime.rollout.grading.pool import GradingError
+
+logger = logging.getLogger(__name__)
 
 # Long enough that a loop which is only slow to wake under load is not taken for a blocked one.
 PATIENCE_SECONDS = 1.0
@@ -29,8 +32,15 @@ class _Loop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="own-grader", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="own-grader", daemon=True)
         self.thread.start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                return self.loop.run_forever()
+            except BaseException as error:  # sys.exit() in a task that a grader started: no reason to end the others
+                logger.warning("a task of a grader raised %s", told(error))
 
     def where(self) -> str:
         """The user's lines that the thread is executing; empty while it waits."""
@@ -48,6 +58,8 @@ class _Call:
         self.result: Future = Future()
         self.loop: _Loop | None = None
         self.task: asyncio.Task | None = None
+        self.given_up = False
+        """Nobody waits for it any more."""
         self._claim = threading.Lock()
 
     def offer_to(self, loop: _Loop) -> None:
@@ -62,13 +74,19 @@ class _Call:
         self.caller.call_soon_threadsafe(self.begun.set)
         try:
             self.result.set_result(await self.make())
-        except asyncio.CancelledError:
-            self.result.cancel()
         except Exception as error:
             self.result.set_exception(error)
+        except BaseException as error:
+            # sys.exit() of a library, or a cancelled request of the grader's own: it ends this grading. Let through, it would
+            # end the loop's thread, which every later call waits for, or pass for a cancellation of the caller.
+            if self.given_up:
+                self.result.cancel()
+            else:
+                self.result.set_exception(GradingError(type(error).__name__, told(error)))
 
     def cancel(self) -> None:
         """Nobody begins it from now on; if somebody has, it is cancelled as soon as its loop is free."""
+        self.given_up = True
         if not self._claim.acquire(blocking=False) and self.task is not None:
             self.loop.loop.call_soon_threadsafe(self.task.cancel)
 
