@@ -43,6 +43,25 @@ make_temp_folder() {
     export TMPDIR="$RAY_TEMP_DIR/tmp"
 }
 
+# Ray writes its interpreter and its own library into command lines without quotes, so a path with a space breaks it: it is run through a
+# link whose path has none. The entry point that pip made names the real path, so there is one of ours beside the link.
+hide_spaces_from_ray() {
+    # shellcheck disable=SC2034  # job.sh hands it to the job
+    JOB_PYTHON=$PYTHON
+    [[ $PYTHON == *[[:space:]]* ]] || return 0
+    ln -s -- "$(dirname -- "$(dirname -- "$PYTHON")")" "$RAY_TEMP_DIR/env"
+    local link=$RAY_TEMP_DIR/env entry
+    entry=$(command -v ray)
+    if head -n 3 -- "$entry" | grep -qF -- "$PYTHON"; then
+        mkdir -- "$RAY_TEMP_DIR/bin"
+        printf '#!/bin/sh\nexec %q -m ray.scripts.scripts "$@"\n' "$link/bin/python" >"$RAY_TEMP_DIR/bin/ray"
+        chmod 700 -- "$RAY_TEMP_DIR/bin/ray"
+        PATH="$RAY_TEMP_DIR/bin:$PATH"
+    fi
+    # shellcheck disable=SC2034
+    JOB_PYTHON=$link/bin/python
+}
+
 # Starts Ray's head in a session of its own and remembers its process id; from here on any exit stops it again.
 start_ray_head() {
     [[ $REHEARSE != 1 ]] || return 0
@@ -57,6 +76,7 @@ start_ray_head() {
     [[ -z ${RAY_DASHBOARD_PORT:-} ]] || require_free_port RAY_DASHBOARD_PORT "$RAY_DASHBOARD_PORT"
     RAY_PORT="${RAY_PORT:-${free[0]}}" RAY_DASHBOARD_PORT="${RAY_DASHBOARD_PORT:-${free[1]}}"
     make_temp_folder
+    hide_spaces_from_ray
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN="${RAY_AUTH_TOKEN:-$("$PYTHON" -I -c 'import secrets; print(secrets.token_hex(32))')}"
     export RAY_USAGE_STATS_ENABLED=0
     # Ray's three metrics ports ask for no secret and listen on every interface: the agents' is not opened, and by a number that is no

@@ -33,7 +33,7 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
     open_console
     # In the background, because Bash handles a signal only between foreground commands: a TERM would wait for the end of training.
     ray job submit --address "$RAY_JOBS_URL" --submission-id "$RAY_JOB_ID" --runtime-env-json "$runtime_env" \
-        -- "$PYTHON" -m slime.train "$@" >&"$CONSOLE_IN" 2>&1 </dev/null &
+        -- "$JOB_PYTHON" -m slime.train "$@" >&"$CONSOLE_IN" 2>&1 </dev/null &
     RAY_SUBMIT_PID=$!
     exec {CONSOLE_IN}>&-
     local status=0

@@ -100,7 +100,9 @@ class TensorBoardSink:
 
     def __init__(self, directory: Path, start: Start):
         # As a plain shell would call it: the program lies beside the interpreter.
-        self.place = shlex.join([str(Path(sys.executable).with_name("tensorboard")), "--logdir", str(directory.absolute())])
+        self.place = shlex.join(
+            [str(Path(sys.prefix).resolve() / "bin" / "tensorboard"), "--logdir", str(directory.absolute())]
+        )
         self._directory, self._start = directory, start
         self._file: Path | None = None
 

@@ -218,7 +218,9 @@ def test_qwen3s_rope_base_can_be_replaced():
 
 @pytest.mark.slow
 def test_a_real_ray_cluster_starts_runs_a_job_and_leaves_nothing_behind(tmp_path: Path):
-    """Two logical slots on this machine, a token on every endpoint, and no process of the session at the end."""
+    """Two logical slots on this machine, a token on every endpoint, an environment whose path has a space; no process of the
+    session is left at the end."""
+    python = _environment(tmp_path / "an environment")
     temp = Path("/tmp") / f"slime-ray-test-{os.getpid()}"
     job = "import ray, os; ray.init(logging_level='ERROR'); print('slots', ray.cluster_resources()['GPU'], os.environ['WORD'])"
     script = f"""
@@ -228,9 +230,9 @@ NUM_GPUS=2 NUM_CPUS=2 RAY_TEMP_DIR={temp}
 start_ray_head
 echo "head $RAY_HEAD_PID"
 RAY_AUTH_TOKEN={"0" * 64} ray job list --address "$RAY_JOBS_URL" >/dev/null 2>&1 && echo "open to strangers"
-ray job submit --address "$RAY_JOBS_URL" --runtime-env-json "$(runtime_env_json WORD='a "b" $c')" -- "$PYTHON" -c "{job}"
+ray job submit --address "$RAY_JOBS_URL" --runtime-env-json "$(runtime_env_json WORD='a "b" $c')" -- "$JOB_PYTHON" -c "{job}"
 """
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    environment = {**os.environ, "PYTHON": str(python), "PATH": f"{python.parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert 'slots 2.0 a "b" $c' in done.stdout and "open to strangers" not in done.stdout
@@ -240,6 +242,19 @@ ray job submit --address "$RAY_JOBS_URL" --runtime-env-json "$(runtime_env_json 
         time.sleep(0.2)
     assert _alive(head) == []
     shutil.rmtree(temp)
+
+
+def _environment(folder: Path) -> Path:
+    """The interpreter of an environment with this one's packages, and `ray` as pip writes it where the path has a space."""
+    (folder / "bin").mkdir(parents=True)
+    python, home = folder / "bin" / "python", Path(sys.executable).resolve().parent
+    python.symlink_to(Path(sys.executable).resolve())
+    (folder / "lib").symlink_to(Path(sys.prefix) / "lib")
+    (folder / "pyvenv.cfg").write_text(f"home = {home}\ninclude-system-site-packages = false\n")
+    entry = folder / "bin" / "ray"
+    entry.write_text(f"""#!/bin/sh\n'''exec' "{python}" "$0" "$@"\n' '''\nfrom ray.scripts.scripts import main\nmain()\n""")
+    entry.chmod(0o755)
+    return python
 
 
 def _alive(session: str) -> list[str]:

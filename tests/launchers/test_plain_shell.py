@@ -66,7 +66,8 @@ class Shell:
         (call,) = self.calls("job", "submit")
         argv = call["argv"]
         python, *module = argv[argv.index("--") + 1 : argv.index("--") + 4]
-        assert python == str(self.project / ".venv" / "bin" / "python") and module == ["-m", "slime.train"]
+        # By a link of the run's own folder: Ray would break at the space in the environment's path.
+        assert python.endswith("/env/bin/python") and not re.search(r"\s", python) and module == ["-m", "slime.train"]
         return argv[argv.index("--") + 4 :], json.loads(argv[argv.index("--runtime-env-json") + 1])["env_vars"]
 
 
