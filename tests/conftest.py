@@ -21,9 +21,10 @@ import pytest  # noqa: E402
 SERVERS = (
     "tests/e2e/",
     "tests/engine/",
-    "tests/launchers/",
+    "tests/launchers/test_models.py",
     "tests/ray/",
-    "tests/rollout/",
+    "tests/rollout/test_generate_rollout.py",
+    "tests/rollout/test_watch.py",
     "tests/rehearse/test_preflight.py",
 )
 """Tests that start engines, routers and Ray: they pick ports one after the other and wait for each other's answers."""

@@ -95,7 +95,9 @@ def _main(rank: int, world: int, port: int, folder: str, writer: Any, fn: Callab
     try:
         # A file store: no port to lose between choosing and binding it.
         store = dist.FileStore(os.path.join(folder, "store"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+        # Longer than the test waits: where everybody stands is told by `_late`, not by whichever collective gives up first.
+        patience = timedelta(seconds=timeout + 30)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
         answer = (True, fn(rank, *args))
         dist.barrier()
         dist.destroy_process_group()

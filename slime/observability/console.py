@@ -17,7 +17,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RAY_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\t(?P<level>\w+) (?P<file>\w+)\.py:\d+ -- (?P<text>.*)")
 _CLIENT = frozenset({"cli", "sdk", "job_manager"})
 _ACTOR = re.compile(r"^\(\w+ pid=\d+(?:, ip=[^)]*)?\) (?=\d\d:\d\d:\d\d \[)")
-"""The address of an actor before a line of ours, which says who speaks."""
+"""The address of an actor before a line of ours, which says who speaks; indented lines that go on with it have it too."""
 _TRACEBACK = "Traceback (most recent call last):"
 _CLIENT_FRAME = re.compile(r'^  File "[^"]*/bin/ray", line ')
 """The client lost its cluster: why is the launcher's to say."""
@@ -29,7 +29,7 @@ def readable(lines: Iterable[str]) -> Iterator[str]:
 
     Ray's client announces a job in 17 lines, and repeats the end of its output when it fails: that has been read by then.
     """
-    held = ""
+    held = speaker = ""
     for raw in lines:
         line = _COLOUR.sub("", raw.rstrip("\n"))
         if held:
@@ -46,7 +46,9 @@ def readable(lines: Iterable[str]) -> Iterator[str]:
         if line.startswith(_REPEATED) or (found and found["text"].startswith(_REPEATED)):
             return
         if not found or found["file"] not in _CLIENT:
-            yield _ACTOR.sub("", line)
+            if ours := _ACTOR.match(line):
+                speaker = ours[0]
+            yield line.removeprefix(speaker) if ours or line.startswith(speaker + " ") else line
         elif found["level"] not in ("INFO", "SUCC") and not _is_frame(found["text"]):
             yield found["text"]
     if held:

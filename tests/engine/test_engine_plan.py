@@ -76,7 +76,8 @@ def test_the_flagship_launchers_own_command_line_fits_every_supported_version(tm
     from slime.engine.spec import NodePlacement
     from slime.engine.versions import TABLE, option_table, typed_argv
 
-    started = make_desk(tmp_path).run("run-glm5.2-744B-A40B.sh", SOCKET_IFNAME="eth0")
+    with make_desk(tmp_path) as desk:
+        started = desk.run("run-glm5.2-744B-A40B.sh", SOCKET_IFNAME="eth0")
     specs = plan_engines(parse(started.job))
     assert [(spec.role, spec.gpu_offset, spec.num_nodes, spec.dp_size, spec.ep_size) for spec in specs] == [
         ("prefill", 0, 8, 64, 64),
