@@ -2,7 +2,7 @@
 # Set up the environment (once) and run the tests.
 #
 #   bash scripts/test.sh             scripts/lint.sh, then everything that this machine can run
-#   bash scripts/test.sh --quick     scripts/lint.sh, then the tier without servers, Ray and several ranks, under 5 minutes
+#   bash scripts/test.sh --quick     scripts/lint.sh, then the tier without servers, Ray and several ranks
 #   bash scripts/test.sh ARGS...     ARGS go to pytest, e.g. tests/model -k names
 #
 # TEST_WORKERS   processes that share the tests, each taking whole files; 0: none but pytest itself, for -s and --pdb
