@@ -21,10 +21,9 @@ import pytest  # noqa: E402
 SERVERS = (
     "tests/e2e/",
     "tests/engine/",
-    "tests/launchers/test_models.py",
+    "tests/launchers/",
     "tests/ray/",
-    "tests/rollout/test_generate_rollout.py",
-    "tests/rollout/test_watch.py",
+    "tests/rollout/",
     "tests/rehearse/test_preflight.py",
 )
 """Tests that start engines, routers and Ray: they pick ports one after the other and wait for each other's answers."""
