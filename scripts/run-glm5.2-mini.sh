@@ -18,14 +18,6 @@ set -euo pipefail
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 source "${SCRIPT_DIR}/lib/launch.sh"
 
-visible_gpus() { # what this shell may use, whatever the machine has
-   if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
-      awk -F, '{ print NF }' <<<"${CUDA_VISIBLE_DEVICES}"
-   else
-      { nvidia-smi -L 2>/dev/null || true; } | { grep -c '^GPU ' || true; }
-   fi
-}
-
 NUM_VISIBLE=$(visible_gpus)
 if [[ -z ${NUM_GPUS:-} ]]; then
    for count in 8 4 2 1; do

@@ -16,7 +16,7 @@ source "${SCRIPT_DIR}/lib/launch.sh"
 # and prompts are longer than the 2048 keys that sparse attention keeps; layers eight times as wide learn at a tenth of the rates. The rest
 # is the same.
 TRANSFER=mooncake # a CPU engine takes its TCP half, and says so
-NUM_DEVICES=$({ nvidia-smi -L 2>/dev/null || true; } | { grep -c '^GPU ' || true; })
+NUM_DEVICES=$(visible_gpus)
 if ((NUM_DEVICES == 0)); then
    export GLM52_TINY=cpu NUM_GPUS=2 LOGICAL_GPUS=1
    # Sequences have about 24 tokens, three times the keys that sparse attention keeps.

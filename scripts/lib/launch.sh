@@ -98,6 +98,17 @@ require_command() { # NAME WHAT-TO-DO
     command -v "$1" >/dev/null || die "no command $1: $2"
 }
 
+# How many GPUs this shell may use: those of the machine, or as many of them as CUDA_VISIBLE_DEVICES names.
+visible_gpus() {
+    local listed
+    listed=$({ nvidia-smi -L 2>/dev/null || true; } | { grep -c '^GPU ' || true; })
+    if ((listed == 0)) || [[ ! -v CUDA_VISIBLE_DEVICES ]]; then
+        echo "$listed"
+    else
+        awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES"
+    fi
+}
+
 # Programs of this project, from any working directory.
 run_python() { PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" "$PYTHON" "$@"; }
 
