@@ -117,6 +117,7 @@ def _cuda(spec, place, column, asked, common, env) -> tuple[dict[str, object], d
         "SGLANG_JIT_DEEPGEMM_FAST_WARMUP": "true",
         # Trainer ranks on the same devices take more here and less there. Each name is of other versions of SGLang.
         "SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK": "true",
+        "SGLANG_DISABLE_TP_MEMORY_INBALANCE_CHECK": "true",
         "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false",
         "SGLANG_MEMORY_SAVER_CUDA_GRAPH": "true",
         "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_FALLBACK_VARIANT": "true",
