@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.draft_model import FRESH
 from engine.reference import restore_fp8
+from engine.stock_glm import FRESH
 from model.parity import build
 from ranks import run_ranks
 
@@ -60,8 +60,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list, Na
         write_checkpoint(folder / kind, Preset("glm", SIZE, 1 << 20), seed=0, fp8=kind == "fp8")
         run_ranks(1, stream, str(folder / "bf16"), str(folder / kind), folder / f"{kind}.pt")
     for number, (kind, fused) in enumerate(CASES.values()):
-        words += [str(folder / kind), str(int(fused)), str(folder / f"{kind}.pt"), str(folder / f"held-{number}.pt")]
-    program = [sys.executable, str(Path(__file__).with_name("draft_model.py")), *words]
+        words += [str(folder / kind), "draft", str(int(fused)), str(folder / f"{kind}.pt"), str(folder / f"held-{number}.pt")]
+    program = [sys.executable, str(Path(__file__).with_name("stock_glm.py")), "0", "1", str(folder / "store"), *words]
     answer = subprocess.run(program, env=host_environment(cores=[0]), capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stderr[-3000:]
     return {
