@@ -24,7 +24,7 @@ SERVERS = (
     "tests/launchers/",
     "tests/ray/",
     "tests/rollout/",
-    "tests/rehearse/test_preflight.py",
+    "tests/preflight/",
 )
 """Tests that start engines, routers and Ray: they pick ports one after the other and wait for each other's answers."""
 

@@ -23,7 +23,7 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
         exit
     fi
     if [[ $PREFLIGHT == 1 ]]; then
-        RAY_ADDRESS="$RAY_ADDRESS_OF_HEAD" run_python -m slime.rehearse --preflight ${LOGICAL_GPUS:+--logical-gpus} \
+        RAY_ADDRESS="$RAY_ADDRESS_OF_HEAD" run_python -m slime.preflight ${LOGICAL_GPUS:+--logical-gpus} \
             ${JOIN_SCRIPT:+--join-seconds 1800} \
             --runtime-env "$runtime_env" "$@"
         exit

@@ -9,7 +9,6 @@ and something that decides was not at hand.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ from pathlib import Path
 
 from slime.rehearse.findings import EXIT_STATUS
 from slime.rehearse.options import Options
-from slime.rehearse.report import as_json, as_text
+from slime.rehearse.own_flags import check_outputs, job_environment, number, one, split_own, usage
+from slime.rehearse.report.text import as_json, as_text
 from slime.rehearse.result import rehearse
 
 OWN = {
@@ -38,114 +38,36 @@ OWN = {
     "--quick": ("", "flags, files, layout and engines alone"),
     "--no-ranks": ("", "leave out building all ranks"),
     "--rehearse": ("", "what launchers call all this by; it has no meaning of its own"),
-    "--preflight": ("", "check the nodes of the running Ray cluster instead (RAY_ADDRESS)"),
-    "--logical-gpus": ("", "with --preflight: the nodes' device slots stand for no GPU, their CPUs compute"),
-    "--join-seconds": ("SECONDS", "with --preflight: how long the nodes may take to join (default 60)"),
 }
-REPEATED = ("--rate", "--assume")
-
-
-def split_own(argv: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """(the rehearsal's flags, the run's). Raises ValueError for an own flag without its value."""
-    own: dict[str, list[str]] = {}
-    rest: list[str] = []
-    position = 0
-    while position < len(argv):
-        name, equals, inline = argv[position].partition("=")
-        position += 1
-        if name not in OWN:
-            rest.append(argv[position - 1])
-            continue
-        value = ""
-        if OWN[name][0]:
-            if not equals:
-                if position == len(argv):
-                    raise ValueError(f"{name} wants a value: {OWN[name][0]}")
-                inline = argv[position]
-                position += 1
-            value = inline
-        if name in own and name not in REPEATED and OWN[name][0]:
-            raise ValueError(f"{name} is given twice")
-        own.setdefault(name, []).append(value)
-    return own, rest
-
-
-def _one(own: dict[str, list[str]], name: str) -> str | None:
-    return own[name][0] if name in own else None
-
-
-def job_environment(own: dict[str, list[str]]) -> dict[str, str] | None:
-    """The variables of --runtime-env, with or without Ray's `env_vars` around them."""
-    text = _one(own, "--runtime-env")
-    if text is None:
-        return None
-    try:
-        raw = json.loads(text)
-        return {str(key): str(value) for key, value in raw.get("env_vars", raw).items()}
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"--runtime-env wants a JSON object of variables ({error})") from None
-
-
-def _number(own: dict[str, list[str]], name: str, kind: type) -> float | int | None:
-    text = _one(own, name)
-    try:
-        value = None if text is None else kind(text)
-    except ValueError:
-        raise ValueError(f"{name} wants a number, got {text!r}") from None
-    if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"{name} must be above 0 and finite, got {text}")
-    return value
+OUTPUTS = ("--json", "--html", "--weight-map")
 
 
 def options_of(own: dict[str, list[str]]) -> Options:
     return Options(
-        gpu_memory_gb=_number(own, "--gpu-memory", float) or 80.0,
-        host_memory_gb=_number(own, "--host-memory", float) or 2000.0,
-        checkpoint_index=_one(own, "--checkpoint-index"),
-        hostfile=_one(own, "--hostfile") or os.environ.get("HOSTFILE"),
+        gpu_memory_gb=number(own, "--gpu-memory", float) or 80.0,
+        host_memory_gb=number(own, "--host-memory", float) or 2000.0,
+        checkpoint_index=one(own, "--checkpoint-index"),
+        hostfile=one(own, "--hostfile") or os.environ.get("HOSTFILE"),
         head=os.environ.get("MASTER_ADDR"),
-        engine_version=_one(own, "--engine-version"),
-        length=_number(own, "--sequence-tokens", int),
+        engine_version=one(own, "--engine-version"),
+        length=number(own, "--sequence-tokens", int),
         rates=tuple(own.get("--rate", ())),
         assume=tuple(own.get("--assume", ())),
         env=job_environment(own),
         build_ranks="--no-ranks" not in own,
         quick="--quick" in own,
-        expect_digest=_one(own, "--expect-digest"),
-        measured=_one(own, "--measured"),
+        expect_digest=one(own, "--expect-digest"),
+        measured=one(own, "--measured"),
     )
-
-
-def check_outputs(own: dict[str, list[str]]) -> None:
-    """A report that cannot be written is said before the work, not after it."""
-    for name in ("--json", "--html", "--weight-map"):
-        file = _one(own, name)
-        if file is None:
-            continue
-        if not file or Path(file).is_dir() or not os.access(Path(file).absolute().parent, os.W_OK):
-            raise ValueError(f"{name} {file or repr(file)} cannot be written; name a file in an existing folder")
 
 
 def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write(
-            (__doc__ or "") + "\n" + "".join(f"  {name} {value}".ljust(30) + f"{text}\n" for name, (value, text) in OWN.items())
-        )
+        sys.stdout.write(usage(__doc__, OWN))
         return 0
     try:
-        own, flags = split_own(argv)
-        check_outputs(own)
-        if "--preflight" in own:
-            from slime.rehearse.preflight import main as preflight
-
-            patience = _number(own, "--join-seconds", float)
-            return preflight(
-                flags,
-                json_file=_one(own, "--json"),
-                env=job_environment(own),
-                logical_gpus="--logical-gpus" in own,
-                **({} if patience is None else {"join_seconds": patience}),
-            )
+        own, flags = split_own(argv, OWN, repeated=("--rate", "--assume"))
+        check_outputs(own, OUTPUTS)
         options = options_of(own)
         done = rehearse(flags, options)
     except ValueError as error:
@@ -157,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     if "--weight-map" in own and done.weights is not None:
         Path(own["--weight-map"][0]).write_text("".join(row.canonical() + "\n" for row in done.weights.rows))
     if "--html" in own:
-        from slime.rehearse.page import as_html
+        from slime.rehearse.report.page import as_html
 
         Path(own["--html"][0]).write_text(as_html(done))
     return EXIT_STATUS[done.findings.verdict]

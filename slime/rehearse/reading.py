@@ -23,7 +23,7 @@ from slime.config.stages import Chunk
 from slime.model.names import NameTable
 from slime.rehearse.findings import Findings
 from slime.rehearse.known_models import described_config, known_config, known_names
-from slime.rehearse.shares import Grid
+from slime.rehearse.model.shares import Grid
 
 Basis = Literal["file", "release", "flags", "nothing"]
 """config.json of the checkpoint; the stored one of the release that the folder is named after; one that MODEL_ARGS describe."""

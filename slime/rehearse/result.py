@@ -9,21 +9,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from slime.config import Config
-from slime.rehearse.advice import Advice, advise, held_at_once
-from slime.rehearse.budget import DEFAULT_LENGTH, Budget, assumed_of, check_memory, train_shapes
-from slime.rehearse.cost import Cost, Rates, Shape, SyncBytes, predict, sync_bytes, with_rates
-from slime.rehearse.engine_checks import EnginePlan, check_engines
-from slime.rehearse.engine_memory import engine_ranks, speculates
-from slime.rehearse.file_checks import check_files
+from slime.rehearse.checks.engines import EnginePlan, check_engines
+from slime.rehearse.checks.files import check_files
+from slime.rehearse.checks.layout import Balance, check_layout, longest_sample
+from slime.rehearse.checks.memory import DEFAULT_LENGTH, Budget, assumed_of, check_memory, train_shapes
+from slime.rehearse.checks.ranks import BuiltRanks, check_held, check_order, check_ranks
 from slime.rehearse.findings import Findings
-from slime.rehearse.flops import model_work
-from slime.rehearse.layout_checks import Balance, check_layout, longest_sample
-from slime.rehearse.memory import TrainShapes
+from slime.rehearse.model.advice import Advice, advise, held_at_once
+from slime.rehearse.model.cost import Cost, Rates, Shape, SyncBytes, predict, sync_bytes, with_rates
+from slime.rehearse.model.engine_memory import engine_ranks, speculates
+from slime.rehearse.model.flops import model_work
+from slime.rehearse.model.memory import TrainShapes
+from slime.rehearse.model.shares import StageShare, stage_shares
+from slime.rehearse.model.weight_map import WeightMap, build_weight_map
 from slime.rehearse.options import Options
-from slime.rehearse.ranks import BuiltRanks, check_held, check_order, check_ranks
 from slime.rehearse.reading import Reading, read
-from slime.rehearse.shares import StageShare, stage_shares
-from slime.rehearse.weight_map import WeightMap, build_weight_map
 from slime.weights.digest import KEY_VARIABLE, rehearsed_digest
 
 
@@ -163,7 +163,7 @@ def _cost(
     prompts: int | None = None,
     waves: int = 1,
 ) -> Cost:
-    """prompts: of a rollout, in the run's number of steps (its own where nothing is said). waves: see slime.rehearse.advice."""
+    """prompts: of a rollout, in the run's number of steps (its own where nothing is said). waves: see model.advice."""
     reading, stages = done.reading, done.budget.stages
     config, grid = reading.config, reading.grid
     own, samples = config.data.rollout_batch_size or 0, config.data.n_samples_per_prompt

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from slime.rehearse.advice import advise
-from slime.rehearse.cost import Cost, CostPhase
+from slime.rehearse.model.advice import advise
+from slime.rehearse.model.cost import Cost, CostPhase
 from slime.rehearse.result import Options, rehearse
 from tests.rehearse.recipes import Recipe
 

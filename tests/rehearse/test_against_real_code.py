@@ -13,10 +13,10 @@ from slime.model.hf_config import read_hf_config
 from slime.model.layout import shard_shape
 from slime.model.names import NameTable
 from slime.ops import vocab_logprob
-from slime.rehearse import memory
 from slime.rehearse.known_models import known_config
-from slime.rehearse.shares import Grid, local_numel
-from slime.rehearse.weight_map import build_weight_map, fp8_format
+from slime.rehearse.model import memory
+from slime.rehearse.model.shares import Grid, local_numel
+from slime.rehearse.model.weight_map import build_weight_map, fp8_format
 from slime.weights.quantize import WireFormat
 from slime_plugins.models.glm5.ops import hopper_ops
 from tests.rehearse.recipes import Recipe, one_node
@@ -162,10 +162,10 @@ def _without_repetition(sources: list[int]) -> list[int]:
 @pytest.mark.parametrize("mtp", [False, True], ids=["main model", "mtp"])
 def test_ranks_that_are_built_add_up_to_the_checkpoint(mtp: bool, flagship: Recipe, tmp_path: Path) -> None:
     """One data-parallel copy of two stages would take 64 ranks; a grid of 16 shows the same sum."""
+    from slime.rehearse.checks.ranks import check_held, check_order, check_ranks, differences
     from slime.rehearse.findings import Findings
-    from slime.rehearse.ranks import check_held, check_order, check_ranks, differences
+    from slime.rehearse.model.shares import stage_shares
     from slime.rehearse.reading import read
-    from slime.rehearse.shares import stage_shares
 
     recipe = (
         flagship.with_flag("--actor-num-nodes", "2")
@@ -224,8 +224,8 @@ def test_tied_weights_over_stages_are_held_twice() -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_cannot_be_built_is_named(flagship: Recipe, tmp_path: Path) -> None:
+    from slime.rehearse.checks.ranks import build_ranks
     from slime.rehearse.findings import Findings
-    from slime.rehearse.ranks import build_ranks
     from slime.rehearse.reading import read
 
     recipe = flagship.with_flag("--decoder-first-pipeline-num-layers", "15").with_flag(

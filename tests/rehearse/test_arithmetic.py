@@ -12,14 +12,14 @@ import pytest
 from slime.config.stages import Cut, cut_layers, layout_string, wrong_starts
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
-from slime.rehearse.cost import Rates, sync_bytes
-from slime.rehearse.engine_memory import EngineRank, kv_bytes_per_token
-from slime.rehearse.flops import active_parameters, core, mean_selected, model_work
-from slime.rehearse.holders import Keepers, ranges
+from slime.rehearse.checks.layout import layer_costs
 from slime.rehearse.known_models import known_config
-from slime.rehearse.layout_checks import layer_costs
-from slime.rehearse.measured import Measured, compare, read_measured
-from slime.rehearse.memory import (
+from slime.rehearse.model.cost import Rates, sync_bytes
+from slime.rehearse.model.engine_memory import EngineRank, kv_bytes_per_token
+from slime.rehearse.model.flops import active_parameters, core, mean_selected, model_work
+from slime.rehearse.model.holders import Keepers, ranges
+from slime.rehearse.model.measured import Measured, compare, read_measured
+from slime.rehearse.model.memory import (
     Assumed,
     TrainShapes,
     Turns,
@@ -32,9 +32,9 @@ from slime.rehearse.memory import (
     stage_memory,
     working_sets,
 )
-from slime.rehearse.shares import Grid, stage_shares
-from slime.rehearse.stages import balance, best_list, legal_first_last, stage_costs
-from slime.rehearse.weight_map import Places, Row, build_weight_map, checkpoint_bytes, problems
+from slime.rehearse.model.shares import Grid, stage_shares
+from slime.rehearse.model.stages import balance, best_list, legal_first_last, stage_costs
+from slime.rehearse.model.weight_map import Places, Row, build_weight_map, checkpoint_bytes, problems
 
 HF = known_config("/any/GLM-5.2-FP8")
 TABLE = NameTable.for_model(HF)
@@ -397,7 +397,7 @@ def test_a_trainer_with_gpus_of_its_own_keeps_everything_during_a_sync() -> None
 
 
 def test_measured_peaks_stand_beside_predictions(tmp_path: Path) -> None:
-    from slime.rehearse.memory import Phase, StageMemory
+    from slime.rehearse.model.memory import Phase, StageMemory
 
     share = stage_shares(TABLE, cut_layers(STOCK), GRID)[0]
     phases = (Phase("load", {"weights": 700, "overhead": 80}), Phase("train", {"weights": 900, "rest": 70, "overhead": 80}))

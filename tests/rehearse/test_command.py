@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from slime.rehearse.command import main, split_own
+from slime.rehearse.command import OWN, main
+from slime.rehearse.own_flags import split_own
 from slime.weights.digest import KEY_VARIABLE, rehearsed_digest
 from tests.rehearse.recipes import ROOT, Recipe
 
@@ -217,11 +218,13 @@ def test_a_browser_shows_the_page(flagship: Recipe, tmp_path: Path) -> None:
 
 
 def test_own_flags_are_taken_out_and_checked() -> None:
-    own, rest = split_own(["--lr", "1", "--json", "a", "--rate=peak_tflops=500", "--rate", "x=1", "--rehearse"])
+    own, rest = split_own(
+        ["--lr", "1", "--json", "a", "--rate=peak_tflops=500", "--rate", "x=1", "--rehearse"], OWN, repeated=("--rate",)
+    )
     assert rest == ["--lr", "1"] and own == {"--json": ["a"], "--rate": ["peak_tflops=500", "x=1"], "--rehearse": [""]}
     assert main(["--rate", "speed=3", "--lr", "1e-6"]) == 2, "a rate that does not exist"
     with pytest.raises(ValueError, match="--json wants a value"):
-        split_own(["--json"])
+        split_own(["--json"], OWN)
     for wrong in (
         ["--gpu-memory", "lots"],
         ["--gpu-memory", "0"],
@@ -229,7 +232,8 @@ def test_own_flags_are_taken_out_and_checked() -> None:
         ["--runtime-env", "[1"],
     ):
         assert main([*wrong, "--lr", "1e-6"]) == 2, wrong
-    assert split_own(["--preflight", "--preflight"])[0] == {"--preflight": ["", ""]}, "a launcher and its user may both say so"
+    twice, _ = split_own(["--rehearse", "--rehearse"], OWN)
+    assert twice == {"--rehearse": ["", ""]}, "a launcher and its user may both say so"
 
 
 def test_flags_and_layout_need_no_heavy_import(flagship: Recipe, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from slime.config import ConfigError, parse
 from slime.config.command_line import flag_table
 from slime.rehearse.known_models import known_config
-from slime.rehearse.page import as_html
-from slime.rehearse.report import as_json, as_text
+from slime.rehearse.report.page import as_html
+from slime.rehearse.report.text import as_json, as_text
 from slime.rehearse.result import Options, rehearse
 from tests.config.flags import MINIMAL
 from tests.rehearse.recipes import Recipe

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from slime.config.rules.dispatch import buffer_bytes
 from slime.config.stages import cut_layers
-from slime.rehearse.cost import bubble
-from slime.rehearse.engine_memory import EngineRank, engine_weights
-from slime.rehearse.memory import Assumed, Turns, in_flight, optimizer_bytes, stage_memory, stored_inputs
-from slime.rehearse.shares import stage_shares
+from slime.rehearse.model.cost import bubble
+from slime.rehearse.model.engine_memory import EngineRank, engine_weights
+from slime.rehearse.model.memory import Assumed, Turns, in_flight, optimizer_bytes, stage_memory, stored_inputs
+from slime.rehearse.model.shares import stage_shares
 from tests.rehearse.test_arithmetic import GRID, HF, SHAPES, STOCK, TABLE
 
 

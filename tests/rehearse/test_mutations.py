@@ -365,7 +365,7 @@ def test_a_save_folder_without_room_or_permission_is_caught(
     flagship: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GLM-5.2: 743,377,000,704 parameters x (2 + 12) bytes = 10.4 TB."""
-    from slime.rehearse import file_checks
+    from slime.rehearse.checks import files as file_checks
 
     recipe = flagship.with_flag("--save", str(tmp_path / "run"))
     monkeypatch.setattr(file_checks.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 10_000_000_000_000}))

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from slime.rehearse.engine_checks import check_engines
+from slime.rehearse.checks.engines import check_engines
+from slime.rehearse.checks.layout import paste
 from slime.rehearse.findings import EXIT_STATUS, Findings
-from slime.rehearse.layout_checks import paste
 from slime.rehearse.reading import read
-from slime.rehearse.report import as_text
+from slime.rehearse.report.text import as_text
 from slime.rehearse.result import Options, rehearse
 from tests.rehearse.edits import DISPATCH, SPECULATIVE, Edit, all_of, env, flags, in_group, unset, without
 from tests.rehearse.recipes import ROOT, Recipe, one_node, recorded

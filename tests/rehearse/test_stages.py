@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slime.config.stages import Cut, cut_layers
 from slime.model.hf_config import HfConfig
-from slime.rehearse.stages import balance, best_list, legal_first_last, stage_costs
+from slime.rehearse.model.stages import balance, best_list, legal_first_last, stage_costs
 
 
 @st.composite

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-from slime.rehearse.cost import replaced
-from slime.rehearse.engine_memory import EngineRank
+from slime.rehearse.checks.layout import padded_sample
 from slime.rehearse.findings import Findings
-from slime.rehearse.host_memory import host_memory
-from slime.rehearse.layout_checks import padded_sample
-from slime.rehearse.measured import TOLERANCE, Comparison, Measured, compare, read_measured
-from slime.rehearse.memory import Assumed, StageMemory, TrainShapes, Turns, stage_memory
+from slime.rehearse.model.cost import replaced
+from slime.rehearse.model.engine_memory import EngineRank, KvCache
+from slime.rehearse.model.host_memory import host_memory
+from slime.rehearse.model.measured import TOLERANCE, Comparison, Measured, compare, read_measured
+from slime.rehearse.model.memory import Assumed, StageMemory, TrainShapes, Turns, stage_memory
+from slime.rehearse.model.shares import StageShare, shares_of, stage_parts
 from slime.rehearse.options import Options
 from slime.rehearse.reading import Basis, Reading
-from slime.rehearse.shares import StageShare, shares_of, stage_parts
 
 DEFAULT_LENGTH = 32768
 """Tokens of a sample where no flag bounds it."""
@@ -31,25 +31,6 @@ class Fit:
     peak_gb: float
     host_gb_per_node: float
     fits: bool
-
-
-@dataclass(frozen=True)
-class KvCache:
-    """What an engine GPU has left for its cache."""
-
-    role: str
-    tokens: int
-    bytes_per_token: int
-    gpus: int
-    """Of the engine."""
-    attention_dp: int
-    longest: int | None
-    """Tokens of the longest sample that the flags allow."""
-
-    @property
-    def at_once(self) -> int | None:
-        """Longest samples that one engine holds at the same time: each attention-data-parallel rank has a cache of its own."""
-        return self.tokens // self.longest * self.attention_dp if self.longest else None
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from slime.rehearse.cost import rates_shown
 from slime.rehearse.findings import Finding
-from slime.rehearse.measured import TOLERANCE
-from slime.rehearse.report import as_text, verdict
+from slime.rehearse.model.cost import rates_shown
+from slime.rehearse.model.measured import TOLERANCE
+from slime.rehearse.report.svg import balance_bars, measured_bars, memory_bars, rank_grid, timeline, weight_flow
+from slime.rehearse.report.text import as_text, verdict
 from slime.rehearse.result import Rehearsal
-from slime.rehearse.svg import balance_bars, measured_bars, memory_bars, rank_grid, timeline, weight_flow
 
 STYLE = """
 body { font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #222; background: #fff }

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from slime.config.stages import layout_string
 from slime.engine.spec import EngineSpec
-from slime.rehearse.budget import Budget
-from slime.rehearse.cost import rates_shown
-from slime.rehearse.layout_checks import paste
+from slime.rehearse.checks.layout import paste
+from slime.rehearse.checks.memory import Budget
+from slime.rehearse.model.cost import rates_shown
+from slime.rehearse.model.stages import Split
+from slime.rehearse.model.weight_map import WeightMap
 from slime.rehearse.result import Rehearsal
-from slime.rehearse.stages import Split
-from slime.rehearse.weight_map import WeightMap
 from slime.weights.digest import KEY_VARIABLE, sign
 
 

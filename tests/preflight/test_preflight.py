@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from slime.engine.ports import FIRST_PORT
+from slime.preflight.command import wanted_of, with_plan
+from slime.preflight.facts import Gpu, NodeFacts, Wanted, clock_offset, gather, judge, rdma_devices, reach, try_shared
 from slime.rehearse.findings import Findings
-from slime.rehearse.node_facts import Gpu, NodeFacts, Wanted, clock_offset, gather, judge, rdma_devices, reach, try_shared
-from slime.rehearse.preflight import wanted_of, with_plan
 from slime.rehearse.reading import read
 from tests.rehearse.recipes import ROOT, Recipe
 
@@ -226,7 +226,7 @@ def test_what_is_imported_on_a_node_follows_from_the_engines_settings(flags: tup
 
 def test_a_clock_is_compared_by_the_quickest_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers take 8, 4, 1, 6 and 2 s, all of it on the way here, so half of that is the error; theirs is 5 s ahead."""
-    from slime.rehearse import node_facts
+    from slime.preflight import facts as node_facts
 
     now, travel = [1000.0], iter([8.0, 4.0, 1.0, 6.0, 2.0])
     monkeypatch.setattr(node_facts.time, "time", lambda: now[0])
@@ -275,7 +275,7 @@ for name, env in json.loads(sys.argv[2]).items():
     patiently(lambda: cluster.add_node(wait=False, num_cpus=1, node_name=name, env_vars=env))
 cluster.wait_for_nodes()
 os.environ["RAY_ADDRESS"] = cluster.address
-from slime.rehearse.command import main
+from slime.preflight.command import main
 try:
     status = main(sys.argv[3:])
 finally:
@@ -308,7 +308,7 @@ def test_bad_nodes_of_a_real_cluster_are_named(tmp_path: Path) -> None:
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.0.1\n")
     flags = ["--actor-num-nodes", "4", "--actor-num-gpus-per-node", "8", "--colocate", "--num-rollout", "1"]
     flags += ["--hf-checkpoint", str(shared / "GLM-5.2"), "--prompt-data", str(shared / "p.jsonl"), "--rollout-batch-size", "8"]
-    own = ["--preflight", "--json", str(report), "--runtime-env", json.dumps({"env_vars": {"NCCL_SOCKET_IFNAME": "lo"}})]
+    own = ["--json", str(report), "--runtime-env", json.dumps({"env_vars": {"NCCL_SOCKET_IFNAME": "lo"}})]
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and k not in ("RAY_ADDRESS", "SOCKET_IFNAME")}
     child = subprocess.run(
         [sys.executable, "-c", CLUSTER, json.dumps(environment("head")), json.dumps(nodes), *own, *flags],

@@ -11,9 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 from slime.config.prompt_files import KINDS, split_slice
+from slime.rehearse.checks.index import check_index
+from slime.rehearse.checks.plugins import check_plugins
 from slime.rehearse.findings import Findings
-from slime.rehearse.index_checks import check_index
-from slime.rehearse.plugin_checks import check_plugins
 from slime.rehearse.reading import Reading
 from slime.rollout.rows import read_rows
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from slime.model.names import NameTable
 from slime.rehearse.findings import Findings
+from slime.rehearse.model.shares import StageShare, has_embedding_copy
+from slime.rehearse.model.weight_map import WeightMap, model_order
 from slime.rehearse.reading import Reading
-from slime.rehearse.shares import StageShare, has_embedding_copy
-from slime.rehearse.weight_map import WeightMap, model_order
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def build_ranks(
     wanted = list(range(world)) if ranks is None else list(ranks)
     started = time.monotonic()
     # Without flags' checkpoint on this machine the parameter type would be the host's; bytes are not the matter here.
-    from slime.rehearse.rank_worker import Job
+    from slime.rehearse.checks.rank_worker import Job
 
     job = Job(replace(reading.config, notes=()), reading.hf, world, ())
     rows: list[dict] = []
@@ -81,7 +81,7 @@ def build_ranks(
 
 
 def _start(path: Path) -> subprocess.Popen:
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -90,7 +90,10 @@ def _start(path: Path) -> subprocess.Popen:
     }
     with open(path.with_suffix(".out"), "w") as out, open(path.with_suffix(".err"), "w") as err:
         return subprocess.Popen(
-            [sys.executable, "-m", "slime.rehearse.rank_worker", str(path.with_suffix(".pkl"))], stdout=out, stderr=err, env=env
+            [sys.executable, "-m", "slime.rehearse.checks.rank_worker", str(path.with_suffix(".pkl"))],
+            stdout=out,
+            stderr=err,
+            env=env,
         )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from slime.rehearse.cost import Cost
-from slime.rehearse.layout_checks import Balance
-from slime.rehearse.measured import Comparison
-from slime.rehearse.memory import StageMemory
+from slime.rehearse.checks.layout import Balance
+from slime.rehearse.model.cost import Cost
+from slime.rehearse.model.measured import Comparison
+from slime.rehearse.model.memory import StageMemory
+from slime.rehearse.model.stages import Split, balance
 from slime.rehearse.result import Rehearsal
-from slime.rehearse.stages import Split, balance
 
 PARTS = ("#3b6ea5", "#d98841", "#5a9e6f", "#b5524c", "#8a6bb0", "#7d7d7d", "#c2a83e", "#4fa3a5")
 

@@ -1,6 +1,6 @@
 """Build training ranks for real, on the meta device with a fake process group; say what each holds. Runs as a child process:
 
-python3 -m slime.rehearse.rank_worker PICKLED-JOB        -> one JSON line per rank, then one with the process's peak memory
+python3 -m slime.rehearse.checks.rank_worker PICKLED-JOB    -> one JSON line per rank, then one with the process's peak memory
 """
 
 from __future__ import annotations

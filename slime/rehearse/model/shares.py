@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from slime.config.stages import Chunk
 from slime.model.names import Entry, NameTable
-from slime.rehearse.flops import is_mtp, layer_of
+from slime.rehearse.model.flops import is_mtp, layer_of
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Bytes of one GPU through a whole iteration, per pipeline stage, and of one node's main memory. Pure arithmetic.
 
 Every term is a function of shapes; nothing is fitted. What a caching allocator, communication libraries and the CUDA context
-add is one printed number (`Assumed.overhead_gb`). `slime.rehearse.measured` sets predictions beside the peaks that a run
-measured. A trainer on a CPU has a model of its own, `slime.rehearse.host_memory`.
+add is one printed number (`Assumed.overhead_gb`). `slime.rehearse.model.measured` sets predictions beside the peaks that a run
+measured. A trainer on a CPU has a model of its own, `slime.rehearse.model.host_memory`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from slime.model.hf_config import HfConfig
-from slime.rehearse.engine_memory import EngineRank
-from slime.rehearse.shares import Grid, StageShare
+from slime.rehearse.model.engine_memory import EngineRank
+from slime.rehearse.model.shares import Grid, StageShare
 
 GB = 1e9
 

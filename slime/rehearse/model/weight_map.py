@@ -18,9 +18,9 @@ from slime.config.stages import Chunk
 from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
 from slime.model.names import Entry, HfTensor, NameTable
-from slime.rehearse.flops import is_mtp, layer_of
-from slime.rehearse.holders import Holders, Keepers, faults, holders_of
-from slime.rehearse.shares import Grid, has_embedding_copy
+from slime.rehearse.model.flops import is_mtp, layer_of
+from slime.rehearse.model.holders import Holders, Keepers, faults, holders_of
+from slime.rehearse.model.shares import Grid, has_embedding_copy
 from slime.weights.digest import StreamDigest
 
 SCALE_BYTES = 4

@@ -1,6 +1,8 @@
-"""--preflight: ask every node of the running Ray cluster, through one actor each, and name the bad ones.
+"""Ask every node of the running Ray cluster, through one actor each, and name the bad ones.
 
-RAY_ADDRESS=... python3 -m slime.rehearse --preflight FLAGS OF THE RUN
+    RAY_ADDRESS=... python3 -m slime.preflight [--json FILE] [--logical-gpus] ... FLAGS OF THE RUN
+
+Exit status: 0 every node is fit, 1 with every fault listed, 2 when the command's own flags are wrong.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from pathlib import Path
 from slime.config.engine_sizes import merged
 from slime.engine.imports import needed
 from slime.engine.ports import FIRST_PORT
+from slime.preflight.facts import NodeFacts, Wanted, clock_offset, gather, judge, listen, reach
 from slime.rehearse.findings import Findings
-from slime.rehearse.node_facts import NodeFacts, Wanted, clock_offset, gather, judge, listen, reach
 from slime.rehearse.options import Options
+from slime.rehearse.own_flags import check_outputs, job_environment, number, one, split_own, usage
 from slime.rehearse.reading import Reading, read
 from slime.rehearse.result import rehearse
 
@@ -29,6 +32,13 @@ ANSWER_SECONDS = 120.0
 """A node that says nothing for so long is named as silent."""
 JOIN_SECONDS = 60.0
 TELL_SECONDS = 15.0
+OWN = {
+    "--json": ("FILE", "write what the nodes said and the findings as JSON"),
+    "--runtime-env": ("JSON", "environment of the job as the launcher passes it to Ray"),
+    "--logical-gpus": ("", "the nodes' device slots stand for no GPU, their CPUs compute"),
+    "--join-seconds": ("SECONDS", "how long the nodes may take to join (default 60)"),
+    "--preflight": ("", "what launchers call all this by; it has no meaning of its own"),
+}
 INTERFACE_VARIABLES = ("SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
@@ -192,7 +202,26 @@ def _seed(paths: Sequence[str]) -> dict[str, str]:
     return seeds
 
 
-def main(
+def main(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(usage(__doc__, OWN))
+        return 0
+    try:
+        own, flags = split_own(argv, OWN)
+        check_outputs(own, ("--json",))
+        return preflight(
+            flags,
+            json_file=one(own, "--json"),
+            env=job_environment(own),
+            logical_gpus="--logical-gpus" in own,
+            join_seconds=number(own, "--join-seconds", float) or JOIN_SECONDS,
+        )
+    except ValueError as error:
+        sys.stderr.write(f"preflight: {error}\n")
+        return 2
+
+
+def preflight(
     argv: Sequence[str],
     *,
     json_file: str | None = None,
@@ -219,7 +248,7 @@ def main(
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(["${PYTHONPATH}", str(root)])}},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"--preflight: no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it first") from None
+        raise ValueError(f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it first") from None
     try:
         _wait_for_nodes(wanted.num_nodes, join_seconds)
         nodes, silent = ask_nodes(wanted)

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from slime.engine.spec import EngineSpec
 from slime.model.names import Entry, HfTensor
-from slime.rehearse.shares import Grid
+from slime.rehearse.model.shares import Grid
 
 
 def ranges(ranks: Iterable[int]) -> str:

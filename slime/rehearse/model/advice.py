@@ -1,7 +1,7 @@
 """What a GPU-hour buys: the cost of a trained token over the rollout batch, up to what the decode engines hold at once.
 
 The longest response decides how long engines generate, whatever the batch: samples beside it are free until engines are full,
-and from then on come in further waves. Every rate is one of `slime.rehearse.cost.Rates`.
+and from then on come in further waves. Every rate is one of `slime.rehearse.model.cost.Rates`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from slime.engine.spec import EngineSpec
-from slime.rehearse.budget import KvCache
-from slime.rehearse.cost import Cost
+from slime.rehearse.model.cost import Cost
+from slime.rehearse.model.engine_memory import KvCache
 
 DOUBLINGS = 7
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slime.rehearse.memory import StageMemory
+from slime.rehearse.model.memory import StageMemory
 
 NOT_TENSORS = (
     "overhead",

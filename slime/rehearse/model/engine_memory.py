@@ -10,9 +10,9 @@ from slime.engine.spec import EngineSpec
 from slime.engine.versions import capabilities
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
-from slime.rehearse.flops import layer_of
-from slime.rehearse.holders import Keepers
-from slime.rehearse.weight_map import fp8_format, wire_bytes
+from slime.rehearse.model.flops import layer_of
+from slime.rehearse.model.holders import Keepers
+from slime.rehearse.model.weight_map import fp8_format, wire_bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,25 @@ class EngineRank:
     @property
     def name(self) -> str:
         return self.role if self.gpus == 1 else f"{self.role} ({self.gpus} GPUs)"
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """What an engine GPU has left for its cache."""
+
+    role: str
+    tokens: int
+    bytes_per_token: int
+    gpus: int
+    """Of the engine."""
+    attention_dp: int
+    longest: int | None
+    """Tokens of the longest sample that the flags allow."""
+
+    @property
+    def at_once(self) -> int | None:
+        """Longest samples that one engine holds at the same time: each attention-data-parallel rank has a cache of its own."""
+        return self.tokens // self.longest * self.attention_dp if self.longest else None
 
 
 def engine_weights(table: NameTable, hf: HfConfig, spec: EngineSpec) -> EngineWeights:

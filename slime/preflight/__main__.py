@@ -1,0 +1,8 @@
+"""python3 -m slime.rehearse: see slime.preflight.command."""
+
+import sys
+
+from slime.preflight.command import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

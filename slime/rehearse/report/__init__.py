@@ -1,0 +1,1 @@
+"""One rehearsal as text, JSON and a page."""
