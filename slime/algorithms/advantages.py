@@ -9,7 +9,7 @@ WHITEN_EPS = 1e-8
 
 
 def broadcast_reward(reward: float, length: int) -> Tensor:
-    """GRPO, GSPO, CISPO: every token of a response has the sample's (group-normalised) reward (arXiv 2402.03300, 4.1.2). [R]"""
+    """GRPO, GSPO, CISPO, RLOO: every token has its sample's (group-normalised) reward (arXiv 2402.03300, 4.1.2). [R]"""
     return torch.full((length,), float(reward), dtype=torch.float32)
 
 

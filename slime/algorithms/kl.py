@@ -9,6 +9,8 @@ KL_KINDS = ("k1", "k2", "k3", "low_var_kl")
 LOW_VAR_LIMIT = 10.0
 """low_var_kl is k3 clamped to this; one token at e^20 would otherwise own the step."""
 
+LARGEST_EXPONENT = 80.0
+
 
 def approx_kl(log_probs: Tensor, ref_log_probs: Tensor, kind: str, *, importance_log_ratio: Tensor | None = None) -> Tensor:
     """Per token, with d = log_probs - ref_log_probs: k1 = d, k2 = d^2 / 2, k3 = e^-d - 1 + d, low_var_kl = k3 within +-10.
@@ -22,7 +24,8 @@ def approx_kl(log_probs: Tensor, ref_log_probs: Tensor, kind: str, *, importance
     elif kind == "k2":
         value = delta.square() / 2
     elif kind in ("k3", "low_var_kl"):
-        value = torch.expm1(-delta) + delta
+        # Bounded, because e^89 is no float32 and its gradient nan, also where the clamp below hides the value.
+        value = torch.expm1((-delta).clamp(max=LARGEST_EXPONENT)) + delta
     else:
         raise ValueError(f"--kl-loss-type {kind!r} is none of {', '.join(KL_KINDS)}")
     if importance_log_ratio is not None:

@@ -31,3 +31,22 @@ def normalize_by_group(rewards: np.ndarray, groups: np.ndarray, divide_by_std: b
         std = np.sqrt(square / np.maximum(count - 1, 1))
         centred = np.where((count > 1)[member], centred / (std[member] + GROUP_STD_EPS), centred)
     return centred.astype(np.float32)
+
+
+def leave_one_out(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """RLOO: each reward minus the mean of its group's other rewards (arXiv 2402.14740, eq. 9). float32 [n].
+
+    That is n / (n - 1) times the distance from the whole group's mean. A group of one has no other: 0.
+    """
+    centred = normalize_by_group(rewards, groups, divide_by_std=False).astype(np.float64)
+    _, member = np.unique(groups, return_inverse=True)
+    count = np.bincount(member)[member]
+    return np.where(count > 1, centred * count / np.maximum(count - 1, 1), 0.0).astype(np.float32)
+
+
+def overlong_penalty(lengths: np.ndarray, *, longest: int, buffer: int, factor: float) -> np.ndarray:
+    """DAPO's soft punishment of long responses (arXiv 2503.14476, eq. 13): what to add to the rewards. float64 [n] <= 0.
+
+    lengths: response tokens [n]. 0 up to `longest - buffer` tokens, then linear to -factor at `longest` and beyond.
+    """
+    return -factor * np.clip((lengths - (longest - buffer)) / buffer, 0.0, 1.0)

@@ -175,9 +175,9 @@ class BatchConfig:
 class AlgorithmConfig:
     """What is optimized."""
 
-    advantage_estimator: Literal["grpo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"] = flag(
-        "grpo", later_values=("ppo",)
-    )
+    advantage_estimator: Literal[
+        "grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"
+    ] = flag("grpo", later_values=("ppo",))
     """How rewards become advantages (and which ratio is clipped)."""
     loss_type: Literal["policy_loss", "sft_loss", "custom_loss"] = "policy_loss"
     """Loss."""
@@ -223,6 +223,12 @@ class AlgorithmConfig:
     """Divide a group's rewards by their standard deviation."""
     rewards_normalization: bool = flag(True, off="--disable-rewards-normalization")
     """Centre rewards within their group."""
+    pg_loss_length: int | None = flag(None, low=1)
+    """Dr. GRPO: a sample's policy loss is the sum over its tokens divided by this constant instead of by its trained tokens."""
+    overlong_buffer_len: int | None = flag(None, low=1)
+    """DAPO: rewards of the last so many tokens below --rollout-max-response-len fall linearly, by the factor below at it."""
+    overlong_penalty_factor: float = flag(1.0, low=0)
+    """What a response of the longest length loses."""
     calculate_per_token_loss: bool = False
     """Every token weighs the same; otherwise every trajectory does."""
     use_rollout_entropy: bool = False
@@ -235,6 +241,26 @@ class AlgorithmConfig:
     """Upper bound of its weight."""
     tis_clip_low: float = flag(0.0, low=0)
     """Lower bound of its weight."""
+    tis_mode: Literal["truncate", "clip", "mask", "icepop"] = "clip"
+    """What becomes of a ratio outside the bounds: cut at the upper, at both, its token untrained, or its weight 0."""
+    tis_level: Literal["token", "sequence", "geometric"] = "token"
+    """Whose ratio it is: the token's, the product over its sample's trained tokens, or their geometric mean."""
+    tis_upper_bound: float | None = flag(None, above=0)
+    """Upper bound of the ratio; None takes --tis-clip."""
+    tis_lower_bound: float | None = flag(None, low=0)
+    """Lower bound; None takes --tis-clip-low, and with --tis-mode mask or icepop 1 / the upper bound where that is 0."""
+    tis_batch_normalize: bool = False
+    """Divide the weights by their mean over the step."""
+    use_rs: bool = False
+    """Rejection sampling: tokens whose ratio lies outside the bounds below are not trained; also without --use-tis."""
+    rs_level: Literal["token", "sequence", "geometric"] = "token"
+    """Whose ratio decides."""
+    rs_upper_bound: float | None = flag(None, above=0)
+    """None takes --tis-upper-bound."""
+    rs_lower_bound: float | None = flag(None, low=0)
+    """None takes --tis-lower-bound, or 1 / the upper bound where that is 0."""
+    rs_veto_threshold: float | None = flag(None, above=0)
+    """A sample with a trained token whose ratio is below this is not trained at all (--use-rs)."""
     get_mismatch_metrics: bool = False
     """Report the train/rollout mismatch without using it (needs a custom TIS path)."""
     use_opsm: bool = False

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from slime.algorithms.rewards import normalize_by_group
+from slime.algorithms.rewards import leave_one_out, normalize_by_group, overlong_penalty
 from slime.config import view_for_call
 from slime.rollout.base_types import Group, flatten
 from slime.rollout.plugins import load_function
@@ -146,6 +146,15 @@ def _rewards(args: Any, samples: list[Sample], groups: np.ndarray) -> tuple[np.n
         return np.asarray(raw, dtype=np.float32), np.asarray(rewards, dtype=np.float32)
     raw = np.array([raw_reward(args, sample) for sample in samples], dtype=np.float32)
     shaped = np.array([float(sample.get_reward_value(args)) for sample in samples], dtype=np.float32)
+    if args.overlong_buffer_len:
+        shaped += overlong_penalty(
+            np.array([sample.response_length for sample in samples]),
+            longest=args.rollout_max_response_len,
+            buffer=args.overlong_buffer_len,
+            factor=args.overlong_penalty_factor,
+        ).astype(np.float32)
+    if args.advantage_estimator == "rloo":
+        return raw, leave_one_out(shaped, groups)
     if not args.rewards_normalization or args.advantage_estimator not in _CENTRED:
         return raw, shaped
     divide = args.advantage_estimator in _SCALED and args.grpo_std_normalization

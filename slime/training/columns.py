@@ -18,6 +18,7 @@ from torch import Tensor
 from slime.algorithms import advantages as adv
 from slime.algorithms.kl import approx_kl
 from slime.parallel import Ranks
+from slime.training.importance_functions import weight_moments
 from slime.types import RolloutBatch
 from slime.types.micro_batch import MicroBatch
 
@@ -75,6 +76,8 @@ def passes_of(config: Config, num_steps: int) -> Passes:
         reasons.append("gspo")
     if rules.custom_advantage_function_path:
         reasons.append("--custom-advantage-function-path may read them")
+    if rules.tis_batch_normalize:
+        reasons.append("--tis-batch-normalize averages over the whole step")
     if rules.use_rollout_entropy:
         reasons.append("--use-rollout-entropy")
     return Passes(old=bool(reasons), ref=ref, reasons=tuple(reasons))
@@ -117,15 +120,15 @@ def _advantage(columns: Columns, position: int, batch: RolloutBatch, config: Con
     if not mask.any():
         return torch.zeros(len(kl))  # of a removed sample nothing is trained; an estimator may find no place for its reward
     match rules.advantage_estimator:
-        case "grpo" | "gspo" | "cispo":
+        case "grpo" | "gspo" | "cispo" | "rloo":
             return adv.broadcast_reward(reward, len(kl))
         case "reinforce_plus_plus":
             return adv.reinforce_plus_plus(reward, kl, mask, kl_coef=rules.kl_coef, gamma=rules.gamma)
         case "reinforce_plus_plus_baseline":
             return adv.reinforce_plus_plus_baseline(reward, kl, kl_coef=rules.kl_coef)
     raise ValueError(
-        f"--advantage-estimator {rules.advantage_estimator} is not available; choose grpo, gspo, cispo, reinforce_plus_plus or "
-        f"reinforce_plus_plus_baseline"
+        f"--advantage-estimator {rules.advantage_estimator} is not available; choose grpo, gspo, cispo, rloo, "
+        f"reinforce_plus_plus or reinforce_plus_plus_baseline"
     )
 
 
@@ -200,15 +203,37 @@ def save_train_data(template: str, columns: Columns, batch: RolloutBatch, ranks:
         raise OSError(f"--save-debug-train-data: {path} cannot be written ({error})") from error
 
 
+def mean_importance_weight(
+    columns: Columns, positions: Sequence[int], batch: RolloutBatch, config: Config, ranks: Ranks
+) -> float:
+    """Of a whole step's trained tokens (samples, above the level of tokens); positions: this rank's of the step. Collective."""
+    if batch.rollout_log_probs is None:
+        raise ValueError("--tis-batch-normalize needs the engine's log-probs, but this rollout has none")
+    moments = torch.zeros(2, dtype=torch.float64)
+    for position in positions:
+        moments += weight_moments(
+            config.args,
+            train_log_probs=columns.old_log_probs[position],
+            rollout_log_probs=torch.from_numpy(batch.rollout_log_probs[position]),
+            mask=torch.from_numpy(batch.loss_masks[position]),
+        )
+    count, total = _summed(moments, ranks).tolist()
+    return total / count if total > 0 else 1.0
+
+
+def _summed(moments: Tensor, ranks: Ranks) -> Tensor:
+    """Over data-parallel ranks, those without a sample too. Context-parallel ranks hold equal columns and count once."""
+    gathered: list[Tensor] = [torch.zeros_like(moments)] * ranks.dp_size
+    dist.all_gather_object(gathered, moments, group=ranks.dp_group)
+    return torch.stack(gathered).sum(0)
+
+
 def _whiten(columns: Columns, batch: RolloutBatch, ranks: Ranks) -> None:
     masks = {position: torch.from_numpy(batch.loss_masks[position]) for position in columns.positions}
     moments = torch.zeros(3, dtype=torch.float64)
     for position in columns.positions:
         moments += adv.masked_moments(columns.advantages[position], masks[position])
-    # Ranks without a sample take part too; context-parallel ranks hold equal columns and must not be counted again.
-    gathered: list[Tensor] = [torch.zeros(3)] * ranks.dp_size
-    dist.all_gather_object(gathered, moments, group=ranks.dp_group)
-    whole = torch.stack(gathered).sum(0)
+    whole = _summed(moments, ranks)
     columns.advantages = {position: adv.whitened(values, whole) for position, values in columns.advantages.items()}
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from slime.algorithms import policy_loss
+from slime.algorithms.importance import bounded_log_ratio
 from slime.algorithms.kl import approx_kl
 from slime.algorithms.sft import nll
 from slime.model.build import own_vocabulary, padded_vocab_size
@@ -22,7 +24,7 @@ from slime.model.hf_config import read_hf_config
 from slime.parallel import Ranks
 from slime.training.forward import Output, draft_log_probs, response_log_probs
 from slime.training.hooks import load_hook
-from slime.training.importance_functions import vanilla_tis_function
+from slime.training.importance_functions import importance_function
 from slime.types.micro_batch import MicroBatch
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class Objective:
     temperature: float
     custom_loss: Callable[..., Any] | None
     custom_tis: Callable[..., Any] | None
-    """In the place of vanilla_tis_function."""
+    """In the place of importance_function."""
     custom_reducer: Callable[..., Any] | None
 
     @staticmethod
@@ -117,16 +119,21 @@ class Objective:
         values: dict[str, Tensor] = {}
         if rules.use_opsm:
             keep = policy_loss.off_policy_sequence_mask(
-                log_probs - old, micro.advantages, micro.loss_mask, micro.segments, micro.num_samples, delta=rules.opsm_delta
+                bounded_log_ratio(log_probs - old),
+                micro.advantages,
+                micro.loss_mask,
+                micro.segments,
+                micro.num_samples,
+                delta=rules.opsm_delta,
             )
             token_loss = token_loss * keep
             values["opsm_clipfrac"] = total(micro, 1 - keep)
-        if rules.use_tis or rules.get_mismatch_metrics:
+        if rules.use_tis or rules.use_rs or rules.get_mismatch_metrics:
             weighted, narrowed, shown = self._importance(micro, token_loss, trainers)
             # Over all trained tokens: a share of dropped tokens among those that were kept would be 0.
             values |= {name: total(micro, value) for name, value in shown.items()}
-            values["ois"] = total(micro, (log_probs.detach() - old).exp())
-            if rules.use_tis:
+            values["ois"] = total(micro, bounded_log_ratio(log_probs.detach() - old).exp())
+            if rules.use_tis or rules.use_rs:
                 # A token that the function drops is dropped from every term; the denominators stay the plan's.
                 token_loss, micro = weighted, narrowed
         if micro.rollout_log_probs is not None:
@@ -134,7 +141,7 @@ class Objective:
             mine = log_probs.detach() if rules.use_rollout_logprobs else old
             values["train_rollout_logprob_abs_diff"] = total(micro, (mine - micro.rollout_log_probs).abs())
         values |= {"ppo_kl": total(micro, divergence), "pg_clipfrac": total(micro, clipped)}
-        pg_loss = total(micro, token_loss) if self.custom_reducer is None else self._custom_reduction(micro, token_loss)
+        pg_loss = self._reduced(micro, token_loss)
         entropy_loss = total(micro, entropy)
         loss = pg_loss
         if rules.entropy_coef:
@@ -142,7 +149,7 @@ class Objective:
         values |= {"pg_loss": pg_loss, "entropy_loss": entropy_loss}
         if rules.use_kl_loss:
             assert micro.ref_log_probs is not None, "reference log-probs are computed before a step with --use-kl-loss"
-            ratio = log_probs - old if rules.use_unbiased_kl else None
+            ratio = bounded_log_ratio(log_probs - old) if rules.use_unbiased_kl else None
             kl_loss = total(micro, approx_kl(log_probs, micro.ref_log_probs, rules.kl_loss_type, importance_log_ratio=ratio))
             loss = loss + rules.kl_loss_coef * kl_loss
             values["kl_loss"] = kl_loss
@@ -151,7 +158,7 @@ class Objective:
     def _policy_gradient(self, micro: MicroBatch, log_probs: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> (token loss, clipped 0/1, old - new), each [r]."""
         rules = self.config.algorithm
-        log_ratio = log_probs - old
+        log_ratio = bounded_log_ratio(log_probs - old)
         high = rules.eps_clip if rules.eps_clip_high is None else rules.eps_clip_high
         if rules.advantage_estimator == "gspo":
             log_ratio = policy_loss.sequence_log_ratio(log_ratio, micro.loss_mask, micro.segments, micro.num_samples)
@@ -174,12 +181,15 @@ class Objective:
         """
         engines = micro.rollout_log_probs
         if engines is None:
-            raise ValueError("--use-tis needs the engine's log-probs, but this rollout has none; keep return_logprob on")
+            raise ValueError(
+                "--use-tis and --use-rs need the engine's log-probs, but this rollout has none; keep return_logprob on"
+            )
         # An engine may say -inf of a token that is not trained: its weight, inf, would make every gradient nan.
         engines = torch.where((micro.loss_mask > 0) | engines.isfinite(), engines, trainers)
         # A rank without a sample asks of an empty one: functions join their lists, and its values need the others' names.
         lengths = torch.bincount(micro.segments, minlength=micro.num_samples).tolist() or [0]
-        weighted, masks, shown = (self.custom_tis or vanilla_tis_function)(
+        function = self.custom_tis or partial(importance_function, mean_weight=micro.mean_importance_weight)
+        weighted, masks, shown = function(
             args=self.config.args,
             pg_loss=token_loss,
             train_log_probs=list(trainers.split(lengths)),
@@ -198,6 +208,15 @@ class Objective:
         # It may drop trained tokens, never train others.
         kept = torch.where(micro.loss_mask > 0, kept.to(micro.loss_mask), torch.zeros_like(micro.loss_mask))
         return weighted, replace(micro, loss_mask=kept), shown
+
+    def _reduced(self, micro: MicroBatch, token_loss: Tensor) -> Tensor:
+        """The policy loss of a micro-batch: weighted as every value, or as Dr. GRPO or the user's reducer say."""
+        if self.custom_reducer is not None:
+            return self._custom_reduction(micro, token_loss)
+        if (length := self.config.algorithm.pg_loss_length) is not None:
+            # Of the mean over trajectories the trajectories stay, their lengths go (arXiv 2503.20783).
+            return (_kept(micro, token_loss) * micro.loss_mask).sum() / (micro.denominator * length)
+        return total(micro, token_loss)
 
     def _custom_reduction(self, micro: MicroBatch, token_loss: Tensor) -> Tensor:
         """slime's signature: the user's reducer sums over the samples it is given; the step's denominator is ours."""

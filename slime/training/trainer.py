@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from slime.training.columns import (
     Columns,
     call_with_rollout_data,
     fill_advantages,
+    mean_importance_weight,
     passes_of,
     rollout_metrics,
     save_train_data,
@@ -217,6 +218,10 @@ class Trainer:
         where = f"rollout {batch.rollout_id + 1} step {plan.step_id + 1}"
         carried = columns.for_packing() if self.ranks.is_last_stage else {}
         micro_batches = self._pack(batch, plan, carried)
+        if carried and self.config.algorithm.tis_batch_normalize:
+            mine = [position for micro in micro_batches for position in micro.positions]
+            mean = mean_importance_weight(columns, mine, batch, self.config, self.ranks)
+            micro_batches = [replace(micro, mean_importance_weight=mean) for micro in micro_batches]
         for chunk in self.pipeline.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -42,6 +42,8 @@ class MicroBatch:
     """float32 [r]: the StepPlan's weight of the token's sample. The loss is sum(loss_weight * loss_mask * token_loss)."""
     denominator: float
     """Of the whole step; see StepPlan."""
+    mean_importance_weight: float = 1.0
+    """Of the whole step's trained tokens, by which --tis-batch-normalize divides; 1 without it."""
     rollout_log_probs: Tensor | None = None
     """float32 [r]: the engine's."""
     old_log_probs: Tensor | None = None

@@ -137,3 +137,67 @@ def test_entropy_of_a_fair_coin_and_of_an_impossible_word():
 
 def test_sft_loss_is_the_negative_log_likelihood():
     assert nll(T([-0.5, -2.0])).tolist() == [0.5, 2.0]
+
+
+def numeric_gradient(function, at: torch.Tensor, step: float = 1e-6) -> torch.Tensor:
+    """Central differences of a sum, in float64."""
+    slopes = []
+    for index in range(len(at)):
+        shift = torch.zeros_like(at)
+        shift[index] = step
+        slopes.append(float((function(at + shift).sum() - function(at - shift).sum()) / (2 * step)))
+    return torch.tensor(slopes, dtype=at.dtype)
+
+
+@pytest.mark.parametrize("name", ["clipped", "dual clip", "sequence", "k2", "k3", "low_var_kl", "unbiased"])
+def test_gradients_equal_finite_differences(name):
+    generator = torch.Generator().manual_seed(5)
+    log_ratio, advantages, other = (torch.randn(12, generator=generator, dtype=torch.float64) for _ in range(3))
+    segments, mask = torch.arange(12) // 4, (torch.arange(12) % 5 > 0).double()
+
+    def clipped(x, c=None):
+        return policy_loss.clipped_loss(x, advantages, eps_clip=0.2, eps_clip_high=0.3, eps_clip_c=c)[0]
+
+    functions = {
+        "clipped": clipped,
+        "dual clip": lambda x: clipped(x, 1.5),
+        "sequence": lambda x: clipped(policy_loss.sequence_log_ratio(x, mask, segments, 3)),
+        "k2": lambda x: _kl64(x, other, "k2"),
+        "k3": lambda x: _kl64(x, other, "k3"),
+        "low_var_kl": lambda x: _kl64(x, other, "low_var_kl"),
+        "unbiased": lambda x: _kl64(x, other, "k3", x - advantages),
+    }
+    x = log_ratio.clone().requires_grad_()
+    functions[name](x).sum().backward()
+    # KL is in float32, so its step is larger and the rest rougher.
+    rounding, step = (2e-2, 1e-2) if name in ("k2", "k3", "low_var_kl", "unbiased") else (1e-6, 1e-6)
+    torch.testing.assert_close(x.grad, numeric_gradient(functions[name], log_ratio, step), rtol=rounding, atol=rounding)
+
+
+def _kl64(log_probs, reference, kind, ratio=None):
+    return kl.approx_kl(log_probs, reference, kind, importance_log_ratio=ratio).double()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_infinite_ratio_leaves_loss_and_gradient_finite(sign):
+    for far in (math.inf, -math.inf, 90.0, -90.0):
+        log_ratio = T([0.1, far, 0.0]).requires_grad_()
+        bounded = importance.bounded_log_ratio(log_ratio)
+        mask, segments = torch.ones(3), torch.zeros(3, dtype=torch.long)
+        sequence = policy_loss.sequence_log_ratio(bounded, mask, segments, 1)
+        advantages = T([sign] * 3)
+        losses = [
+            policy_loss.clipped_loss(ratio, advantages, eps_clip=0.2, eps_clip_high=0.2)[0] for ratio in (bounded, sequence)
+        ]
+        losses.append(policy_loss.cispo_loss(bounded, T([-1.0, -2.0, -3.0]), advantages, eps_clip=0.2, eps_clip_high=3.0)[0])
+        assert all(loss.isfinite().all() for loss in losses)
+        sum(loss.sum() for loss in losses).backward()
+        assert log_ratio.grad.isfinite().all(), (far, log_ratio.grad)
+
+
+def test_k3_far_from_the_reference_is_large_and_its_gradient_a_number():
+    for kind in ("k3", "low_var_kl"):
+        log_probs = T([-200.0, -1.0]).requires_grad_()
+        value = kl.approx_kl(log_probs, T([-1.0, -1.0]), kind)
+        value.sum().backward()
+        assert value.isfinite().all() and log_probs.grad.isfinite().all(), kind

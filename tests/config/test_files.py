@@ -167,11 +167,11 @@ def test_an_odd_number_of_words_is_no_list_of_pairs():
 
 def test_the_yaml_wins_and_is_there_before_anything_is_derived(tmp_path: Path):
     """slime applies it after its derivations, so that eps_clip_high would keep following the old eps_clip."""
-    file = written(tmp_path, "eps_clip: 0.4\nlr: 1e-5\nnum_steps_per_rollout: 4\nnorm_epsilon: 1e-6\ncustom: {use_rs: true}\n")
+    file = written(tmp_path, "eps_clip: 0.4\nlr: 1e-5\nnum_steps_per_rollout: 4\nnorm_epsilon: 1e-6\ncustom: {own_way: true}\n")
     config = config_of("--custom-config-path", file, "--eps-clip", "0.1")
     assert (config.algorithm.eps_clip, config.algorithm.eps_clip_high, config.optimizer.lr) == (0.4, 0.4, 1e-5)
     assert config.batch.global_batch_size == 2 and config.model.megatron["layernorm_epsilon"] == 1e-6
-    assert config.args.use_rs is True
+    assert config.args.own_way is True
     assert f"eps_clip = 0.4, because {file} says so" in config.notes
     config = config_of("--custom-config-path", written(tmp_path, "custom:\n  mis-level: token\n"))
     assert config.args.mis_level == "token"

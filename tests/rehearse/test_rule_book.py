@@ -20,7 +20,10 @@ from slime.rehearse.report.text import as_text
 from slime.rehearse.result import Options, rehearse
 from tests.rehearse.edits import DISPATCH, SPECULATIVE, Edit, all_of, env, flags, in_group, unset, without
 from tests.rehearse.recipes import ROOT, Recipe, one_node, recorded
-from tests.rehearse.wrong_recipes import WRONG
+from tests.rehearse.wrong_algorithms import WRONG_ALGORITHMS
+from tests.rehearse.wrong_recipes import WRONG as WRONG_RECIPES
+
+WRONG = WRONG_RECIPES | WRONG_ALGORITHMS
 
 
 def judged(recipe: Recipe, folder: Path) -> Findings:
@@ -108,6 +111,22 @@ LEGAL: dict[str, Edit] = {
         "16",
         "--dynamic-sampling-filter-path",
         "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std",
+    ),
+    "MIS as its file has it": flags(
+        "--use-tis",
+        "--tis-mode",
+        "truncate",
+        "--tis-lower-bound",
+        "0.5",
+        "--tis-upper-bound",
+        "2.0",
+        "--use-rs",
+        "--rs-veto-threshold",
+        "1e-4",
+        "--tis-batch-normalize",
+    ),  # fmt: skip
+    "RLOO, Dr. GRPO's length and DAPO's punishment": flags(
+        "--advantage-estimator", "rloo", "--pg-loss-length", "65536", "--overlong-buffer-len", "4096"
     ),
     "the draft layer trains": flags("--mtp-num-layers", "1", "--enable-mtp-training"),
 }

@@ -36,6 +36,17 @@ def test_rewards_are_centred_and_scaled_within_groups_of_any_size():
         ({"rewards_normalization": False}, [1.0, 0.0]),
         ({"advantage_estimator": "reinforce_plus_plus"}, [1.0, 0.0]),
         ({"advantage_estimator": "reinforce_plus_plus_baseline"}, [0.5, -0.5]),
+        ({"advantage_estimator": "rloo"}, [1.0, -1.0]),  # 1 - 0 and 0 - 1
+        # Three response tokens of at most five, the last four of them punished: 1 - 2/4 and 0 - 2/4 times the factor 2
+        (
+            {
+                "overlong_buffer_len": 4,
+                "rollout_max_response_len": 5,
+                "overlong_penalty_factor": 2.0,
+                "advantage_estimator": "reinforce_plus_plus",
+            },
+            [0.0, -1.0],
+        ),
     ],
 )
 def test_normalisation_follows_estimator_and_flags(values, expected):

@@ -311,7 +311,11 @@ def test_icepop_by_its_public_name_is_finite_where_the_engine_gave_no_probabilit
 def test_a_rank_without_a_sample_reports_the_same_names(function):
     """Sums of values are added over ranks by position, so a name that one rank lacks would shift all others."""
     batch = rollout(seed=24)
-    values = dict(tis_clip_low=0.5, tis_clip=2.0, custom_tis_function_path=None)
+    values = dict(
+        tis_clip_low=0.5, tis_clip=2.0, custom_tis_function_path=None, use_tis=True, tis_mode="mask", tis_level="sequence",
+        tis_lower_bound=0.5, tis_upper_bound=2.0, use_rs=True, rs_level="token", rs_lower_bound=0.5, rs_upper_bound=2.0,
+        rs_veto_threshold=1e-4,
+    )  # fmt: skip
     config = SimpleNamespace(args=SimpleNamespace(**values), algorithm=SimpleNamespace(**values))
     objective = Objective(config, None, range(0), 1.0, None, function, None)
     names = []
@@ -416,3 +420,78 @@ def test_mismatch_metrics_compare_trainer_with_engine_also_where_the_engines_are
     _, log_probs, _ = hf_log_probs(qwen3, batch)
     gaps = [lp.detach() - torch.from_numpy(old) for lp, old in zip(log_probs, batch.rollout_log_probs, strict=True)]
     assert report.per_step[0]["train/gap"] == pytest.approx(mean(batch, gaps).item(), rel=1e-4)
+
+
+MASK_MODE = dict(tis_mode="mask", tis_lower_bound=0.5, tis_upper_bound=2.0)
+
+
+def test_importance_sampling_by_flags_drops_what_the_same_function_of_a_user_drops(qwen3, monkeypatch):
+    """--tis-mode mask with the ratio as weight, and --use-rs alone, where the user's function has weight 1."""
+    monkeypatch.setitem(sys.modules, "made_up_tis", SimpleNamespace(drop=drops_uneven_ratios))
+    batch = rollout(seed=21)
+    for values in batch.rollout_log_probs:
+        values[::3] -= 3.0
+    same = dict(entropy_coef=0.05)
+    own, by_hand = run_ranks(1, step_of, qwen3, same | dict(use_tis=True, custom_tis_function_path="made_up_tis.drop"), batch)[
+        0
+    ]
+    flags = same | dict(use_rs=True, rs_lower_bound=0.5, rs_upper_bound=2.0) | MASK_MODE
+    report, grads = run_ranks(1, step_of, qwen3, flags, batch)[0]
+    assert report.per_step[0]["train/loss"] == pytest.approx(own.per_step[0]["train/loss"], rel=1e-5)
+    assert report.per_step[0]["train/rs_dropped"] == pytest.approx(own.per_step[0]["train/dropped"], rel=1e-5)
+    name = "embedding.word_embeddings.weight"
+    torch.testing.assert_close(grads[name], by_hand[name], rtol=1e-3, atol=1e-7)
+    report, grads = run_ranks(1, step_of, qwen3, dict(use_tis=True, **MASK_MODE), batch)[0]
+    model, log_probs, _ = hf_log_probs(qwen3, batch)
+    losses = []
+    for lp, old, reward in zip(log_probs, batch.rollout_log_probs, batch.rewards, strict=True):
+        ratio = np.exp(lp.detach().numpy().astype(np.float64) - old)
+        weight = torch.tensor([r if 0.5 <= r <= 2.0 else 0.0 for r in ratio], dtype=torch.float32)
+        losses.append(-float(reward) * (lp - lp.detach()).exp() * weight)
+    check_against(qwen3, batch, report, grads, (model, mean(batch, losses)))
+
+
+def test_weights_are_divided_by_their_mean_over_the_whole_step_however_it_is_cut(qwen3):
+    batch = rollout(seed=21)
+    changes = dict(use_tis=True, tis_mode="truncate", tis_lower_bound=0.0, tis_upper_bound=2.0, tis_batch_normalize=True)
+    report, grads = run_ranks(1, step_of, qwen3, changes, batch)[0]
+    model, log_probs, _ = hf_log_probs(qwen3, batch)
+    weights = [
+        np.minimum(np.exp(lp.detach().numpy().astype(np.float64) - old), 2.0)
+        for lp, old in zip(log_probs, batch.rollout_log_probs, strict=True)
+    ]
+    average = np.concatenate([w[m > 0] for w, m in zip(weights, batch.loss_masks, strict=True)]).mean()
+    losses = [
+        -float(reward) * (lp - lp.detach()).exp() * torch.tensor(weight / average, dtype=torch.float32)
+        for lp, weight, reward in zip(log_probs, weights, batch.rewards, strict=True)
+    ]
+    check_against(qwen3, batch, report, grads, (model, mean(batch, losses)))
+    one = report.per_step[0]["train/grad_norm"]
+    for world, cut in ((1, dict(max_tokens_per_gpu=4096)), (2, {})):
+        other = run_ranks(world, step_of, qwen3, changes | cut, batch, world)[0][0]
+        assert other.per_step[0]["train/grad_norm"] == pytest.approx(one, rel=1e-5), (world, cut)
+
+
+def test_dr_grpo_divides_every_sample_by_one_constant(qwen3):
+    batch = rollout(seed=19)
+    changes = dict(pg_loss_length=24, entropy_coef=0.05)
+    report, grads = run_ranks(1, step_of, qwen3, changes, batch)[0]
+    model, log_probs, entropies = hf_log_probs(qwen3, batch)
+    masks = [torch.from_numpy(mask) for mask in batch.loss_masks]
+    losses = zip(batch.rewards, log_probs, masks, strict=True)
+    loss = sum((-float(r) * (lp - lp.detach()).exp() * m).sum() for r, lp, m in losses) / 24 / len(batch)
+    check_against(qwen3, batch, report, grads, (model, loss - 0.05 * mean(batch, entropies)))
+    other = run_ranks(2, step_of, qwen3, changes, batch, 2)[0][0]
+    assert other.per_step[0]["train/grad_norm"] == pytest.approx(report.per_step[0]["train/grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "gspo", "cispo"])
+def test_a_trained_token_to_which_the_engine_gave_no_probability_is_finite_as_an_old_one_too(qwen3, estimator):
+    batch = rollout(seed=31)
+    for values in batch.rollout_log_probs:
+        values[::5] = -np.inf
+    changes = dict(use_rollout_logprobs=True, advantage_estimator=estimator, use_opsm=True, use_unbiased_kl=True)
+    report, grads = run_ranks(1, step_of, qwen3, changes, batch)[0]
+    named = {name: value for name, value in report.per_step[0].items() if name != "train/train_rollout_logprob_abs_diff"}
+    assert all(np.isfinite(value) for value in named.values()), named
+    assert all(gradient.isfinite().all() for gradient in grads.values())

@@ -1,0 +1,52 @@
+"""Single mistakes in what the recipe of 256 GPUs optimises: name -> (the edit, what the rule book must say of it)."""
+
+from __future__ import annotations
+
+from tests.rehearse.edits import Edit, all_of, flags, without
+
+WRONG_ALGORITHMS: dict[str, tuple[Edit, str]] = {
+    "rejection without a ratio between its bounds": (
+        flags("--use-rs", "--rs-lower-bound", "3", "--rs-upper-bound", "2"),
+        "--rs-lower-bound 3 is above --rs-upper-bound 2; no ratio lies between",
+    ),
+    "importance bounds that cross": (
+        flags("--use-tis", "--tis-mode", "mask", "--tis-lower-bound", "2.5"),
+        "--tis-lower-bound 2.5 is above --tis-upper-bound 2",
+    ),
+    "rejection against itself": (
+        flags("--use-rs", "--use-rollout-logprobs"),
+        "--use-rollout-logprobs leaves --use-rs nothing to compare",
+    ),
+    "a mode of weights that are off": (
+        all_of(without("--use-tis"), flags("--tis-mode", "mask")),
+        "--tis-mode has no effect without --use-tis or --use-rs",
+    ),
+    "a mean of weights that are off": (
+        all_of(without("--use-tis"), flags("--use-rs", "--tis-batch-normalize")),
+        "--tis-batch-normalize divides the weights of --use-tis, which is off",
+    ),
+    "one sample left out of one": (
+        flags("--advantage-estimator", "rloo", "--n-samples-per-prompt", "1"),
+        "--n-samples-per-prompt is 1; give at least 2",
+    ),
+    "leave-one-out without a mean": (
+        flags("--advantage-estimator", "rloo", "--disable-rewards-normalization"),
+        "--disable-rewards-normalization takes it off",
+    ),
+    "two lengths to divide by": (
+        flags("--pg-loss-length", "1024", "--calculate-per-token-loss"),
+        "--pg-loss-length 1024 and --calculate-per-token-loss divide the policy loss by two things",
+    ),
+    "a punishment of every response": (
+        flags("--overlong-buffer-len", "65536", "--rollout-max-response-len", "65536"),
+        "--overlong-buffer-len 65536 leaves no length without a penalty",
+    ),
+    "a punishment of no response": (
+        flags("--overlong-penalty-factor", "0.5"),
+        "--overlong-penalty-factor 0.5 has no effect without --overlong-buffer-len",
+    ),
+    "a punishment that nobody adds": (
+        flags("--overlong-buffer-len", "4096", "--custom-reward-post-process-path", "a.b"),
+        "shapes rewards before they are normalised, which --custom-reward-post-process-path replaces",
+    ),
+}
