@@ -36,6 +36,8 @@ class ClusterConfig:
     """Collectives of the training ranks; a machine without CUDA always uses gloo."""
     train_backend: Literal["megatron"] = "megatron"
     """There is one: megatron-core."""
+    kernel_cache: str | None = None
+    """Folder of compiled CUDA kernels, which nodes may share; without it each home folder has its own."""
     train_env_vars: Mapping[str, object] = flag({})
     """JSON object: extra environment of the training actors."""
     release_train: bool = flag(False, later="killing and re-creating the trainer around every rollout")

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import httpx
 
-from slime.engine import kinds
+from slime.engine import kernels, kinds
 from slime.engine.last_words import last_words
 from slime.engine.ports import EnginePorts, PortBook, bind_when_free, take_engine_ports
 from slime.engine.spec import EngineSpec, NodePlacement
@@ -210,17 +210,20 @@ class EngineProcess:
         log_path: str | Path,
         place: NodePlacement | None = None,
         ports: EnginePorts | None = None,
+        kernel_cache: str | Path | None = None,
         report: Callable[[str], None] = lambda line: None,
         detail: Callable[[str], None] = lambda line: None,
     ):
         """place: None is loopback and the first device.
 
         ports: None takes free ones; else those of a server that has just ended or is about to, which are waited for.
+        kernel_cache: folder of compiled kernels on CUDA; None leaves them where SGLang keeps them, below the home folder.
         report: gets a line per event. detail: gets what was made of each option, and each phase of the start.
         """
         if not token:
             raise ValueError("an engine needs the run's token: its control endpoints change weights and stop generation")
         self.spec, self.device_kind, self.token, self.report, self.detail = spec, device_kind, token, report, detail
+        self._kernel_cache = kernel_cache
         self.place = place or NodePlacement(0, "127.0.0.1", 0)
         self._book = PortBook(self.place.host)
         self._takes_over = ports is not None
@@ -256,7 +259,14 @@ class EngineProcess:
         self.notes = plan.notes
         for note in plan.notes:
             self.detail(f"engine {self.spec.label}: {note}")
-        self.child.launch([sys.executable, "-u", "-m", "slime.engine.serve", *argv], plan.env, self.token)
+        self.child.launch([sys.executable, "-u", "-m", "slime.engine.serve", *argv], self._kernels() | plan.env, self.token)
+
+    def _kernels(self) -> dict[str, str]:
+        """Environment; what the user set of it wins."""
+        if self.device_kind != "cuda":
+            return {}
+        places = kernels.cache_environment(self._kernel_cache) if self._kernel_cache else {}
+        return places | kernels.list_environment(self._kernel_cache, self.spec.model_path)
 
     def _take_over(self) -> None:
         """Once: the other server's ports are free, and its log stays beside ours."""

@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 from slime.compat.sglang import keep_token
+from slime.engine import kernels
 
 if __name__ in ("__main__", "__mp_main__"):
     # SGLang's debug dumper imports megatron-core in every scheduler where it is installed, and megatron-core then switches
     # torch_memory_saver to a mode in which CUDA graphs cannot be paused. Here and not in main(), because a spawned child runs
     # this module again under the second name before it does anything else; a forked one inherits it.
     sys.modules["megatron"] = None  # type: ignore[assignment]
+
+if __name__ == "__mp_main__" and (recorded := os.environ.get(kernels.LISTS_VARIABLE, "").partition(os.pathsep)[0]):
+    kernels.record(Path(recorded))
 
 
 def read_token() -> str:
@@ -41,10 +47,18 @@ def stop_with_parent() -> None:
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
+def compile_ahead() -> None:
+    """Returns at once; kernels that are known to come and were never compiled here are compiled by a process of this group."""
+    lists = os.environ.get(kernels.LISTS_VARIABLE, "").split(os.pathsep)
+    if kernels.missing(kernels.read_lists(lists), os.environ):
+        subprocess.Popen([sys.executable, "-m", "slime.engine.kernels", *filter(None, lists)], stdin=subprocess.DEVNULL)
+
+
 def main() -> None:
     token = read_token()
     stop_with_parent()
     keep_token(token)
+    compile_ahead()
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree

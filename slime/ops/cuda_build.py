@@ -55,7 +55,7 @@ def load(source: pathlib.Path) -> ctypes.CDLL:
         *(path.read_text() for path in sorted([source, *source.parent.glob("*.cuh")])),
     ]
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "slime" / "ops"
+    folder = _cache() / "slime" / "ops"
     library = folder / f"{source.stem}-{digest}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,6 +66,20 @@ def load(source: pathlib.Path) -> ctypes.CDLL:
                 raise RuntimeError(f"nvcc could not compile {source}:\n{done.stderr}")
             built.rename(library)
     return ctypes.CDLL(str(library))
+
+
+CACHE_VARIABLE = "SLIME_KERNEL_CACHE"
+
+
+def _cache() -> pathlib.Path:
+    named = os.environ.get(CACHE_VARIABLE) or os.environ.get("XDG_CACHE_HOME")
+    return pathlib.Path(named) if named else pathlib.Path.home() / ".cache"
+
+
+def cache_environment(folder: str | pathlib.Path) -> dict[str, str]:
+    """Where a trainer's compilers keep what they made, named by versions: below one folder, which nodes may share."""
+    base = pathlib.Path(folder).absolute() / "trainer"
+    return {CACHE_VARIABLE: str(base), "TRITON_CACHE_DIR": str(base / "triton")}
 
 
 def call(function: ctypes._CFuncPtr, *arguments: Tensor | int | float | None) -> None:

@@ -35,8 +35,17 @@ class EngineAddress:
 class EngineActor:
     """Starts, watches and stops the server process. Requests do not pass through here."""
 
-    def __init__(self, spec: EngineSpec, place: NodePlacement, token: str, log_path: Path, ports: EnginePorts | None = None):
-        """ports: those of an actor that was lost; the new server is reached where the old one was."""
+    def __init__(
+        self,
+        spec: EngineSpec,
+        place: NodePlacement,
+        token: str,
+        log_path: Path,
+        *,
+        kernel_cache: str | None,
+        ports: EnginePorts | None = None,
+    ):
+        """kernel_cache: --kernel-cache. ports: those of an actor that was lost; the new server is where the old one was."""
         from slime.device import get_device
         from slime.observability.log import setup_logging
 
@@ -49,6 +58,7 @@ class EngineActor:
             log_path=log_path,
             place=place,
             ports=ports,
+            kernel_cache=kernel_cache,
             report=logger.info,
             detail=logger.debug,
         )

@@ -109,7 +109,14 @@ class EngineFleet:
             num_cpus=ENGINE_SHARE,
             scheduling_strategy=self._placement.strategy(slot),
             runtime_env={"env_vars": ALL_DEVICES},
-        ).remote(spec, NodePlacement(number, host, slot.device_index, dist_init_addr, peers), self._token, log_path, ports)
+        ).remote(
+            spec,
+            NodePlacement(number, host, slot.device_index, dist_init_addr, peers),
+            self._token,
+            log_path,
+            kernel_cache=self._config.cluster.kernel_cache,
+            ports=ports,
+        )
         name = f"engine {spec.label}" if spec.num_nodes == 1 else f"node {number} of engine {spec.label}"
         return EngineNode(name, slot.node_ip, actor, log_path, ports)
 

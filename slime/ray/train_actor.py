@@ -73,6 +73,10 @@ class TrainActor:
         self._store = None
         self._resumes = False
         self._stream = None
+        if config.cluster.kernel_cache:
+            from slime.ops.cuda_build import cache_environment
+
+            os.environ.update(cache_environment(config.cluster.kernel_cache))
         for name, value in config.cluster.train_env_vars.items():
             os.environ[name] = str(value)
 

@@ -7,7 +7,8 @@ One engine after another over all visible GPUs, started by the code that a run s
 the engine generated, its log-probs are those of the trainer (this process, in BF16 on the first GPU) for the same tokens. Three
 times: with the weights that it loaded, after it slept and was sent them again, and after it was sent others. A row's figures:
 seconds until it is up, seconds of the first and the second generation, GB a card that stay taken asleep, seconds of a weight
-update, and per length the mean and the 99th percentile of |engine - trainer|. JSON goes to --json.
+update, and per length the mean and the 99th percentile of |engine - trainer|. A row of selections asks the engine for the keys
+that each position reads (one GPU per engine) and counts those that the trainer selects too. JSON goes to --json.
 
 On a machine without a GPU the rows of a CPU engine are run (`--rows "bf16;fp8"`), with a tiny checkpoint.
 """
@@ -16,25 +17,32 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tools.bench.one_rank import OneRank  # noqa: E402
+
 NEW_TOKENS = 32
 TOKEN = "token-of-engine-matrix"
-BUCKET_BYTES = 2 << 30
 
-DSA = {
-    "attention_backend": "nsa", "nsa_prefill_backend": "flashmla_sparse", "nsa_decode_backend": "flashmla_kv", "page_size": 64,
-}  # fmt: skip
-FP8_KV = {"kv_cache_dtype": "fp8_e4m3"}
+DSA = {"attention_backend": "nsa", "nsa_prefill_backend": "flashmla_sparse", "page_size": 64}
+# FlashMLA's decode reads FP8 alone: of a bf16 cache it would quantise all of it at each step.
+BF16_KV = {"nsa_decode_backend": "fa3"}
+FP8_KV = {"kv_cache_dtype": "fp8_e4m3", "nsa_decode_backend": "flashmla_kv"}
 GRAPHS = {"cuda_graph_max_bs": 12}
 NO_GRAPHS = {"disable_cuda_graph": True}
 EAGLE = {
@@ -42,6 +50,8 @@ EAGLE = {
     "speculative_num_draft_tokens": 5, "speculative_draft_attention_backend": "nsa", "disable_overlap_schedule": True,
 }  # fmt: skip
 DP_ATTENTION = {"enable_dp_attention": True, "enable_dp_lm_head": True, "moe_dense_tp_size": 1}
+SELECTIONS = {"enable_return_indexer_topk": True, "max_total_tokens": 8192, "chunked_prefill_size": 4096}
+SELECTION_TOKENS = 3000
 DEEPEP_AUTO = {"moe_a2a_backend": "deepep", "deepep_mode": "auto", "moe_runner_backend": "deep_gemm"}
 DEEPEP_LOW = {"moe_a2a_backend": "deepep", "deepep_mode": "low_latency", "moe_runner_backend": "deep_gemm"}
 
@@ -54,18 +64,27 @@ class Row:
     settings: dict[str, object]
     dp: bool = False
     ep: bool = False
+    selections: bool = False
+    """Compares selected keys and nothing else."""
 
 
 ROWS = {
-    # Each mechanism by itself on the plain FP8 engine,
-    "bf16": Row(False, DSA | NO_GRAPHS),
-    "fp8": Row(True, DSA | NO_GRAPHS),
+    "bf16": Row(False, DSA | BF16_KV | NO_GRAPHS),
+    "bf16, graphs": Row(False, DSA | BF16_KV | GRAPHS),
+    "bf16, eagle": Row(False, DSA | BF16_KV | NO_GRAPHS | EAGLE),
+    "bf16, graphs, eagle": Row(False, DSA | BF16_KV | GRAPHS | EAGLE),
+    "bf16, selections": Row(False, DSA | BF16_KV | NO_GRAPHS | SELECTIONS, selections=True),
+    "fp8": Row(True, DSA | BF16_KV | NO_GRAPHS),
+    # Each mechanism by itself on the FP8 engine with an FP8 cache,
     "fp8 kv": Row(True, DSA | FP8_KV | NO_GRAPHS),
     "graphs": Row(True, DSA | FP8_KV | GRAPHS),
-    "eagle": Row(True, DSA | FP8_KV | GRAPHS | EAGLE),
+    "eagle": Row(True, DSA | FP8_KV | NO_GRAPHS | EAGLE),
+    "graphs, eagle": Row(True, DSA | FP8_KV | GRAPHS | EAGLE),
+    "selections": Row(True, DSA | FP8_KV | NO_GRAPHS | SELECTIONS, selections=True),
     "dp attention": Row(True, DSA | FP8_KV | NO_GRAPHS | DP_ATTENTION, dp=True),
     "ep": Row(True, DSA | FP8_KV | NO_GRAPHS, ep=True),
     "deepep auto": Row(True, DSA | FP8_KV | NO_GRAPHS | DP_ATTENTION | DEEPEP_AUTO, dp=True, ep=True),
+    "deepep low latency": Row(True, DSA | FP8_KV | NO_GRAPHS | DP_ATTENTION | DEEPEP_LOW, dp=True, ep=True),
     # then together, as the recipe's decode and prefill groups have them.
     "recipe": Row(True, DSA | FP8_KV | GRAPHS | EAGLE | DP_ATTENTION, dp=True, ep=True),
     "recipe, deepep auto": Row(True, DSA | FP8_KV | GRAPHS | EAGLE | DP_ATTENTION | DEEPEP_AUTO, dp=True, ep=True),
@@ -86,17 +105,17 @@ class Outcome:
     """Phase -> prompt length -> [mean, 99th percentile] of |log-prob of the engine - log-prob of the trainer|."""
     accepted: float | None = None
     """Tokens per step of a speculating engine."""
+    overlaps: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    """The trainer's scoring -> 0-based computing layer -> [mean, least] share of a position's keys that the engine reads."""
     failure: str = ""
 
 
 def main(argv: Sequence[str]) -> int:
     args, model_args = _parse(argv)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29531")
     from slime.config import load
 
     config = load([*model_args, "--hf-checkpoint", args.bf16, "--save", args.bf16], door="convert")
-    trainer = Trainer(config, args.bf16, args.fp8)
+    trainer = OneRank(config, args.bf16, args.fp8)
     outcomes = []
     began = time.monotonic()
     for name in args.rows:
@@ -108,6 +127,7 @@ def main(argv: Sequence[str]) -> int:
         print(line(outcome), flush=True)
         if args.json:
             Path(args.json).write_text(json.dumps([asdict(one) for one in outcomes], indent=1))
+    print("\n".join(table(outcomes)))
     return int(any(outcome.failure for outcome in outcomes))
 
 
@@ -119,11 +139,16 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--rows", type=lambda text: text.split(";"), default=list(ROWS), help="names of rows joined by ;, default all"
     )
-    parser.add_argument("--lengths", type=lambda text: [int(word) for word in text.split(",")], default=[1000, 3000])
-    parser.add_argument("--prompts", type=int, default=8, help="of each length")
+    parser.add_argument(
+        "--lengths",
+        type=_lengths,
+        default={1000: 8, 3000: 8},
+        help="tokens of a prompt, x how many prompts (default 8): 1000,16000x2",
+    )
     parser.add_argument("--ranks", type=int, default=0, help="of an engine; default: all visible GPUs")
     parser.add_argument("--ready-seconds", type=float, default=900.0)
     parser.add_argument("--limit-seconds", type=float, default=1e9, help="after which no further row is begun")
+    parser.add_argument("--mem-fraction", type=float, default=0.4, help="of the free memory, for an engine's weights and cache")
     parser.add_argument("--logs", default="/tmp/engine_matrix")
     parser.add_argument("--json", default="")
     args = parser.parse_args(argv[:cut])
@@ -133,96 +158,27 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, list(argv[cut + 1 :])
 
 
-class Trainer:
-    """The model as the trainer computes it, alone on the first device; its weights go to the engines."""
-
-    def __init__(self, config, bf16: str, fp8: str) -> None:
-        import torch
-
-        from slime.device import get_device
-        from slime.model.build import build_model, own_vocabulary, padded_vocab_size
-        from slime.model.hf_config import read_hf_config
-        from slime.model.hf_io import SafetensorsReader, load_hf
-        from slime.model.names import NameTable
-        from slime.parallel import init_ranks
-        from slime.training.forward import Pipeline
-
-        self.device = get_device()
-        self.device.init_process(0)
-        self.ranks = init_ranks(config.parallel, rank=0, world_size=1, device=self.device, seed=1)
-        hf = read_hf_config(bf16)
-        self.served = {False: hf, True: read_hf_config(fp8)}
-        dtype = torch.bfloat16 if self.device.kind == "cuda" else torch.float32
-        self.chunks = build_model(config, hf, self.ranks, self.device, dtype=dtype)
-        padded = padded_vocab_size(config, hf)
-        load_hf(self.chunks, NameTable.for_model(hf), SafetensorsReader(bf16), self.ranks, padded_vocab=padded)
-        for chunk in self.chunks:
-            chunk.to(self.device.torch_device)
-            chunk.config.variable_seq_lengths = True
-        self.vocab_size = hf["vocab_size"]
-        self.vocabulary = own_vocabulary(padded, hf, self.ranks)
-        self.pipeline = Pipeline(self.chunks, self.ranks, self.device)
-
-    def log_probs(self, tokens: Sequence[int], num_response: int) -> list[float]:
-        """Of the last `num_response` tokens, at temperature 1."""
-        import numpy as np
-
-        from slime.batch.pack import pack
-        from slime.training.forward import response_log_probs
-        from slime.types import RolloutBatch
-
-        one = np.zeros(1, np.int64)
-        batch = RolloutBatch(
-            rollout_id=0, tokens=(np.asarray(tokens, np.int64),), response_lengths=one + num_response,
-            loss_masks=(np.ones(num_response, np.float32),), rewards=one.astype(np.float32), raw_rewards=one.astype(np.float32),
-            groups=one, trajectories=one, sample_ids=one, truncated=one.astype(bool),
-        )  # fmt: skip
-        micro = pack(batch, [0], loss_weight=np.ones(1), multiple=128)
-
-        def read(micro, output):
-            values, _ = response_log_probs(
-                micro, output, self.ranks, vocabulary=self.vocabulary, temperature=1.0, chunk_size=16384
-            )
-            return values.cpu().tolist()
-
-        return self.pipeline.evaluate([micro], read)[0]
-
-    def change(self) -> None:
-        """Other weights, far enough away that an engine which did not take them is seen."""
-        import torch
-
-        generator = torch.Generator(self.device.torch_device).manual_seed(5)
-        with torch.no_grad():
-            for chunk in self.chunks:
-                for parameter in chunk.parameters():
-                    noise = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
-                    parameter.add_(noise * parameter.std() if parameter.ndim > 1 else 0.1 * noise, alpha=0.3)
-                    parameter.copy_(parameter.bfloat16())  # what the wire carries
-
-    def buckets(self, *, fp8: bool):
-        from slime.model.export import export_weights
-        from slime.model.names import NameTable
-        from slime.weights.buckets import fill_buckets
-        from slime.weights.quantize import WireFormat
-
-        wire = WireFormat.of_checkpoint(self.served[fp8])
-        groups = export_weights(self.chunks, NameTable.for_model(self.served[fp8]), self.ranks, gather_to_source=False)
-        return fill_buckets((wire.encode_group(group) for group in groups if group), limit_bytes=BUCKET_BYTES)
+def _lengths(text: str) -> dict[int, int]:
+    """1000,16000x2 -> {1000: 8, 16000: 2}"""
+    pairs = (word.partition("x") for word in text.split(","))
+    return {int(length): int(count or 8) for length, _, count in pairs}
 
 
-def run_row(name: str, trainer: Trainer, args: argparse.Namespace) -> Outcome:
+def run_row(name: str, trainer: OneRank, args: argparse.Namespace) -> Outcome:
     row, outcome = ROWS[name], Outcome(name)
     ranks = args.ranks or max(1, _num_devices())
     log = Path(args.logs) / f"{name.replace(' ', '-').replace(',', '')}.log"
-    engine = _engine(row, ranks, args.fp8 if row.fp8 else args.bf16, log, trainer.device.kind)
-    taken = _taken_bytes()
+    # With the fused operator an engine tells where keys lie in its cache and not which ones they are.
+    os.environ["SGLANG_DSA_FUSE_TOPK"] = str(not row.selections).lower()
+    engine = _engine(row, ranks, args, log, trainer.device.kind)
     began = time.monotonic()
     try:
         engine.start()
         engine.wait_ready(timeout=args.ready_seconds)
         outcome.up_seconds = time.monotonic() - began
         with asyncio.Runner() as runner:
-            _phases(row, ranks, engine, trainer, args, outcome, runner, taken)
+            phases = _selections if row.selections else _phases
+            phases(row, ranks, engine, trainer, args, outcome, runner)
     except Exception as error:  # a row that fails is a result, and the next one is tried
         outcome.failure = f"{type(error).__name__}: {_first_cause(str(error), log)}"
     finally:
@@ -230,7 +186,7 @@ def run_row(name: str, trainer: Trainer, args: argparse.Namespace) -> Outcome:
     return outcome
 
 
-def _phases(row: Row, ranks: int, engine, trainer: Trainer, args, outcome: Outcome, runner: asyncio.Runner, taken) -> None:
+def _phases(row: Row, ranks: int, engine, trainer: OneRank, args, outcome: Outcome, runner: asyncio.Runner) -> None:
     from slime.engine.client import EngineClient
 
     client = EngineClient(engine.url, TOKEN)
@@ -238,7 +194,9 @@ def _phases(row: Row, ranks: int, engine, trainer: Trainer, args, outcome: Outco
 
     def generate(phase: str) -> float:
         begin = time.monotonic()
-        answers = {length: runner.run(_generate(client, length, args.prompts, trainer.vocab_size)) for length in args.lengths}
+        answers = {
+            length: runner.run(_generate(client, length, count, trainer.vocab_size)) for length, count in args.lengths.items()
+        }
         seconds = time.monotonic() - begin
         outcome.gaps[phase] = {length: gap(trainer, some) for length, some in answers.items()}
         meta = [answer["meta_info"] for some in answers.values() for _, answer in some]
@@ -260,7 +218,7 @@ def _phases(row: Row, ranks: int, engine, trainer: Trainer, args, outcome: Outco
     if trainer.device.kind == "cuda":
         runner.run(client.release_memory())
         time.sleep(1)
-        outcome.asleep_gb = [round((now - before) / 1e9, 2) for now, before in zip(_taken_bytes(), taken, strict=True)]
+        outcome.asleep_gb = _memory_of_group(engine.child.pid)
         runner.run(client.resume_memory())
     update()
     generate("sent")
@@ -270,16 +228,55 @@ def _phases(row: Row, ranks: int, engine, trainer: Trainer, args, outcome: Outco
     runner.run(client.close())
 
 
-async def _generate(client, length: int, count: int, vocab_size: int) -> list[tuple[list[int], dict]]:
+def _selections(row: Row, ranks: int, engine, trainer: OneRank, args, outcome: Outcome, runner: asyncio.Runner) -> None:
+    """One request by itself, so that its keys are counted from 0 on; those of every position that has more than it may read."""
+    import numpy as np
+    import torch
+
+    from slime.engine.client import EngineClient
+
+    client = EngineClient(engine.url, TOKEN)
+    answers = runner.run(_generate(client, SELECTION_TOKENS, 1, trainer.vocab_size, return_indexer_topk=True))
+    runner.run(client.close())
+    outcome.gaps["loaded"] = {SELECTION_TOKENS: gap(trainer, answers)}
+    [(prompt, answer)] = answers
+    tokens = [*prompt, *(token for _, token, *_ in answer["meta_info"]["output_token_logprobs"])]
+    topk, layers = trainer.hf["index_topk"], trainer.hf.num_layers
+    told = np.frombuffer(base64.b64decode(answer["meta_info"]["indexer_topk"]), np.int32).reshape(-1, layers, topk)
+    read = torch.from_numpy(told.copy())  # [tokens - 1, layers, topk]: the last token was never read
+    for scoring in ("params", "fp8"):
+        picked = trainer.selections(tokens, scoring=scoring)
+        outcome.overlaps[scoring] = {
+            layer: overlap(rows[topk : len(read)], read[topk:, layer].to(rows.device)) for layer, rows in picked.items()
+        }
+
+
+def overlap(mine: Tensor, theirs: Tensor) -> list[float]:
+    """int [rows, topk] each, -1 for none -> [mean, least] over the rows of the share of `mine` that `theirs` holds."""
+    import torch
+
+    width = int(max(mine.max(), theirs.max())) + 2
+    held = torch.zeros(len(mine), width, dtype=torch.bool, device=mine.device)
+    held.scatter_(1, theirs.long() + 1, True)  # column 0 takes the empty places
+    held[:, 0] = False
+    shares = held.gather(1, mine.long() + 1).sum(1) / (mine >= 0).sum(1)
+    return [shares.mean().item(), shares.min().item()]
+
+
+async def _generate(client, length: int, count: int, vocab_size: int, **asked: object) -> list[tuple[list[int], dict]]:
     """(prompt, the engine's answer) of `count` different prompts, asked together."""
     words = vocab_size - 30
     prompts = [[(11 * number + 7 * at + at * at // 13) % words + 20 for at in range(length)] for number in range(count)]
-    body = {"sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "ignore_eos": True}, "return_logprob": True}
+    body = {
+        "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "ignore_eos": True},
+        "return_logprob": True,
+        **asked,
+    }
     answers = await asyncio.gather(*(client.generate({"input_ids": tokens, **body}, timeout=600) for tokens in prompts))
     return list(zip(prompts, answers, strict=True))
 
 
-def gap(trainer: Trainer, answers: Sequence[tuple[list[int], dict]]) -> list[float]:
+def gap(trainer: OneRank, answers: Sequence[tuple[list[int], dict]]) -> list[float]:
     """[mean, 99th percentile] over all generated tokens."""
     distances = []
     for prompt, answer in answers:
@@ -290,7 +287,7 @@ def gap(trainer: Trainer, answers: Sequence[tuple[list[int], dict]]) -> list[flo
     return [statistics.mean(distances), distances[int(0.99 * (len(distances) - 1))]]
 
 
-async def _update(client, trainer: Trainer, fp8: bool, ranks: int, version: int) -> int:
+async def _update(client, trainer: OneRank, fp8: bool, ranks: int, version: int) -> int:
     """All weights to every rank of the engine, in the order that a run keeps; bytes of one copy.
 
     Each rank gets a handle of memory on its own device, as from the trainer rank beside it: it cannot read another's.
@@ -320,17 +317,18 @@ async def _update(client, trainer: Trainer, fp8: bool, ranks: int, version: int)
     return sent
 
 
-def _engine(row: Row, ranks: int, model_path: str, log: Path, kind: str):
+def _engine(row: Row, ranks: int, args: argparse.Namespace, log: Path, kind: str):
     from slime.engine.process import EngineProcess
     from slime.engine.spec import EngineSpec
 
     dp = ranks if row.dp else 1
-    settings = dict(row.settings) | {"mem_fraction_static": 0.4, "max_running_requests": 64}
+    settings = dict(row.settings) | {"mem_fraction_static": args.mem_fraction, "max_running_requests": 64}
     if row.dp:
         settings["dp_size"] = dp
     spec = EngineSpec(
         model="default", role="regular", engine_id=0, gpu_offset=0, num_gpus=ranks, num_nodes=1, tp_size=ranks, pp_size=1,
-        dp_size=dp, ep_size=ranks if row.ep else 1, model_path=model_path, update_weights=True, needs_offload=kind == "cuda",
+        dp_size=dp, ep_size=ranks if row.ep else 1, model_path=args.fp8 if row.fp8 else args.bf16, update_weights=True,
+        needs_offload=kind == "cuda",
         random_seed=1, settings=settings,
     )  # fmt: skip
     return EngineProcess(spec, device_kind=kind, token=TOKEN, log_path=log, report=print)
@@ -342,11 +340,22 @@ def _num_devices() -> int:
     return torch.cuda.device_count()
 
 
-def _taken_bytes() -> list[int]:
-    import torch
+def _memory_of_group(group: int) -> list[float]:
+    """GB of GPU memory of each process in the group that has some, largest first; without the driver's own tool, none."""
+    try:
+        asked = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+        told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    taken = [[int(word) for word in line.split(",")] for line in told.splitlines() if line.strip()]
+    return sorted((round(mib * 2**20 / 1e9, 2) for pid, mib in taken if _group_of(pid) == group), reverse=True)
 
-    free_total = [torch.cuda.mem_get_info(number) for number in range(_num_devices())]
-    return [total - free for free, total in free_total]
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def _first_cause(text: str, log: Path) -> str:
@@ -364,6 +373,11 @@ def line(outcome: Outcome) -> str:
         f"{phase} " + ", ".join(f"{length}: {mean:.4f}/{tail:.4f}" for length, (mean, tail) in by_length.items())
         for phase, by_length in outcome.gaps.items()
     )
+    overlaps = "; ".join(
+        f"keys shared with the trainer's {scoring} scores "
+        + ", ".join(f"layer {layer}: {100 * mean:.2f} %, least {100 * least:.1f}" for layer, (mean, least) in layers.items())
+        for scoring, layers in outcome.overlaps.items()
+    )
     parts = [
         outcome.row,
         f"up {shown(outcome.up_seconds, ' s')}",
@@ -372,9 +386,35 @@ def line(outcome: Outcome) -> str:
         f"update {shown(outcome.update_gb, ' GB')} in {shown(outcome.update_seconds, ' s')}",
         f"accepted {shown(outcome.accepted, '')}",
         f"gap {gaps or '-'}",
+        *([overlaps] if overlaps else []),
         outcome.failure or "ok",
     ]
     return " | ".join(parts)
+
+
+def table(outcomes: Sequence[Outcome]) -> list[str]:
+    """Markdown, a line per row of the matrix; gaps are means, with the 99th percentile, at each length."""
+
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+
+    lines = [
+        "| row | up, s | asleep, GB | update, s | accepted | gap as loaded | gap after the second update | |",
+        "|" + "---|" * 8,
+    ]
+    for one in outcomes:
+        gaps = [
+            "; ".join(f"{length}: {mean:.4f} ({tail:.3f})" for length, (mean, tail) in one.gaps.get(phase, {}).items()) or "-"
+            for phase in ("loaded", "sent others")
+        ]
+        cells = [
+            one.row,
+            shown(one.up_seconds),
+            f"{sum(one.asleep_gb):.1f}" if one.asleep_gb else "-",
+            shown(one.update_seconds),
+        ]
+        lines.append("| " + " | ".join([*cells, shown(one.accepted), *gaps, one.failure or "ok"]) + " |")
+    return lines
 
 
 if __name__ == "__main__":
