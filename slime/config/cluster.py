@@ -83,7 +83,7 @@ class EngineConfig:
     custom_update_weight_post_write_path: str | None = flag(None, later="weight sync through a shared disk")
     """Hook of every rank after a version was written."""
     check_weight_update_equal: bool = False
-    """Read the weights back from every engine after a sync; unless they equal what was sent, the run stops, engines paused."""
+    """Compare every engine's weights with those sent, after each sync; where they differ the run stops, engines paused."""
     rehearsed: str | None = None
     """Report of a rehearsal (--rehearse --json FILE); the run stops when its first weight stream is not the rehearsed one."""
     use_fault_tolerance: bool = False

@@ -149,8 +149,10 @@ class EngineClient(HttpClient):
                 await self.call("POST", "/flush_cache", timeout=CONTROL_SECONDS)
                 return
             except EngineError as error:
-                if error.status != 400 or asyncio.get_running_loop().time() > deadline:
+                if error.status != 400:
                     raise
+                if asyncio.get_running_loop().time() > deadline:
+                    raise EngineError(f"{error} (asked again for {patience:.0f} s)", error.status) from None
             await asyncio.sleep(0.5)
 
     # ---- weights ----
@@ -207,9 +209,16 @@ class EngineClient(HttpClient):
         body = {"new_version": version, "abort_all_requests": False}
         await self.call("POST", "/update_weight_version", body, timeout=CONTROL_SECONDS)
 
-    async def weights_checksum(self) -> Any:
-        """Checksums of all parameters as the engine holds them (SGLang's own /weights_checker)."""
-        return (await self.call("POST", "/weights_checker", {"action": "checksum"}, timeout=UPDATE_SECONDS)).json()
+    async def weights_checksums(self) -> list[dict[str, str]]:
+        """Per rank: the engine's own name of each parameter -> a checksum of what it holds (SGLang's /weights_checker).
+
+        A draft model's names begin with `draft.`; block FP8 is hashed as the numbers that it stands for. Where attention is
+        data-parallel every rank tells of all, so each is there several times.
+        """
+        answer = (await self.call("POST", "/weights_checker", {"action": "checksum"}, timeout=UPDATE_SECONDS)).json()
+        if not answer.get("ranks"):
+            raise EngineError(f"{self.url} gave no checksums of its weights: {answer.get('message')}")
+        return [rank["checksums"] for rank in answer["ranks"]]
 
     async def weights_by_name(self, name: str, *, rows: int = 100) -> Any:
         body = {"name": name, "truncate_size": rows}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,34 +138,45 @@ class EngineFleet:
         return targets
 
     def pause(self) -> None:
-        self._each(self.updated(), lambda client: client.pause_generation())
+        self._each(self.updated(), lambda client: client.pause_generation(), doing="pausing")
 
     def flush(self) -> None:
-        self._each(self.updated(), lambda client: client.flush_cache())
+        self._each(self.updated(), lambda client: client.flush_cache(), doing="flushing its cache")
 
     def begin(self, version: int) -> None:
-        self._each(self.updated(), lambda client: client.begin_weight_update(version))
+        self._each(
+            self.updated(),
+            lambda client: client.begin_weight_update(version),
+            doing=f"opening the update to weights v{version}",
+        )
 
     def end(self, version: int) -> None:
-        self._each(self.updated(), lambda client: client.end_weight_update(version))
+        self._each(
+            self.updated(), lambda client: client.end_weight_update(version), doing=f"closing the update to weights v{version}"
+        )
 
     def versions(self) -> Mapping[str, str]:
-        return self._each(self.updated(), lambda client: client.weight_version())
+        return self._each(self.updated(), lambda client: client.weight_version(), doing="telling its weights' version")
+
+    def checksums(self, labels: Sequence[str]) -> Mapping[str, list[dict[str, str]]]:
+        """Of every parameter that these engines hold, per rank."""
+        asked = [engine for engine in self.updated() if engine.label in labels]
+        return self._each(asked, lambda client: client.weights_checksums(), doing="making checksums of its weights")
 
     def proceed(self) -> None:
-        self._each(self.updated(), lambda client: client.continue_generation())
+        self._each(self.updated(), lambda client: client.continue_generation(), doing="continuing")
 
     # ------------------------------------------------------------------ memory
 
     def release_memory(self, labels: Sequence[str] | None = None) -> None:
         """labels: of the engines that are to do it; None: all that share their devices."""
         sharing = self._sharing(labels)
-        self._each(sharing, lambda client: client.flush_cache())
-        self._each(sharing, lambda client: client.release_memory())
+        self._each(sharing, lambda client: client.flush_cache(), doing="flushing its cache")
+        self._each(sharing, lambda client: client.release_memory(), doing="giving its memory back")
 
     def resume_memory(self, what: str, labels: Sequence[str] | None = None) -> None:
         tags = {"weights": ["weights"], "kv_cache": ["kv_cache", "cuda_graph"]}[what]
-        self._each(self._sharing(labels), lambda client: client.resume_memory(tags))
+        self._each(self._sharing(labels), lambda client: client.resume_memory(tags), doing=f"taking memory for {what} again")
 
     def _sharing(self, labels: Sequence[str] | None) -> list[Engine]:
         return [e for e in self.engines if e.spec.needs_offload and (labels is None or e.label in labels)]
@@ -221,7 +233,7 @@ class EngineFleet:
                 return str(error)
             return None
 
-        return self._each([engine for engine in self.engines if engine.label not in self._known_dead], check)
+        return self._each([engine for engine in self.engines if engine.label not in self._known_dead], check, doing="answering")
 
     def end_engine(self, label: str) -> None:
         """Kill one engine, on all its nodes."""
@@ -261,7 +273,7 @@ class EngineFleet:
             except EngineError as error:  # it dies too: the next look finds it
                 logger.warning("abort: %s", error)
 
-        self._each(engines, abort)
+        self._each(engines, abort, doing="ending its requests")
 
     def _start_again(self, engine: Engine, lost: set[str]) -> None:
         """lost: names of nodes whose actor is gone; each gets a new one at the old address."""
@@ -283,16 +295,22 @@ class EngineFleet:
             ray.kill(node.actor)
         self.engines.clear()
 
-    def _each(self, engines: list[Engine], call: Callable[[EngineClient], Awaitable[object]]) -> dict[str, object]:
-        """The call's answer of each engine, all asked at once. If one fails its error is raised, when all are done."""
+    def _each(
+        self, engines: list[Engine], call: Callable[[EngineClient], Awaitable[object]], *, doing: str
+    ) -> dict[str, object]:
+        """The call's answer of each engine, all asked at once. If one fails its error is raised, when all are done.
+
+        doing: what the call is for, for that error.
+        """
 
         async def one(engine: Engine) -> object:
             # A client belongs to one event loop, and these calls are few: a fresh one each time.
-            client = EngineClient(engine.url, self._token)
+            client, started = EngineClient(engine.url, self._token), time.monotonic()
             try:
                 return await call(client)
             except EngineError as error:
-                raise type(error)(f"engine {engine.label}: {error}", error.status, error.retry_after) from None
+                where = f"engine {engine.label}, {doing}, after {time.monotonic() - started:.1f} s"
+                raise type(error)(f"{where}: {error}", error.status, error.retry_after) from None
             finally:
                 await client.close()
 

@@ -243,6 +243,9 @@ class RolloutSide:
     def versions(self) -> Mapping[str, str]:
         return self._call("fleet", "versions")
 
+    def checksums(self, labels: Sequence[str]) -> Mapping[str, list[dict[str, str]]]:
+        return self._call("fleet", "checksums", list(labels))
+
     def proceed(self) -> None:
         self._call("fleet", "proceed")
 

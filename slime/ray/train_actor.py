@@ -19,6 +19,7 @@ from slime.weights.protocol import StreamReport
 
 if TYPE_CHECKING:
     from slime.training.start_page import RankShare
+    from slime.weights.read_back import ReadBack
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +196,8 @@ class TrainActor:
         with self._trainer.peaks("weight sync"):
             return self._weight_stream().send(version, targets)
 
-    def check_weights(self, version: int, targets: Sequence[EngineTarget]) -> list[str]:
-        """Compare what the engines of this rank hold with what it sent to them; a log line per engine."""
+    def check_weights(self, version: int, targets: Sequence[EngineTarget]) -> list[ReadBack]:
+        """Compare what the engines of this rank hold with what it sent to them."""
         return self._weight_stream().check(version, targets)
 
     def memory(self) -> RankMemory:

@@ -84,12 +84,14 @@ class TrainGroup:
         lost = tuple(engine for report in reports.values() for engine in report.lost)
         return replace(self._first(reports), lost=lost)
 
-    def check(self, version: int) -> None:
-        """Every engine's weights against those that were sent (--check-weight-update-equal)."""
+    def check(self, version: int) -> list[str]:
+        """Every engine's weights against those that were sent (--check-weight-update-equal); the engines that could not give
+        all of them back by name."""
         answers = self._call("check_weights", version, list(self.targets), doing=f"reading weights v{version} back")
-        for lines in answers.values():
-            for line in lines:
-                logger.info("%s", line)
+        found = [engine for engines in answers.values() for engine in engines]
+        for line in filter(None, (engine.line for engine in found)):
+            logger.info("%s", line)
+        return [engine.engine for engine in found if not engine.complete]
 
     def memory(self) -> list[RankMemory]:
         return list(self._call("memory", doing="reading its memory peaks").values())

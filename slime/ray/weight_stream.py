@@ -25,7 +25,7 @@ from slime.weights.buckets import fill_buckets, unpack_bucket
 from slime.weights.digest import StreamDigest
 from slime.weights.protocol import StreamReport
 from slime.weights.quantize import WireFormat
-from slime.weights.read_back import Expected, answered, verdict
+from slime.weights.read_back import Expected, ReadBack, answered, read_back
 from slime.weights.stream import Source, broadcast_buckets
 
 logger = logging.getLogger(__name__)
@@ -122,20 +122,20 @@ class WeightStream:
         lost = tuple(post.lost for post in posts.values() if post.lost is not None)
         return StreamReport(count, nbytes, tensors, digest.hex(), lost)
 
-    def check(self, version: int, targets: Sequence[EngineTarget]) -> list[str]:
-        """Read what the last `send` gave to this rank's engines back; a log line each. No collective, engines still paused.
+    def check(self, version: int, targets: Sequence[EngineTarget]) -> list[ReadBack]:
+        """Read what the last `send` gave to this rank's engines back. No collective, engines still paused.
 
-        Raises RuntimeError naming engine, tensors and the largest difference, or if an engine gives nothing back.
+        Raises RuntimeError naming engine, tensors and the largest difference.
         """
         expected, self._expected = self._expected, None
         if expected is None:
             return []
-        lines = []
+        found = []
         with asyncio.Runner() as runner:
             for target in filter(self._posts, targets):
                 answers = runner.run(_read_back(target, expected))
-                lines.append(verdict(target.name, version, expected, answers, num_ranks=target.num_ranks))
-        return lines
+                found.append(read_back(target.name, version, expected, answers, num_ranks=target.num_ranks))
+        return found
 
     def save_hf(self, folder: str, *, origin: str) -> None:
         """The policy as a Hugging Face checkpoint in the trained dtype, written by rank 0; an MTP layer that is not trained is

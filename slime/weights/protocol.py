@@ -4,17 +4,21 @@
          --end--> sealed --check--> verified --continue--> idle
 
 Between begin and end an engine holds a mixture of two models, so it is paused and answers no request; `check` reads the
-version back from every engine before any is allowed to continue, and with `read_back` the weights themselves. If anything
-raises on the way, the engines stay paused: a half-updated model never answers. The same order from its beginning, with every
-engine alive, is the way on.
+version back from every engine before any is allowed to continue, and with `read_back` the weights themselves. An engine that
+does not give all of them back by name is compared with itself: its checksums must stay as they are when all is sent once more,
+for what it holds already changes nothing. If anything raises on the way, the engines stay paused: a half-updated model never
+answers. The same order from its beginning, with every engine alive, is the way on.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+logger = logging.getLogger(__name__)
 
 
 class Engines(Protocol):
@@ -25,6 +29,7 @@ class Engines(Protocol):
     def begin(self, version: int) -> None: ...
     def end(self, version: int) -> None: ...
     def versions(self) -> Mapping[str, str]: ...
+    def checksums(self, labels: Sequence[str]) -> Mapping[str, list[dict[str, str]]]: ...
     def proceed(self) -> None: ...
 
 
@@ -32,7 +37,7 @@ class Trainers(Protocol):
     """All ranks of the trainer."""
 
     def stream(self, version: int) -> StreamReport: ...
-    def check(self, version: int) -> None: ...
+    def check(self, version: int) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,24 @@ class SyncReport:
 def sync_weights(engines: Engines, trainers: Trainers, *, version: int, read_back: bool = False) -> SyncReport:
     """Give the engines weight version `version`. Raises RuntimeError if one of them is lost or reports another version.
 
-    read_back: the trainers also compare the engines' weights with what they sent, and raise RuntimeError if they differ.
+    read_back: the engines' weights are also compared with what was sent, and RuntimeError is raised if they differ.
     """
     started = time.monotonic()
     engines.pause()
     engines.flush()
-    engines.begin(version)
     streaming = time.monotonic()
-    stream = trainers.stream(version)
+    stream = _update(engines, trainers, version)
     streamed = time.monotonic()
+    if read_back and (silent := trainers.check(version)):
+        _check_by_sending_again(engines, trainers, version, silent)
+    engines.proceed()
+    return SyncReport(version, stream, time.monotonic() - started, streamed - streaming)
+
+
+def _update(engines: Engines, trainers: Trainers, version: int) -> StreamReport:
+    """begin, stream, end, check the versions."""
+    engines.begin(version)
+    stream = trainers.stream(version)
     if stream.lost:
         raise RuntimeError(f"lost while weights v{version} were sent: {'; '.join(stream.lost)}")
     engines.end(version)
@@ -85,7 +99,23 @@ def sync_weights(engines: Engines, trainers: Trainers, *, version: int, read_bac
             f"after sending weights v{version}, these engines report another version: {stale}; they stay paused. "
             "Look at their logs for a refused update and start the run again: it resumes from the last checkpoint."
         )
-    if read_back:
-        trainers.check(version)
-    engines.proceed()
-    return SyncReport(version, stream, time.monotonic() - started, streamed - streaming)
+    return stream
+
+
+def _check_by_sending_again(engines: Engines, trainers: Trainers, version: int, labels: Sequence[str]) -> None:
+    """labels: of the engines that must hold the same after a second stream. RuntimeError names what does not."""
+    held = engines.checksums(labels)
+    _update(engines, trainers, version)
+    again = engines.checksums(labels)
+    for label in labels:
+        ranks = list(zip(held[label], again[label], strict=True))
+        wrong = {name: rank for rank, (old, new) in enumerate(ranks) for name in old if new[name] != old[name]}
+        if wrong:
+            shown = ", ".join(f"{name} (rank {rank})" for name, rank in list(wrong.items())[:5])
+            raise RuntimeError(
+                f"{label} does not hold weights v{version} as they were sent: {len(wrong)} of {len(ranks[0][0])} parameters "
+                f"changed when all were sent once more: {shown}; the engines stay paused. "
+                "Look at the engine's log and start the run again: it resumes from the last checkpoint."
+            )
+        parameters = sum(map(len, held[label]))
+        logger.info("weights v%d: %d parameters of %s stay as they are when all is sent again", version, parameters, label)

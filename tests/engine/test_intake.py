@@ -18,6 +18,7 @@ from slime.engine import kinds
 from slime.engine.client import EngineClient, EngineError, sync
 from slime.engine.process import EngineProcess
 from slime.model.hf_io import SafetensorsReader
+from slime.weights.protocol import StreamReport, sync_weights
 
 pytestmark = [
     pytest.mark.slow,
@@ -43,12 +44,12 @@ class Served:
             sync(self.client.update_weights_from_tensor(payloads))
         sync(self.client.end_weight_update(1))
 
-    def check(self, action: str) -> dict:
-        return sync(self.client.call("POST", "/weights_checker", {"action": action}, timeout=60)).json()
+    def forget(self) -> None:
+        """Every parameter gets random values."""
+        sync(self.client.call("POST", "/weights_checker", {"action": "reset_tensors"}, timeout=60))
 
     def checksums(self) -> Checksums:
-        """Per rank: name that the engine itself uses -> checksum."""
-        return [rank["checksums"] for rank in self.check("checksum")["ranks"]]
+        return sync(self.client.weights_checksums())
 
     def served_by(self, rank: int) -> Named:
         """The contiguous block of experts of a rank, and all that is no expert."""
@@ -91,7 +92,7 @@ def all_to_all(served) -> Checksums:
 @pytest.fixture()
 def forgotten(served, all_to_all) -> Checksums:
     """Every parameter of every rank holds something else, which is returned."""
-    served.check("reset_tensors")
+    served.forget()
     random = served.checksums()
     assert not any(random[rank][name] == all_to_all[rank][name] for rank in range(RANKS) for name in random[rank])
     return random
@@ -132,9 +133,64 @@ def test_an_update_outside_of_a_session_is_refused_and_changes_nothing(served, f
 def test_one_bit_in_one_of_the_lists_changes_one_checksum_of_one_rank(served, all_to_all, forgotten):
     lists = [served.served_by(rank) for rank in range(RANKS)]
     name = "model.layers.1.mlp.experts.6.down_proj.weight"
-    flipped = dict(served.named)[name].clone()
-    flipped.view(torch.uint8)[3, 5] ^= 1
-    lists[1] = [(other, flipped if other == name else tensor) for other, tensor in lists[1]]
+    lists[1] = [(other, turned(tensor) if other == name else tensor) for other, tensor in lists[1]]
     served.update([payload(named) for named in lists])
     differ = [(rank, key) for rank, held in enumerate(served.checksums()) for key in held if held[key] != all_to_all[rank][key]]
     assert differ == [(1, "model.layers.1.mlp.experts.w2_weight")]
+
+
+class AsARun:
+    """Both sides of a sync with this engine: what the fleet asks of it, and a trainer whose first stream has a turned bit."""
+
+    def __init__(self, served: Served, flip: str):
+        self.client, self.served, self.flip = served.client, served, flip
+
+    def stream(self, version: int) -> StreamReport:
+        lists = [
+            [(name, turned(tensor) if name == self.flip else tensor) for name, tensor in self.served.served_by(rank)]
+            for rank in range(RANKS)
+        ]
+        self.flip = ""
+        sync(self.client.update_weights_from_tensor([payload(named) for named in lists]))
+        return StreamReport(1, 0, 0)
+
+    def check(self, version: int) -> list[str]:
+        with pytest.raises(EngineError, match="answered 400"):
+            sync(self.client.weights_by_name("lm_head.weight"))
+        return ["default-regular-0"]
+
+    def checksums(self, labels: list[str]) -> dict[str, Checksums]:
+        return {label: self.served.checksums() for label in labels}
+
+    def versions(self) -> dict[str, str]:
+        return {"default-regular-0": sync(self.client.weight_version())}
+
+    def pause(self) -> None:
+        sync(self.client.pause_generation())
+
+    def flush(self) -> None:
+        sync(self.client.flush_cache())
+
+    def begin(self, version: int) -> None:
+        sync(self.client.begin_weight_update(version))
+
+    def end(self, version: int) -> None:
+        sync(self.client.end_weight_update(version))
+
+    def proceed(self) -> None:
+        sync(self.client.continue_generation())
+
+
+def turned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with one bit turned."""
+    copy = tensor.clone()
+    copy.view(torch.uint8)[3, 5] ^= 1
+    return copy
+
+
+def test_a_turned_bit_on_the_way_to_an_engine_that_gives_nothing_back_is_found_and_named(served, all_to_all, forgotten):
+    run = AsARun(served, "model.layers.2.mlp.experts.7.up_proj.weight")
+    with pytest.raises(RuntimeError, match=r"v9 .*1 of 30 parameters changed .*\.2\.mlp\.experts\.w13_weight \(rank 1\)"):
+        sync_weights(run, run, version=9, read_back=True)
+    sync_weights(run, run, version=10, read_back=True)
+    assert served.checksums() == all_to_all

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 
-from slime.engine.client import EngineGone
+from slime.engine.client import EngineError, EngineGone
 from slime.ray.engine_fleet import EngineFleet
 from slime.ray.engine_nodes import Death
 from slime.ray.health import HealthWatch, Strikes
@@ -179,9 +180,17 @@ def test_a_call_to_all_engines_waits_for_all_answers_before_one_error_is_raised(
         await asyncio.sleep(0.05)
         answered.append(client.url)
 
-    with pytest.raises(EngineGone, match="nobody is there"):
-        fleet._each(engines, call)
+    with pytest.raises(EngineGone, match=r"^engine a, flushing its cache, after \d\.\d s: nobody is there$"):
+        fleet._each(engines, call, doing="flushing its cache")
     assert answered == ["http://127.0.0.1:2"]
+
+
+def test_a_call_that_is_not_answered_names_engine_phase_and_seconds_and_how_many_were_expected():
+    fleet, silent = EngineFleet.__new__(EngineFleet), socket.create_server(("127.0.0.1", 0))
+    fleet._token = "token"
+    engines = [SimpleNamespace(label="decode-1", url=f"http://127.0.0.1:{silent.getsockname()[1]}")]
+    with silent, pytest.raises(EngineError, match=r"^engine decode-1, pausing, after \d+\.\d s: POST .*: no answer within 1 s"):
+        fleet._each(engines, lambda client: client.call("POST", "/pause_generation", timeout=1.0), doing="pausing")
 
 
 def test_three_missed_checks_in_a_row_are_one_end():

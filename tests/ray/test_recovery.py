@@ -104,7 +104,7 @@ def test_an_engine_whose_machine_is_gone_is_not_waited_for(fleet, monkeypatch):
 def test_a_dead_engine_is_not_asked_again_whether_it_answers(fleet):
     fleet._deaths = lambda: {"node 1 of engine b": Death("its actor is gone", actor_is_lost=True)}
     asked = []
-    fleet._each = lambda engines, call: asked.extend(engine.label for engine in engines) or {}
+    fleet._each = lambda engines, call, **_: asked.extend(engine.label for engine in engines) or {}
     fleet.end_hopeless_requests()
     fleet.missed_checks(1.0)
     assert asked == ["a"]

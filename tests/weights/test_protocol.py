@@ -6,8 +6,8 @@ from slime.weights.protocol import StreamReport, sync_weights
 class RecordingEngines:
     """Engines that write down what they were told; `found` is the version they report afterwards."""
 
-    def __init__(self, events, found):
-        self.events, self.found = events, found
+    def __init__(self, events, found, sums=()):
+        self.events, self.found, self.sums = events, found, list(sums)
 
     def pause(self):
         self.events.append("pause")
@@ -25,13 +25,17 @@ class RecordingEngines:
         self.events.append("check")
         return self.found
 
+    def checksums(self, labels):
+        self.events.append(f"checksums {' '.join(labels)}")
+        return {label: self.sums.pop(0) for label in labels}
+
     def proceed(self):
         self.events.append("continue")
 
 
 class RecordingTrainers:
-    def __init__(self, events, error=None, differs=None, lost=()):
-        self.events, self.error, self.differs, self.lost = events, error, differs, lost
+    def __init__(self, events, error=None, differs=None, lost=(), silent=()):
+        self.events, self.error, self.differs, self.lost, self.silent = events, error, differs, lost, silent
 
     def stream(self, version):
         self.events.append(f"stream {version}")
@@ -43,6 +47,7 @@ class RecordingTrainers:
         self.events.append(f"read back {version}")
         if self.differs:
             raise RuntimeError(self.differs)
+        return self.silent
 
 
 def test_an_update_runs_in_the_one_legal_order():
@@ -86,3 +91,20 @@ def test_an_engine_that_holds_other_weights_keeps_all_paused():
         trainers = RecordingTrainers(events, differs="lm_head differs")
         sync_weights(RecordingEngines(events, {"d": "7"}), trainers, version=7, read_back=True)
     assert events[-1] == "read back 7"
+
+
+def test_who_gives_nothing_back_must_hold_the_same_after_a_second_stream():
+    events, sums = [], [{"w": "1", "x": "2"}, {"w": "3", "x": "2"}]
+    engines = RecordingEngines(events, {"d": "7"}, [sums, sums])
+    sync_weights(engines, RecordingTrainers(events, silent=["d"]), version=7, read_back=True)
+    stream = ["begin 7", "stream 7", "end 7", "check"]
+    assert events == ["pause", "flush", *stream, "read back 7", "checksums d", *stream, "checksums d", "continue"]
+
+
+def test_a_parameter_that_a_second_stream_changes_is_named_with_its_rank_and_no_engine_continues():
+    events = []
+    sums = [[{"w": "1", "x": "2"}, {"w": "3", "x": "2"}], [{"w": "1", "x": "2"}, {"w": "4", "x": "2"}]]
+    with pytest.raises(RuntimeError, match=r"d does not hold weights v7 .*1 of 2 parameters changed .*: w \(rank 1\);"):
+        engines = RecordingEngines(events, {"d": "7"}, sums)
+        sync_weights(engines, RecordingTrainers(events, silent=["d"]), version=7, read_back=True)
+    assert events[-1] == "checksums d"

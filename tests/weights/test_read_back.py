@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from slime.weights.read_back import TENSOR_VALUES, Expected, answered, compare, verdict
+from slime.weights.read_back import TENSOR_VALUES, Expected, ReadBack, answered, compare, read_back
 
 
 def all_answered(answers):
@@ -53,14 +53,22 @@ def test_the_first_of_two_ranks_answers_with_its_rows_or_columns():
     assert [item.name for item in found] == ["columns", "rows"]
 
 
-def test_the_line_counts_what_was_compared_and_an_engine_without_read_back_is_an_error():
+def test_the_line_counts_what_was_compared_and_one_who_gave_nothing_back_is_not_complete():
     expected = Expected(block=1)
     expected.add([("a", torch.ones(2)), ("b", torch.ones(2))])
-    line = verdict("decode-1", 3, expected, all_answered({"a": [1.0, 1.0], "b": [1.0, 1.0]}), num_ranks=1)
-    assert line == "weights v3: 2 of 2 tensors read back equal from decode-1"
-    line = verdict("decode-1", 3, expected, all_answered({"a": [1.0, 1.0]}), num_ranks=1)
-    assert line == "weights v3: 1 of 2 tensors read back equal from decode-1 (1 it cannot give back by name)"
-    with pytest.raises(RuntimeError, match="decode-1 gave none of the 2 tensors of weights v3 back.*no read-back"):
-        verdict("decode-1", 3, expected, {}, num_ranks=1)
+    both = all_answered({"a": [1.0, 1.0], "b": [1.0, 1.0]})
+    found = read_back("decode-1", 3, expected, both, num_ranks=1)
+    assert found == ReadBack("decode-1", "weights v3: 2 of 2 tensors read back equal from decode-1", complete=True)
+    assert not read_back("decode-1", 3, expected, both, num_ranks=2).complete, "the second rank gave nothing"
+    found = read_back("decode-1", 3, expected, all_answered({"a": [1.0, 1.0]}), num_ranks=1)
+    line = "weights v3: 1 of 2 tensors read back equal from decode-1 (1 it cannot give back by name)"
+    assert found == ReadBack("decode-1", line, complete=False)
+    assert read_back("decode-1", 3, expected, {}, num_ranks=1) == ReadBack("decode-1", "", complete=False)
     with pytest.raises(RuntimeError, match=r"decode-1 .* weights v3 .*1 of 2 tensors differ: b \(largest difference 0.5\);"):
-        verdict("decode-1", 3, expected, all_answered({"a": [1.0, 1.0], "b": [1.0, 1.5]}), num_ranks=1)
+        read_back("decode-1", 3, expected, all_answered({"a": [1.0, 1.0], "b": [1.0, 1.5]}), num_ranks=1)
+
+
+def test_leading_rows_alone_are_not_the_whole():
+    expected = Expected(block=1)
+    expected.add([("large", torch.ones(TENSOR_VALUES + 1, 1))])
+    assert not read_back("e", 1, expected, {"large": torch.ones(TENSOR_VALUES, 1)}, num_ranks=1).complete
