@@ -171,6 +171,22 @@ def test_the_tiny_run_on_one_h100_is_predicted() -> None:
     assert resumed.phase("load").total - found.phase("load").total == 8 * share.trained
 
 
+def test_loading_holds_a_ranks_experts_twice_while_they_move_into_one_buffer() -> None:
+    """The mini recipe on two H200s: 31.2 GB of live tensors at most until its checkpoint was loaded, 26.0 after."""
+    from tools.make_tiny_checkpoint import PRESETS, glm_config
+    from tools.tiny_tokenizer import TokenizerFacts
+
+    hf = HfConfig(glm_config(PRESETS["mini"].size, TokenizerFacts(320, (1,), 1)))
+    grid, table = Grid(world=2, tp=2, pp=1, cp=1, ep=2, etp=1), NameTable.for_model(hf, with_mtp=False)
+    (share,) = stage_shares(table, cut_layers(Cut(8, 1)), grid)
+    told = dict(bucket_bytes=2 << 30, engine=None, gpu_bytes=141e9, assumed=Assumed(overhead_gb=0, sleeping_engine_gb=0))
+    found = stage_memory(share, hf, grid, SHAPES, **told, turns=Turns(True), resumes=False)
+    assert share.experts == 5 * 16 * 3 * 6144 * 2048
+    awake = 2 * share.parameters + 4 * share.trained
+    assert found.phase("hand-over").total == awake == pytest.approx(26.0e9, rel=0.04)
+    assert found.phase("load").total == awake + 2 * share.experts == pytest.approx(31.2e9, rel=0.01)
+
+
 def test_kv_cache_bytes() -> None:
     assert kv_bytes_per_token(HF, fp8=True) == 51_168 + 2_772
     assert kv_bytes_per_token(HF, fp8=True, drafts=True) == 51_168 + 2_772 + 788

@@ -328,7 +328,8 @@ def _training(
 ) -> Iterator[tuple[str, dict[str, int]]]:
     weights, on_gpu = awake["weights"], awake["optimizer on GPU"]
     loaded = on_gpu if resumes else on_gpu * (shapes.optimizer_bytes - 8) // shapes.optimizer_bytes
-    yield "load", {**awake, "optimizer on GPU": loaded, "one layer being read": weights // max(len(share.layers), 1)}
+    reading = {**awake, "optimizer on GPU": loaded, "one layer being read": weights // max(len(share.layers), 1)}
+    yield "load", max(reading, *_wrapping(share, shapes, awake), key=lambda parts: sum(parts.values()))
     yield "hand-over", awake
     holders = index_holder(hf, grid, shapes) * share.computing
     forward = _largest(working_sets(hf, grid, shapes, share, backward=False))
@@ -336,6 +337,15 @@ def _training(
     yield "train", awake | activations(share, hf, grid, shapes)
     if shapes.longest_tokens > shapes.tokens:
         yield "longest sample", awake | _with_longest(share, hf, grid, shapes)
+
+
+def _wrapping(share: StageShare, shapes: TrainShapes, awake: dict[str, int]) -> Iterator[dict[str, int]]:
+    """The two moments at which megatron-core moves trained weights into one buffer beside that of their gradients, dense ones
+    first and then experts: each weight is there twice until the last one is copied."""
+    dense = share.trained - share.experts
+    moved = ((dense, dense * shapes.grad_bytes), (share.experts, awake["gradients"]))
+    for count, gradients in moved:
+        yield {**awake, "optimizer on GPU": 0, "gradients": gradients, "weights copied": count * shapes.param_bytes}
 
 
 def activations(share: StageShare, hf: HfConfig, grid: Grid, shapes: TrainShapes) -> dict[str, int]:
