@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -234,3 +236,37 @@ def test_a_rank_that_cannot_be_built_is_named(flagship: Recipe, tmp_path: Path) 
     reading = read(recipe.written(tmp_path), Findings())
     built = build_ranks(reading, ranks=[40], processes=1)
     assert "pipeline stage 1 starts at layer 16" in built.errors[0]
+
+
+OWN_GROUPS = """
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from slime.compat.megatron import prepare
+prepare()
+from megatron.core import parallel_state
+from slime.rehearse.checks.rank_worker import _leave_out_other_groups
+
+def groups(rank):
+    dist.init_process_group("fake", rank=rank, world_size=32, store=FakeStore())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=2, expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1, create_gloo_process_groups=False,
+    )
+    found = [dist.get_process_group_ranks(group) for group in parallel_state._global_process_group_list[1:]]
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    return found
+
+whole = [groups(rank) for rank in (0, 13, 31)]
+_leave_out_other_groups(parallel_state)
+own = [groups(rank) for rank in (0, 13, 31)]
+assert own == whole, (own, whole)
+for mine in ([12, 13], [13, 15], [12, 13, 14, 15], [13, 29]):  # TP, CP, EP and PP of rank 13
+    assert mine in own[1], (mine, own[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_built_rank_is_in_the_groups_that_megatron_core_makes_for_it() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", OWN_GROUPS], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

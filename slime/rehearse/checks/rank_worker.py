@@ -1,6 +1,9 @@
 """Build training ranks for real, on the meta device with a fake process group; say what each holds. Runs as a child process:
 
-python3 -m slime.rehearse.checks.rank_worker PICKLED-JOB    -> one JSON line per rank, then one with the process's peak memory
+python3 -m slime.rehearse.checks.rank_worker FOLDER    reads FOLDER/job.pkl, writes FOLDER/ranks-0.json, ...
+
+torch and megatron-core are imported once; the processes that share the ranks are forks. Each writes one JSON line per rank, and
+one with the memory that it added.
 """
 
 from __future__ import annotations
@@ -8,11 +11,14 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import resource
 import sys
 import time
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 from slime.compat.pickles import load_pickle
 from slime.config import Config
@@ -26,19 +32,39 @@ class Job:
     hf: HfConfig
     world: int
     ranks: tuple[int, ...]
+    processes: int = 1
 
 
-def main(path: str) -> int:
+def main(folder: str) -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    with open(path, "rb") as stream:
+    with open(Path(folder) / "job.pkl", "rb") as stream:
         job: Job = load_pickle(stream, rooms=("slime",))
     _prepare(job)
-    for rank in job.ranks:
-        sys.stdout.write(json.dumps(build_rank(job, rank)) + "\n")
-        sys.stdout.flush()
-    sys.stdout.write(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}) + "\n")
-    return 0
+    shared = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    children = []
+    for number in range(1, job.processes):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                _write(job, Path(folder), number, shared)
+                status = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(pid)
+    _write(job, Path(folder), 0, 0)
+    return max([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 for pid in children], default=0)
+
+
+def _write(job: Job, folder: Path, number: int, shared: int) -> None:
+    """Process `number`'s ranks. shared: KiB that it has from the process that forked it."""
+    with open(folder / f"ranks-{number}.json", "w") as out:
+        for rank in job.ranks[number :: job.processes]:
+            out.write(json.dumps(build_rank(job, rank)) + "\n")
+        added = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - shared)
+        out.write(json.dumps({"peak_bytes": added * 1024}) + "\n")
 
 
 class _OneTable:
@@ -53,9 +79,12 @@ def _prepare(job: Job) -> None:
     from slime.compat.megatron import prepare
 
     prepare()
+    from megatron.core import parallel_state
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
     from slime.model import build
+
+    _leave_out_other_groups(parallel_state)
 
     # A copy of the embedding on the last stage (tied weights, MTP) gets the first stage's numbers while it is built, by way of
     # the device. Meta tensors have no numbers: the exchange alone is left out, the copy is built and counted.
@@ -65,6 +94,25 @@ def _prepare(job: Job) -> None:
         module = importlib.import_module(job.config.model.spec[0])
         if hasattr(module, "read_hf_config"):
             module.read_hf_config = lambda folder: job.hf
+
+
+def _leave_out_other_groups(parallel_state: object) -> None:
+    """Of some 1,100 groups of 256 ranks a rank is in twenty; of the others torch makes NON_GROUP_MEMBER all the same, a
+    thousand times for each rank. Which ranks make a group does not depend on the rank that asks.
+    """
+    import torch.distributed as dist
+
+    create = parallel_state.create_group
+
+    def create_own(ranks: list[int], *args: object, **kwargs: object) -> object:
+        return create(ranks, *args, **kwargs) if dist.get_rank() in ranks else dist.GroupMember.NON_GROUP_MEMBER
+
+    parallel_state.create_group = create_own
+    generate = parallel_state.generate_masked_orthogonal_rank_groups
+    known = lru_cache(lambda world, sizes, mask: generate(world, list(sizes), list(mask)))
+    parallel_state.generate_masked_orthogonal_rank_groups = lambda world, sizes, mask: [
+        list(group) for group in known(world, tuple(sizes), tuple(mask))
+    ]
 
 
 def build_rank(job: Job, rank: int) -> dict[str, object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from typing import TextIO
 
 from slime.model.names import NameTable
 from slime.rehearse.findings import Findings
@@ -53,34 +55,26 @@ def build_ranks(
     # Without flags' checkpoint on this machine the parameter type would be the host's; bytes are not the matter here.
     from slime.rehearse.checks.rank_worker import Job
 
-    job = Job(replace(reading.config, notes=()), reading.hf, world, ())
-    rows: list[dict] = []
-    peak = 0
-    with tempfile.TemporaryDirectory(prefix="slime-rehearse-") as folder:
-        children = []
+    job = Job(replace(reading.config, notes=()), reading.hf, world, tuple(wanted), min(processes, len(wanted)))
+    with tempfile.TemporaryDirectory(prefix="slime-rehearse-") as name:
+        folder = Path(name)
+        (folder / "job.pkl").write_bytes(pickle.dumps(job))
+        with open(folder / "err", "w") as err:
+            child = _start(folder, err)
         try:
-            for number in range(min(processes, len(wanted))):
-                path = Path(folder) / f"job-{number}"
-                path.with_suffix(".pkl").write_bytes(pickle.dumps(replace(job, ranks=tuple(wanted[number::processes]))))
-                children.append((_start(path), path))
-            for child, path in children:
-                child.wait(timeout=max(1.0, timeout - (time.monotonic() - started)))
-                lines = [json.loads(line) for line in path.with_suffix(".out").read_text().splitlines() if line.startswith("{")]
-                if child.returncode != 0 or not lines or "peak_bytes" not in lines[-1]:
-                    raise ValueError(
-                        f"building ranks ended with status {child.returncode}:\n{path.with_suffix('.err').read_text()[-2000:]}"
-                    )
-                peak += lines.pop()["peak_bytes"]
-                rows += lines
+            child.wait(timeout=timeout)
         finally:
-            for child, _ in children:
-                if child.poll() is None:
-                    child.kill()
-                    child.wait()
-    return _summed(rows, len(wanted), time.monotonic() - started, peak)
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # its forks too: it leads a group of its own
+                child.wait()
+        found = [_answer(folder / f"ranks-{number}.json") for number in range(job.processes)]
+        if child.returncode != 0 or not all(found):
+            raise ValueError(f"building ranks ended with status {child.returncode}:\n{(folder / 'err').read_text()[-2000:]}")
+    peak = sum(answer.pop()["peak_bytes"] for answer in found)
+    return _summed([row for answer in found for row in answer], len(wanted), time.monotonic() - started, peak)
 
 
-def _start(path: Path) -> subprocess.Popen:
+def _start(folder: Path, err: TextIO) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parents[3])
     env = {
         **os.environ,
@@ -88,13 +82,19 @@ def _start(path: Path) -> subprocess.Popen:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
     }
-    with open(path.with_suffix(".out"), "w") as out, open(path.with_suffix(".err"), "w") as err:
-        return subprocess.Popen(
-            [sys.executable, "-m", "slime.rehearse.checks.rank_worker", str(path.with_suffix(".pkl"))],
-            stdout=out,
-            stderr=err,
-            env=env,
-        )
+    return subprocess.Popen(
+        [sys.executable, "-m", "slime.rehearse.checks.rank_worker", str(folder)],
+        stdout=subprocess.DEVNULL,
+        stderr=err,
+        env=env,
+        start_new_session=True,
+    )
+
+
+def _answer(path: Path) -> list[dict]:
+    """One row for each rank, then the memory; none of a process that did not come to its end."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return rows if rows and "peak_bytes" in rows[-1] else []
 
 
 def _summed(rows: list[dict], num_ranks: int, seconds: float, peak: int) -> BuiltRanks:
