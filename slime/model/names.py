@@ -57,6 +57,11 @@ class Entry:
         """Of the multi-token-prediction layer."""
         return self.name.startswith("mtp.")
 
+    @property
+    def layer(self) -> int | None:
+        """0-based decoder layer; None for embedding, final norm, output layer and the multi-token-prediction layer."""
+        return int(self.name.split(".", 3)[2]) if self.name.startswith("decoder.layers.") else None
+
 
 @dataclass(frozen=True)
 class NameTable:

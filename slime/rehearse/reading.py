@@ -21,9 +21,9 @@ from slime.config.rules import STAGES, Values, collect
 from slime.config.rules.layout import chunks_of
 from slime.config.stages import Chunk
 from slime.model.names import NameTable
+from slime.model.placement import Grid
 from slime.rehearse.findings import Findings
 from slime.rehearse.known_models import described_config, known_config, known_names
-from slime.rehearse.model.shares import Grid
 
 Basis = Literal["file", "release", "flags", "nothing"]
 """config.json of the checkpoint; the stored one of the release that the folder is named after; one that MODEL_ARGS describe."""

@@ -14,12 +14,14 @@ from slime.config.stages import Cut, cut_layers
 from slime.model.hf_config import read_hf_config
 from slime.model.layout import shard_shape
 from slime.model.names import NameTable
+from slime.model.placement import Grid
 from slime.ops import vocab_logprob
 from slime.rehearse.known_models import known_config
 from slime.rehearse.model import memory
-from slime.rehearse.model.shares import Grid, local_numel
-from slime.rehearse.model.weight_map import build_weight_map, fp8_format
+from slime.rehearse.model.shares import local_numel
+from slime.rehearse.model.weight_map import build_weight_map
 from slime.weights.quantize import WireFormat
+from slime.weights.wire import fp8_format
 from slime_plugins.models.glm5.ops import hopper_ops
 from tests.rehearse.recipes import Recipe, one_node
 

@@ -12,12 +12,13 @@ import pytest
 from slime.config.stages import Cut, cut_layers, layout_string, wrong_starts
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
+from slime.model.placement import Grid, Places, ranges
 from slime.rehearse.checks.layout import layer_costs
 from slime.rehearse.known_models import known_config
 from slime.rehearse.model.cost import Rates, sync_bytes
 from slime.rehearse.model.engine_memory import EngineRank, kv_bytes_per_token
 from slime.rehearse.model.flops import active_parameters, core, mean_selected, model_work
-from slime.rehearse.model.holders import Keepers, ranges
+from slime.rehearse.model.keepers import Keepers
 from slime.rehearse.model.measured import Measured, compare, read_measured
 from slime.rehearse.model.memory import (
     Assumed,
@@ -32,9 +33,9 @@ from slime.rehearse.model.memory import (
     stage_memory,
     working_sets,
 )
-from slime.rehearse.model.shares import Grid, stage_shares
+from slime.rehearse.model.shares import stage_shares
 from slime.rehearse.model.stages import balance, best_list, legal_first_last, stage_costs
-from slime.rehearse.model.weight_map import Places, Row, build_weight_map, checkpoint_bytes, problems
+from slime.rehearse.model.weight_map import Row, build_weight_map, checkpoint_bytes, problems
 
 HF = known_config("/any/GLM-5.2-FP8")
 TABLE = NameTable.for_model(HF)

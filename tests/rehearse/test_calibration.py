@@ -16,9 +16,10 @@ from slime.config.stages import Cut, cut_layers
 from slime.device import PhasePeak
 from slime.model.hf_config import read_hf_config
 from slime.model.names import NameTable
+from slime.model.placement import Grid
 from slime.rehearse.model.host_memory import host_memory
 from slime.rehearse.model.memory import Assumed, TrainShapes
-from slime.rehearse.model.shares import Grid, stage_shares
+from slime.rehearse.model.shares import stage_shares
 from slime.types import RolloutBatch
 
 WIDE = {

@@ -9,8 +9,9 @@ from slime.model.coverage import mtp_is_absent, unnamed_mtp
 from slime.model.hf_headers import INDEX, check_start
 from slime.model.names import NameTable
 from slime.rehearse.findings import Findings
-from slime.rehearse.model.weight_map import checkpoint_bytes, fp8_format
+from slime.rehearse.model.weight_map import checkpoint_bytes
 from slime.rehearse.reading import Reading
+from slime.weights.wire import fp8_format
 
 _SHOWN = 4
 

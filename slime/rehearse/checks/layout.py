@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from slime.config import Config
 from slime.config.stages import Cut, computing_layers, cut_layers, layout_string, wrong_starts
 from slime.model.names import Entry
+from slime.model.placement import Grid, fp8_block_is_local
 from slime.rehearse.findings import Findings
 from slime.rehearse.model.flops import ModelWork, model_work
-from slime.rehearse.model.shares import Grid
 from slime.rehearse.model.stages import Split, balance, best_list, legal_first_last, rank_costs
-from slime.rehearse.model.weight_map import fp8_block_is_local
 from slime.rehearse.reading import Reading
 
 

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import TextIO
 
 from slime.model.names import NameTable
+from slime.model.order import model_order
+from slime.model.placement import has_embedding_copy
 from slime.rehearse.findings import Findings
-from slime.rehearse.model.shares import StageShare, has_embedding_copy
-from slime.rehearse.model.weight_map import WeightMap, model_order
+from slime.rehearse.model.shares import StageShare
+from slime.rehearse.model.weight_map import WeightMap
 from slime.rehearse.reading import Reading
 
 

@@ -10,11 +10,11 @@ from typing import TypeVar
 from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
+from slime.model.placement import Grid
 from slime.rehearse.model.engine_memory import alike, engine_weights
 from slime.rehearse.model.flops import ModelWork
-from slime.rehearse.model.shares import Grid
 from slime.rehearse.model.stages import balance
-from slime.rehearse.model.weight_map import fp8_format, wire_bytes
+from slime.weights.wire import fp8_format, wire_bytes
 
 Numbers = TypeVar("Numbers")
 

@@ -10,9 +10,8 @@ from slime.engine.spec import EngineSpec
 from slime.engine.versions import capabilities
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
-from slime.rehearse.model.flops import layer_of
-from slime.rehearse.model.holders import Keepers
-from slime.rehearse.model.weight_map import fp8_format, wire_bytes
+from slime.rehearse.model.keepers import Keepers
+from slime.weights.wire import fp8_format, wire_bytes
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def engine_weights(table: NameTable, hf: HfConfig, spec: EngineSpec) -> EngineWe
             if entry.expert is not None:
                 whole_experts[draft] += nbytes
                 continue
-            share = layers_of_a_stage if layer_of(entry) is not None and not draft else 1
+            share = layers_of_a_stage if entry.layer is not None and not draft else 1
             totals[draft] += int(nbytes / Keepers.cut(entry, tensor, spec) * share)
     # Experts lie on the expert-parallel ranks, and what tensor parallelism is left cuts each of them.
     main = totals[False] + int(whole_experts[False] / spec.tp_size * layers_of_a_stage)

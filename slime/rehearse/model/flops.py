@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slime.model.hf_config import HfConfig
-from slime.model.names import Entry, NameTable
+from slime.model.names import NameTable
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _active(table: NameTable, hf: HfConfig) -> tuple[list[int], int]:
         if len(entry.shape) != 2 or entry.name.startswith("embedding."):
             continue
         numel = entry.shape[0] * entry.shape[1]
-        layer = hf.num_layers if is_mtp(entry) else layer_of(entry)
+        layer = hf.num_layers if entry.is_mtp else entry.layer
         if layer is None:
             head = numel
         elif entry.expert is None:
@@ -118,14 +118,3 @@ def _active(table: NameTable, hf: HfConfig) -> tuple[list[int], int]:
         head = hf["vocab_size"] * hf["hidden_size"]
     share = hf.get("num_experts_per_tok", 0)
     return [kept + (some * share // hf.num_experts if some else 0) for kept, some in zip(always, routed, strict=True)], head
-
-
-def layer_of(entry: Entry) -> int | None:
-    """0-based decoder layer of an entry; None for embedding, final norm, output layer and the MTP layer."""
-    if entry.name.startswith("decoder.layers."):
-        return int(entry.name.split(".", 3)[2])
-    return None
-
-
-def is_mtp(entry: Entry) -> bool:
-    return entry.name.startswith("mtp.")

@@ -7,6 +7,7 @@ torch reference of the sparse core gathers keys in bounded pieces.
 from __future__ import annotations
 
 from slime.model.hf_config import HfConfig
+from slime.model.placement import Grid
 from slime.rehearse.model.memory import (
     GB,
     Assumed,
@@ -20,7 +21,7 @@ from slime.rehearse.model.memory import (
     optimizer_bytes,
     stored_inputs,
 )
-from slime.rehearse.model.shares import Grid, StageShare
+from slime.rehearse.model.shares import StageShare
 
 # slime_plugins/models/glm5/ops/torch_ops.py bounds its temporaries to this many bytes each.
 CORE_CHUNK = 4 * (1 << 24)

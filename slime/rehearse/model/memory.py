@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from slime.model.hf_config import HfConfig
+from slime.model.placement import Grid
 from slime.rehearse.model.engine_memory import EngineRank
-from slime.rehearse.model.shares import Grid, StageShare
+from slime.rehearse.model.shares import StageShare
 
 GB = 1e9
 

@@ -8,45 +8,7 @@ from dataclasses import dataclass
 
 from slime.config.stages import Chunk
 from slime.model.names import Entry, NameTable
-from slime.rehearse.model.flops import is_mtp, layer_of
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Sizes of the training ranks. Axes from fastest: tp, cp, ep, dp, pp (megatron-core's default order)."""
-
-    world: int
-    tp: int
-    pp: int
-    cp: int
-    ep: int
-    etp: int
-
-    @property
-    def dp(self) -> int:
-        return self.world // (self.tp * self.pp * self.cp)
-
-    @property
-    def edp(self) -> int:
-        """Replicas of an expert."""
-        return self.world // (self.etp * self.ep * self.pp)
-
-    @property
-    def ranks_per_stage(self) -> int:
-        return self.world // self.pp
-
-    def place(self, rank: int) -> dict[str, int]:
-        """Coordinates of a rank, dense and expert ones."""
-        inside, stage = rank % self.ranks_per_stage, rank // self.ranks_per_stage
-        return {
-            "tp": inside % self.tp,
-            "cp": inside // self.tp % self.cp,
-            "dp": inside // (self.tp * self.cp),
-            "pp": stage,
-            "etp": inside % self.etp,
-            "ep": inside // self.etp % self.ep,
-            "edp": inside // (self.etp * self.ep),
-        }
+from slime.model.placement import Grid, has_embedding_copy
 
 
 @dataclass(frozen=True)
@@ -113,9 +75,9 @@ def stage_parts(table: NameTable, chunks: Sequence[Chunk], pp: int, *, mtp: bool
     first: dict[tuple, Entry] = {}
     computing: list[set[int]] = [set() for _ in range(pp)]
     for entry in table.entries:
-        if entry.float32 or (is_mtp(entry) and not mtp):
+        if entry.float32 or (entry.is_mtp and not mtp):
             continue
-        layer = layer_of(entry)
+        layer = entry.layer
         stage = owner[layer] if layer is not None else (0 if entry.name.startswith("embedding.") else last)
         frozen = is_indexer(entry)
         kind = (entry.shape, entry.split, entry.expert is not None, frozen)
@@ -159,11 +121,6 @@ def stage_shares(
 ) -> list[StageShare]:
     """One share per pipeline rank, trained and frozen parameters apart."""
     return shares_of(stage_parts(table, chunks, grid.pp, mtp=mtp), grid, padded_vocab=padded_vocab)
-
-
-def has_embedding_copy(table: NameTable, pp: int, *, mtp: bool) -> bool:
-    """The last of several stages has the embedding too: for tied weights, or to embed what the MTP layer reads."""
-    return pp > 1 and (bool(table.aliases) or mtp)
 
 
 _INDEXER = (

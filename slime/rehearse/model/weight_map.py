@@ -18,12 +18,11 @@ from slime.config.stages import Chunk
 from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
 from slime.model.names import Entry, HfTensor, NameTable
-from slime.rehearse.model.flops import is_mtp, layer_of
-from slime.rehearse.model.holders import Holders, Keepers, faults, holders_of
-from slime.rehearse.model.shares import Grid, has_embedding_copy
+from slime.model.order import model_order
+from slime.model.placement import Grid, Holders, Places, faults, fp8_block_is_local, holders_of
+from slime.rehearse.model.keepers import Keepers
 from slime.weights.digest import StreamDigest
-
-SCALE_BYTES = 4
+from slime.weights.wire import fp8_format, partners_of, update_groups, wire_bytes
 
 
 @dataclass(frozen=True)
@@ -96,23 +95,6 @@ def checkpoint_bytes(table: NameTable, *, fp8: bool) -> int:
     )
 
 
-def wire_bytes(tensor: HfTensor, *, fp8: bool, block: int, float32: bool) -> int:
-    numel = 1
-    for size in tensor.shape:
-        numel *= size
-    if fp8:
-        rows, columns = tensor.shape
-        return numel + -(-rows // block) * -(-columns // block) * SCALE_BYTES
-    return numel * (4 if float32 else 2)
-
-
-def fp8_format(hf: HfConfig) -> tuple[int | None, frozenset[str]]:
-    """(block, modules kept as they are) of the serving checkpoint; (None, ...) when it is not block FP8."""
-    section = hf.get("quantization_config") or {}
-    block = section.get("weight_block_size")
-    return (int(block[0]) if block else None), hf.fp8_exceptions
-
-
 def build_weight_map(
     table: NameTable,
     hf: HfConfig,
@@ -132,9 +114,9 @@ def build_weight_map(
     rows: list[Row] = []
     buckets: list[int] = []
     source_bytes: Counter[int] = Counter()
-    partners = Counter(entry.together for entry in table.entries if entry.together)
+    partners = partners_of(table)
     for source, stage, entries in _sources(table, grid, places, mtp):
-        for bucket in _bucketed(_groups(entries, partners), limit_bytes, block, kept):
+        for bucket in _bucketed(update_groups(entries, partners), limit_bytes, block, kept):
             number = len(buckets)
             buckets.append(sum(nbytes for _, _, nbytes, _ in bucket))
             source_bytes[source] += buckets[-1]
@@ -142,35 +124,12 @@ def build_weight_map(
     return WeightMap(tuple(rows), tuple(buckets), dict(source_bytes), tuple(problems(table, rows, grid, places, mtp=mtp)))
 
 
-class Places:
-    """Which pipeline stages and which expert shard have a tensor."""
-
-    def __init__(self, table: NameTable, grid: Grid, chunks: Sequence[Chunk], mtp: bool, padded_vocab: int | None):
-        self.padded_vocab = padded_vocab
-        self._grid, self._last = grid, chunks[-1].pp_rank
-        self._owner = {layer: chunk.pp_rank for chunk in chunks for layer in chunk.layers}
-        self._per_shard = -(
-            -max((entry.expert + 1 for entry in table.entries if entry.expert is not None), default=0) // grid.ep
-        )
-        self._embedding = (0, self._last) if has_embedding_copy(table, grid.pp, mtp=mtp) else (0,)
-
-    def stages(self, entry: Entry) -> tuple[int, ...]:
-        """The first one sends it; the last one may have a copy of the embedding."""
-        if entry.name.startswith("embedding."):
-            return self._embedding
-        layer = layer_of(entry)
-        return (self._last if layer is None else self._owner[layer],)
-
-    def expert_shard(self, entry: Entry) -> int | None:
-        return None if entry.expert is None else entry.expert // self._per_shard
-
-
 def _sources(table: NameTable, grid: Grid, places: Places, mtp: bool) -> Iterator[tuple[int, int, list[Entry]]]:
     """(rank, stage, its entries in the model's order): dense sources of all stages, then the experts' sources, by rank."""
     dense: dict[int, list[Entry]] = {stage: [] for stage in range(grid.pp)}
     experts: dict[tuple[int, int], list[Entry]] = {(stage, ep): [] for stage in range(grid.pp) for ep in range(grid.ep)}
     for entry in table.entries:
-        if is_mtp(entry) and not mtp:
+        if entry.is_mtp and not mtp:
             continue
         stage, shard = places.stages(entry)[0], places.expert_shard(entry)
         if shard is None:
@@ -184,88 +143,18 @@ def _sources(table: NameTable, grid: Grid, places: Places, mtp: bool) -> Iterato
             yield stage * grid.ranks_per_stage + ep * grid.etp, stage, sorted(entries, key=model_order)
 
 
-# The order in which the layer's modules register their parameters. `check_ranks` compares it with the built model's.
-_IN_LAYER = (
-    "input_layernorm.weight",
-    "self_attention.linear_q_proj.weight",
-    "self_attention.linear_q_down_proj.weight",
-    "self_attention.linear_q_up_proj.weight",
-    "self_attention.linear_q_up_proj.layer_norm_weight",
-    "self_attention.linear_kv_down_proj.weight",
-    "self_attention.linear_kv_up_proj.weight",
-    "self_attention.linear_kv_up_proj.layer_norm_weight",
-    "self_attention.linear_qkv.weight",
-    "self_attention.linear_qkv.bias",
-    "self_attention.linear_qkv.layer_norm_weight",
-    "self_attention.q_layernorm.weight",
-    "self_attention.k_layernorm.weight",
-    "self_attention.linear_proj.weight",
-    "self_attention.wq_b.weight",
-    "self_attention.wk.weight",
-    "self_attention.k_norm.weight",
-    "self_attention.k_norm.bias",
-    "self_attention.weights_proj.weight",
-    "post_self_attn_layernorm.weight",
-    "pre_mlp_layernorm.weight",
-    "mlp.router.weight",
-    "mlp.experts.linear_fc1.weight",
-    "mlp.experts.linear_fc2.weight",
-    "mlp.shared_experts.linear_fc1.weight",
-    "mlp.shared_experts.linear_fc2.weight",
-    "mlp.linear_fc1.weight",
-    "mlp.linear_fc1.layer_norm_weight",
-    "mlp.linear_fc2.weight",
-    "post_mlp_layernorm.weight",
-    "mlp.router.expert_bias",
-)
-# The MTP layer's own order, around its decoder layer.
-_IN_MTP = (
-    *("enorm.weight", "hnorm.weight", "eh_proj.weight"),
-    *(f"transformer_layer.{name}" for name in _IN_LAYER),
-    "final_layernorm.weight",
-)
-_PLACE = {name: place for names in (_IN_LAYER, _IN_MTP) for place, name in enumerate(names)}
-
-
-def model_order(entry: Entry) -> tuple[int, int, int, int]:
-    """Sort key: parameters before buffers; embedding, layers, final norm, MTP layer, head; a layer's own order; the expert."""
-    layer = 10**6 + 1 if is_mtp(entry) else layer_of(entry)
-    if layer is None:
-        where = -1 if entry.name.startswith("embedding.") else 10**6 + 2 * ("output_layer" in entry.name)
-        return int(entry.float32), where, 0, 0
-    suffix = entry.name.split(".", 3)[3]
-    if entry.expert is not None:
-        suffix = suffix.removesuffix(str(entry.expert))
-    return int(entry.float32), layer, _PLACE[suffix], entry.expert or 0
-
-
-def _groups(entries: Iterable[Entry], partners: Mapping[str, int]) -> Iterator[list[tuple[Entry, HfTensor]]]:
-    """Tensors that must share a bucket; a fused pair is sent when its last member comes. partners: how many each has."""
-    waiting: dict[str, list[tuple[Entry, HfTensor]]] = {}
-    arrived: Counter[str] = Counter()
-    for entry in entries:
-        tensors = [(entry, tensor) for tensor in entry.hf]
-        if not entry.together:
-            yield tensors
-            continue
-        waiting.setdefault(entry.together, []).extend(tensors)
-        arrived[entry.together] += 1
-        if arrived[entry.together] == partners[entry.together]:
-            yield waiting.pop(entry.together)
-
-
 Sized = tuple[Entry, HfTensor, int, bool]
 
 
 def _bucketed(
-    groups: Iterable[list[tuple[Entry, HfTensor]]], limit: int, block: int | None, kept: frozenset[str]
+    groups: Iterable[tuple[Entry, ...]], limit: int, block: int | None, kept: frozenset[str]
 ) -> Iterator[list[Sized]]:
     """The rule of `slime.weights.buckets.fill_buckets`, on sizes alone."""
     waiting: list[Sized] = []
     waiting_bytes = 0
     for group in groups:
         sized = []
-        for entry, tensor in group:
+        for entry, tensor in ((one, tensor) for one in group for tensor in one.hf):
             fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
             sized.append((entry, tensor, wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32), fp8))
         nbytes = sum(row[2] for row in sized)
@@ -315,17 +204,9 @@ class _Describer:
         return "shard" if fp8_block_is_local(entry, size, self._block) else "gather"
 
 
-def fp8_block_is_local(entry: Entry, size: int, block: int) -> bool:
-    """Each HF tensor's shard starts and ends on block borders along the cut."""
-    if entry.split == "none" or size == 1:
-        return True
-    axis = 1 if entry.split == "columns" else 0
-    return all(tensor.shape[axis] % (size * block) == 0 for tensor in entry.hf if tensor.fp8)
-
-
 def problems(table: NameTable, rows: Sequence[Row], grid: Grid, places: Places, *, mtp: bool) -> list[str]:
     """What would make the map no proof: a tensor that is not sent, sent twice, away from its partner, or not whole on ranks."""
-    wanted = {tensor.name: entry for entry in table.entries if mtp or not is_mtp(entry) for tensor in entry.hf}
+    wanted = {tensor.name: entry for entry in table.entries if mtp or not entry.is_mtp for tensor in entry.hf}
     sent = Counter(row.name for row in rows)
     found = [f"{name} is in no bucket" for name in wanted if name not in sent]
     found += [f"{name} is sent {count} times" for name, count in sent.items() if count != 1]

@@ -1,5 +1,6 @@
-"""Who has which part of a tensor, rank by rank: of the trainer's ranks and of an engine's.
+"""Where the trainer holds each tensor: the grid of its ranks, the stages and shards that have it, which part is on whom.
 
+Pure arithmetic on the table of names; a rehearsal, the plan of a weight sync and the tests of real ranks read the same answer.
 Rank sets are written as ranges: `0-28/4` is 0, 4, ..., 28 and `0-3,7` is 0, 1, 2, 3, 7.
 """
 
@@ -11,9 +12,74 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from slime.engine.spec import EngineSpec
-from slime.model.names import Entry, HfTensor
-from slime.rehearse.model.shares import Grid
+from slime.config.stages import Chunk
+from slime.model.names import Entry, HfTensor, NameTable
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of the training ranks. Axes from fastest: tp, cp, ep, dp, pp (megatron-core's default order)."""
+
+    world: int
+    tp: int
+    pp: int
+    cp: int
+    ep: int
+    etp: int
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp * self.cp)
+
+    @property
+    def edp(self) -> int:
+        """Replicas of an expert."""
+        return self.world // (self.etp * self.ep * self.pp)
+
+    @property
+    def ranks_per_stage(self) -> int:
+        return self.world // self.pp
+
+    def place(self, rank: int) -> dict[str, int]:
+        """Coordinates of a rank, dense and expert ones."""
+        inside, stage = rank % self.ranks_per_stage, rank // self.ranks_per_stage
+        return {
+            "tp": inside % self.tp,
+            "cp": inside // self.tp % self.cp,
+            "dp": inside // (self.tp * self.cp),
+            "pp": stage,
+            "etp": inside % self.etp,
+            "ep": inside // self.etp % self.ep,
+            "edp": inside // (self.etp * self.ep),
+        }
+
+
+class Places:
+    """Which pipeline stages and which expert shard have a tensor."""
+
+    def __init__(self, table: NameTable, grid: Grid, chunks: Sequence[Chunk], mtp: bool, padded_vocab: int | None):
+        self.padded_vocab = padded_vocab
+        self._grid, self._last = grid, chunks[-1].pp_rank
+        self._owner = {layer: chunk.pp_rank for chunk in chunks for layer in chunk.layers}
+        self._per_shard = -(
+            -max((entry.expert + 1 for entry in table.entries if entry.expert is not None), default=0) // grid.ep
+        )
+        self._embedding = (0, self._last) if has_embedding_copy(table, grid.pp, mtp=mtp) else (0,)
+
+    def stages(self, entry: Entry) -> tuple[int, ...]:
+        """The first one sends it; the last one may have a copy of the embedding."""
+        if entry.name.startswith("embedding."):
+            return self._embedding
+        layer = entry.layer
+        return (self._last if layer is None else self._owner[layer],)
+
+    def expert_shard(self, entry: Entry) -> int | None:
+        return None if entry.expert is None else entry.expert // self._per_shard
+
+
+def has_embedding_copy(table: NameTable, pp: int, *, mtp: bool) -> bool:
+    """The last of several stages has the embedding too: for tied weights, or to embed what the MTP layer reads."""
+    return pp > 1 and (bool(table.aliases) or mtp)
 
 
 def ranges(ranks: Iterable[int]) -> str:
@@ -66,8 +132,7 @@ def holders_of(
         return Holders("all", (Part(0, 1, ranks[0]),))
     columns = entry.split == "columns"
     length = tensor.shape[1 if columns else 0]
-    # One HF tensor with gate and up in it: each rank has its rows of both.
-    pieces = 2 if entry.split == "gated_rows" and len(entry.hf) == 1 else 1
+    pieces = pieces_per_rank(entry)
     padded = padded_vocab if entry.split == "vocab" and padded_vocab else length
     borders = [min(length, number * padded // (pieces * size)) for number in range(pieces * size + 1)]
     parts = [Part(start, stop, ranks[number % size]) for number, (start, stop) in enumerate(pairwise(borders))]
@@ -127,51 +192,15 @@ def _replicas(grid: Grid, stages: Sequence[int], expert_shard: int | None, *, wh
                 yield from ((stage, cp, dp, tp) for tp in (range(grid.tp) if whole else (-1,)))
 
 
-class Keepers:
-    """Which ranks of each engine keep a part of a tensor; every rank is handed every bucket.
+def fp8_block_is_local(entry: Entry, size: int, block: int) -> bool:
+    """Each HF tensor's shard starts and ends on block borders along the cut. size: ranks that share the entry."""
+    if entry.split == "none" or size == 1:
+        return True
+    axis = 1 if entry.split == "columns" else 0
+    pieces = pieces_per_rank(entry) * size
+    return all(tensor.shape[axis] % (pieces * block) == 0 for tensor in entry.hf if tensor.fp8)
 
-    By SGLang's rules: routed experts lie on consecutive expert-parallel ranks; attention and embedding are cut over the ranks
-    of an attention replica, an MLP over all ranks unless moe_dense_tp_size (dense) or an all-to-all backend (shared experts)
-    keeps it whole, the output layer as the embedding with enable_dp_lm_head and over all ranks without.
-    """
 
-    def __init__(self, engines: Sequence[EngineSpec], num_experts: int):
-        self._engines, self._num_experts = engines, num_experts
-        self._said: dict[tuple, str] = {}
-
-    def text(self, entry: Entry, tensor: HfTensor) -> str:
-        """`0-3:all@0-63` (engines 0 to 3, each rank the whole tensor), `0:1/4@0-63;1:all@0-7` (a quarter on each)."""
-        cuts = tuple(self.cut(entry, tensor, engine) for engine in self._engines)
-        if (entry.expert, cuts) not in self._said:
-            said: dict[str, list[int]] = {}
-            for engine, cut in zip(self._engines, cuts, strict=True):
-                words = ("all" if cut == 1 else f"1/{cut}") + f"@{ranges(self._ranks(entry, engine))}"
-                words += " of a pipeline stage" if engine.pp_size > 1 else ""
-                said.setdefault(words, []).append(engine.engine_id)
-            self._said[entry.expert, cuts] = ";".join(f"{ranges(ids)}:{words}" for words, ids in said.items())
-        return self._said[entry.expert, cuts]
-
-    def _ranks(self, entry: Entry, engine: EngineSpec) -> range:
-        if entry.expert is None:
-            return range(engine.tp_size)
-        share = engine.tp_size // engine.ep_size
-        first = entry.expert // (self._num_experts // engine.ep_size) * share
-        return range(first, first + share)
-
-    @staticmethod
-    def cut(entry: Entry, tensor: HfTensor, engine: EngineSpec) -> int:
-        """Into how many parts the engine cuts it."""
-        attention, settings = engine.tp_size // engine.dp_size, engine.settings
-        if entry.expert is not None:
-            return engine.tp_size // engine.ep_size
-        if entry.split == "none":
-            return 1
-        if ".mlp.shared_experts." in entry.name:
-            return engine.tp_size if str(settings.get("moe_a2a_backend", "none")) == "none" else 1
-        if ".mlp." in entry.name:
-            return 1 if str(settings.get("moe_dense_tp_size")) == "1" else engine.tp_size
-        if entry.name.startswith("output_layer."):
-            return attention if str(settings.get("enable_dp_lm_head", "")).lower() in ("true", "1") else engine.tp_size
-        if entry.groups and tensor is not entry.hf[0]:
-            return min(attention, entry.groups[0])  # with more ranks than key/value heads, some have the same one
-        return attention
+def pieces_per_rank(entry: Entry) -> int:
+    """One HF tensor with gate and up in it: each rank has its rows of both."""
+    return 2 if entry.split == "gated_rows" and len(entry.hf) == 1 else 1

@@ -1,0 +1,130 @@
+"""By which links a part reaches all its GPUs: each node once over the network, the node's other GPUs over NVLink.
+
+A node that has it already gets nothing over the network. Any other is entered through one GPU, from a rank that trained the
+part (hop 0) or from a GPU that got it in hop 0 (hop 1): so a pipeline stage with many layers gives few copies, and the
+receivers pass them on. A hop lasts as long as its busiest link. Each choice is the one that makes the two hops together the
+least longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Groups = tuple[tuple[int, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Route:
+    makers: tuple[int, ...]
+    legs: tuple[tuple[int, int, int], ...]
+    """(hop, source, target)"""
+
+
+class _Hop:
+    """Bytes on every GPU's network link in one hop of the round."""
+
+    def __init__(self, gpus: int, level: float):
+        self.out, self.into = [0] * gpus, [0] * gpus
+        self.level = level
+        """Bytes on the busiest link at the end of the hop, as far as is known: what stays below costs no time."""
+
+    def add(self, source: int, target: int, nbytes: int) -> None:
+        self.out[source] += nbytes
+        self.into[target] += nbytes
+        self.level = max(self.level, self.out[source], self.into[target])
+
+    def cost(self, source: int, target: int, nbytes: int) -> tuple[float, float]:
+        """(by how much the hop becomes longer, how full the fuller link is then)."""
+        full = nbytes + max(self.out[source], self.into[target])
+        return max(0.0, full - self.level), full / (self.level or 1.0)
+
+
+class Router:
+    """Chooses by the bytes that each GPU's links have to carry in the round so far."""
+
+    def __init__(self, nodes: Sequence[int]):
+        self._node = nodes
+        self._groups: dict[tuple[int, ...], Groups] = {}
+        self._turn = 0
+
+    def new_round(self, stops: Sequence[tuple[Sequence[int], tuple[int, ...], int]]) -> None:
+        """stops: (sources, GPUs, bytes) of everything that the round moves."""
+        once, total = [0.0] * len(self._node), 0
+        for sources, gpus, nbytes in stops:
+            inside = {self._node[source] for source in sources}
+            copies = sum(node not in inside for node, _ in self._nodes(gpus))
+            total += copies * nbytes
+            for source in sources if copies else ():
+                once[source] += nbytes / len(sources)
+        first = max(once)
+        gpus = len(self._node)
+        self._first, self._second = _Hop(gpus, first), _Hop(gpus, max(0.0, total / gpus - first))
+        self._near_out = [0] * gpus
+
+    def route(self, sources: Sequence[int], gpus: tuple[int, ...], nbytes: int) -> Route:
+        """sources: GPUs whose trainer rank can give the part. gpus: that must have it at the end."""
+        keeps = set(sources)
+        makers = keeps.intersection(gpus)
+        legs: list[tuple[int, int, int]] = []
+        inside: dict[int, list[int]] = {}
+        for source in sources:
+            inside.setdefault(self._node[source], []).append(source)
+        away: list[tuple[int, ...]] = []
+        for node, members in self._nodes(gpus):
+            if node not in inside:
+                away.append(members)
+                continue
+            for gpu in members:
+                if gpu not in keeps:
+                    source = min(inside[node], key=self._near_out.__getitem__)
+                    makers.add(source)
+                    legs.append(self._near(0, source, gpu, nbytes))
+        relays = list(sources)
+        for members in self._in_turn(away):
+            hop, source, entry = self._enter(sources, relays, members, nbytes)
+            if source in keeps:
+                makers.add(source)
+            if hop == 0:
+                relays.append(entry)
+            legs.append((hop, source, entry))
+            legs += [self._near(hop + 1, entry, gpu, nbytes) for gpu in members if gpu != entry]
+        return Route(tuple(sorted(makers)), tuple(legs))
+
+    def _in_turn(self, away: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The node whose links are the emptiest in hop 0 comes first, for the first copy is always of hop 0."""
+        if len(away) < 2:
+            return away
+        self._turn += 1
+        start = self._turn % len(away)
+        turned = away[start:] + away[:start]
+        into = self._first.into
+        best = min(range(len(turned)), key=lambda one: min(into[gpu] for gpu in turned[one]))
+        return [turned[best], *turned[:best], *turned[best + 1 :]]
+
+    def _enter(
+        self, sources: Sequence[int], relays: Sequence[int], members: tuple[int, ...], nbytes: int
+    ) -> tuple[int, int, int]:
+        """(hop, source, entry) of a node's one copy."""
+        first, second = self._first, self._second
+        direct = min(sources, key=first.out.__getitem__), min(members, key=first.into.__getitem__)
+        if relays:
+            relayed = min(relays, key=second.out.__getitem__), min(members, key=second.into.__getitem__)
+            if second.cost(*relayed, nbytes) < first.cost(*direct, nbytes):
+                second.add(*relayed, nbytes)
+                return 1, *relayed
+        first.add(*direct, nbytes)
+        return 0, *direct
+
+    def _near(self, hop: int, source: int, target: int, nbytes: int) -> tuple[int, int, int]:
+        self._near_out[source] += nbytes
+        return hop, source, target
+
+    def _nodes(self, gpus: tuple[int, ...]) -> Groups:
+        """The GPUs node by node."""
+        if gpus not in self._groups:
+            found: dict[int, list[int]] = {}
+            for gpu in gpus:
+                found.setdefault(self._node[gpu], []).append(gpu)
+            self._groups[gpus] = tuple((node, tuple(members)) for node, members in found.items())
+        return self._groups[gpus]

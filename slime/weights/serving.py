@@ -1,0 +1,97 @@
+"""An engine as a sync of weights sees it: its GPUs, and which of them keep which tensors. By SGLang's rules, without SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from slime.model.names import Entry
+
+
+class ServingSpec(Protocol):
+    """The part of an engine's spec that decides what its ranks keep."""
+
+    @property
+    def engine_id(self) -> int: ...
+    @property
+    def gpu_offset(self) -> int: ...
+    @property
+    def tp_size(self) -> int: ...
+    @property
+    def pp_size(self) -> int: ...
+    @property
+    def ep_size(self) -> int: ...
+    @property
+    def settings(self) -> Mapping[str, object]: ...
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """One engine that takes the trainer's weights."""
+
+    engine: int
+    """Its engine_id."""
+    gpus: tuple[int, ...]
+    """Global GPU of each rank, pipeline stage by pipeline stage: rank = stage x tp + tp_rank."""
+    tp: int
+    pp: int = 1
+    ep: int = 1
+    drafts: bool = False
+    """Its draft model is the multi-token-prediction layer, which it takes too."""
+    fixed_experts: bool = True
+    """An expert stays on its ranks; with redundant or moving experts each rank takes all of them."""
+
+    @staticmethod
+    def of(spec: ServingSpec, *, first_gpu: int) -> Receiver:
+        """first_gpu: global GPU of the first rollout slot, 0 where engines share the trainer's GPUs."""
+        start = first_gpu + spec.gpu_offset
+        return Receiver(
+            spec.engine_id,
+            tuple(range(start, start + spec.tp_size * spec.pp_size)),
+            tp=spec.tp_size,
+            pp=spec.pp_size,
+            ep=spec.ep_size,
+            drafts=bool(spec.settings.get("speculative_algorithm")),
+            fixed_experts=not _moves_experts(spec.settings),
+        )
+
+    def keepers(self, entry: Entry, *, num_experts: int, num_layers: int) -> tuple[int, ...]:
+        """GPUs whose ranks load the entry's tensors, or a slice of them that the loader cuts itself."""
+        if entry.is_mtp and not self.drafts:
+            return ()
+        ranks = range(self.tp)
+        if entry.expert is not None and self.fixed_experts:
+            ranks = expert_ranks(entry.expert, num_experts=num_experts, tp=self.tp, ep=self.ep)
+        stages = self._stages(entry, num_layers)
+        return tuple(self.gpus[stage * self.tp + rank] for stage in stages for rank in ranks)
+
+    def _stages(self, entry: Entry, num_layers: int) -> tuple[int, ...]:
+        """Pipeline stages that load it. Embedding and output layer go to both ends, for tied weights are on both."""
+        if self.pp == 1:
+            return (0,)
+        if entry.layer is not None:
+            return (stage_of_layer(entry.layer, num_layers=num_layers, pp=self.pp),)
+        ends = entry.name.startswith(("embedding.", "output_layer."))
+        return (0, self.pp - 1) if ends else (self.pp - 1,)
+
+
+def expert_ranks(expert: int, *, num_experts: int, tp: int, ep: int) -> range:
+    """Tensor-parallel ranks that keep a routed expert: consecutive blocks of experts lie on consecutive ranks."""
+    share = tp // ep
+    first = expert // (num_experts // ep) * share
+    return range(first, first + share)
+
+
+def stage_of_layer(layer: int, *, num_layers: int, pp: int) -> int:
+    """SGLang's own cut (get_pp_indices): equal stages, with one layer more in each of the last where they do not divide."""
+    each, more = divmod(num_layers, pp)
+    small = (pp - more) * each
+    return layer // each if layer < small else pp - more + (layer - small) // (each + 1)
+
+
+def _moves_experts(settings: Mapping[str, object]) -> bool:
+    def said(name: str) -> str:
+        return str(settings.get(name, "")).lower()
+
+    return said("enable_eplb") in ("true", "1") or said("ep_num_redundant_experts") not in ("", "0", "none")

@@ -1,0 +1,141 @@
+"""What travels: every tensor as an engine loads it, in the groups that one update call must carry. No torch.
+
+A tensor that tensor parallelism cuts is on the trainer's ranks in parts: ranges of its rows or of its columns. Where the cut
+lies on FP8 blocks a rank quantises its own part, and the part's codes and scales are those of the whole tensor; where it
+does not, the tensor is gathered first and has one part.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from slime.model.hf_config import HfConfig
+from slime.model.names import Entry, HfTensor, NameTable
+from slime.model.placement import Holders, fp8_block_is_local
+
+SCALE_BYTES = 4
+ALIGNMENT = 16
+"""Tensors start at multiples of it in a bucket: CUDA loads want aligned addresses, and float32 views a multiple of 4."""
+_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
+
+Ranges = tuple[tuple[int, int], ...]
+"""[start, stop) along one axis, ascending."""
+
+
+def padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Format:
+    """The number formats of the serving checkpoint, by its own config."""
+
+    dtype: str
+    """torch's name of what is not FP8."""
+    block: int | None
+    """Side of an FP8 block; None when the checkpoint is not block FP8."""
+    kept: frozenset[str]
+    """Modules that an FP8 checkpoint keeps as they are."""
+
+    @staticmethod
+    def of(hf: HfConfig) -> Format:
+        block, kept = fp8_format(hf)
+        return Format(str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch."), block, kept)
+
+    def is_fp8(self, tensor: HfTensor) -> bool:
+        return self.block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in self.kept
+
+
+def fp8_format(hf: HfConfig) -> tuple[int | None, frozenset[str]]:
+    """(block, modules kept as they are) of the serving checkpoint; (None, ...) when it is not block FP8."""
+    section = hf.get("quantization_config") or {}
+    block = section.get("weight_block_size")
+    return (int(block[0]) if block else None), hf.fp8_exceptions
+
+
+def wire_bytes(tensor: HfTensor, *, fp8: bool, block: int, float32: bool, item_bytes: int = 2) -> int:
+    """Of one tensor, its FP8 scales included. item_bytes: of what is neither FP8 nor float32."""
+    numel = 1
+    for size in tensor.shape:
+        numel *= size
+    if fp8:
+        rows, columns = tensor.shape
+        return numel + -(-rows // block) * -(-columns // block) * SCALE_BYTES
+    return numel * (4 if float32 else item_bytes)
+
+
+@dataclass(frozen=True)
+class WireTensor:
+    """One tensor of a bucket: what an engine loads under `name`, and the parts in which it arrives."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """torch dtype without the prefix, e.g. "float8_e4m3fn"."""
+    axis: int
+    """0: parts are rows, 1: columns. A tensor that is not cut has one part, all of its rows."""
+    parts: tuple[Ranges, ...]
+    """Per part its ranges along the axis."""
+
+    @property
+    def nbytes(self) -> int:
+        return self._along() * sum(stop - start for ranges in self.parts for start, stop in ranges)
+
+    def part_bytes(self, part: int) -> int:
+        return self._along() * sum(stop - start for start, stop in self.parts[part])
+
+    def _along(self) -> int:
+        """Bytes of one row, or of one column."""
+        total = _ITEM_BYTES[self.dtype]
+        for axis, size in enumerate(self.shape):
+            total *= 1 if axis == self.axis else size
+        return total
+
+
+def wire_tensors(entry: Entry, tensor: HfTensor, held: Holders, form: Format) -> tuple[WireTensor, ...]:
+    """The tensor, and behind it its scale where it is FP8. held: who has which part, as `parts_of` gives it."""
+    axis = 1 if held.axis == "columns" else 0
+    length = tensor.shape[axis]
+    whole = held.axis == "all"
+    # With two pieces per rank, parts come piece by piece: 0 1 2 3 0 1 2 3.
+    ranks = dict.fromkeys(part.ranks for part in held.parts)
+    parts = tuple(
+        ((0, length),) if whole else tuple((part.start, part.stop) for part in held.parts if part.ranks == ranks_of_part)
+        for ranks_of_part in ranks
+    )
+    if not form.is_fp8(tensor):
+        return (WireTensor(tensor.name, tensor.shape, "float32" if entry.float32 else form.dtype, axis, parts),)
+    block = form.block or 1
+    scale_shape = tuple(-(-size // block) for size in tensor.shape)
+    scales = tuple(tuple((start // block, -(-stop // block)) for start, stop in ranges) for ranges in parts)
+    return (
+        WireTensor(tensor.name, tensor.shape, "float8_e4m3fn", axis, parts),
+        WireTensor(tensor.scale_name, scale_shape, "float32", axis, scales),
+    )
+
+
+def is_gathered(entry: Entry, size: int, form: Format) -> bool:
+    """A cut through FP8 blocks: the tensor is put together before it is quantised. size: ranks that share it."""
+    if form.block is None or not any(form.is_fp8(tensor) for tensor in entry.hf):
+        return False
+    return not fp8_block_is_local(entry, size, form.block)
+
+
+def update_groups(entries: Iterable[Entry], partners: Mapping[str, int]) -> Iterator[tuple[Entry, ...]]:
+    """Entries that must share a call; a fused pair comes with its last member. partners: how many members each key has."""
+    waiting: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if not entry.together:
+            yield (entry,)
+            continue
+        group = waiting.setdefault(entry.together, [])
+        group.append(entry)
+        if len(group) == partners[entry.together]:
+            yield tuple(waiting.pop(entry.together))
+
+
+def partners_of(table: NameTable) -> Counter[str]:
+    """How many entries share each key of fused tensors."""
+    return Counter(entry.together for entry in table.entries if entry.together)

@@ -1,0 +1,248 @@
+"""A plan is walked through element by element: who trained what comes from the model's own sharding, not from the planner."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from slime.config.stages import Cut, cut_layers
+from slime.model.hf_config import HfConfig
+from slime.model.layout import merge, shard, unmerge
+from slime.model.names import Entry, NameTable
+from slime.model.placement import Grid
+from slime.weights.plan import Delivery, Receiver, SyncPlan, Trainer, nodes_of, plan_sync
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [4, 4]}
+PLAIN = {"vocab_size": 22, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 32}
+LATENT = {
+    **PLAIN, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
+    "n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1, "quantization_config": FP8,
+}  # fmt: skip
+MODELS = {
+    "glm_moe_dsa": {**LATENT, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk_freq": 2},
+    "qwen3_moe": {**PLAIN, "num_key_value_heads": 4, "head_dim": 4, "num_experts": 8, "moe_intermediate_size": 16},
+    "qwen3": {**PLAIN, "num_key_value_heads": 4, "head_dim": 4, "tie_word_embeddings": True, "quantization_config": FP8},
+    "glm4": {**PLAIN, "num_key_value_heads": 4, "head_dim": 4},
+    # 24 rows of gate and up over 4 ranks: pieces of 3, which cut the blocks.
+    "odd glm4": {**PLAIN, "num_key_value_heads": 4, "head_dim": 4, "intermediate_size": 12, "quantization_config": FP8},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    grid: Grid
+    mtp: bool
+    receivers: tuple[Receiver, ...]
+    gpus_per_node: int
+    limit: int
+
+    @property
+    def hf(self) -> HfConfig:
+        return HfConfig({**MODELS[self.model], "model_type": self.model.split()[-1]})
+
+    @property
+    def num_gpus(self) -> int:
+        return max([self.grid.world, *(gpu + 1 for receiver in self.receivers for gpu in receiver.gpus)])
+
+    def plan(self) -> SyncPlan:
+        chunks = tuple(cut_layers(Cut(4, self.grid.pp)))
+        return plan_sync(
+            NameTable.for_model(self.hf),
+            self.hf,
+            Trainer(self.grid, chunks, mtp=self.mtp, padded_vocab=24),
+            self.receivers,
+            nodes=nodes_of(self.num_gpus, self.gpus_per_node),
+            limit_bytes=self.limit,
+        )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    model = draw(st.sampled_from(sorted(MODELS)))
+    tp, pp, cp, dp = (draw(st.sampled_from(sizes)) for sizes in ((1, 2, 4), (1, 2, 4), (1, 2), (1, 2)))
+    world = tp * pp * cp * dp
+    has_experts = "num_experts" in MODELS[model] or "n_routed_experts" in MODELS[model]
+    pairs = [(ep, etp) for ep in (1, 2, 4, 8) for etp in (1, 2) if world // pp % (ep * etp) == 0]
+    ep, etp = draw(st.sampled_from(pairs)) if has_experts else (1, tp)
+    first = draw(st.sampled_from((0, world // 2, world)))
+    receivers = []
+    for number in range(draw(st.integers(1, 3))):
+        size = draw(st.sampled_from((1, 2, 4)))
+        stages = draw(st.sampled_from((1, 1, 1, 2)))
+        shards = draw(st.sampled_from([one for one in (1, 2, 4) if size % one == 0])) if has_experts else 1
+        gpus = tuple(range(first, first + size * stages))
+        first += size * stages
+        fixed = draw(st.booleans())
+        receivers.append(Receiver(number, gpus, size, stages, shards, drafts=draw(st.booleans()), fixed_experts=fixed))
+    return Case(
+        model,
+        Grid(world, tp, pp, cp, ep, etp),
+        draw(st.booleans()) and model == "glm_moe_dsa",
+        tuple(receivers),
+        draw(st.sampled_from((1, 2, 4, 8))),
+        draw(st.sampled_from((1, 700, 3000, 20000))),
+    )
+
+
+@cache
+def _numbered(entry: Entry) -> Tensor:
+    """The whole trained tensor, every element the number of its place in the HF tensors one after another."""
+    start, pieces = 0, []
+    for tensor in entry.hf:
+        size = torch.Size(tensor.shape).numel()
+        pieces.append(torch.arange(start, start + size).reshape(tensor.shape))
+        start += size
+    return merge(entry, pieces)
+
+
+def _held(case: Case, plan: SyncPlan, entry: Entry, ranks: tuple[int, ...]) -> dict[str, Tensor]:
+    """Of every HF tensor and scale of an entry, which elements these ranks hold together, by the model's own rule."""
+    whole = _numbered(entry)
+    mask = torch.zeros(whole.numel(), dtype=torch.bool)
+    grid = case.grid
+    for rank in ranks:
+        place = grid.place(rank)
+        if not _is_on(case, entry, place):
+            continue
+        number, size = (place["etp"], grid.etp) if entry.expert is not None else (place["tp"], grid.tp)
+        # Padding rows of a vocabulary are told by -1.
+        mine = shard(entry, whole + 1, number, size, padded_vocab=24).reshape(-1) - 1
+        mask[mine[mine >= 0]] = True
+    found: dict[str, Tensor] = {}
+    for tensor, piece in zip(entry.hf, unmerge(entry, mask[whole.reshape(-1)].reshape(whole.shape)), strict=True):
+        found[tensor.name] = piece
+        if plan.wire.form.is_fp8(tensor):
+            rows, columns = piece.shape
+            blocks = torch.nn.functional.pad(piece, (0, -columns % 4, 0, -rows % 4), value=True)
+            found[tensor.scale_name] = blocks.unfold(0, 4, 4).unfold(1, 4, 4).all(-1).all(-1)
+    return found
+
+
+def _is_on(case: Case, entry: Entry, place: dict[str, int]) -> bool:
+    """Does a rank have (its shard of) an entry: by its pipeline stage and its experts."""
+    grid, last = case.grid, case.grid.pp - 1
+    tied = bool(case.hf.get("tie_word_embeddings"))
+    if entry.name.startswith("embedding."):
+        stages = {0, last} if case.mtp or tied else {0}
+    elif entry.name.startswith("decoder.layers."):
+        stages = {int(entry.name.split(".")[2]) // (4 // grid.pp)}
+    else:
+        stages = {last}
+    if entry.expert is not None and entry.expert not in range(place["ep"] * 8 // grid.ep, (place["ep"] + 1) * 8 // grid.ep):
+        return False
+    return place["pp"] in stages
+
+
+def _kept(case: Case) -> dict[int, set[str]]:
+    """GPU -> Megatron names that its engine rank loads, by SGLang's rules."""
+    table = NameTable.for_model(case.hf)
+    found: dict[int, set[str]] = {}
+    for receiver in case.receivers:
+        for rank, gpu in enumerate(receiver.gpus):
+            stage, tp_rank = divmod(rank, receiver.tp)
+            shard_of_experts = tp_rank // (receiver.tp // receiver.ep)
+            mine = range(shard_of_experts * 8 // receiver.ep, (shard_of_experts + 1) * 8 // receiver.ep)
+            for entry in table.entries:
+                if entry.is_mtp and not (case.mtp and receiver.drafts):
+                    continue
+                if entry.expert is not None and receiver.fixed_experts and entry.expert not in mine:
+                    continue
+                ends = entry.name.startswith(("embedding.", "output_layer."))
+                on = (0, receiver.pp - 1) if ends else (receiver.pp - 1,)
+                if entry.name.startswith("decoder.layers."):
+                    on = (int(entry.name.split(".")[2]) // (4 // receiver.pp),)
+                if stage in on:
+                    found.setdefault(gpu, set()).add(entry.name)
+    return found
+
+
+def _walk(case: Case, plan: SyncPlan) -> None:
+    kept = _kept(case)
+    arrived: Counter[tuple[int, str]] = Counter()
+    for number in range(plan.rounds):
+        duties = [plan.duties(gpu, number) for gpu in range(case.num_gpus)]
+        for gpu, mine in enumerate(duties):
+            _check_buffers(case, plan, gpu, mine)
+            arrived.update((gpu, meta.name) for meta in mine.metas)
+        counts: dict[tuple[int, str], Tensor] = {
+            (gpu, meta.name): torch.zeros(meta.shape, dtype=torch.int32)
+            for gpu, mine in enumerate(duties)
+            for meta in mine.metas
+        }
+        has: set[tuple[int, int]] = set()
+        for gpu, mine in enumerate(duties):
+            for delivery in mine.makes:
+                _check_made(case, plan, delivery, gpu)
+                has.add((gpu, delivery.number))
+                if delivery not in mine.staged:
+                    _count(plan, delivery, gpu, counts)
+        for hop in range(plan.hops):
+            got: list[tuple[int, int]] = []
+            for gpu, mine in enumerate(duties):
+                for delivery, target in mine.sends(hop):
+                    assert (gpu, delivery.number) in has, "sent before it was there"
+                    assert (delivery, gpu) in duties[target].receives(hop)
+                    _count(plan, delivery, target, counts)
+                    got.append((target, delivery.number))
+            has.update(got)
+        for key, count in counts.items():
+            assert (count == 1).all(), (number, key, count)
+    expected = {
+        (gpu, name): 1
+        for gpu, names in kept.items()
+        for name in (tensor.name for one in names for tensor in plan.wire.tensors(NameTable.for_model(case.hf)[one]))
+    }
+    assert arrived == expected
+
+
+def _count(plan: SyncPlan, delivery: Delivery, gpu: int, counts: dict[tuple[int, str], Tensor]) -> None:
+    nbytes = 0
+    for piece in plan.pieces(delivery):
+        assert piece.offset == nbytes
+        nbytes += -(-piece.nbytes // 16) * 16
+        count = counts[gpu, piece.tensor.name]
+        for start, stop in piece.tensor.parts[delivery.part]:
+            count.narrow(piece.tensor.axis, start, stop - start).add_(1)
+    assert nbytes == delivery.nbytes
+
+
+def _check_made(case: Case, plan: SyncPlan, delivery: Delivery, gpu: int) -> None:
+    """Whoever makes a part has it, or gathers it with its tensor-parallel group."""
+    lane = plan.lanes[delivery.lane]
+    place = case.grid.place(gpu)
+    for piece in plan.pieces(delivery):
+        ranks: tuple[int, ...] = (gpu,)
+        if lane.gathered:
+            axis, other = ("etp", "edp") if piece.entry.expert is not None else ("tp", "cp")
+            alike = [key for key in ("pp", "ep", "edp") if key != axis] if other == "edp" else ["pp", "cp", "dp"]
+            every = range(case.grid.world)
+            ranks = tuple(rank for rank in every if all(case.grid.place(rank)[key] == place[key] for key in alike))
+        held = _held(case, plan, piece.entry, ranks)[piece.tensor.name]
+        for start, stop in piece.tensor.parts[delivery.part]:
+            assert held.narrow(piece.tensor.axis, start, stop - start).all(), (gpu, piece.tensor.name)
+
+
+def _check_buffers(case: Case, plan: SyncPlan, gpu: int, mine) -> None:
+    ends = [meta.start + meta.nbytes for meta in mine.metas]
+    assert all(meta.start % 16 == 0 for meta in mine.metas)
+    assert all(end <= meta.start for end, meta in zip(ends, mine.metas[1:], strict=False))
+    units = {(d.lane, unit) for d in mine.deliveries if gpu in plan.lanes[d.lane].gpus for unit in d.units}
+    assert mine.bucket_bytes <= case.limit or len(units) == 1
+    staged = sum(delivery.nbytes for delivery in mine.staged)
+    assert staged <= case.limit or sum(len(delivery.units) for delivery in mine.staged) == 1
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(cases())
+def test_every_byte_arrives_once_from_a_rank_that_has_it(case: Case) -> None:
+    plan = case.plan()
+    _walk(case, plan)
+    assert plan.digest == case.plan().digest
