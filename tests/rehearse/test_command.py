@@ -29,6 +29,7 @@ class Page(HTMLParser):
         self.loads: list[str] = []
         self.counts: dict[str, int] = {}
         self.titles: list[str] = []
+        self.hints: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.counts[tag] = self.counts.get(tag, 0) + 1
@@ -36,6 +37,7 @@ class Page(HTMLParser):
             f"{tag} {name}={value}" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action")
         ]
         self.titles += [value for name, value in attrs if name == "aria-label"]
+        self.hints += [value for name, value in attrs if name == "title"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -75,13 +77,14 @@ def test_the_page_is_whole_and_loads_nothing(flagship: Recipe, tmp_path: Path, c
         and "url(" not in page.read_text()
     )
     assert read.titles == [
-        "rank grid by stage and memory",
+        "ranks by stage and memory",
         "stage balance",
         "memory by phase and stage",
+        "main memory of a node",
         "iteration timeline",
         "weight flow",
     ]
-    assert page.read_text().count("<title>rank ") == 256 + 1, "a hint per rank, and the title of the grid"
+    assert [hint.split(":")[0] for hint in read.hints if hint.startswith("rank ")] == [f"rank {rank}" for rank in range(256)]
     result = json.loads(data.read_text())
     assert (
         result["launchable"]
@@ -193,7 +196,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def test_a_browser_shows_the_page(flagship: Recipe, tmp_path: Path) -> None:
-    """Headless, with the network off: every picture has a size, and nothing was asked for."""
+    """Headless, with the network off, wide and narrow: every picture has a size, no word is cut, and nothing was asked for."""
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip(f"no browser here ({', '.join(BROWSERS)}); the page's structure is tested without one")
@@ -201,20 +204,25 @@ def test_a_browser_shows_the_page(flagship: Recipe, tmp_path: Path) -> None:
     assert main(["--no-ranks", "--html", str(page), "--engine-version", "0.5.23", *flagship.written(tmp_path)]) == 0
     probe = (
         "<script>addEventListener('load', () => { document.title = JSON.stringify({"
-        "svg: [...document.querySelectorAll('svg')].map(one => one.getBoundingClientRect().height > 50), "
+        "pictures: [...document.querySelectorAll('[aria-label]')].map(one => one.getBoundingClientRect().height > 25), "
+        "cut: [...document.querySelectorAll('.name, .value, .legend span, td')]"
+        ".filter(one => one.scrollWidth > one.offsetWidth + 1).length, words: [...document.querySelectorAll('svg text')].filter(one => one.getBBox().x < 0 || "
+        "one.getBBox().x + one.getBBox().width > one.ownerSVGElement.viewBox.baseVal.width).length, "
         "loads: performance.getEntriesByType('resource').length, "
         "fits: document.documentElement.scrollWidth <= innerWidth}) })</script>"
     )
     page.write_text(page.read_text().replace("</body>", probe + "</body>"))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--window-size=1160,900"]
-    child = subprocess.run(
-        [browser, *flags, "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    told = json.loads(re.search(r"<title>(\{.*?\})</title>", child.stdout)[1])
-    assert told == {"svg": [True] * 5, "loads": 0, "fits": True}, child.stderr[-1000:]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+    flags += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=5000"]
+    for width in (1280, 800):
+        child = subprocess.run(
+            [browser, *flags, f"--window-size={width},900", page.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        told = json.loads(re.search(r"<title>(\{.*?\})</title>", child.stdout)[1])
+        assert told == {"pictures": [True] * 6, "cut": 0, "words": 0, "loads": 0, "fits": True}, (width, child.stderr[-1000:])
 
 
 def test_own_flags_are_taken_out_and_checked() -> None:

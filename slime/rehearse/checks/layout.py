@@ -26,8 +26,6 @@ class Balance:
     first_last: tuple[Split, ...]
     best: Split | None
     computing: tuple[int, ...]
-    layer_costs: tuple[float, ...]
-    head_cost: float
 
     @property
     def value(self) -> float:
@@ -180,7 +178,7 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
             findings.unchecked(
                 "layout", "stage starts: the layers do not divide over the stages", "", _advice(reading, options, best)
             )
-        return Balance(length, (), (), options, best, tuple(computing_layers(hf)), tuple(costs), head)
+        return Balance(length, (), (), options, best, tuple(computing_layers(hf)))
     shared_starts = wrong_starts(hf, reading.chunks)
     if sends and shared_starts:
         rows = reading.config.batch.max_tokens_per_gpu
@@ -201,7 +199,7 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
         sizes[chunk.pp_rank] += len(chunk.layers)
         per_rank[chunk.pp_rank] += sum(costs[layer] for layer in chunk.layers)
     per_rank[reading.chunks[-1].pp_rank] += head
-    result = Balance(length, tuple(sizes), tuple(per_rank), options, best, tuple(computing_layers(hf)), tuple(costs), head)
+    result = Balance(length, tuple(sizes), tuple(per_rank), options, best, tuple(computing_layers(hf)))
     if (sends or not shared_starts) and pp > 1:
         starts = ", ".join(str(chunk.layers.start + 1) for chunk in reading.chunks)
         findings.ok(
@@ -224,7 +222,7 @@ def _best(reading: Reading, costs: list[float], head: float, pp: int, vpp: int) 
     if best is None or vpp == 1:
         return best
     chunks = cut_layers(Cut(reading.hf.num_layers, pp, layout=layout_string(best.sizes)))
-    return Split(best.sizes, balance(rank_costs(chunks, costs, head)))
+    return Split(best.sizes, tuple(rank_costs(chunks, costs, head)))
 
 
 PAIR = ("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")

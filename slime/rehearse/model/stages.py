@@ -11,10 +11,21 @@ from slime.model.hf_config import HfConfig
 
 @dataclass(frozen=True)
 class Split:
-    """A legal cut: layers per stage, and how even it is (mean stage cost / greatest stage cost)."""
+    """A legal cut."""
 
     sizes: tuple[int, ...]
-    balance: float
+    """Layers as flags name them: of each stage, of a list under virtual stages of each chunk."""
+    costs: tuple[float, ...]
+    """Training FLOPs per token of each stage, all its chunks together."""
+
+    @property
+    def balance(self) -> float:
+        return balance(self.costs)
+
+    @property
+    def stage_layers(self) -> tuple[tuple[int, ...], ...]:
+        """Layers of each stage's chunks, as far as `sizes` tells them apart."""
+        return tuple(self.sizes[stage :: len(self.costs)] for stage in range(len(self.costs)))
 
     @property
     def first_last(self) -> tuple[int, int]:
@@ -58,7 +69,7 @@ def legal_first_last(
             continue
         chunks = cut_layers(Cut(hf.num_layers, pp_size, vpp, sizes[0], sizes[-1]))
         if any_start or not wrong_starts(hf, chunks):
-            found.append(Split(sizes, balance(rank_costs(chunks, layer_costs, head_cost))))
+            found.append(Split(sizes, tuple(rank_costs(chunks, layer_costs, head_cost))))
     return sorted(found, key=lambda split: (-split.balance, split.sizes))
 
 
@@ -91,7 +102,7 @@ def best_list(
                     following[end] = candidate
         best = following
     sizes = best[num_layers][1]
-    return Split(sizes, balance(stage_costs(sizes, layer_costs, head_cost)))
+    return Split(sizes, tuple(stage_costs(sizes, layer_costs, head_cost)))
 
 
 def _least_slowest(pp_size: int, cuts: list[int], prefix: list[float], head_cost: float, num_layers: int) -> float | None:

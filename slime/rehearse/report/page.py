@@ -5,34 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from slime.rehearse.findings import Finding
+from slime.rehearse.findings import Finding, Verdict
 from slime.rehearse.model.cost import rates_shown
 from slime.rehearse.model.measured import TOLERANCE
-from slime.rehearse.report.svg import balance_bars, measured_bars, memory_bars, rank_grid, timeline, weight_flow
+from slime.rehearse.report.bars import amount, balance_bars, measured_bars, memory_bars, node_bars, rank_grid, timeline
+from slime.rehearse.report.style import STYLE
+from slime.rehearse.report.svg import weight_flow
 from slime.rehearse.report.text import as_text, verdict
 from slime.rehearse.result import Rehearsal
 
-STYLE = """
-body { font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #222; background: #fff }
-body { margin: 24px auto; max-width: 1080px; padding: 0 16px }
-h1 { font-size: 22px; margin: 0 0 4px } h2 { font-size: 17px; margin: 32px 0 8px; border-bottom: 1px solid #ddd }
-.verdict { font-size: 16px; padding: 8px 12px; border-radius: 6px; display: inline-block }
-.good { background: #dff0e2 } .bad { background: #f6dcda }
-table { border-collapse: collapse; width: 100% }
-td, th { padding: 3px 8px; vertical-align: top; border-bottom: 1px solid #eee; text-align: left }
-table.numbers { width: auto }
-table.numbers td, table.numbers th { text-align: right; font-variant-numeric: tabular-nums; padding: 2px 12px }
-th { font-weight: 600; color: #555 } td.off { color: #a11; font-weight: 600 }
-td.mark { white-space: nowrap; font-weight: 600 }
-.violation { color: #a11 } .unchecked { color: #9a6b00 } .ok { color: #2a7a3a }
-.values, .note { color: #666 } .fix { color: #134d8a }
-pre { background: #f6f6f6; padding: 10px; overflow-x: auto; font-size: 12px }
-svg { max-width: 100%; height: auto; display: block; margin: 6px 0 }
-@media print {
-  body { margin: 0; max-width: none } pre { white-space: pre-wrap }
-  svg, tr { break-inside: avoid } h2 { break-after: avoid }
-}
-"""
+VERDICT_CLASS: dict[Verdict, str] = {"launchable": "good", "not launchable": "bad", "not proven": "open"}
 
 
 def as_html(done: Rehearsal) -> str:
@@ -41,42 +23,69 @@ def as_html(done: Rehearsal) -> str:
     head = "layout not defined"
     if grid:
         head = f"{grid.world} ranks: TP {grid.tp} x PP {grid.pp} x CP {grid.cp} x DP {grid.dp}, EP {grid.ep}"
+    word, _, rest = verdict(done).partition(": ")
     parts = [
         "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8"><title>Rehearsal</title>',
-        f"<style>{STYLE}</style></head><body>",
+        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+        f"<title>Rehearsal: {escape(word)}</title><style>{STYLE}</style></head><body>",
         "<h1>Rehearsal</h1>",
         f"<p>{escape(name)}<br>{escape(head)}</p>",
-        f'<p class="verdict {"good" if done.findings.launchable else "bad"}">{escape(verdict(done))}</p>',
+        f'<p class="verdict {VERDICT_CLASS[done.findings.verdict]}"><strong>{escape(word)}</strong>{escape(rest)}</p>',
         *_findings("Violations", done.findings.of("violation")),
         *_findings("Not checked from here", sorted(done.findings.of("unchecked"), key=lambda finding: not finding.decides)),
+        *_tiles(done),
         *_layout(done),
         *_memory(done),
         *_measured(done),
         *_cost(done),
         *_weights(done),
         *_findings("Checked", done.findings.of("ok")),
-        "<h2>As text</h2>",
-        f"<pre>{escape(as_text(done))}</pre>",
+        "<details><summary>All of it as text</summary>",
+        f"<pre>{escape(as_text(done))}</pre></details>",
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"
 
 
+def _tiles(done: Rehearsal) -> list[str]:
+    """The four numbers that one looks for first."""
+    budget, tiles = done.budget, []
+    if budget is not None:
+        peak = max((stage.peak for stage in budget.stages), key=lambda phase: phase.total)
+        node = max(sum(budget.node.rollout.values()), sum(budget.node.checkpoint.values()))
+        tiles.append((f"{peak.total / 1e9:.1f} of {done.options.gpu_memory_gb:g} GB", f"a GPU's largest phase, {peak.name}"))
+        tiles.append((f"{amount(node / 1e9)} of {done.options.host_memory_gb:,g} GB", "main memory of the fullest node"))
+    if done.cost is not None:
+        hours = f"{amount(done.cost.gpu_hours)} GPU-hours"
+        tiles.append((f"{amount(done.cost.seconds)} s", f"one rollout and its training, {hours}"))
+    if done.balance is not None and len(done.balance.sizes) > 1:
+        tiles.append((f"{done.balance.value:.0%} even", "pipeline stages, by training FLOPs"))
+    cells = [f'<div class="tile"><strong>{escape(value)}</strong>{escape(what)}</div>' for value, what in tiles]
+    return ['<div class="tiles">', *cells, "</div>"] if cells else []
+
+
 def _layout(done: Rehearsal) -> list[str]:
-    parts = ["<h2>Ranks</h2>", rank_grid(done)] if done.budget else []
+    parts = []
+    if done.budget:
+        grid, limit = done.reading.grid, done.options.gpu_memory_gb
+        parts += [
+            "<h2>Ranks</h2>",
+            f'<p class="note">{_ranks(grid.ranks_per_stage)} per stage: tp fastest, then cp, then dp; the stronger the colour, '
+            f"the nearer to {limit:g} GB.</p>",
+            rank_grid(grid, done.budget.stages, limit),
+        ]
     balance = done.balance
     if balance is None or len(balance.sizes) < 2:
         return parts
     parts += [
         "<h2>Stage balance</h2>",
-        f"<p>Training FLOPs per token at sequences of {balance.length:,} tokens: linear layers, sparse core, indexer, "
-        "recomputation, output layer. The slowest stage decides.</p>",
+        f"<p>Training FLOPs per token at sequences of {balance.length:,} tokens: linear layers, attention, indexer, "
+        "recomputation, output layer.</p>",
         balance_bars(balance),
     ]
     if balance.first_last:
         listed = ", ".join(f"{split.sizes[0]}/{split.sizes[-1]} ({split.balance:.0%})" for split in balance.first_last)
-        parts.append(f'<p class="note">All legal first/last pairs, best balanced first: {listed}</p>')
+        parts.append(f'<p class="note">All legal pairs of first and last stage, best balanced first: {listed}</p>')
     return parts
 
 
@@ -84,7 +93,7 @@ def _memory(done: Rehearsal) -> list[str]:
     if done.budget is None:
         return []
     limit = done.options.gpu_memory_gb
-    parts = ["<h2>Memory of a GPU through an iteration, GB</h2>", memory_bars(done.budget.stages, limit)]
+    parts = ["<h2>Memory of a GPU through an iteration</h2>", memory_bars(done.budget.stages, limit)]
     if done.budget.caches:
         rows = [
             (c.role, f"{c.tokens:,}", f"{c.bytes_per_token:,}", c.gpus, f"{c.at_once:,} of {c.longest:,}" if c.longest else "-")
@@ -93,6 +102,7 @@ def _memory(done: Rehearsal) -> list[str]:
         parts += _table(
             ("engine", "cache tokens per GPU", "bytes per token", "GPUs of an engine", "longest samples it holds at once"), rows
         )
+    parts += ["<h2>Main memory of the fullest node</h2>", node_bars(done.budget.node, done.options.host_memory_gb)]
     rows = [
         (
             fit.nodes,
@@ -105,8 +115,9 @@ def _memory(done: Rehearsal) -> list[str]:
         )
         for fit in done.budget.fits
     ]
-    parts += ['<p class="note">Training on other numbers of nodes, TP and PP as given:</p>']
-    parts += _table(("nodes", "CP", "DP", "EP", "peak GB per GPU", "optimizer GB per node", ""), rows)
+    if rows:
+        parts.append("<h2>Training on other numbers of nodes</h2>")
+        parts += _table(("nodes", "CP", "DP", "EP", "peak GB per GPU", "optimizer GB per node", ""), rows)
     parts.append(f'<p class="note">Assumed: {_listed(done.budget.assumed)}</p>')
     return parts
 
@@ -137,7 +148,7 @@ def _cost(done: Rehearsal) -> list[str]:
     return [
         "<h2>One iteration</h2>",
         timeline(done.cost),
-        f'<p class="note">{done.cost.gpu_hours:.1f} GPU-hours per rollout; {escape(done.cost.dominant.name)} dominates. '
+        f'<p class="note">{amount(done.cost.gpu_hours)} GPU-hours per rollout; {escape(done.cost.dominant.name)} dominates. '
         f"Assumed: {_listed(rates_shown(done.rates))}</p>",
     ]
 
@@ -146,6 +157,10 @@ def _weights(done: Rehearsal) -> list[str]:
     if done.weights is None or not done.weights.rows:
         return []
     return ["<h2>Weight flow</h2>", weight_flow(done), f"<p>Digest of the weight map: <code>{done.weights.digest}</code></p>"]
+
+
+def _ranks(count: int) -> str:
+    return f"{count:,} rank" + "s" * (count != 1)
 
 
 def _listed(values: object) -> str:
@@ -170,10 +185,10 @@ def _findings(title: str, items: list[Finding]) -> list[str]:
         return []
     rows = []
     for item in items:
+        mark = "unproven" if item.decides else item.severity
         values = f' <span class="values">[{escape(item.values)}]</span>' if item.values else ""
         fix = f'<br><span class="fix">fix: {escape(item.fix)}</span>' if item.fix else ""
         rows.append(
-            f'<tr><td class="mark {item.severity}">{item.severity}</td><td>{escape(item.area)}</td>'
-            f"<td>{escape(item.what)}{values}{fix}</td></tr>"
+            f'<tr><td class="{mark}">{mark}</td><td>{escape(item.area)}</td><td>{escape(item.what)}{values}{fix}</td></tr>'
         )
-    return [f"<h2>{escape(title)} ({len(items)})</h2>", "<table>", *rows, "</table>"]
+    return [f"<h2>{escape(title)} ({len(items)})</h2>", '<table class="findings">', *rows, "</table>"]
