@@ -113,7 +113,7 @@ td.unchecked { color: var(--open) } td.ok { color: var(--good) }
 pre { background: var(--inset); padding: 10px; font-size: 12px; white-space: pre-wrap }
 summary { cursor: pointer; font-size: 17px; font-weight: bold; margin: 32px 0 8px }
 .row { display: flex; align-items: center; gap: 8px; margin: 2px 0; font-size: 12px; break-inside: avoid }
-.row .name { flex: 0 0 118px; color: var(--soft); line-height: 1.2 }
+.row .name { flex: 0 0 132px; color: var(--soft); line-height: 1.2 }
 .row .track { flex: 1 1 auto; min-width: 0; position: relative; display: flex; height: 13px; background: var(--inset) }
 .row .track i { display: block; height: 100% }
 .row .track .mark { position: absolute; top: -2px; bottom: -2px; height: auto; width: 2px; background: var(--bad) }
