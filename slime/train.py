@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import time
 
@@ -42,31 +41,30 @@ def main(argv: list[str]) -> int:
     from slime.ray.environment import prepare
 
     prepare()
+    from slime.ray.leaving import Interrupted, Leaving
     from slime.ray.run import Run
 
-    leave_on_sigterm()
+    leaving = Leaving(config.upkeep)
+    leaving.listen()
     try:
-        with owned(config.checkpoint.save if config.trains else None, what="--save"), Run(config) as run:
-            leave_on_sigterm()  # Ray has put a handler of its own there, which prints a stack and ends the process at once
-            train(run, config)
+        with owned(config.checkpoint.save if config.trains else None, what="--save"), Run(config, leaving) as run:
+            leaving.listen()  # Ray has put a handler of its own there, which prints a stack and ends the process at once
+            try:
+                train(run, config)
+            except Interrupted:
+                run.save_trained()
+            run.finish_save()
+            run.farewell()
+    except Interrupted:
+        logger.info("left before there was anything to save")
     except (RuntimeError, ValueError, OSError) as error:
         logger.error("the run stopped: %s", error)
         return 1
     return 0
 
 
-def leave_on_sigterm() -> None:
-    """`ray job stop` sends SIGTERM: leave through the `with` block, which stops engines and trainer."""
-
-    def leave(*_: object) -> None:
-        logger.info("stopped from outside (SIGTERM): ending engines and trainer; the last checkpoint is intact")
-        sys.exit(143)
-
-    signal.signal(signal.SIGTERM, leave)
-
-
 def train(run, config: Config) -> None:
-    """All rollouts from where the checkpoint left off; evaluates, saves and reports as the flags say."""
+    """All rollouts from where the checkpoint left off; evaluates, saves, reports and leaves as the flags say."""
     run.start()
     run.evaluate_if_due(run.start_rollout_id - 1, when="before training" if run.num_rollout else "alone")
     for rollout_id in range(run.start_rollout_id, run.num_rollout):
@@ -78,12 +76,13 @@ def train(run, config: Config) -> None:
         with run.lease.training():
             training = run.train(rollout)
             run.save_if_due(rollout_id)
+        if run.leaves:
+            run.report(rollout, training, seconds=time.monotonic() - started)
+            break
         with run.lease.syncing():
             sync = run.sync_weights()
         run.report(rollout, training, sync, seconds=time.monotonic() - started)
         run.evaluate_if_due(rollout_id, when="after training" if rollout_id + 1 == run.num_rollout else "during training")
-    run.finish_save()
-    run.farewell()
 
 
 if __name__ == "__main__":

@@ -89,9 +89,7 @@ start_ray_head() {
     RAY_ADDRESS_OF_HEAD="${MASTER_ADDR}:${RAY_PORT}"
     RAY_JOBS_URL="http://${RAY_DASHBOARD_HOST:-127.0.0.1}:${RAY_DASHBOARD_PORT}"
     trap cleanup EXIT
-    trap 'exit 129' HUP
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
+    trap_signals
     start_keeper
     say "starting Ray on ${RAY_ADDRESS_OF_HEAD} with ${NUM_GPUS} slots, dashboard ${RAY_JOBS_URL}, logs ${RAY_TEMP_DIR}"
     local attempt
@@ -104,6 +102,13 @@ start_ray_head() {
     done
     tail -n 20 "$RAY_TEMP_DIR/head.log" >&2
     die "Ray ended while starting; its last lines are above, all of them in $RAY_TEMP_DIR/head.log"
+}
+
+trap_signals() {
+    trap 'exit 129' HUP
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    trap 'exit 138' USR1
 }
 
 launch_ray_head() { # CLIENT-PORT AGENT-PORT METRICS-PORT ENVIRONMENT-PORT

@@ -5,6 +5,7 @@ RAY_JOB_ID=""
 RAY_SUBMIT_PID=""
 RAN_A_JOB=0 # cluster.sh reads it
 CONSOLE_PID=""
+LEAVING="" # the signal that asked the job to save and leave
 JOB_FLAGS=()
 
 runtime_env_json() { # NAME=VALUE... -> {"env_vars": {...}}; a later word wins, PASS_ENV over all
@@ -36,9 +37,17 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
         -- "$JOB_PYTHON" -m slime.train "$@" >&"$CONSOLE_IN" 2>&1 </dev/null &
     RAY_SUBMIT_PID=$!
     exec {CONSOLE_IN}>&-
-    local status=0
-    # Whichever ends first: a job whose cluster is gone may never be told to have ended.
-    wait -n "$RAY_SUBMIT_PID" "$RAY_HEAD_PID" || status=$?
+    local status
+    ! saves_on_signal || pass_signals_on
+    while :; do
+        status=0
+        # Whichever ends first: a job whose cluster is gone may never be told to have ended.
+        wait -n "$RAY_SUBMIT_PID" "$RAY_HEAD_PID" || status=$?
+        # A signal that was passed on ends the wait, and nothing else.
+        ((status > 128)) && [[ -n $LEAVING ]] || break
+        kill -0 "$RAY_SUBMIT_PID" 2>/dev/null && kill -0 "$RAY_HEAD_PID" 2>/dev/null || break
+    done
+    trap_signals
     if kill -0 "$RAY_SUBMIT_PID" 2>/dev/null || ! kill -0 "$RAY_HEAD_PID" 2>/dev/null; then
         kill "$RAY_SUBMIT_PID" 2>/dev/null || true
         local which
@@ -54,7 +63,43 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
     fi
     wait "$CONSOLE_PID" || true
     RAY_JOB_ID="" RAY_SUBMIT_PID=""
+    if [[ -n $LEAVING && $status == 0 ]]; then # whatever the launcher has for after the job is not for now
+        print_again
+        exit 0
+    fi
     return "$status"
+}
+
+# A job with --save-on-signal hears of a preemption from us; the second signal is for this launcher, as without the flag.
+saves_on_signal() { is_in --save-on-signal "${JOB_FLAGS[@]}" || is_in --exit-signal-handler "${JOB_FLAGS[@]}"; }
+
+pass_signals_on() {
+    local name
+    for name in HUP INT TERM USR1; do
+        # shellcheck disable=SC2064  # the name of now
+        trap "ask_to_leave $name" "$name"
+    done
+}
+
+ask_to_leave() { # SIGNAL
+    local driver
+    driver=$(driver_pid)
+    trap_signals
+    if [[ -z $driver ]]; then
+        say "$1: the job has not begun"
+        exit 0
+    fi
+    LEAVING=$1
+    say "$1: the job is asked to save and leave; a second signal ends it at once"
+    kill -TERM "$driver" 2>/dev/null || true
+}
+
+driver_pid() {
+    local pid words
+    for pid in $(launch_members); do
+        mapfile -d '' -t words 2>/dev/null <"/proc/$pid/cmdline" || continue
+        [[ ${words[*]:1:2} != "-m slime.train" ]] || printf '%s\n' "$pid"
+    done | head -n 1
 }
 
 # All that the job and Ray's client print goes to a file, and to this terminal what a person reads.
@@ -92,6 +137,10 @@ flags_for_more() {
 }
 
 print_resume() {
+    if [[ -e ${RUN_DIR:-$RAY_TEMP_DIR}/left-early.txt ]]; then # slime.ray.run.UNFINISHED
+        print_again
+        return
+    fi
     flags_for_more
     say "to continue from the newest checkpoint, with more rollouts: $(command_again "${MORE_FLAGS[@]}")"
 }

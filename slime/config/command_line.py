@@ -14,6 +14,7 @@ from slime.config.model import ModelConfig, ParallelConfig
 from slime.config.rollout import DataConfig, EvalConfig, RolloutConfig
 from slime.config.run import DebugConfig, TrackingConfig
 from slime.config.training import AlgorithmConfig, BatchConfig, CheckpointConfig, OptimizerConfig
+from slime.config.upkeep import UpkeepConfig
 
 SECTIONS: Mapping[str, type] = {
     "cluster": ClusterConfig,
@@ -29,6 +30,7 @@ SECTIONS: Mapping[str, type] = {
     "engine": EngineConfig,
     "tracking": TrackingConfig,
     "debug": DebugConfig,
+    "upkeep": UpkeepConfig,
 }
 CONVERT_SECTIONS = ("model", "parallel", "checkpoint")
 

@@ -17,6 +17,7 @@ from slime.config.model import ModelConfig, ParallelConfig
 from slime.config.rollout import DataConfig, EvalConfig, RolloutConfig
 from slime.config.run import DebugConfig, TrackingConfig
 from slime.config.training import AlgorithmConfig, BatchConfig, CheckpointConfig, OptimizerConfig
+from slime.config.upkeep import UpkeepConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+    upkeep: UpkeepConfig = field(default_factory=UpkeepConfig)
     notes: tuple[str, ...] = ()
     """One line per derived value, with the reason; start-up prints them."""
     door: str = "train"

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from slime.config import DebugConfig
+
 # The passes with and without gradient run the same kernels on the same micro-batches; only their order of additions may differ.
 _EXACT = 1e-6
 _NORM_TOLERANCE = 0.01
@@ -62,3 +64,26 @@ def compare_norm(path: Path, norm: float) -> str | None:
     if math.isclose(norm, wanted, rel_tol=_NORM_TOLERANCE, abs_tol=_NORM_TOLERANCE):
         return None
     return f"the gradient norm is {norm:.6g}, in {path} it is {wanted:.6g}"
+
+
+def check_training(
+    rules: DebugConfig, rollout_id: int, metrics: Mapping[str, float], per_step: Sequence[Mapping[str, float]]
+) -> None:
+    """--ci-test, --ci-save-grad-norm and --ci-load-grad-norm. Raises RuntimeError listing what does not hold."""
+    wrong = []
+    if rules.ci_test:
+        wrong = broken_identities(
+            metrics,
+            per_step,
+            first=rollout_id == 0,
+            check_kl=not rules.ci_disable_kl_checker,
+            largest_gap=rules.ci_train_rollout_logprob_abs_diff_threshold,
+        )
+    for step_id, step in enumerate(per_step):
+        norm = step["train/grad_norm"]
+        if rules.ci_save_grad_norm:
+            save_norm(norm_path(rules.ci_save_grad_norm, rollout_id=rollout_id, step_id=step_id), norm)
+        if rules.ci_load_grad_norm:
+            wrong.append(compare_norm(norm_path(rules.ci_load_grad_norm, rollout_id=rollout_id, step_id=step_id), norm))
+    if told := [line for line in wrong if line]:
+        raise RuntimeError(f"rollout {rollout_id + 1}: " + "\n  ".join(told))

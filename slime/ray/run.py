@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +19,7 @@ from slime.batch.flops import forward_flops
 from slime.batch.plan import plan_steps
 from slime.config import Config
 from slime.model.hf_config import read_hf_config
-from slime.observability.identities import broken_identities, compare_norm, norm_path, save_norm
+from slime.observability.identities import check_training
 from slime.observability.log import run_folder
 from slime.observability.owner import LAUNCH_VARIABLE
 from slime.observability.report import RolloutLine, evaluation_line
@@ -27,6 +27,7 @@ from slime.observability.tracking import Axis, JsonLinesSink, Sink, Start, Tenso
 from slime.ray.cluster_watch import ClusterWatch
 from slime.ray.environment import QUIET
 from slime.ray.lease import FreeLease, Holder, Lease
+from slime.ray.leaving import Leaving
 from slime.ray.placement import Placement, place
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
 from slime.ray.train_group import TrainGroup
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+UNFINISHED = "left-early.txt"
+"""In the run's folder: why a run that ended well has not done all its rollouts. Launchers look for it."""
 # A server that dies in every attempt has a cause that a restart does not take away.
 _GENERATE_AGAIN = 2
 _SEND_AGAIN = 2
@@ -71,8 +74,9 @@ class Training:
 class Run:
     """Owns everything that a run starts, and stops it on leaving the `with` block, also after an error."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, leaving: Leaving | None = None):
         self._config = config
+        self.leaving = leaving or Leaving()
         self._has_trainer = not config.debug.debug_rollout_only
         self._has_engines = not config.debug.debug_train_only
         self._placement: Placement | None = None
@@ -80,7 +84,11 @@ class Run:
         self._rollout: RolloutSide | None = None
         self._tracker = Tracker()
         self._version = 0
+        self.leaves: str | None = None
+        """Why the run ends before its last rollout."""
+        self._trained: int | None = None
         self._saved: int | None = None
+        self._data_before: dict | None = None
         self._released = False
         self._rehearsed: str | None = None
         self.lease: Lease = FreeLease(self._revive)
@@ -178,6 +186,7 @@ class Run:
         if self._has_trainer and self._has_engines:
             self._trainers.targets = self._rollout.targets()
             self._take_first_lease()
+        self.leaving.hold()
         logger.info("ready after %.1f s", time.monotonic() - started)
 
     def _check_plugins(self) -> None:
@@ -224,14 +233,21 @@ class Run:
 
     def generate(self, rollout_id: int) -> Rollout:
         started = time.monotonic()
+        if self.leaving.saves_on_signal:
+            self._data_before = self._rollout.state(self._trained)
         batch_ref, report = self._recovering(lambda: self._rollout.generate(rollout_id))
         return Rollout(rollout_id, ray.get(batch_ref), batch_ref, report, time.monotonic() - started)
 
-    def _recovering(self, generate: Callable[[], T]) -> T:
-        """`generate()`; with --use-fault-tolerance dead servers are started again, and what they broke is done again.
+    def _recovering(self, ask: Callable[[], T]) -> T:
+        """`ask()` the engines; with --use-fault-tolerance dead servers are started again, and what they broke is done again.
 
         Where the others could do the work of the dead one its result stands, else the same prompts are taken once more.
         """
+
+        def generate() -> T:
+            with self.leaving.interruptible():
+                return ask()
+
         if not self._tolerates_deaths:
             return generate()
         position = self._rollout.state()
@@ -291,7 +307,8 @@ class Run:
             costs=sample_costs(config, batch.total_lengths),
         )
         report = self._trainers.train(rollout.batch_ref, steps)
-        check_training(config, rollout.rollout_id, report.metrics, report.per_step)
+        self._trained, self._data_before = rollout.rollout_id, None
+        check_training(config.debug, rollout.rollout_id, report.metrics, report.per_step)
         return Training(dict(report.metrics), list(report.per_step), time.monotonic() - started)
 
     def sync_weights(self) -> SyncReport | None:
@@ -327,11 +344,17 @@ class Run:
         return True
 
     def save_if_due(self, rollout_id: int) -> None:
+        """Where the run leaves after this rollout, a save is due whatever the interval."""
         checkpoint = self._config.checkpoint
-        if not checkpoint.save or not _is_due(rollout_id, checkpoint.save_interval, self.num_rollout, last=True):
-            return
+        self.leaves = self.leaving.why_after(rollout_id, is_last=rollout_id + 1 == self.num_rollout)
+        is_due = _is_due(rollout_id, checkpoint.save_interval, self.num_rollout, last=True)
+        if checkpoint.save and (is_due or self.leaves):
+            self._save(rollout_id, self._rollout.state(rollout_id))
+
+    def _save(self, rollout_id: int, data_state: dict | None) -> None:
+        checkpoint = self._config.checkpoint
         started = time.monotonic()
-        self._trainers.save(rollout_id, self._rollout.state(rollout_id))
+        self._trainers.save(rollout_id, data_state)
         self._saved = rollout_id
         done = "saved rollout %d under %s in %.1f s"
         if checkpoint.async_save:
@@ -339,6 +362,18 @@ class Run:
         logger.info(done, rollout_id + 1, checkpoint.save, time.monotonic() - started)
         if checkpoint.save_hf:
             self._trainers.export_hf(checkpoint.save_hf.format(rollout_id=rollout_id))
+
+    def save_trained(self) -> None:
+        """After `Interrupted`: the last trained rollout, unless a checkpoint has it. Engines end, the devices are its own."""
+        self.leaves = self.leaving.signal
+        if self._trained in (None, self._saved) or not self._config.checkpoint.save:
+            logger.info("nothing was trained that is not saved")
+            return
+        before = self._data_before if self._data_before is not None else self._rollout.state(self._trained)
+        self._rollout.stop()
+        self._rollout = None
+        self._trainers.wake()
+        self._save(self._trained, before)
 
     def finish_save(self) -> None:
         """Wait for the files of the last save, where they are written beside training."""
@@ -400,20 +435,18 @@ class Run:
         """Measured peaks of every trainer rank, for `python3 -m slime.rehearse --measured`; replaced after every rollout."""
         rows = [vars(row) for row in self._trainers.memory()]
         file = _run_folder(self._config) / "memory.json"
-
-        def write() -> None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps({"ranks": rows}, indent=1) + "\n")
-            part.replace(file)
-
-        self._tracker.attempt(str(file), write)
+        self._tracker.attempt(str(file), lambda: _write(file, json.dumps({"ranks": rows}, indent=1) + "\n"))
 
     def farewell(self) -> None:
         """Where things are, and how to go on."""
-        checkpoint = self._config.checkpoint
+        checkpoint, unfinished = self._config.checkpoint, _run_folder(self._config) / UNFINISHED
+        unfinished.unlink(missing_ok=True)
         if self._saved is not None:
             logger.info("checkpoint: %s (rollout %d of %d)", checkpoint.save, self._saved + 1, self.num_rollout)
+        if self.leaves:
+            logger.info("left early (%s): the same command goes on from there", self.leaves)
+            self._tracker.attempt(str(unfinished), lambda: _write(unfinished, f"{self.leaves}\n"))
+        elif self._saved is not None:
             if LAUNCH_VARIABLE not in os.environ:  # a launcher says how it was called
                 logger.info(
                     "to go on: run the same command with --num-rollout %d (or more); it resumes from there",
@@ -422,29 +455,6 @@ class Run:
         for sink in self._tracker.places():
             logger.info("metrics: %s", sink)
         logger.info("logs of every process: %s", _run_folder(self._config))
-
-
-def check_training(
-    config: Config, rollout_id: int, metrics: Mapping[str, float], per_step: Sequence[Mapping[str, float]]
-) -> None:
-    """--ci-test, --ci-save-grad-norm and --ci-load-grad-norm. Raises RuntimeError listing what does not hold."""
-    rules, wrong = config.debug, []
-    if rules.ci_test:
-        wrong = broken_identities(
-            metrics,
-            per_step,
-            first=rollout_id == 0,
-            check_kl=not rules.ci_disable_kl_checker,
-            largest_gap=rules.ci_train_rollout_logprob_abs_diff_threshold,
-        )
-    for step_id, step in enumerate(per_step):
-        norm = step["train/grad_norm"]
-        if rules.ci_save_grad_norm:
-            save_norm(norm_path(rules.ci_save_grad_norm, rollout_id=rollout_id, step_id=step_id), norm)
-        if rules.ci_load_grad_norm:
-            wrong.append(compare_norm(norm_path(rules.ci_load_grad_norm, rollout_id=rollout_id, step_id=step_id), norm))
-    if told := [line for line in wrong if line]:
-        raise RuntimeError(f"rollout {rollout_id + 1}: " + "\n  ".join(told))
 
 
 def sample_costs(config: Config, lengths: np.ndarray) -> np.ndarray | None:
@@ -464,6 +474,13 @@ def _is_due(rollout_id: int, interval: int | None, num_rollout: int, *, last: bo
 
 def _run_folder(config: Config) -> Path:
     return run_folder(config.checkpoint.save)
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(text)
+    part.replace(file)
 
 
 def _open_tracker(config: Config, done: Start) -> Tracker:

@@ -225,7 +225,21 @@ def note(args):
 """
 
 
-def test_a_resumed_run_on_replayed_rollouts_equals_the_uninterrupted_one_to_the_bit(base, tmp_path):
+# In the first step the trainer says that it trains, and goes on when the launcher has been told to leave.
+STEP_HOOK = """
+import time
+from pathlib import Path
+
+
+def wait(args, rollout_id, step_id, model, optimizer, scheduler):
+    folder = Path(args.save).parent
+    (folder / "training").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.05)
+"""
+
+
+def test_a_preempted_run_on_replayed_rollouts_is_resumed_and_equals_the_straight_one_to_the_bit(base, tmp_path):
     # Needs the dumps of the first test.
     replay = (
         "--load-debug-rollout-data",
@@ -237,17 +251,30 @@ def test_a_resumed_run_on_replayed_rollouts_equals_the_uninterrupted_one_to_the_
     )
 
     (tmp_path / "init_hook.py").write_text(INIT_HOOK)
+    (tmp_path / "step_hook.py").write_text(STEP_HOOK)
 
-    def train(name: str, num_rollout: int, *flags: str) -> None:
+    def launch(name: str, *flags: str) -> Launch:
         folder = str(tmp_path / name)
-        files = ("--load", folder, "--save", folder, "--num-rollout", str(num_rollout))
-        run = Launch(base, *SMALL, *replay, *files, *flags, PYTHONPATH=str(tmp_path))
+        files = ("--load", folder, "--save", folder, "--num-rollout", "2")
+        return Launch(base, *SMALL, *replay, *files, *flags, PYTHONPATH=str(tmp_path))
+
+    def train(name: str, *flags: str) -> None:
+        run = launch(name, *flags)
         assert run.wait() == 0, run.text[-6000:]
 
-    train("whole", 2, "--custom-megatron-init-path", "init_hook.note")
+    train("whole", "--custom-megatron-init-path", "init_hook.note")
     assert [(tmp_path / f"init-{rank}").read_text() for rank in range(2)] == ["stage 0 of 2", "stage 1 of 2"]
-    train("parts", 1, "--async-save")
-    train("parts", 2, "--async-save")
+    signals = ("--async-save", "--save-on-signal", "--save-interval", "1000")
+    run = launch("parts", *signals, "--custom-megatron-before-train-step-hook-path", "step_hook.wait")
+    run.wait_for_file(tmp_path / "training")
+    run.process.send_signal(signal.SIGTERM)
+    run.wait_for("SIGTERM: saving at the next boundary and leaving, within 600 s")
+    (tmp_path / "go").touch()
+    assert run.wait() == 0, run.text[-6000:]
+    assert "left early (SIGTERM): the same command goes on from there" in run.text, run.text[-6000:]
+    assert re.search(r"to continue from the newest checkpoint: .*--num-rollout 2 ", run.text), run.text[-6000:]
+    assert (tmp_path / "parts" / "latest_checkpointed_iteration.txt").read_text().strip() == "0"
+    train("parts", "--async-save")
     whole, parts = (_tensors(tmp_path / name / "iter_0000001") for name in ("whole", "parts"))
     assert set(whole) == set(parts) and any("exp_avg" in name for name in whole)
     different = [name for name, tensor in whole.items() if not torch.equal(tensor, parts[name])]

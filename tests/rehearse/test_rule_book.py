@@ -84,6 +84,9 @@ LEGAL: dict[str, Edit] = {
         "--pipeline-model-parallel-layout",
         "10,12,12,12,8,8,8,8",
     ),
+    "signals and limits": flags(
+        "--exit-signal-handler", "--save-on-signal-seconds", "90", "--exit-duration-in-mins", "230", "--exit-interval", "50"
+    ),
     "half an optimizer offloaded": flags("--optimizer-offload-fraction", "0.5"),
     "no offload": flags("--no-offload-rollout"),
     "variables of other dispatchers": env(

@@ -426,6 +426,14 @@ WRONG: dict[str, tuple[Edit, str]] = {
         all_of(flags("--keep-checkpoints", "2"), without("--save", "--save-interval")),
         "; pass --save",
     ),
+    "a signal that saves nowhere": (
+        all_of(flags("--save-on-signal"), without("--save", "--save-interval")),
+        "--save-on-signal has nowhere to save; pass --save",
+    ),
+    "a time for a signal that is not heard": (
+        flags("--save-on-signal-seconds", "60"),
+        "--save-on-signal-seconds 60 has no effect without --save-on-signal; add it",
+    ),
     "a window that the model has not": (flags("--window-size", "4096,0"), "--window-size (4096, 0) would make another model"),
     "a softmax scale of its own": (flags("--softmax-scale", "0.1"), "--softmax-scale 0.1 would make another model"),
     "groups of experts": (flags("--moe-router-num-groups", "4"), "--moe-router-num-groups 4 would make another model"),

@@ -19,6 +19,14 @@ def saving(v: Values) -> None:
         v["keep_checkpoints"] is None or v["save"],
         f"--keep-checkpoints {v['keep_checkpoints']} removes older checkpoints of --save, which is not given; pass --save",
     )
+    v.require(
+        not v["save_on_signal"] or v["save"] or v["debug_rollout_only"],
+        "--save-on-signal has nowhere to save; pass --save",
+    )
+    v.require(
+        v["save_on_signal"] or "save_on_signal_seconds" not in v.given,
+        f"--save-on-signal-seconds {v['save_on_signal_seconds']} has no effect without --save-on-signal; add it",
+    )
     interval = v["ref_update_interval"]
     if interval is not None:
         v.require(

@@ -1,0 +1,21 @@
+"""Signals and time limits of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slime.config.flags import flag
+
+
+@dataclass(frozen=True)
+class UpkeepConfig:
+    """When a run leaves by itself, whole: its checkpoint is of the last trained rollout and its status is 0."""
+
+    save_on_signal: bool = flag(False, "--save-on-signal", "--exit-signal-handler")
+    """SIGTERM or SIGUSR1: generation ends at once, a rollout that is being trained is finished; then save and leave with 0."""
+    save_on_signal_seconds: int = flag(600, low=1)
+    """From the signal to the end of the run; one that is not saved by then leaves with 143, its last checkpoint intact."""
+    exit_interval: int | None = flag(None, low=1)
+    """Save and leave after every rollout whose number is a multiple of this."""
+    exit_duration_in_mins: float | None = flag(None, above=0)
+    """Save and leave after the first rollout that ends so many minutes after the start."""
