@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # `ray start` stays, as with --block; everything else answers at once. Each call is one line of JSON.
 FAKE_RAY = f"""#!{sys.executable}
-import json, os, sys, time
+import json, os, subprocess, sys, time
 keep = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 with open(os.environ["CALLS"], "a") as out:
     call = {{"argv": sys.argv[1:], "pid": os.getpid(), "env": {{k: os.environ.get(k) for k in keep}}, "all": dict(os.environ)}}
@@ -47,6 +47,9 @@ if sys.argv[1:3] == ["job", "submit"]:
         os.kill(next(call["pid"] for call in calls if call["argv"][0] == "start"), 9)
         time.sleep(0.5)
         sys.exit(1)
+    if "DRIVER" in os.environ:
+        driver = [sys.executable, "-m", "slime.train"]
+        sys.exit(subprocess.run(driver, env={{**os.environ, "PYTHONPATH": os.environ["DRIVER"]}}).returncode)
     sys.exit(int(os.environ.get("JOB_STATUS", "0")))
 """
 FAKE_SSH = f"""#!{sys.executable}

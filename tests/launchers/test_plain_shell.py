@@ -268,6 +268,53 @@ def test_a_second_launcher_is_refused_and_one_that_was_killed_leaves_nothing(she
     shutil.rmtree(folder, ignore_errors=True)
 
 
+DRIVER = """
+import os, signal, sys, time
+
+def leave(*_):
+    open(os.environ["ASKED"], "w").close()
+    time.sleep(float(os.environ["SAVING"]))
+    sys.exit(int(os.environ["STATUS"]))
+
+signal.signal(signal.SIGTERM, leave)
+print("training", flush=True)
+open(os.environ["READY"], "w").close()
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "saving", "leaves_with", "status"),
+    [
+        (["TERM"], 2, 0, 0),
+        (["USR1"], 0, 0, 0),
+        (["INT"], 0, 1, 1),  # the driver could not save
+        (["TERM", "TERM"], 60, 0, 143),
+    ],
+)
+def test_a_preempted_launcher_waits_for_the_save_and_a_second_signal_does_not(shell: Shell, sent, saving, leaves_with, status):
+    fake = shell.folder / "fake" / "slime"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").touch()
+    (fake / "train.py").write_text(DRIVER)
+    ready, asked = shell.folder / "ready", shell.folder / "asked"
+    process = shell.start(
+        f"exec {QWEN} --save-on-signal", BASE_DIR="my base", DRIVER=str(fake.parent), READY=str(ready), ASKED=str(asked),
+        SAVING=str(saving), STATUS=str(leaves_with),
+    )  # fmt: skip
+    wait_for(ready.exists)
+    process.send_signal(getattr(signal, f"SIG{sent[0]}"))
+    wait_for(asked.exists)
+    for name in sent[1:]:
+        process.send_signal(getattr(signal, f"SIG{name}"))
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == status, said
+    assert f"{sent[0]}: the job is asked to save and leave; a second signal ends it at once" in said
+    assert continued(said), "by the same command, not by one with more rollouts"
+    if status:
+        shutil.rmtree(re.search(r"its logs: (/tmp/slime-ray-\w+)", said)[1])
+
+
 def test_a_node_is_joined_by_the_line_that_is_printed(shell: Shell):
     process = shell.start(
         f"exec {GLM}", BASE_DIR="my base", RUN_DIR="my base/run", MASTER_ADDR="127.0.0.1", NUM_NODES="16", JOB_SECONDS="100",
