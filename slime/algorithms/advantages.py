@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slime.algorithms.importance import bounded_log_ratio
+
 WHITEN_EPS = 1e-8
 
 
@@ -41,9 +43,15 @@ def reinforce_plus_plus_baseline(reward: float, kl: Tensor, *, kl_coef: float) -
 
 
 def distilled(advantages: Tensor, log_probs: Tensor, teacher_log_probs: Tensor, *, coef: float) -> Tensor:
-    """On-policy distillation: subtract coef * (log student - log teacher), the per-token reverse KL (https://thinkingmachines.ai
-    /blog/on-policy-distillation). All [R]."""
-    return advantages - coef * (log_probs - teacher_log_probs)
+    """On-policy distillation: subtract coef times the per-token reverse KL (https://thinkingmachines.ai/blog/
+    on-policy-distillation). All [R]."""
+    return advantages - coef * reverse_kl(log_probs, teacher_log_probs)
+
+
+def reverse_kl(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """log student - log teacher of the student's own tokens [R]: its mean is KL(student || teacher). Within +-20, as every
+    log-ratio, so that a token which is impossible for the teacher is no infinite advantage."""
+    return bounded_log_ratio(log_probs - teacher_log_probs)
 
 
 def masked_moments(values: Tensor, mask: Tensor) -> Tensor:

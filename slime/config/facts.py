@@ -33,6 +33,7 @@ class Facts:
 
     load: LoadKind = "nothing"
     ref_load: LoadKind = "nothing"
+    opd_teacher_load: LoadKind = "nothing"
     hf_config: Mapping[str, object] | None = None
     """config.json of --hf-checkpoint, when that is a folder on this machine."""
     hf_source: str = ""
@@ -103,10 +104,18 @@ def count_prompts(data: str | None) -> int | None:
     return len(range(count)[slice(*(int(bound) if bound else None for bound in bounds.groups()))])
 
 
-def gather_facts(*, load: str | None, ref_load: str | None, hf_checkpoint: str | None, prompt_data: str | None = None) -> Facts:
+def gather_facts(
+    *,
+    load: str | None,
+    ref_load: str | None,
+    hf_checkpoint: str | None,
+    prompt_data: str | None = None,
+    opd_teacher_load: str | None = None,
+) -> Facts:
     return Facts(
         load=kind_of(load),
         ref_load=kind_of(ref_load),
+        opd_teacher_load=kind_of(opd_teacher_load),
         hf_config=read_hf_config(hf_checkpoint),
         tensorboard_dir=os.environ.get("TENSORBOARD_DIR"),
         prompt_file_problem=file_problem,
@@ -117,4 +126,5 @@ def gather_facts(*, load: str | None, ref_load: str | None, hf_checkpoint: str |
 
 def facts_of(start: Mapping[str, Any]) -> Facts:
     """The facts about the files that attributes name."""
-    return gather_facts(**{name: start[name] for name in ("load", "ref_load", "hf_checkpoint", "prompt_data")})
+    names = ("load", "ref_load", "hf_checkpoint", "prompt_data", "opd_teacher_load")
+    return gather_facts(**{name: start[name] for name in names})

@@ -10,7 +10,6 @@ from slime.config.flags import derived, flag
 
 Dtype = Literal["fp32", "bf16"]
 _CRITIC = "PPO with a critic"
-_OPD = "on-policy distillation"
 
 
 @dataclass(frozen=True)
@@ -277,16 +276,16 @@ class AlgorithmConfig:
     """Rollouts that train the critic alone."""
     megatron_config_path: str | None = flag(None, later=_CRITIC)
     """YAML with flags per role."""
-    use_opd: bool = flag(False, later=_OPD)
-    """On-policy distillation."""
-    opd_type: Literal["sglang", "megatron"] | None = flag(None, later=_OPD)
-    """Where its teacher runs."""
-    opd_kl_coef: float = flag(1.0, later=_OPD)
-    """Its weight."""
-    opd_teacher_load: str | None = flag(None, later=_OPD)
-    """Its teacher's checkpoint."""
-    opd_teacher_ckpt_step: int | None = flag(None, later=_OPD)
-    """Iteration of that checkpoint."""
+    use_opd: bool = False
+    """On-policy distillation: a token's advantage falls by how much likelier the model finds it than a teacher does."""
+    opd_type: Literal["sglang", "megatron"] | None = None
+    """Where the teacher runs: a server at --rm-url, or weights that the trainer keeps beside its own."""
+    opd_kl_coef: float = flag(1.0, low=0)
+    """Weight of the difference of log-probs."""
+    opd_teacher_load: str | None = None
+    """The teacher's checkpoint, of a model of the trained one's shape: Megatron's or an HF folder."""
+    opd_teacher_ckpt_step: int | None = flag(None, low=0)
+    """Iteration of --opd-teacher-load to use."""
     custom_megatron_init_path: str | None = None
     """Called with (args) after the ranks are set up."""
     custom_megatron_before_log_prob_hook_path: str | None = None

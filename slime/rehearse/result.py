@@ -177,7 +177,9 @@ def _cost(
         micro_batches=-(-shapes.micro_batches * prompts // max(own, 1)),
         steps=_steps(config),
         needs_reference=bool(config.algorithm.kl_coef or config.algorithm.use_kl_loss),
-        needs_old_log_probs=config.algorithm.loss_type == "policy_loss" and not config.algorithm.use_rollout_logprobs,
+        needs_teacher=config.algorithm.opd_type == "megatron",
+        needs_old_log_probs=config.algorithm.loss_type == "policy_loss"
+        and (config.algorithm.use_opd or not config.algorithm.use_rollout_logprobs),
         colocate=config.cluster.colocate,
         speculates=all(speculates(spec) for spec in done.engines.specs if spec.role != "prefill"),
         vpp=shapes.vpp,

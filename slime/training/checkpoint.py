@@ -61,6 +61,7 @@ class Flags:
 
 
 LOAD, REFERENCE = Flags("--load", "--ckpt-step"), Flags("--ref-load", "--ref-ckpt-step")
+TEACHER = Flags("--opd-teacher-load", "--opd-teacher-ckpt-step")
 
 
 @dataclass(frozen=True)

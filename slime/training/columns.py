@@ -35,6 +35,9 @@ class Columns:
     positions: tuple[int, ...]
     old_log_probs: Column | None = None
     ref_log_probs: Column | None = None
+    teacher_log_probs: Column | None = None
+    """Of a teacher in Megatron's weights; a server's are in the batch."""
+    opd_reverse_kl: Column | None = None
     entropy: Column | None = None
     kl: Column | None = None
     advantages: Column | None = None
@@ -42,7 +45,7 @@ class Columns:
 
     def for_packing(self) -> dict[str, Column]:
         """The columns that MicroBatch carries."""
-        names = ("old_log_probs", "ref_log_probs", "advantages")
+        names = ("old_log_probs", "ref_log_probs", "teacher_log_probs", "advantages")
         return {name: column for name in names if (column := getattr(self, name)) is not None}
 
 
@@ -52,6 +55,7 @@ class Passes:
 
     old: bool
     ref: bool
+    teacher: bool = False
     reasons: tuple[str, ...] = field(default=())
     """Why the old-log-prob pass cannot reuse the log-probs of the step itself."""
 
@@ -63,13 +67,16 @@ def passes_of(config: Config, num_steps: int) -> Passes:
     if rules.loss_type != "policy_loss" or not rules.compute_advantages_and_returns:
         return Passes(old=False, ref=False)
     ref = rules.use_kl_loss or rules.kl_coef != 0
-    if rules.use_rollout_logprobs and not rules.get_mismatch_metrics:
-        return Passes(old=rules.kl_coef != 0, ref=ref, reasons=("--kl-coef shapes rewards by them",) if rules.kl_coef else ())
+    teacher = rules.use_opd and rules.opd_type == "megatron"
     reasons = []
-    if num_steps != 1:
-        reasons.append(f"{num_steps} steps in this rollout")
     if rules.kl_coef != 0:
         reasons.append("--kl-coef shapes rewards by them")
+    if rules.use_opd:
+        reasons.append("--use-opd compares them with a teacher's")
+    if rules.use_rollout_logprobs and not rules.get_mismatch_metrics:
+        return Passes(old=bool(reasons), ref=ref, teacher=teacher, reasons=tuple(reasons))
+    if num_steps != 1:
+        reasons.append(f"{num_steps} steps in this rollout")
     if rules.get_mismatch_metrics:
         reasons.append("--get-mismatch-metrics")
     if rules.advantage_estimator == "gspo":
@@ -80,7 +87,7 @@ def passes_of(config: Config, num_steps: int) -> Passes:
         reasons.append("--tis-batch-normalize averages over the whole step")
     if rules.use_rollout_entropy:
         reasons.append("--use-rollout-entropy")
-    return Passes(old=bool(reasons), ref=ref, reasons=tuple(reasons))
+    return Passes(old=bool(reasons), ref=ref, teacher=teacher, reasons=tuple(reasons))
 
 
 def split_column(micro: MicroBatch, values: Tensor) -> Column:
@@ -103,8 +110,25 @@ def fill_advantages(
     else:
         columns.returns = {position: _advantage(columns, position, batch, config) for position in columns.positions}
         columns.advantages = dict(columns.returns)
+    if rules.use_opd:
+        _distil(columns, batch, rules.opd_kl_coef)
     if rules.normalize_advantages:
         _whiten(columns, batch, ranks)
+
+
+def _distil(columns: Columns, batch: RolloutBatch, coef: float) -> None:
+    """On-policy distillation: what the teacher says comes on top of any estimator, the user's own too."""
+    teacher = columns.teacher_log_probs
+    if teacher is None and batch.teacher_log_probs is None:
+        raise ValueError(
+            "--use-opd --opd-type sglang: no sample of this rollout has teacher_log_probs; let "
+            "slime.rollout.on_policy_distillation ask the teacher, or fill them in a function of your own"
+        )
+    if teacher is None:
+        teacher = {position: torch.from_numpy(batch.teacher_log_probs[position]) for position in columns.positions}
+    mine = columns.old_log_probs
+    columns.opd_reverse_kl = {p: adv.reverse_kl(mine[p], teacher[p]) for p in columns.positions}
+    columns.advantages = {p: adv.distilled(values, mine[p], teacher[p], coef=coef) for p, values in columns.advantages.items()}
 
 
 def _kl(columns: Columns, position: int, batch: RolloutBatch, kind: str) -> Tensor:
@@ -170,7 +194,8 @@ def _rollout_data(columns: Columns, batch: RolloutBatch) -> dict[str, object]:
         "log_probs": ordered(columns.old_log_probs),
         "ref_log_probs": ordered(columns.ref_log_probs),
         "rollout_log_probs": ordered(batch.rollout_log_probs),
-        "teacher_log_probs": ordered(batch.teacher_log_probs),
+        "teacher_log_probs": ordered(columns.teacher_log_probs or batch.teacher_log_probs),
+        "opd_reverse_kl": ordered(columns.opd_reverse_kl),
         "advantages": ordered(columns.advantages),
         "returns": ordered(columns.returns),
     }
@@ -248,7 +273,9 @@ def rollout_metrics(columns: Columns, batch: RolloutBatch, ranks: Ranks) -> dict
         "rollout/total_lengths": float(batch.total_lengths.mean()),
     }
     token_columns: dict[str, Mapping[int, Tensor]] = {}
-    for name in ("old_log_probs", "ref_log_probs", "entropy", "kl", "advantages", "returns"):
+    for name in (
+        "old_log_probs", "ref_log_probs", "teacher_log_probs", "opd_reverse_kl", "entropy", "kl", "advantages", "returns",
+    ):  # fmt: skip
         column = getattr(columns, name)
         if column is not None:
             token_columns["log_probs" if name == "old_log_probs" else name] = column

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slime.algorithms import policy_loss
+from slime.algorithms.advantages import reverse_kl
 from slime.algorithms.importance import bounded_log_ratio
 from slime.algorithms.kl import approx_kl
 from slime.algorithms.sft import nll
@@ -140,6 +141,8 @@ class Objective:
             # With the engine's log-probs as the old ones the gap is between them and what the trainer computes now.
             mine = log_probs.detach() if rules.use_rollout_logprobs else old
             values["train_rollout_logprob_abs_diff"] = total(micro, (mine - micro.rollout_log_probs).abs())
+        if rules.use_opd and micro.teacher_log_probs is not None:
+            values["opd_reverse_kl"] = total(micro, reverse_kl(log_probs.detach(), micro.teacher_log_probs))
         values |= {"ppo_kl": total(micro, divergence), "pg_clipfrac": total(micro, clipped)}
         pg_loss = self._reduced(micro, token_loss)
         entropy_loss = total(micro, entropy)

@@ -49,10 +49,16 @@ class LoadedState:
 
 
 def load(trainer: Trainer) -> LoadedState:
-    """Reference weights into a snapshot (where an objective needs them), then the actor's own state; see checkpoint.resolve."""
+    """Weights of reference and teacher into snapshots (where an objective needs them), then the actor's own state; see
+    checkpoint.resolve."""
     config = trainer.config
     if trainer.keeps_reference:
-        _load_reference(trainer)
+        if not config.checkpoint.ref_load:
+            raise ValueError("--kl-coef / --use-kl-loss compare with a reference model; give --ref-load")
+        _load_beside(trainer, "ref", config.checkpoint.ref_load, config.checkpoint.ref_ckpt_step, checkpoint.REFERENCE)
+    rules = config.algorithm
+    if rules.use_opd and rules.opd_type == "megatron":
+        _load_beside(trainer, "teacher", rules.opd_teacher_load, rules.opd_teacher_ckpt_step, checkpoint.TEACHER)
     source = checkpoint.resolve(config)
     start = source.start_rollout_id(config.checkpoint.start_rollout_id)
     data_state = None
@@ -182,17 +188,13 @@ def _load_weights(trainer: Trainer, kind: str, folder: Path) -> None:
     load_hf(trainer.model, table, SafetensorsReader(folder), trainer.ranks, padded_vocab=padded_vocab_size(config, hf))
 
 
-def _load_reference(trainer: Trainer) -> None:
-    paths = trainer.config.checkpoint
-    if not paths.ref_load:
-        raise ValueError("--kl-coef / --use-kl-loss compare with a reference model; give --ref-load")
-    found = checkpoint.find_weights(Path(paths.ref_load), paths.ref_ckpt_step, checkpoint.REFERENCE)
+def _load_beside(trainer: Trainer, tag: str, path: str, step: int | None, flags: checkpoint.Flags) -> None:
+    """The weights in `path`, of a model of the same shape, as a snapshot; the model itself is loaded afterwards."""
+    found = checkpoint.find_weights(Path(path), step, flags)
     if found is None:
-        raise ValueError(
-            f"--ref-load {paths.ref_load} has neither {checkpoint.TRACKER} nor a config.json; convert the model first"
-        )
+        raise ValueError(f"{flags.load} {path} has neither {checkpoint.TRACKER} nor a config.json; convert the model first")
     kind, folder = found
     if kind == "megatron":
-        checkpoint.verify(folder, trainer.ranks, checkpoint.REFERENCE)
+        checkpoint.verify(folder, trainer.ranks, flags)
     _load_weights(trainer, kind, folder)
-    trainer.snapshots.take("ref")
+    trainer.snapshots.take(tag)

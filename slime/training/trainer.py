@@ -165,6 +165,9 @@ class Trainer:
             with clock("ref_log_probs"), self.peaks("log-probs"), self.snapshots.playing("ref"):
                 reference, _ = self._log_probs(batch, steps, "ref_")
             columns.ref_log_probs = reference
+        if passes.teacher:
+            with clock("teacher_log_probs"), self.peaks("log-probs"), self.snapshots.playing("teacher"):
+                columns.teacher_log_probs, _ = self._log_probs(batch, steps, "teacher_")
         if passes.old:
             with clock("log_probs"), self.peaks("log-probs"):
                 columns.old_log_probs, columns.entropy = self._log_probs(batch, steps, "")

@@ -298,3 +298,23 @@ def test_kinds_of_checkpoint_folders(tmp_path: Path):
 def test_rehearsal_needs_no_file_of_the_cluster():
     config = config_of("--use-kl-loss", "--ref-load", "/cluster/ref", door="rehearse")
     assert config.checkpoint.ref_load == "/cluster/ref" and config.door == "rehearse"
+
+
+SERVER = ("--use-opd", "--opd-type", "sglang", "--rm-url", "http://t:1/generate")
+TEACHER = "slime.rollout.on_policy_distillation"
+
+
+@pytest.mark.parametrize(
+    ("words", "grader", "hooks"),
+    [
+        (("--rm-type", "math", "--label-key", "l"), None, (f"{TEACHER}.teacher_hook",)),
+        (("--rm-type", "none"), f"{TEACHER}.reward_func", ()),
+        (("--custom-rm-path", f"{TEACHER}.reward_func"), f"{TEACHER}.reward_func", ()),
+        (("--custom-rm-path", "my.reward"), "my.reward", (f"{TEACHER}.teacher_hook",)),
+        (("--rollout-sample-hook-path", "my.hook"), None, ("my.hook", f"{TEACHER}.teacher_hook")),
+        (("--custom-rm-path", "my.teacher", "--custom-reward-post-process-path", "my.zeros"), "my.teacher", ()),
+    ],
+)
+def test_a_teacher_behind_http_is_asked_by_the_grader_or_beside_it(words, grader, hooks) -> None:
+    rules = config_of(*SERVER, *words).rollout
+    assert (rules.custom_rm_path, rules.rollout_sample_hook_path) == (grader, hooks)

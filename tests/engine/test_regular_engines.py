@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from engine.reference import largest_difference, load_reference, read_weights
 from slime.engine.client import EngineClient, RouterClient, sync
 from slime.engine.process import EngineProcess
 from slime.engine.router import RouterProcess, Worker
+from slime.rollout.http import enter_servers
+from slime.rollout.on_policy_distillation import post_process_rewards, reward_func
+from slime.types.sample import Sample
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +124,34 @@ def test_no_process_of_an_engine_imports_megatron(served, megatron_imports):
     subprocess.run([sys.executable, "-c", "import megatron"], check=True)
     assert "-c" in megatron_imports.read_text()  # the wire is there
     megatron_imports.unlink()
+
+
+def test_a_teacher_gives_the_log_prob_of_every_response_token_at_temperature_one(served, tmp_path):
+    """SGLang does not scale a prompt's log-probs by the temperature that is asked for: the rule book asks for 1."""
+    (_, qwen), (_, checkpoint), _ = served
+    model = load_reference(checkpoint, read_weights(checkpoint), tmp_path / "reference")
+    host, port = qwen.url.removeprefix("http://").split(":")
+    ours = SimpleNamespace(sglang_router_ip=host, sglang_router_port=int(port), engine_token=TOKEN)
+    args = SimpleNamespace(rm_url=f"{qwen.url}/generate", rollout_temperature=0.5)
+    samples = [
+        Sample(index=0, tokens=prompt(11, 30), response_length=12),
+        Sample(index=1, tokens=prompt(12, 7), response_length=6),
+        Sample(index=2, tokens=prompt(13, 9), response_length=3, remove_sample=True),
+    ]
+
+    async def score():
+        enter_servers(ours)
+        return [await reward_func(args, samples[:2]), await reward_func(args, samples[2])]
+
+    assert asyncio.run(score()) == [[0.0, 0.0], 0.0]
+    assert samples[2].teacher_log_probs is None, "nothing of it is trained, so nobody asks"
+    for sample in samples[:2]:
+        tokens = torch.tensor(sample.tokens)
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(tokens[None]).logits[0, :-1], -1).gather(1, tokens[1:, None])[:, 0]
+        found = torch.tensor(sample.teacher_log_probs)
+        torch.testing.assert_close(found, log_p[-sample.response_length :], rtol=0, atol=1e-3)
+    assert post_process_rewards(args, samples) == ([0.0] * 3, [0.0] * 3)
 
 
 def test_a_dense_model_is_served_by_sglangs_own_class_and_updated_too(served, tmp_path):

@@ -101,7 +101,12 @@ def test_the_reader_sees_what_is_written():
     assert "perf/step_time" in written_by_name() and "rollout/dynamic_filter/drop_{}" in written_by_name()
     assert {"rollout/correct_response_len/max", "eval/{}/num_failed", "rollout/zero_std/count_{}"} <= written_of_samples()
     assert {"train/pg_clipfrac", "train/lr-pg_{}", "train/grad_norm", "train/mtp_loss", "train/step"} <= written_of_steps()
-    assert written_as_times() == {"perf/log_probs_time", "perf/ref_log_probs_time", "perf/actor_train_time"}
+    assert written_as_times() == {
+        "perf/log_probs_time",
+        "perf/ref_log_probs_time",
+        "perf/teacher_log_probs_time",
+        "perf/actor_train_time",
+    }
 
 
 def test_other_pages_name_metrics_that_exist():

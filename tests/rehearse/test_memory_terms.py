@@ -6,10 +6,13 @@ from dataclasses import replace
 
 from slime.config.rules.dispatch import buffer_bytes
 from slime.config.stages import cut_layers
+from slime.rehearse.checks.memory import weight_copies
 from slime.rehearse.model.cost import bubble
 from slime.rehearse.model.engine_memory import EngineRank, engine_weights
+from slime.rehearse.model.host_memory import host_memory
 from slime.rehearse.model.memory import Assumed, Turns, in_flight, optimizer_bytes, stage_memory, stored_inputs
 from slime.rehearse.model.shares import stage_shares
+from tests.config.flags import config_of
 from tests.rehearse.test_arithmetic import GRID, HF, SHAPES, STOCK, TABLE
 
 
@@ -93,3 +96,19 @@ def test_deepep_buffers() -> None:
     """1024 tokens x 256 experts x 12,288 bytes four times, and 16 bytes more of each that is received."""
     tokens = 1024 * 256
     assert buffer_bytes(tokens=1024, hidden=6144, experts=256) == 2 * (tokens * 12_288 + tokens * 12_304 + 4 * 256)
+
+
+def test_reference_and_teacher_lie_in_main_memory_beside_the_trained_weights() -> None:
+    """Each pass puts another's weights into the one model, so the trained ones are copied, too: 1 + 1, 1 + 1 + 1."""
+    for words, copies in (
+        ((), 0),
+        (("--use-kl-loss", "--ref-load", "/r"), 2),
+        (("--use-opd", "--opd-type", "megatron", "--opd-teacher-load", "/t"), 2),
+        (("--kl-coef", "0.1", "--ref-load", "/r", "--use-opd", "--opd-type", "megatron", "--opd-teacher-load", "/t"), 3),
+    ):
+        assert weight_copies(config_of(*words, door="rehearse")) == copies, words
+    share = stage_shares(TABLE, cut_layers(STOCK), GRID)[3]
+    told = {"bucket_bytes": 1 << 30, "engine": None, "gpu_bytes": 80e9, "assumed": Assumed(), "turns": Turns(True)}
+    assert stage_memory(share, HF, GRID, replace(SHAPES, copies=3), **told).host_copies == 3 * share.parameters * 2
+    plain, kept = (host_memory(share, HF, GRID, replace(SHAPES, copies=n), Assumed(), bucket_bytes=1 << 30) for n in (0, 2))
+    assert kept.phase("rollout").total - plain.phase("rollout").total == 2 * share.parameters * 2

@@ -128,6 +128,10 @@ LEGAL: dict[str, Edit] = {
         "1e-4",
         "--tis-batch-normalize",
     ),  # fmt: skip
+    "a teacher in weights": flags("--use-opd", "--opd-type", "megatron", "--opd-teacher-load", "/teacher"),
+    "a teacher behind HTTP": flags(
+        "--use-opd", "--opd-type", "sglang", "--rm-url", "http://teacher:30000/generate", "--rollout-temperature", "1.0"
+    ),
     "RLOO, Dr. GRPO's length and DAPO's punishment": flags(
         "--advantage-estimator", "rloo", "--pg-loss-length", "65536", "--overlong-buffer-len", "4096"
     ),

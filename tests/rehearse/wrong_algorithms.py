@@ -49,4 +49,34 @@ WRONG_ALGORITHMS: dict[str, tuple[Edit, str]] = {
         flags("--overlong-buffer-len", "4096", "--custom-reward-post-process-path", "a.b"),
         "shapes rewards before they are normalised, which --custom-reward-post-process-path replaces",
     ),
+    # Distillation.
+    "a teacher that runs nowhere": (flags("--use-opd"), "nothing says where it runs; give --opd-type sglang or megatron"),
+    "a teacher for nobody": (
+        flags("--opd-type", "megatron", "--opd-teacher-load", "/teacher"),
+        "--opd-type, --opd-teacher-load has no effect without --use-opd",
+    ),
+    "a teacher without weights": (
+        flags("--use-opd", "--opd-type", "megatron"),
+        "--opd-type megatron loads the teacher beside the model; give its weights with --opd-teacher-load",
+    ),
+    "a server with weights": (
+        flags("--use-opd", "--opd-type", "sglang", "--opd-teacher-load", "/teacher", "--rm-url", "http://t:1/generate"),
+        "--opd-type sglang asks a server, and --opd-teacher-load /teacher is weights",
+    ),
+    "a server without an address": (
+        flags("--use-opd", "--opd-type", "sglang"),
+        "--opd-type sglang asks the teacher at --rm-url, which is not given",
+    ),
+    "a server at another temperature": (
+        flags("--use-opd", "--opd-type", "sglang", "--rm-url", "http://t:1/generate", "--rollout-temperature", "0.8"),
+        "a server scores at temperature 1, and --rollout-temperature is 0.8",
+    ),
+    "a server that would grade, too": (
+        flags("--use-opd", "--opd-type", "sglang", "--rm-url", "http://t:1/generate", "--rm-type", "remote_rm"),
+        "--rm-url is the teacher's address, and --rm-type remote_rm would grade there",
+    ),
+    "distillation without advantages": (
+        flags("--use-opd", "--opd-type", "megatron", "--opd-teacher-load", "/t", "--disable-compute-advantages-and-returns"),
+        "--use-opd changes advantages",
+    ),
 }

@@ -22,6 +22,7 @@ from slime.config.rules import (
     config_json,
     context,
     dispatch,
+    distillation,
     effects,
     engine_model,
     engine_server,
@@ -60,6 +61,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         (
             algorithm.algorithm,
+            distillation.distillation,
             batch.batch,
             lengths.lengths,
             evaluation.evaluation,

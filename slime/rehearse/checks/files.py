@@ -26,7 +26,12 @@ def check_files(
     """head: address of the node that launches."""
     config = reading.config
     _check_prompts(reading, findings)
-    for name, folder in (("--hf-checkpoint", config.checkpoint.hf_checkpoint), ("--ref-load", config.checkpoint.ref_load)):
+    folders = {
+        "--hf-checkpoint": config.checkpoint.hf_checkpoint,
+        "--ref-load": config.checkpoint.ref_load,
+        "--opd-teacher-load": config.algorithm.opd_teacher_load,
+    }
+    for name, folder in folders.items():
         if folder and not Path(folder).is_dir():
             findings.unchecked("files", f"{name} {folder} is not on this machine")
     check_index(reading, findings, checkpoint_index)

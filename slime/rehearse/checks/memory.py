@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
+from slime.config import Config
 from slime.rehearse.checks.layout import padded_sample
 from slime.rehearse.findings import Findings
 from slime.rehearse.model.cost import replaced
@@ -102,8 +103,17 @@ def train_shapes(reading: Reading, *, longest: int | None, mean_share: float) ->
         core_axis=config.parallel.dsa_core_axis,
         vpp=config.parallel.virtual_pipeline_model_parallel_size or 1,
         recompute_block=mega.get("recompute_num_layers", 0) if block else None,
+        copies=weight_copies(config),
         longest_tokens=padded_sample(config, grid, longest) // grid.cp if longest and dynamic else 0,
     )
+
+
+def weight_copies(config: Config) -> int:
+    """Whole copies of the weights that a rank keeps in main memory (slime.training.snapshots)."""
+    rules = config.algorithm
+    reference = bool(rules.use_kl_loss or rules.kl_coef)
+    beside = reference + (rules.use_opd and rules.opd_type == "megatron")
+    return beside + 1 if beside else 0  # the trained ones lie there while another plays
 
 
 def check_memory(
@@ -161,7 +171,7 @@ def _node_memory(reading: Reading, stages: Sequence[StageMemory], ranks: Sequenc
     def fullest(what: str) -> int:
         return fullest_node([getattr(stage, what) for stage in stages], *nodes)
 
-    gradients = fullest("host_gradients")
+    gradients, copies = fullest("host_gradients"), fullest("host_copies")
     # SGLang keeps a copy of the draft model's weights, which a sync does not bring.
     drafts = max((rank.draft_weights for rank in ranks), default=0) * (cluster.num_gpus_per_node if turns.shares_gpu else 0)
     return NodeMemory(
@@ -169,11 +179,13 @@ def _node_memory(reading: Reading, stages: Sequence[StageMemory], ranks: Sequenc
             "optimizer": fullest("host_optimizer"),
             "float32 gradients": gradients,
             "sleeping weights": fullest("host_weights"),
+            "copies of weights (reference, teacher)": copies,
             "engines' draft weights": drafts,
         },
         {
             "optimizer and copies for the disk": fullest("host_checkpoint"),
             "float32 gradients": gradients,
+            "copies of weights (reference, teacher)": copies,
             "engines' draft weights": drafts,
         },
     )

@@ -171,6 +171,7 @@ class Shape:
     micro_batches: int
     steps: int
     needs_reference: bool
+    needs_teacher: bool
     needs_old_log_probs: bool
     colocate: bool
     speculates: bool = True
@@ -203,7 +204,7 @@ def predict(
     evenness = balance(stage_cost) if stage_cost else 1.0
     idle = bubble(grid.pp, max(shape.micro_batches, 1), shape.vpp)
     busy = evenness * (1 - idle)
-    passes = int(shape.needs_old_log_probs) + int(shape.needs_reference)
+    passes = int(shape.needs_old_log_probs) + int(shape.needs_reference) + int(shape.needs_teacher)
     accepted = rates.tokens_per_decode_step if shape.speculates else 1.0
     decode = shape.longest_response / accepted * rates.decode_step_ms / 1e3
     phases = [

@@ -68,6 +68,8 @@ class TrainShapes:
     """Model chunks per stage."""
     recompute_block: int | None = None
     """Layers of a chunk that are recomputed with --recompute-method block; None recomputes all."""
+    copies: int = 0
+    """Of the whole weights in main memory: reference, teacher, and the trained ones while one of them plays."""
     longest_tokens: int = 0
     """Rows of one context-parallel rank for the longest sample, padded; above `tokens` it is trained alone."""
 
@@ -94,6 +96,8 @@ class StageMemory:
     """Bytes of one rank in main memory while a checkpoint is written: the same, and what waits for the disk."""
     host_gradients: int = 0
     """Bytes of float32 gradients of one rank in main memory, for the optimizer there."""
+    host_copies: int = 0
+    """Bytes of one rank's copies of weights in main memory (TrainShapes.copies)."""
     host_weights: int = 0
     """Bytes of one rank's weights in main memory while engines own the GPU."""
 
@@ -299,6 +303,7 @@ def stage_memory(
         offloaded + state + written,
         # The optimizer on the host keeps float32 gradients of its share beside its state, pinned.
         host_gradients=offloaded // shapes.optimizer_bytes * 4,
+        host_copies=weights * shapes.copies,
         host_weights=weights if turns.shares_gpu and turns.trainer_sleeps else 0,
     )
 
