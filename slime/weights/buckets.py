@@ -8,18 +8,12 @@ import torch
 from torch import Tensor
 
 from slime.types.weight_bucket import TensorMeta, WeightBucket
-
-# CUDA loads want aligned addresses, and viewing bytes as float32 needs a multiple of 4.
-ALIGNMENT = 16
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+from slime.weights.wire import padded
 
 
 def flat_bytes(metas: Sequence[TensorMeta]) -> int:
     """Length of the buffer that `metas` describe."""
-    return metas[-1].start + _padded(metas[-1].nbytes) if metas else 0
+    return metas[-1].start + padded(metas[-1].nbytes) if metas else 0
 
 
 def pack_bucket(named: Sequence[tuple[str, Tensor]]) -> WeightBucket:
@@ -31,7 +25,7 @@ def pack_bucket(named: Sequence[tuple[str, Tensor]]) -> WeightBucket:
     for name, tensor in named:
         nbytes = tensor.numel() * tensor.element_size()
         metas.append(TensorMeta(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), start, nbytes))
-        start += _padded(nbytes)
+        start += padded(nbytes)
     device = named[0][1].device if named else torch.device("cpu")
     flat = torch.zeros(flat_bytes(metas), dtype=torch.uint8, device=device)
     for meta, (_, tensor) in zip(metas, named, strict=True):

@@ -15,7 +15,17 @@ from slime.model.names import Entry, NameTable
 from slime.model.order import model_order
 from slime.model.placement import Grid, Holders, Places, holders_of
 from slime.weights.serving import Receiver
-from slime.weights.wire import Format, WireTensor, is_gathered, padded, partners_of, update_groups, wire_tensors
+from slime.weights.wire import (
+    Format,
+    WireTensor,
+    cuts_of,
+    is_gathered,
+    padded,
+    partners_of,
+    piece_bytes,
+    update_groups,
+    wire_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,8 @@ class Lane:
 class WireTable:
     """What every entry looks like on the wire; entries that are alike share the arithmetic."""
 
-    def __init__(self, table: NameTable, hf: HfConfig, trainer: Trainer):
-        self.form, self.trainer = Format.of(hf), trainer
+    def __init__(self, table: NameTable, hf: HfConfig, trainer: Trainer, *, largest_part: int):
+        self.form, self.trainer, self._largest = Format.of(hf), trainer, largest_part
         self.places = Places(table, trainer.grid, trainer.chunks, trainer.mtp, trainer.padded_vocab)
         self._sizes: dict[tuple, tuple[int, tuple[int, ...]]] = {}
 
@@ -77,7 +87,7 @@ class WireTable:
             )
             if self.gathered(entry):
                 held = Holders("all", (held.parts[0],))
-            found += wire_tensors(entry, tensor, held, self.form)
+            found += wire_tensors(entry, tensor, held, self.form, cuts=self.cuts(entry))
         return tuple(found)
 
     def size(self, entry: Entry) -> int:
@@ -88,6 +98,10 @@ class WireTable:
 
     def gathered(self, entry: Entry) -> bool:
         return is_gathered(entry, self.size(entry), self.form)
+
+    def cuts(self, entry: Entry) -> int:
+        """Into how many pieces each rank's part is cut further."""
+        return cuts_of(entry, self.size(entry), self.form, largest=self._largest)
 
     def bytes_of(self, entry: Entry) -> tuple[int, tuple[int, ...]]:
         """(bytes in a bucket, bytes of each part)."""
@@ -116,7 +130,7 @@ class WireTable:
         ).parts[:size]
         if self.gathered(entry):
             return (tuple(sorted(rank for part in parts for rank in part.ranks)),)
-        return tuple(part.ranks for part in parts)
+        return tuple(part.ranks for part in parts for _ in range(self.cuts(entry)))
 
 
 @dataclass
@@ -130,10 +144,10 @@ class _Open:
 
 
 def lanes_of(
-    table: NameTable, hf: HfConfig, trainer: Trainer, receivers: Sequence[Receiver]
+    table: NameTable, hf: HfConfig, trainer: Trainer, receivers: Sequence[Receiver], *, limit_bytes: int
 ) -> tuple[WireTable, tuple[Lane, ...]]:
-    """Every tensor that some receiver takes, in lanes; units in the model's order."""
-    wire = WireTable(table, hf, trainer)
+    """Every tensor that some receiver takes, in lanes; units in the model's order. limit_bytes: of a bucket."""
+    wire = WireTable(table, hf, trainer, largest_part=piece_bytes(limit_bytes))
     kept = _Kept(receivers, hf)
     found: dict[tuple, _Open] = {}
     holders: dict[tuple, tuple[tuple[int, ...], ...]] = {}
@@ -142,13 +156,19 @@ def lanes_of(
         gpus = kept.gpus(first)
         if not gpus:
             continue
-        kind = wire.places.stages(first), wire.places.expert_shard(first), wire.size(first), wire.gathered(first)
+        kind = (
+            wire.places.stages(first),
+            wire.places.expert_shard(first),
+            wire.size(first),
+            wire.gathered(first),
+            wire.cuts(first),
+        )
         lane = found.get((kind, gpus))
         if lane is None:
             if kind not in holders:
                 holders[kind] = wire.holders(first)
             lane = found[kind, gpus] = _Open(holders[kind], kind[3], gpus)
-        assert len(group) == 1 or all((wire.size(one), wire.gathered(one)) == kind[2:] for one in group), (
+        assert len(group) == 1 or all((wire.size(one), wire.gathered(one), wire.cuts(one)) == kind[2:] for one in group), (
             f"{[entry.name for entry in group]} are fused and lie differently on the trainer's ranks"
         )
         sizes = [wire.bytes_of(entry) for entry in group]

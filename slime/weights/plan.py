@@ -233,7 +233,7 @@ def plan_sync(
     if limit_bytes <= 0:
         raise ValueError(f"--update-weight-buffer-size is {limit_bytes}; it is a number of bytes and must be positive")
     _check_gpus(trainer, receivers, nodes)
-    wire, lanes = lanes_of(table, hf, trainer, receivers)
+    wire, lanes = lanes_of(table, hf, trainer, receivers, limit_bytes=limit_bytes)
     stops = fill_rounds(lanes, limit_bytes=limit_bytes)
     router = Router(nodes)
     deliveries = tuple(_deliveries(lanes, stops, router))
@@ -246,8 +246,8 @@ def _deliveries(lanes: Sequence[Lane], stops: Sequence[Stop], router: Router) ->
     number = 0
     for _, batch in groupby(stops, key=lambda stop: stop.round):
         of_round = [(stop, lanes[stop.lane].gpus) for stop in batch]
-        router.new_round([(stop.sources, gpus, stop.nbytes) for stop, gpus in of_round])
-        for stop, gpus in of_round:
+        order = router.new_round([(stop.sources, gpus, stop.nbytes) for stop, gpus in of_round])
+        for stop, gpus in (of_round[one] for one in order):
             route = router.route(stop.sources, gpus, stop.nbytes)
             shared = tuple(legs.setdefault(leg, Leg(*leg)) for leg in route.legs)
             yield Delivery(number, stop.round, stop.lane, stop.part, stop.units, stop.nbytes, route.makers, shared)

@@ -7,11 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from slime.weights.lanes import Lane
-
-PIECES = 64
-"""A stop moves about this share of the largest bucket: small enough for the router to level links, few enough to be planned."""
-SMALLEST_STOP = 4 * 2**20
-"""Bytes under which splitting a send costs more than it levels."""
+from slime.weights.wire import piece_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +63,47 @@ class _Filling:
         self._givers = [tuple(_givers(lane, part) for part in range(len(lane.holders))) for lane in self.lanes]
         self._waiting: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
         """(lane, part, sources) -> units"""
-        self._piece = max(SMALLEST_STOP, self.limit // PIECES)
+        self._piece = piece_bytes(self.limit)
 
     def add(self, lane: int, number: int) -> None:
         unit = self.lanes[lane].units[number]
-        if not self._fits(lane, unit.nbytes, unit.part_bytes):
+        makers = self._makers(lane, unit.part_bytes)
+        if makers is None or not self._fits(lane, unit.nbytes):
             self.close()
+            makers = self._makers(lane, unit.part_bytes)
+            assert makers is not None, "an empty round takes any unit"
         for profile in self._profiles[lane]:
             self._loads[profile] += unit.nbytes
-        for part, (sources, stages) in enumerate(self._givers[lane]):
+        for part, (sources, stages) in enumerate(makers):
             if not unit.part_bytes[part]:
                 continue
             if stages:
-                sources = (self._emptiest(sources),)
                 self._staged[sources[0]] = self._staged.get(sources[0], 0) + unit.part_bytes[part]
             self._waiting.setdefault((lane, part, sources), []).append(number)
 
-    def _fits(self, lane: int, nbytes: int, part_bytes: Sequence[int]) -> bool:
+    def _fits(self, lane: int, nbytes: int) -> bool:
         most = max(self._loads[profile] for profile in self._profiles[lane])
-        if most and most + nbytes > self.limit:
-            return False
-        for part, (sources, stages) in enumerate(self._givers[lane]):
-            least = self._staged.get(self._emptiest(sources), 0) if stages else 0
-            if least and least + part_bytes[part] > self.limit:
-                return False
-        return True
+        return not most or most + nbytes <= self.limit
 
-    def _emptiest(self, ranks: Sequence[int]) -> int:
-        return min(ranks, key=lambda rank: (self._staged.get(rank, 0), rank))
+    def _makers(self, lane: int, part_bytes: Sequence[int]) -> Sequence[tuple[tuple[int, ...], bool]] | None:
+        """Per part (ranks that give it, whether it is staged), each staged part with the rank whose buffer is the emptiest.
+
+        None where a buffer that holds something already would exceed the limit.
+        """
+        givers = self._givers[lane]
+        if not any(stages for _, stages in givers):
+            return givers
+        added: dict[int, int] = {}
+        found = []
+        for (sources, stages), nbytes in zip(givers, part_bytes, strict=True):
+            if stages:
+                rank = min(sources, key=lambda one: (self._staged.get(one, 0) + added.get(one, 0), one))
+                added[rank] = added.get(rank, 0) + nbytes
+                if self._staged.get(rank) and self._staged[rank] + added[rank] > self.limit:
+                    return None
+                sources = (rank,)
+            found.append((sources, stages))
+        return found
 
     def close(self) -> None:
         """End the round: its stops, those with the fewest ways to go first, so that the others level what these leave."""

@@ -48,8 +48,12 @@ class Router:
         self._groups: dict[tuple[int, ...], Groups] = {}
         self._turn = 0
 
-    def new_round(self, stops: Sequence[tuple[Sequence[int], tuple[int, ...], int]]) -> None:
-        """stops: (sources, GPUs, bytes) of everything that the round moves."""
+    def new_round(self, stops: Sequence[tuple[Sequence[int], tuple[int, ...], int]]) -> list[int]:
+        """Forget the last round's loads. stops: (sources, GPUs, bytes) of everything that the round moves.
+
+        Returns the order in which to route them: what has the fewest ways to go first, and of these what the busiest ranks
+        send, so that receivers pass on what these would have to send again.
+        """
         once, total = [0.0] * len(self._node), 0
         for sources, gpus, nbytes in stops:
             inside = {self._node[source] for source in sources}
@@ -57,10 +61,13 @@ class Router:
             total += copies * nbytes
             for source in sources if copies else ():
                 once[source] += nbytes / len(sources)
-        first = max(once)
         gpus = len(self._node)
-        self._first, self._second = _Hop(gpus, first), _Hop(gpus, max(0.0, total / gpus - first))
+        receiving = len({gpu for gpus in {gpus for _, gpus, _ in stops} for gpu in gpus})
+        first = max(once)
+        self._first, self._second = _Hop(gpus, first), _Hop(gpus, max(0.0, total / receiving - first))
         self._near_out = [0] * gpus
+        busy = [(len(keep), -max(once[source] for source in sources)) for sources, keep, _ in stops]
+        return sorted(range(len(stops)), key=lambda one: (busy[one], one))
 
     def route(self, sources: Sequence[int], gpus: tuple[int, ...], nbytes: int) -> Route:
         """sources: GPUs whose trainer rank can give the part. gpus: that must have it at the end."""
@@ -80,7 +87,7 @@ class Router:
                     source = min(inside[node], key=self._near_out.__getitem__)
                     makers.add(source)
                     legs.append(self._near(0, source, gpu, nbytes))
-        relays = list(sources)
+        relays: list[int] = []
         for members in self._in_turn(away):
             hop, source, entry = self._enter(sources, relays, members, nbytes)
             if source in keeps:
@@ -109,7 +116,7 @@ class Router:
         first, second = self._first, self._second
         direct = min(sources, key=first.out.__getitem__), min(members, key=first.into.__getitem__)
         if relays:
-            relayed = min(relays, key=second.out.__getitem__), min(members, key=second.into.__getitem__)
+            relayed = min((*relays, *sources), key=second.out.__getitem__), min(members, key=second.into.__getitem__)
             if second.cost(*relayed, nbytes) < first.cost(*direct, nbytes):
                 second.add(*relayed, nbytes)
                 return 1, *relayed

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, pairwise
 
 from slime.model.hf_config import HfConfig
 from slime.model.names import Entry, HfTensor, NameTable
@@ -18,6 +19,9 @@ from slime.model.placement import Holders, fp8_block_is_local
 SCALE_BYTES = 4
 ALIGNMENT = 16
 """Tensors start at multiples of it in a bucket: CUDA loads want aligned addresses, and float32 views a multiple of 4."""
+PIECES = 64
+SMALLEST_PIECE = 2**20
+"""Bytes under which splitting a send costs more than it levels."""
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
 
 Ranges = tuple[tuple[int, int], ...]
@@ -94,8 +98,11 @@ class WireTensor:
         return total
 
 
-def wire_tensors(entry: Entry, tensor: HfTensor, held: Holders, form: Format) -> tuple[WireTensor, ...]:
-    """The tensor, and behind it its scale where it is FP8. held: who has which part, as `parts_of` gives it."""
+def wire_tensors(entry: Entry, tensor: HfTensor, held: Holders, form: Format, *, cuts: int = 1) -> tuple[WireTensor, ...]:
+    """The tensor, and behind it its scale where it is FP8.
+
+    held: which part each rank has. cuts: into how many ranges of rows each part is cut further, so that several links carry it.
+    """
     axis = 1 if held.axis == "columns" else 0
     length = tensor.shape[axis]
     whole = held.axis == "all"
@@ -105,6 +112,8 @@ def wire_tensors(entry: Entry, tensor: HfTensor, held: Holders, form: Format) ->
         ((0, length),) if whole else tuple((part.start, part.stop) for part in held.parts if part.ranks == ranks_of_part)
         for ranks_of_part in ranks
     )
+    if cuts > 1:
+        parts = tuple(chain.from_iterable(_cut(*ranges[0], cuts) for ranges in parts))
     if not form.is_fp8(tensor):
         return (WireTensor(tensor.name, tensor.shape, "float32" if entry.float32 else form.dtype, axis, parts),)
     block = form.block or 1
@@ -114,6 +123,28 @@ def wire_tensors(entry: Entry, tensor: HfTensor, held: Holders, form: Format) ->
         WireTensor(tensor.name, tensor.shape, "float8_e4m3fn", axis, parts),
         WireTensor(tensor.scale_name, scale_shape, "float32", axis, scales),
     )
+
+
+def _cut(start: int, stop: int, cuts: int) -> Iterator[Ranges]:
+    borders = [start + (stop - start) * number // cuts for number in range(cuts + 1)]
+    return (((first, last),) for first, last in pairwise(borders))
+
+
+def piece_bytes(limit_bytes: int) -> int:
+    """About what one send moves: little enough of a full bucket to level the links, enough to be worth a send."""
+    return max(SMALLEST_PIECE, limit_bytes // PIECES)
+
+
+def cuts_of(entry: Entry, size: int, form: Format, *, largest: int) -> int:
+    """How often each part of a large unquantised tensor (embedding, output layer) is cut further.
+
+    size: parts that it has. largest: bytes that a part should have at most.
+    """
+    tensor = entry.hf[0]
+    if len(entry.hf) > 1 or form.is_fp8(tensor) or entry.split not in ("none", "rows", "vocab"):
+        return 1
+    nbytes = wire_bytes(tensor, fp8=False, block=0, float32=entry.float32, item_bytes=_ITEM_BYTES[form.dtype])
+    return min(-(-nbytes // size // largest), tensor.shape[0] // size) or 1
 
 
 def is_gathered(entry: Entry, size: int, form: Format) -> bool:
