@@ -63,10 +63,11 @@ class Entry:
         return int(self.name.split(".", 3)[2]) if self.name.startswith("decoder.layers.") else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NameTable:
-    """Every tensor of one model. `aliases`: Megatron names of tied copies -> the name that owns the data.
+    """Every tensor of one model; equal to itself alone, so that what is worked out of it can be kept.
 
+    `aliases`: Megatron names of tied copies -> the name that owns the data.
     `duplicates`: HF tensors some releases repeat (the head of Qwen3-0.6B, which is tied; DeepSeek-V3's MTP layer has its own
     copy of the embedding) -> owner's HF name.
     """

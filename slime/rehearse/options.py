@@ -25,6 +25,11 @@ class Options:
     build_ranks: bool = True
     quick: bool = False
     """Flags, files, layout and engines alone."""
+    weight_map: bool = True
+    curves: bool = True
+    """What a GPU-hour buys under other flags."""
+    gpu: str | None = None
+    """Kind of the GPUs, whose rates and memory are taken where nothing else is said."""
     expect_digest: str | None = None
     measured: str | None = None
     """memory.json of a run."""

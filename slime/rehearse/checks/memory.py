@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields, replace
 from slime.config import Config
 from slime.rehearse.checks.layout import padded_sample
 from slime.rehearse.findings import Findings
-from slime.rehearse.model.cost import replaced
 from slime.rehearse.model.engine_memory import EngineRank, KvCache
 from slime.rehearse.model.host_memory import host_memory
 from slime.rehearse.model.measured import TOLERANCE, Comparison, Measured, compare, read_measured
 from slime.rehearse.model.memory import Assumed, StageMemory, TrainShapes, Turns, stage_memory
+from slime.rehearse.model.rates import replaced
 from slime.rehearse.model.shares import StageShare, shares_of, stage_parts
 from slime.rehearse.options import Options
 from slime.rehearse.reading import Basis, Reading
@@ -125,8 +125,9 @@ def check_memory(
     findings: Findings,
     *,
     longest: int | None,
+    node_counts: bool = True,
 ) -> Budget:
-    """ranks: one of each different engine; none without engines."""
+    """ranks: one of each different engine; none without engines. node_counts: other numbers of nodes too."""
     config, assumed, turns = reading.config, assumed_of(options.assume), _turns(reading)
     told = {
         "bucket_bytes": config.engine.update_weight_buffer_size,
@@ -145,7 +146,7 @@ def check_memory(
     budget = Budget(
         stages,
         caches,
-        tuple(_node_counts(reading, shapes, assumed, options.gpu_memory_gb)),
+        tuple(_node_counts(reading, shapes, assumed, options.gpu_memory_gb)) if node_counts else (),
         {item.name: getattr(assumed, item.name) for item in fields(assumed)},
         node,
     )

@@ -2,69 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
 from slime.model.placement import Grid
+from slime.rehearse.model.decode import Generation
 from slime.rehearse.model.engine_memory import alike, engine_weights
 from slime.rehearse.model.flops import ModelWork
+from slime.rehearse.model.kinds import kinds
+from slime.rehearse.model.rates import Rates
 from slime.rehearse.model.stages import balance
 from slime.weights.wire import fp8_format, wire_bytes
-
-Numbers = TypeVar("Numbers")
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Assumed rates; `--rate NAME=VALUE` replaces one."""
-
-    peak_tflops: float = 989.0
-    """Dense bf16 of one GPU (H100)."""
-    training_mfu: float = 0.30
-    """Share of the peak that a busy stage reaches, pipeline bubbles and imbalance not included."""
-    nic_gb_per_s: float = 50.0
-    """Network of one GPU."""
-    nvlink_gb_per_s: float = 450.0
-    """Between GPUs of a node, one direction."""
-    host_link_gb_per_s: float = 50.0
-    """GPU to main memory (offload, CPU optimizer)."""
-    host_optimizer_gb_per_s: float = 100.0
-    """Optimizer state that the CPUs of a node update per second."""
-    disk_gb_per_s: float = 10.0
-    """Shared file system, all nodes together."""
-    decode_step_ms: float = 40.0
-    """One decode step of a wide-EP engine at its batch."""
-    tokens_per_decode_step: float = 2.5
-    """Accepted tokens of speculative decoding; 1 is taken where the engines do not speculate."""
-    mean_response_share: float = 0.5
-    """Mean response / --rollout-max-response-len."""
-
-
-def with_rates(rates: Rates, given: Sequence[str]) -> Rates:
-    """NAME=VALUE words replace rates. Raises ValueError naming the legal ones."""
-    return replaced(rates, given, flag="--rate")
-
-
-def replaced(values: Numbers, words: Sequence[str], *, flag: str) -> Numbers:
-    """A dataclass of numbers with NAME=VALUE words in their fields' place. Raises ValueError naming flag and legal names."""
-    known = {item.name for item in fields(values)}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in known:
-            raise ValueError(f"{flag} {word}: legal names are {', '.join(sorted(known))}")
-        try:
-            number = float(value)
-        except ValueError:
-            raise ValueError(f"{flag} {word}: {value!r} is no number; write {name}=NUMBER") from None
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{flag} {word}: give a finite number that is not negative")
-        values = replace(values, **{name: number})
-    return values
 
 
 @dataclass(frozen=True)
@@ -92,6 +43,8 @@ class CostPhase:
     name: str
     seconds: float
     why: str
+    limit: str = ""
+    """What takes the most of it."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +69,16 @@ class Cost:
     def dominant(self) -> CostPhase:
         return max(self.phases, key=lambda phase: phase.seconds)
 
+    @property
+    def per_million(self) -> float:
+        """GPU-hours per million trained tokens."""
+        return self.gpu_hours / self.tokens * 1e6
+
+    @property
+    def limit(self) -> str:
+        """What to make faster first."""
+        return self.dominant.limit
+
 
 def sync_bytes(
     table: NameTable, hf: HfConfig, engines: Sequence[EngineSpec], rates: Rates, *, gpus_per_node: int, mtp: bool = False
@@ -127,11 +90,11 @@ def sync_bytes(
     block, kept = fp8_format(hf)
     # (of the MTP layer, of a routed expert) -> bytes
     nbytes = {(mtp, expert): 0 for mtp in (False, True) for expert in (False, True)}
-    for entry in table.entries:
+    for entry, count in kinds(table):
         for tensor in entry.hf:
             fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
             kind = entry.name.startswith("mtp."), entry.expert is not None
-            nbytes[kind] += wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32)
+            nbytes[kind] += wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32) * count
     weights = {key: engine_weights(table, hf, engine) for key, engine in {alike(one): one for one in receivers}.items()}
     fullest = max(weights.values(), key=lambda kept: kept.main)
     of_engine = {key: kept.main + (kept.draft if mtp else 0) for key, kept in weights.items()}
@@ -165,7 +128,6 @@ class Shape:
 
     samples: int
     mean_tokens: int
-    longest_response: int
     trainer_gpus: int
     rollout_gpus: int
     micro_batches: int
@@ -174,9 +136,12 @@ class Shape:
     needs_teacher: bool
     needs_old_log_probs: bool
     colocate: bool
-    speculates: bool = True
-    """The engines that decode draft tokens."""
     vpp: int = 1
+
+    @property
+    def passes(self) -> int:
+        """Forward passes over every token beside training."""
+        return int(self.needs_old_log_probs) + int(self.needs_reference) + int(self.needs_teacher)
 
 
 def bubble(pp: int, micro_batches: int, vpp: int = 1) -> float:
@@ -192,49 +157,76 @@ def predict(
     sync: SyncBytes | None,
     rates: Rates,
     *,
+    generates: Generation | None,
+    prefill: float,
+    exchange: Mapping[str, float],
     recompute: bool,
     trainer_bytes_per_gpu: int,
     optimizer_bytes_per_node: int,
     checkpoint_bytes: int,
     save_interval: int | None,
 ) -> Cost:
+    """generates: None without engines. prefill: seconds of reading prompts. exchange: of the trainer, seconds by axis."""
     tokens = shape.samples * shape.mean_tokens
     forward, training = work.forward, work.training(recompute=recompute)
     usable = shape.trainer_gpus * rates.peak_tflops * 1e12 * rates.training_mfu
     evenness = balance(stage_cost) if stage_cost else 1.0
     idle = bubble(grid.pp, max(shape.micro_batches, 1), shape.vpp)
     busy = evenness * (1 - idle)
-    passes = int(shape.needs_old_log_probs) + int(shape.needs_reference) + int(shape.needs_teacher)
-    accepted = rates.tokens_per_decode_step if shape.speculates else 1.0
-    decode = shape.longest_response / accepted * rates.decode_step_ms / 1e3
-    phases = [
-        CostPhase(
-            "rollout",
-            decode,
-            f"longest response {shape.longest_response:,} tokens, {accepted:g} per {rates.decode_step_ms:g} ms",
-        )
-    ]
+    passes = shape.passes
+    phases = []
+    if generates is not None:
+        step = generates.step
+        parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in step.parts.items() if seconds >= 5e-5)
+        waves = f", {generates.waves:.1f} times what the engines hold" if generates.waves > 1 else ""
+        phases += [
+            CostPhase("prefill", prefill, "every sample's prompt is read", "prefill FLOPs"),
+            CostPhase(
+                "rollout",
+                generates.seconds,
+                f"{generates.steps:,.0f} steps of {step.seconds * 1e3:.1f} ms ({parts}){waves}",
+                generates.limit,
+            ),
+        ]
     moved = trainer_bytes_per_gpu / 1e9 / rates.host_link_gb_per_s
     if shape.colocate:
         phases.append(
-            CostPhase("hand over to trainer", moved, f"{trainer_bytes_per_gpu / 1e9:.1f} GB per GPU from main memory")
+            CostPhase(
+                "hand over to trainer", moved, f"{trainer_bytes_per_gpu / 1e9:.1f} GB per GPU from main memory", "hand-over"
+            )
         )
     if passes:
         seconds = passes * tokens * forward / usable / busy
         phases.append(
-            CostPhase("log-probs", seconds, f"{passes} forward pass{'es' if passes > 1 else ''} over {tokens:,} tokens")
+            CostPhase(
+                "log-probs",
+                seconds,
+                f"{passes} forward pass{'es' if passes > 1 else ''} over {tokens:,} tokens",
+                "training FLOPs",
+            )
         )
     phases.append(
         CostPhase(
             "train",
             tokens * training / usable / busy,
             f"{tokens:,} tokens x {training / 1e9:.0f} GF, stages {evenness:.0%} even, bubble {idle:.0%}",
+            "training FLOPs",
         )
     )
+    if sum(exchange.values()) > 0:
+        told = ", ".join(f"{axis} {seconds:.1f}" for axis, seconds in exchange.items() if seconds >= 0.05)
+        phases.append(
+            CostPhase("trainer exchange", sum(exchange.values()), f"between the trainer's GPUs: {told}", "trainer exchange")
+        )
     if optimizer_bytes_per_node:
         seconds = shape.steps * optimizer_bytes_per_node / 1e9 / rates.host_optimizer_gb_per_s
         phases.append(
-            CostPhase("optimizer", seconds, f"{optimizer_bytes_per_node / 1e9:.0f} GB of state per node, {shape.steps} step(s)")
+            CostPhase(
+                "optimizer",
+                seconds,
+                f"{optimizer_bytes_per_node / 1e9:.0f} GB of state per node, {shape.steps} step(s)",
+                "optimizer",
+            )
         )
     if sync is not None:
         phases.append(
@@ -243,21 +235,23 @@ def predict(
                 sync.as_built_s,
                 f"{(sync.experts + sync.rest) / 1e9:.0f} GB broadcast one source after another; "
                 f"well scheduled {sync.lower_bound_s:.2f} s",
+                "sync",
             )
         )
     if shape.colocate:
-        phases.append(CostPhase("hand over to engines", moved, f"{trainer_bytes_per_gpu / 1e9:.1f} GB per GPU to main memory"))
+        phases.append(
+            CostPhase(
+                "hand over to engines", moved, f"{trainer_bytes_per_gpu / 1e9:.1f} GB per GPU to main memory", "hand-over"
+            )
+        )
     if save_interval:
         phases.append(
             CostPhase(
                 "checkpoint",
                 checkpoint_bytes / 1e9 / rates.disk_gb_per_s / save_interval,
                 f"{checkpoint_bytes / 1e12:.2f} TB every {save_interval} rollouts",
+                "disk",
             )
         )
     gpus = max(shape.trainer_gpus, shape.rollout_gpus) if shape.colocate else shape.trainer_gpus + shape.rollout_gpus
     return Cost(tokens, forward, training, tokens * (training + passes * forward), tuple(phases), sync, gpus)
-
-
-def rates_shown(rates: Rates) -> Mapping[str, float]:
-    return {item.name: getattr(rates, item.name) for item in fields(Rates)}

@@ -11,6 +11,7 @@ from slime.engine.versions import capabilities
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
 from slime.rehearse.model.keepers import Keepers
+from slime.rehearse.model.kinds import kinds
 from slime.weights.wire import fp8_format, wire_bytes
 
 
@@ -21,6 +22,8 @@ class EngineWeights:
     main: int
     draft: int
     """The MTP layer, which is there only where the engine drafts with it."""
+    experts: int = 0
+    """Routed experts among `main`."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class EngineRank:
     gpus: int = 1
     """Of the engine."""
     attention_dp: int = 1
+    expert_weights: int = 0
+    """Routed experts among `weights`."""
+    index_bytes_per_token: int = 0
+    """The indexer's keys among `kv_bytes_per_token`."""
 
     @property
     def name(self) -> str:
@@ -68,19 +75,20 @@ def engine_weights(table: NameTable, hf: HfConfig, spec: EngineSpec) -> EngineWe
     totals = {False: 0, True: 0}
     whole_experts = {False: 0, True: 0}
     layers_of_a_stage = -(-hf.num_layers // spec.pp_size) / hf.num_layers
-    for entry in table.entries:
+    for entry, count in kinds(table):
         draft = entry.name.startswith("mtp.")
         for tensor in entry.hf:
             fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
             nbytes = wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32)
             if entry.expert is not None:
+                nbytes *= count
                 whole_experts[draft] += nbytes
                 continue
             share = layers_of_a_stage if entry.layer is not None and not draft else 1
-            totals[draft] += int(nbytes / Keepers.cut(entry, tensor, spec) * share)
+            totals[draft] += int(nbytes / Keepers.cut(entry, tensor, spec) * share) * count
     # Experts lie on the expert-parallel ranks, and what tensor parallelism is left cuts each of them.
-    main = totals[False] + int(whole_experts[False] / spec.tp_size * layers_of_a_stage)
-    return EngineWeights(main, totals[True] + whole_experts[True] // spec.tp_size)
+    experts = int(whole_experts[False] / spec.tp_size * layers_of_a_stage)
+    return EngineWeights(totals[False] + experts, totals[True] + whole_experts[True] // spec.tp_size, experts)
 
 
 def alike(spec: EngineSpec) -> str:
@@ -127,6 +135,8 @@ def _rank(
         _buffers(hf, spec, env),
         spec.num_gpus,
         spec.dp_size,
+        weights.experts,
+        index_bytes(hf, drafts=drafts, every_layer=every),
     )
 
 
@@ -159,11 +169,18 @@ def kv_bytes_per_token(hf: HfConfig, *, fp8: bool, tp: int = 1, drafts: bool = F
             if fp8
             else 2 * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"])
         )
-        computing = sum(hf.runs_indexer(layer) for layer in range(hf.num_layers))
-        computing += layers - hf.num_layers
-        return layers * latent + (layers if every_layer else computing) * (hf["index_head_dim"] + 4)
+        return layers * latent + index_bytes(hf, drafts=drafts, every_layer=every_layer)
     size = 1 if fp8 else 2
     if hf.is_mla:
         return layers * (hf["kv_lora_rank"] + hf["qk_rope_head_dim"]) * size
     groups = max(1, hf["num_key_value_heads"] // tp)
     return layers * 2 * groups * hf.head_dim * size
+
+
+def index_bytes(hf: HfConfig, *, drafts: bool, every_layer: bool) -> int:
+    """The indexer's keys of one token, 0 without an indexer."""
+    if not hf.has_indexer:
+        return 0
+    draft = hf.num_mtp_layers if drafts else 0
+    layers = hf.num_layers if every_layer else sum(hf.runs_indexer(layer) for layer in range(hf.num_layers))
+    return (layers + draft) * (hf["index_head_dim"] + 4)

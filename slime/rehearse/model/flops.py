@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
+from slime.rehearse.model.kinds import kinds
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,10 @@ def indexer(hf: HfConfig, layer: int, length: int) -> float:
 def _active(table: NameTable, hf: HfConfig) -> tuple[list[int], int]:
     """(matrix weights per layer that one token meets, those of the output layer). The MTP layer comes behind the last one."""
     always, routed, head = [0] * (hf.num_layers + 1), [0] * (hf.num_layers + 1), 0
-    for entry in table.entries:
+    for entry, count in kinds(table):
         if len(entry.shape) != 2 or entry.name.startswith("embedding."):
             continue
-        numel = entry.shape[0] * entry.shape[1]
+        numel = entry.shape[0] * entry.shape[1] * count
         layer = hf.num_layers if entry.is_mtp else entry.layer
         if layer is None:
             head = numel

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from slime.config.stages import Chunk
 from slime.model.names import Entry, NameTable
 from slime.model.placement import Grid, has_embedding_copy
+from slime.rehearse.model.kinds import kinds
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def stage_parts(table: NameTable, chunks: Sequence[Chunk], pp: int, *, mtp: bool
     counts: list[Counter] = [Counter() for _ in range(pp)]
     first: dict[tuple, Entry] = {}
     computing: list[set[int]] = [set() for _ in range(pp)]
-    for entry in table.entries:
+    for entry, number in kinds(table):
         if entry.float32 or (entry.is_mtp and not mtp):
             continue
         layer = entry.layer
@@ -82,7 +83,7 @@ def stage_parts(table: NameTable, chunks: Sequence[Chunk], pp: int, *, mtp: bool
         frozen = is_indexer(entry)
         kind = (entry.shape, entry.split, entry.expert is not None, frozen)
         first.setdefault(kind, entry)
-        counts[stage][kind] += 1
+        counts[stage][kind] += number
         if frozen:
             computing[stage].add(-1 if layer is None else layer)  # the MTP layer runs an indexer of its own
     if has_embedding_copy(table, pp, mtp=mtp):

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from slime.rehearse.findings import Finding, Verdict
-from slime.rehearse.model.cost import rates_shown
 from slime.rehearse.model.measured import TOLERANCE
+from slime.rehearse.model.rates import rates_shown
 from slime.rehearse.report.bars import amount, balance_bars, measured_bars, memory_bars, node_bars, rank_grid, timeline
 from slime.rehearse.report.style import STYLE
 from slime.rehearse.report.svg import weight_flow
-from slime.rehearse.report.text import as_text, verdict
+from slime.rehearse.report.text import as_text, knee_said, verdict
 from slime.rehearse.result import Rehearsal
 
 VERDICT_CLASS: dict[Verdict, str] = {"launchable": "good", "not launchable": "bad", "not proven": "open"}
@@ -38,6 +38,7 @@ def as_html(done: Rehearsal) -> str:
         *_memory(done),
         *_measured(done),
         *_cost(done),
+        *_curves(done),
         *_weights(done),
         *_findings("Checked", done.findings.of("ok")),
         "<details><summary>All of it as text</summary>",
@@ -151,6 +152,28 @@ def _cost(done: Rehearsal) -> list[str]:
         f'<p class="note">{amount(done.cost.gpu_hours)} GPU-hours per rollout; {escape(done.cost.dominant.name)} dominates. '
         f"Assumed: {_listed(rates_shown(done.rates))}</p>",
     ]
+
+
+def _curves(done: Rehearsal) -> list[str]:
+    """Each as bars of what a token costs; the run's own choice and the knee are marked."""
+    parts = ["<h2>What a GPU-hour buys</h2>"] if done.curves else []
+    for curve in done.curves:
+        highest = max(point.per_million for point in curve.known)
+        rows = []
+        for point in curve.points:
+            mark = "as it is" if point.own else "knee" if point is curve.knee else ""
+            if point.cost is None:
+                rows.append(f'<tr><td>{escape(point.label)}</td><td colspan="3">{escape(point.refused)}</td></tr>')
+                continue
+            bar = f'<meter max="{highest:.6g}" value="{point.per_million:.6g}"></meter>'
+            rows.append(
+                f"<tr><td>{escape(point.label)}</td><td>{bar} {point.per_million:.3g}</td>"
+                f"<td>{escape(point.cost.limit)}</td><td>{mark}</td></tr>"
+            )
+        head = "<tr><th></th><th>GPU-hours per million trained tokens</th><th>limit</th><th></th></tr>"
+        parts.append(f"<h3>Over {escape(curve.over)}</h3><table>{head}{''.join(rows)}</table>")
+        parts.append(f"<pre>{escape(knee_said(curve))}</pre>")
+    return parts
 
 
 def _weights(done: Rehearsal) -> list[str]:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from slime.config.stages import layout_string
 from slime.engine.spec import EngineSpec
+from slime.rehearse.advice.curves import Curve, Point
 from slime.rehearse.checks.layout import paste
 from slime.rehearse.checks.memory import Budget
-from slime.rehearse.model.cost import rates_shown
+from slime.rehearse.model.rates import rates_shown
 from slime.rehearse.model.stages import Split
 from slime.rehearse.model.weight_map import WeightMap
 from slime.rehearse.result import Rehearsal
@@ -28,7 +29,7 @@ def as_text(done: Rehearsal) -> str:
         ("memory per GPU, GB", _memory(done)),
         ("prediction and measurement, GB", _measured(done)),
         ("cost of one rollout", _cost(done)),
-        ("what a GPU-hour buys", _advice(done)),
+        ("what a GPU-hour buys (* as it is)", _curves(done)),
         ("engine options", list(done.engines.renames)),
     ):
         if part:
@@ -146,21 +147,39 @@ def _cost(done: Rehearsal) -> list[str]:
     return lines
 
 
-def _advice(done: Rehearsal) -> list[str]:
-    advice = done.advice
-    if advice is None:
-        return []
-    lines = [
-        f"  {batch.prompts:6,} prompts, {batch.samples:7,} samples: {batch.gpu_hours:8.3g} GPU-hours, "
-        f"{batch.per_million:7.3g} per million trained tokens" + (f", {batch.waves} waves" if batch.waves > 1 else "")
-        for batch in advice.batches
-    ]
-    lines.append(
-        f"  the decode engines hold {advice.held:,} of the longest samples at once: until then, more samples are nearly free"
-    )
-    if advice.knee != advice.batches[0]:
-        lines.append(f"  append, {advice.gain:.1f} times cheaper per token: {advice.flags}")
+def _curves(done: Rehearsal) -> list[str]:
+    lines = []
+    for curve in done.curves:
+        lines.append(f"{curve.over}:")
+        lines += [f"{'*' if point.own else ' '} {curve_line(point)}" for point in curve.points]
+        lines.append(f"  {knee_said(curve)}")
     return lines
+
+
+SHOWN = 120
+"""Characters of a refusal; all of it is in --json."""
+
+
+def curve_line(point: Point) -> str:
+    if point.cost is None:
+        why = point.refused.partition("; ")[0]
+        return f"{point.label}: {why if len(why) < SHOWN else why[:SHOWN].rpartition(' ')[0] + ' ...'}"
+    cost = point.cost
+    return (
+        f"{point.label}: {cost.per_million:.3g} GPU-hours per million trained tokens "
+        f"({cost.gpu_hours:.3g} in {cost.seconds:,.0f} s); limit: {cost.limit}"
+    )
+
+
+def knee_said(curve: Curve) -> str:
+    knee = curve.knee
+    if knee.own:
+        return f"knee: as it is; limit: {knee.cost.limit}"
+    words = " ".join(knee.variant.flags)
+    text = f"knee: {knee.label}, {curve.gain:.3g} times cheaper per token; append: {words}"
+    if knee.variant.yaml is not None:
+        text += "\n  and --sglang-config with\n" + "".join(f"    {line}\n" for line in knee.variant.yaml.splitlines())
+    return text.rstrip()
 
 
 def _memory_json(budget: Budget) -> dict[str, object]:
@@ -222,6 +241,28 @@ def _weights_json(weights: WeightMap, engines: Sequence[EngineSpec]) -> dict[str
     }
 
 
+def _curve_json(curve: Curve) -> dict[str, object]:
+    return {
+        "over": curve.over,
+        "knee": curve.known.index(curve.knee),
+        "gain": curve.gain,
+        "points": [
+            {
+                "value": point.value,
+                "label": point.label,
+                "own": point.own,
+                "gpu_hours": point.cost.gpu_hours if point.cost else None,
+                "gpu_hours_per_million_tokens": point.per_million,
+                "limit": point.cost.limit if point.cost else None,
+                "refused": point.refused,
+                "append": " ".join(point.variant.flags),
+                "sglang_config": point.variant.yaml,
+            }
+            for point in curve.points
+        ],
+    }
+
+
 def _split(split: Split) -> dict[str, object]:
     return {"layers": list(split.sizes), "balance": round(split.balance, 6)}
 
@@ -258,13 +299,9 @@ def as_json(done: Rehearsal) -> dict[str, object]:
             "seconds": cost.seconds,
             "gpu_hours": cost.gpu_hours,
             "rates": dict(rates_shown(done.rates)),
-            "advice": None
-            if done.advice is None
-            else {
-                "batches": [vars(batch) for batch in done.advice.batches],
-                "held_at_once": done.advice.held,
-                "append": done.advice.flags,
-            },
+            "limit": cost.limit,
+            "held_at_once": done.assessment.engines.held if done.assessment else 0,
+            "curves": [_curve_json(curve) for curve in done.curves],
             "sync": None if cost.sync is None else vars(cost.sync),
         },
         "engines": {
