@@ -136,7 +136,7 @@ class SyncPlan:
     """Node of each GPU."""
     limit_bytes: int
 
-    @property
+    @cached_property
     def hops(self) -> int:
         return max((leg.hop + 1 for delivery in self.deliveries for leg in delivery.legs), default=0)
 
