@@ -25,6 +25,7 @@ from slime.rehearse.model.shares import StageShare
 from slime.rehearse.model.weight_map import WeightMap, build_weight_map
 from slime.rehearse.options import Options
 from slime.rehearse.reading import Reading, read
+from slime.rehearse.sync import PlannedSync, plan_of_sync, with_planned_sync
 from slime.weights.digest import KEY_VARIABLE, rehearsed_digest
 
 
@@ -42,6 +43,7 @@ class Rehearsal:
     assessment: Assessment | None = None
     curves: tuple[Curve, ...] = ()
     weights: WeightMap | None = None
+    sync: PlannedSync | None = None
     built: BuiltRanks | None = None
     seconds: Mapping[str, float] | None = None
 
@@ -114,6 +116,9 @@ def _arithmetic(done: Rehearsal, length: int, longest: int | None) -> None:
     done.assessment, done.shares, done.budget, done.cost = found, found.shares, found.budget, found.cost
     if not options.weight_map:
         return
+    done.sync = plan_of_sync(reading, done.engines.specs, done.rates)
+    if done.sync is not None:
+        done.cost = with_planned_sync(done.cost, done.sync)
     done.weights = build_weight_map(
         reading.table,
         reading.hf,

@@ -66,7 +66,7 @@ class PlanPrice:
 
 
 def price(plan: SyncPlan, links: Links) -> PlanPrice:
-    """Hops are taken to wait for each other, and the ports of a hop to be used to their rate: a hop lasts as its busiest port."""
+    """Hops are taken to wait for each other and to use ports to their rate: one lasts as long as its busiest port is busy."""
     rates = [rate * 1e9 for rate in (links.network, links.network, links.nvlink, links.nvlink)]
     loads, buckets = _loads(plan)
     rounds = []

@@ -16,6 +16,7 @@ from slime.rehearse.command import OWN, main
 from slime.rehearse.own_flags import split_own
 from slime.weights.digest import KEY_VARIABLE, rehearsed_digest
 from tests.rehearse.recipes import ROOT, Recipe
+from tools.bench.weight_sync import flagship_plan
 
 VOID = {"meta", "br"}
 
@@ -83,6 +84,7 @@ def test_the_page_is_whole_and_loads_nothing(flagship: Recipe, tmp_path: Path, c
         "main memory of a node",
         "iteration timeline",
         "weight flow",
+        "rounds of a weight sync",
     ]
     assert [hint.split(":")[0] for hint in read.hints if hint.startswith("rank ")] == [f"rank {rank}" for rank in range(256)]
     result = json.loads(data.read_text())
@@ -92,6 +94,14 @@ def test_the_page_is_whole_and_loads_nothing(flagship: Recipe, tmp_path: Path, c
         and result["stages"]["best"]["layers"]
         and result["weights"]["tensors"] == 58_794
     )
+    planned, phase = result["sync_plan"], next(one for one in result["cost"]["phases"] if one["name"] == "weight sync")
+    # The plan that the flags ask for is that of the layout written down by hand.
+    assert planned["digest"] == flagship_plan(limit_bytes=2 << 30).digest and phase["seconds"] == planned["seconds"]
+    # 31.96 GB at 50 GB/s; all but the first round's way is hidden behind it.
+    assert planned["load_seconds"] == pytest.approx(31.96 / 50, rel=1e-3)
+    assert planned["seconds"] - planned["load_seconds"] == pytest.approx(sum(planned["rounds"][0]["hops"]))
+    assert planned["seconds"] == pytest.approx(0.66, abs=0.005) and planned["wire_seconds"] < 0.4
+    assert "14.9 s" in phase["why"] and planned["most_tensors"] < 3_700
     lines = table.read_text().splitlines()
     # 154,880 rows over TP 4, each part on 8 context-parallel ranks of stage 0, which is ranks 0 to 31; rank 0 sends it.
     parts = ["rows 0:38720@0-28/4", "rows 38720:77440@1-29/4", "rows 77440:116160@2-30/4", "rows 116160:154880@3-31/4"]
@@ -223,7 +233,7 @@ def test_a_browser_shows_the_page(flagship: Recipe, tmp_path: Path) -> None:
             timeout=300,
         )
         told = json.loads(re.search(r"<title>(\{.*?\})</title>", child.stdout)[1])
-        assert told == {"pictures": [True] * 6, "cut": 0, "words": 0, "loads": 0, "fits": True}, (width, child.stderr[-1000:])
+        assert told == {"pictures": [True] * 7, "cut": 0, "words": 0, "loads": 0, "fits": True}, (width, child.stderr[-1000:])
 
 
 def test_own_flags_are_taken_out_and_checked() -> None:

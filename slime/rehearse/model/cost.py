@@ -34,8 +34,15 @@ class SyncBytes:
     all_engines: int
     lower_bound_s: float
     """Experts over each GPU's own NIC; the rest once per node over its NICs, with NVLink behind it."""
-    as_built_s: float
-    """The stream as it is: every source broadcasts to all ranks, one after another."""
+    load_s: float
+    """What one GPU keeps, at the rate at which engines load; it goes on while more comes in."""
+    broadcast_s: float
+    """The simple way beside it: every source broadcasts to all ranks, one after another."""
+
+    @property
+    def seconds(self) -> float:
+        """Without a plan, which knows which link waits for which."""
+        return max(self.lower_bound_s, self.load_s)
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ def sync_bytes(
         per_engine=lands * first.num_gpus,
         all_engines=sum(of_engine[alike(engine)] * engine.num_gpus for engine in receivers),
         lower_bound_s=bound,
-        as_built_s=(experts + rest) / gb / rates.nic_gb_per_s,
+        load_s=lands / gb / rates.engine_load_gb_per_s,
+        broadcast_s=(experts + rest) / gb / rates.nic_gb_per_s,
     )
 
 
@@ -232,9 +240,9 @@ def predict(
         phases.append(
             CostPhase(
                 "weight sync",
-                sync.as_built_s,
-                f"{(sync.experts + sync.rest) / 1e9:.0f} GB broadcast one source after another; "
-                f"well scheduled {sync.lower_bound_s:.2f} s",
+                sync.seconds,
+                f"at least {sync.lower_bound_s:.2f} s on the wire, {sync.load_s:.2f} s of loading at the same time; "
+                f"broadcast to all it would be {sync.broadcast_s:.1f} s",
                 "sync",
             )
         )

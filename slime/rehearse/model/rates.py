@@ -51,6 +51,8 @@ class Rates:
     """Memory of one GPU (H100 SXM, data sheet; an H200 has 4,800)."""
     hbm_share: float = 0.7
     """Share of it that a decode step reaches."""
+    engine_load_gb_per_s: float = 50.0
+    """At which an engine rank loads weights that lie on its GPU (H200, 12 GB in 1,920 tensors, calls of 2 GiB)."""
     host_link_gb_per_s: float = 50.0
     """GPU to main memory (offload, CPU optimizer)."""
     host_optimizer_gb_per_s: float = 100.0

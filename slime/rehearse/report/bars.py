@@ -13,6 +13,7 @@ from slime.rehearse.model.measured import Comparison
 from slime.rehearse.model.memory import Phase, StageMemory
 from slime.rehearse.model.shares import Grid
 from slime.rehearse.report.style import KINDS, colour_class, kind_of
+from slime.weights.price import PlanPrice
 
 GB = 1e9
 MOST_CELLS = 4096
@@ -184,3 +185,18 @@ def timeline(cost: Cost) -> str:
         for phase in cost.phases
     ]
     return figure("iteration timeline", [*body, "<table>", *rows, "</table>"])
+
+
+def sync_bars(found: PlanPrice) -> str:
+    """The rounds of a weight sync: hop by hop over the links, and loading, which goes on while the next round travels."""
+    words = {"over links, hop by hop": colour_class("on the way"), "loaded by engines": colour_class("engine weights")}
+    longest = max((one.wire + one.load for one in found.rounds), default=0.0) or 1.0
+    rows = []
+    for number, one in enumerate(found.rounds):
+        boxes = [
+            _box(seconds / longest, colour_class("on the way"), f"hop {hop}: {seconds * 1e3:.1f} ms")
+            for hop, seconds in enumerate(one.hops)
+        ]
+        boxes.append(_box(one.load / longest, colour_class("engine weights"), f"loading: {one.load * 1e3:.1f} ms"))
+        rows.append(_row(f"round {number}", boxes, f"{amount(one.bucket / 1e9)} GB, {amount((one.wire + one.load) * 1e3)} ms"))
+    return figure("rounds of a weight sync", [legend(words), *rows])

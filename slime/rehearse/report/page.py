@@ -8,7 +8,16 @@ from html import escape
 from slime.rehearse.findings import Finding, Verdict
 from slime.rehearse.model.measured import TOLERANCE
 from slime.rehearse.model.rates import rates_shown
-from slime.rehearse.report.bars import amount, balance_bars, measured_bars, memory_bars, node_bars, rank_grid, timeline
+from slime.rehearse.report.bars import (
+    amount,
+    balance_bars,
+    measured_bars,
+    memory_bars,
+    node_bars,
+    rank_grid,
+    sync_bars,
+    timeline,
+)
 from slime.rehearse.report.style import STYLE
 from slime.rehearse.report.svg import weight_flow
 from slime.rehearse.report.text import as_text, knee_said, verdict
@@ -179,7 +188,9 @@ def _curves(done: Rehearsal) -> list[str]:
 def _weights(done: Rehearsal) -> list[str]:
     if done.weights is None or not done.weights.rows:
         return []
-    return ["<h2>Weight flow</h2>", weight_flow(done), f"<p>Digest of the weight map: <code>{done.weights.digest}</code></p>"]
+    planned = ["<h3>Rounds of a sync</h3>", sync_bars(done.sync.price)] if done.sync else []
+    digest = f"<p>Digest of the weight map: <code>{done.weights.digest}</code></p>"
+    return ["<h2>Weight flow</h2>", weight_flow(done), *planned, digest]
 
 
 def _ranks(count: int) -> str:

@@ -40,7 +40,7 @@ def weight_flow(done: Rehearsal) -> str:
     body.append(_box(MIDDLE[0], top, MIDDLE[1] - MIDDLE[0], deep, f"digest {weights.digest}"))
     for place, words in enumerate((f"{len(weights.bucket_bytes):,} buckets", f"{amount(weights.nbytes / 1e9)} GB")):
         body.append(_text(centre, half - 2 + 18 * place, words, middle=True))
-    body.append(_text(RIGHT, 16, "engines: every bucket to each", soft=True))
+    body.append(_text(RIGHT, 16, "engines: what each rank serves", soft=True))
     per_gpu = done.cost.sync.lands_per_gpu if done.cost and done.cost.sync else 0
     for number, group in enumerate(groups):
         y = 30 + number * (height - 44) / len(groups)

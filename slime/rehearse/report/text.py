@@ -14,6 +14,7 @@ from slime.rehearse.checks.memory import Budget
 from slime.rehearse.model.rates import rates_shown
 from slime.rehearse.model.stages import Split
 from slime.rehearse.model.weight_map import WeightMap
+from slime.rehearse.report.sync import sync_json, sync_lines
 from slime.rehearse.result import Rehearsal
 from slime.weights.digest import KEY_VARIABLE, sign
 
@@ -29,6 +30,7 @@ def as_text(done: Rehearsal) -> str:
         ("memory per GPU, GB", _memory(done)),
         ("prediction and measurement, GB", _measured(done)),
         ("cost of one rollout", _cost(done)),
+        ("weight sync", sync_lines(done.sync) if done.sync else []),
         ("what a GPU-hour buys (* as it is)", _curves(done)),
         ("engine options", list(done.engines.renames)),
     ):
@@ -319,6 +321,7 @@ def as_json(done: Rehearsal) -> dict[str, object]:
                 for s in done.engines.specs
             ],
         },
+        "sync_plan": None if done.sync is None else sync_json(done.sync),
         "weights": None if weights is None else _weights_json(weights, done.engines.specs),
         "ranks": None
         if built is None

@@ -1,0 +1,63 @@
+"""The plan of the weight sync that the flags ask for, and what it costs: the plan that the run itself carries out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from slime.engine.plan import slots_of
+from slime.engine.spec import EngineSpec
+from slime.rehearse.model.cost import Cost
+from slime.rehearse.model.rates import Rates
+from slime.rehearse.reading import Reading
+from slime.weights.plan import Receiver, SyncPlan, Trainer, nodes_of, plan_sync
+from slime.weights.price import Links, PlanPrice, price
+
+
+@dataclass(frozen=True)
+class PlannedSync:
+    plan: SyncPlan
+    price: PlanPrice
+    most_tensors: int
+    """Tensors that the engine rank with the most of them is given, a weight and its scale as two."""
+    links: Links
+
+
+def plan_of_sync(reading: Reading, specs: Sequence[EngineSpec], rates: Rates) -> PlannedSync | None:
+    """None where no engine takes weights."""
+    config, slots = reading.config, slots_of(reading.config)
+    receivers = [Receiver.of(spec, first_gpu=slots.first_rollout_gpu) for spec in specs if spec.update_weights]
+    if not receivers:
+        return None
+    last = max(gpu for receiver in receivers for gpu in receiver.gpus)
+    plan = plan_sync(
+        reading.table,
+        reading.hf,
+        Trainer(reading.grid, tuple(reading.chunks), mtp=reading.trains_mtp, padded_vocab=config.model.padded_vocab_size),
+        receivers,
+        nodes=nodes_of(max(reading.grid.world, last + 1), config.cluster.num_gpus_per_node),
+        limit_bytes=config.engine.update_weight_buffer_size,
+    )
+    links = Links(network=rates.nic_gb_per_s, nvlink=rates.nvlink_gb_per_s, load=rates.engine_load_gb_per_s)
+    return PlannedSync(plan, price(plan, links), _most_tensors(plan), links)
+
+
+def _most_tensors(plan: SyncPlan) -> int:
+    counts: dict[int, int] = {}
+    for lane in plan.lanes:
+        tensors = [tensor for unit in lane.units for entry in unit.entries for tensor in entry.hf]
+        count = len(tensors) + sum(map(plan.wire.form.is_fp8, tensors))
+        for gpu in lane.gpus:
+            counts[gpu] = counts.get(gpu, 0) + count
+    return max(counts.values())
+
+
+def with_planned_sync(cost: Cost, sync: PlannedSync) -> Cost:
+    """The same cost with the plan's seconds in place of the estimate."""
+    found = sync.price
+    why = (
+        f"{found.wire_seconds:.2f} s on the wire, {found.load_seconds:.2f} s of loading, a round while the last one loads; "
+        f"broadcast to all it would be {cost.sync.broadcast_s:.1f} s"
+    )
+    phases = [replace(phase, seconds=found.seconds, why=why) if phase.name == "weight sync" else phase for phase in cost.phases]
+    return replace(cost, phases=tuple(phases))
