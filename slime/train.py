@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     from slime.ray.environment import prepare
 
     prepare()
-    from slime.ray.leaving import Interrupted, Leaving
+    from slime.ray.leaving import Leaving
     from slime.ray.run import Run
 
     leaving = Leaving(config.upkeep)
@@ -51,11 +51,15 @@ def main(argv: list[str]) -> int:
             leaving.listen()  # Ray has put a handler of its own there, which prints a stack and ends the process at once
             try:
                 train(run, config)
-            except Interrupted:
+            except KeyboardInterrupt:
+                if leaving.signal is None:
+                    raise
                 run.save_trained()
             run.finish_save()
             run.farewell()
-    except Interrupted:
+    except KeyboardInterrupt:
+        if leaving.signal is None:
+            raise
         logger.info("left before there was anything to save")
     except (RuntimeError, ValueError, OSError) as error:
         logger.error("the run stopped: %s", error)

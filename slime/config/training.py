@@ -82,8 +82,10 @@ class OptimizerConfig:
     """Always on: gradients are summed in fp32 buffers."""
     check_for_nan_in_loss_and_grad: bool = flag(True, off="--no-check-for-nan-in-loss-and-grad")
     """Stop at the first NaN. Off: a step with a non-finite gradient is skipped, counted and named in the log."""
+    skip_spike: float | None = flag(None, above=1)
+    """Skip a step whose gradient norm (supervised: or loss) is above this times its median over the last 64 steps."""
     max_skipped_steps: int = flag(3, low=0)
-    """Steps that --no-check-for-nan-in-loss-and-grad may skip in a run; the next one stops it."""
+    """Steps that --no-check-for-nan-in-loss-and-grad and --skip-spike may skip in a run; the next one stops it."""
     ddp_bucket_size: int | None = flag(None, low=1)
     """Parameters of one gradient bucket."""
     override_opt_param_scheduler: bool = flag(False, "--override-opt-param-scheduler", "--override-opt_param-scheduler")

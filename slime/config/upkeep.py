@@ -12,7 +12,7 @@ class UpkeepConfig:
     """When a run leaves by itself, whole: its checkpoint is of the last trained rollout and its status is 0."""
 
     save_on_signal: bool = flag(False, "--save-on-signal", "--exit-signal-handler")
-    """SIGTERM or SIGUSR1: generation ends at once, a rollout that is being trained is finished; then save and leave with 0."""
+    """SIGTERM, SIGUSR1 or SIGINT: generation ends at once, a rollout in training is finished; then save and leave with 0."""
     save_on_signal_seconds: int = flag(600, low=1)
     """From the signal to the end of the run; one that is not saved by then leaves with 143, its last checkpoint intact."""
     exit_interval: int | None = flag(None, low=1)

@@ -1,7 +1,8 @@
 """When a run is asked to leave, or has said when it would: preemption, a job's time limit, an interval.
 
 A boundary is where a checkpoint is whole: between two rollouts. While engines work nothing is trained, so the driver may stop
-waiting for them at once (`Interrupted`), and what counts is the rollout before; a rollout that is being trained is finished.
+waiting for them at once, and what counts is the rollout before; a rollout that is being trained is finished.
+The wait ends by KeyboardInterrupt: of all that a signal handler may raise, Ray's calls pass on nothing else unbroken.
 """
 
 from __future__ import annotations
@@ -25,10 +26,6 @@ STOPPED = 143
 _LEAVE_SECONDS = 30.0
 
 
-class Interrupted(BaseException):
-    """Asked to leave while engines work. No Exception: nobody is to take it for a failure and try again."""
-
-
 class Leaving:
     """Whether, when and why the run leaves. `listen` puts the signal handlers in place; Ray replaces them when it starts."""
 
@@ -46,7 +43,8 @@ class Leaving:
     def listen(self) -> None:
         signals.signal(signals.SIGTERM, self._on_signal)
         if self.saves_on_signal:
-            signals.signal(signals.SIGUSR1, self._on_signal)
+            for one in (signals.SIGUSR1, signals.SIGINT):
+                signals.signal(one, self._on_signal)
 
     def _on_signal(self, number: int, frame: object) -> None:
         name = signals.Signals(number).name
@@ -59,7 +57,7 @@ class Leaving:
         logger.info("%s: saving at the next boundary and leaving, within %d s; a second signal leaves at once", name, seconds)
         threading.Thread(target=self._leave_late, name="leave-late", daemon=True).start()
         if self._may_interrupt:
-            raise Interrupted(name)
+            raise KeyboardInterrupt(name)
 
     def _leave_late(self) -> None:
         seconds = self._rules.save_on_signal_seconds
@@ -76,7 +74,7 @@ class Leaving:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within the block a signal raises Interrupted, also one that came before it."""
+        """Within the block a signal raises KeyboardInterrupt, also one that came before it."""
         self._may_interrupt = True
         try:
             self._leave_if_asked()
@@ -86,7 +84,7 @@ class Leaving:
 
     def _leave_if_asked(self) -> None:
         if self.signal is not None:
-            raise Interrupted(self.signal)
+            raise KeyboardInterrupt(self.signal)
 
     def why_after(self, rollout_id: int, *, is_last: bool) -> str | None:
         """Why the run leaves after this rollout; None where it goes on, or ends in any case."""

@@ -364,7 +364,7 @@ class Run:
             self._trainers.export_hf(checkpoint.save_hf.format(rollout_id=rollout_id))
 
     def save_trained(self) -> None:
-        """After `Interrupted`: the last trained rollout, unless a checkpoint has it. Engines end, the devices are its own."""
+        """After a signal: the last trained rollout, unless a checkpoint has it. Engines end, the devices are its own."""
         self.leaves = self.leaving.signal
         if self._trained in (None, self._saved) or not self._config.checkpoint.save:
             logger.info("nothing was trained that is not saved")

@@ -1,9 +1,10 @@
-"""Non-finite losses and gradients are never skipped silently: step, rank, first bad parameter and sample ids are named."""
+"""A step that is not finite, or that jumps, is never skipped silently: step, rank, first bad parameter, samples are named."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,12 +13,19 @@ from torch import Tensor
 
 from slime.model.local import local_tensors
 from slime.parallel import Ranks
+from slime.training.spikes import Spikes
+
+log = logging.getLogger(__name__)
 
 TOLD_RANKS = 8  # ranks spelled out in a message; a NaN in a forward pass reaches all of them
 
 
 class NonFiniteGradient(RuntimeError):
     """A step that could not be taken; every rank raises it together."""
+
+
+class SpikedStep(RuntimeError):
+    """A step that jumped, when no more may be skipped; every rank raises it together."""
 
 
 @dataclass
@@ -29,6 +37,8 @@ class Finding:
     """First parameter with a NaN or infinity in this rank's own gradient."""
     samples: tuple[int, ...] = ()
     """Samples of the first micro-batch whose loss is not finite."""
+    largest: tuple[float, tuple[int, ...]] = (0.0, ())
+    """The largest |loss| of a micro-batch, and its samples."""
 
     @property
     def is_bad(self) -> bool:
@@ -45,10 +55,13 @@ class Finding:
 
 @dataclass
 class Guard:
-    """Watches every step. `limit` steps may be skipped in a run; the next one raises. 0 raises at the first."""
+    """Watches every step. `limit` non-finite steps may be skipped in a run; the next one raises. 0 raises at the first."""
 
     rank: int
     limit: int
+    spikes: Spikes = field(default_factory=lambda: Spikes(None))
+    spike_limit: int = 0
+    """The same for steps that jump; both kinds are counted together."""
     skipped: int = 0
     """Steps skipped so far."""
     _own: Finding = field(init=False)
@@ -62,20 +75,44 @@ class Guard:
 
     def note_loss(self, losses: Sequence[Tensor], samples: Sequence[tuple[int, ...]]) -> None:
         """losses: one scalar per micro-batch on the last stage; samples: the sample ids of each."""
-        for loss, ids in zip(losses, samples, strict=True):
-            if not math.isfinite(float(loss)):
+        for loss, ids in zip(map(float, losses), samples, strict=True):
+            if not math.isfinite(loss):
                 self._own.samples = ids
                 return
+            self._own.largest = max(self._own.largest, (abs(loss), ids))
 
-    def allows(self, step: str, grad_norm: float, all_samples: Sequence[int], device: torch.device) -> bool:
+    def allows(self, step: str, figures: Mapping[str, float], all_samples: Sequence[int], device: torch.device) -> bool:
         """True where the step may be taken. Called by all ranks together; all get the same answer or the same error.
 
-        grad_norm is equal on all ranks. Raises NonFiniteGradient where no (further) skip is allowed.
+        figures: "gradient norm", and others that may spike; equal on all ranks but for rounding. Raises NonFiniteGradient or
+        SpikedStep where no (further) skip is allowed.
         """
-        bad = torch.tensor([float(self._own.is_bad)], device=device)
+        grad_norm, jump = figures["gradient norm"], self.spikes.judge(figures)
+        bad = torch.tensor([float(self._own.is_bad), float(jump is not None)], device=device)
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if not bad.item() and math.isfinite(grad_norm):
-            return True
+        is_bad, jumps = bad.tolist()
+        if is_bad or not math.isfinite(grad_norm):
+            return self._refuse_non_finite(step, grad_norm, all_samples)
+        if jumps:
+            return self._refuse_spike(step, jump or "a figure is a spike on another rank", all_samples)
+        self.spikes.accept(figures)
+        return True
+
+    def _refuse_spike(self, step: str, jump: str, all_samples: Sequence[int]) -> bool:
+        largest: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * dist.get_world_size()
+        dist.all_gather_object(largest, self._own.largest)
+        loss, samples = max(largest)
+        message = f"{step}: {jump}; the largest loss of a micro-batch, {loss:.4g}, is that of samples {list(samples[:16])}, "
+        message += f"of {len(all_samples)}"
+        if self.skipped >= self.spike_limit:
+            raise SpikedStep(
+                f"{message}; weights are as before this step ({self.skipped} were skipped before, --max-skipped-steps); look "
+                "at these samples, lower --lr or raise --skip-spike"
+            )
+        self._count(message, self.spike_limit)
+        return False
+
+    def _refuse_non_finite(self, step: str, grad_norm: float, all_samples: Sequence[int]) -> bool:
         found: list[Finding] = [Finding(-1)] * dist.get_world_size()
         dist.all_gather_object(found, self._own)
         bad_ranks = [finding for finding in found if finding.is_bad]
@@ -93,12 +130,13 @@ class Guard:
                 else f"{self.limit} were skipped before, --max-skipped-steps"
             )
             raise NonFiniteGradient(f"{message}; weights are as before this step ({how})")
+        self._count(message, self.limit)
+        return False
+
+    def _count(self, message: str, limit: int) -> None:
         self.skipped += 1
         if self.rank == 0:
-            import logging
-
-            logging.getLogger(__name__).error("%s; step skipped, %d of %d allowed", message, self.skipped, self.limit)
-        return False
+            log.error("%s; step skipped, %d of %d allowed", message, self.skipped, limit)
 
 
 def _first_bad_parameter(chunks: Sequence[torch.nn.Module], ranks: Ranks) -> str | None:

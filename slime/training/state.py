@@ -101,6 +101,7 @@ def save(trainer: Trainer, rollout_id: int, data_state: Mapping[str, Any] | None
         "world_size": trainer.ranks.world_size,
         "train_steps": trainer.steps_done,
         "skipped_steps": trainer.guard.skipped,
+        "steps_taken": trainer.guard.spikes.state(),
     }
     trainer.pending_save = checkpoint.begin_save(
         Path(config.checkpoint.save), str(rollout_id), state, trainer.ranks, keep=config.checkpoint.keep_checkpoints
@@ -173,6 +174,7 @@ def _resume(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
     if with_random:
         checkpoint.restore_random_state(state["rng_state"])
     trainer.guard.skipped = int(common.get("skipped_steps", 0))
+    trainer.guard.spikes.restore(common.get("steps_taken", {}))
     # A checkpoint without a count is of a time when metrics took one step a rollout for granted.
     trainer.steps_done = int(common.get("train_steps", common.get("rollout_id", -1) + 1))
     return common.get("data_state")

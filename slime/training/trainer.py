@@ -45,6 +45,7 @@ from slime.training.optimizer import (
     wrap_gradients,
 )
 from slime.training.snapshots import Snapshots
+from slime.training.spikes import Spikes
 from slime.training.state import LoadedState
 from slime.types import RolloutBatch, StepPlan
 from slime.types.micro_batch import MicroBatch
@@ -104,7 +105,12 @@ class Trainer:
         self.snapshots = Snapshots(self.model)
         self.pending_save: PendingSave | None = None
         rules = config.optimizer
-        self.guard = Guard(ranks.rank, limit=0 if rules.check_for_nan_in_loss_and_grad else rules.max_skipped_steps)
+        self.guard = Guard(
+            ranks.rank,
+            limit=0 if rules.check_for_nan_in_loss_and_grad else rules.max_skipped_steps,
+            spikes=Spikes(rules.skip_spike),
+            spike_limit=rules.max_skipped_steps,
+        )
         self.optimizer = self.scheduler = None
         chunks: Sequence[Module] = self.model
         # An evaluation-only run has no steps, so it pays for no optimizer state.
@@ -241,7 +247,10 @@ class Trainer:
         grad_norm = gradient_norm(self.optimizer)
         samples = [int(batch.sample_ids[p]) for p in plan.positions]
         metrics = self._reduce(values)
-        if self.guard.allows(where, grad_norm, samples, self.device.torch_device):
+        figures = {"gradient norm": grad_norm}
+        if self.config.algorithm.loss_type == "sft_loss":  # a policy's loss is near 0 in a first step, and may be below
+            figures["loss"] = metrics["loss"]
+        if self.guard.allows(where, figures, samples, self.device.torch_device):
             clip_gradients(self.optimizer, self.config.optimizer.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()
             self.scheduler.step(increment=plan.num_trajectories)

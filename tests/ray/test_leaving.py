@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from slime.config.upkeep import UpkeepConfig
-from slime.ray.leaving import Interrupted, Leaving
+from slime.ray.leaving import Leaving
 from slime.ray.run import Run
 from slime.train import train
 
@@ -42,7 +42,7 @@ DRIVER = """
 import logging, sys, time
 from slime.config.upkeep import UpkeepConfig
 from slime.ray import leaving as module
-from slime.ray.leaving import Interrupted, Leaving
+from slime.ray.leaving import Leaving
 
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 module._LEAVE_SECONDS = 1.0
@@ -63,7 +63,7 @@ try:
     print("after training:", leaving.why_after(3, is_last=False), flush=True)
     with leaving.interruptible():
         stay("generating again", 0)
-except Interrupted as name:
+except KeyboardInterrupt as name:
     print("interrupted by", name, flush=True)
 """
 
@@ -142,7 +142,7 @@ def run_until(monkeypatch):
     monkeypatch.setattr("slime.ray.run.ray.get", lambda ref: ref)
     monkeypatch.setattr("slime.ray.run.plan_steps", lambda *_, **__: [])
     monkeypatch.setattr("slime.ray.run.sample_costs", lambda *_: None)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
     def run_until(signals: dict[str, int], **rules) -> list[str]:
         sizes = SimpleNamespace(
@@ -167,7 +167,7 @@ def run_until(monkeypatch):
         run.report = lambda *_, **__: None
         try:
             train(run, config)
-        except Interrupted:
+        except KeyboardInterrupt:
             run.save_trained()
         return both.events
 
@@ -197,3 +197,37 @@ def test_a_preemption_while_weights_are_sent_waits_for_them_and_saves_once(run_u
 def test_an_interval_saves_between_the_regular_ones(run_until):
     events = run_until({}, exit_interval=3)
     assert events[-2:] == ["train", "save 2 with {'next': 12, 'saving': 2}"]
+
+
+@pytest.mark.slow
+def test_a_signal_passes_through_a_wait_of_rays():
+    code = """
+import signal, sys, threading, time
+import ray
+from slime.config.upkeep import UpkeepConfig
+from slime.ray.calls import gather
+from slime.ray.leaving import Leaving
+
+ray.init("local", num_cpus=1, num_gpus=0, include_dashboard=False, logging_level=40)
+leaving = Leaving(UpkeepConfig(save_on_signal=True))
+leaving.listen()
+leaving.hold()
+
+@ray.remote(num_cpus=0)
+class Engines:
+    def generate(self):
+        time.sleep(100)
+    def state(self):
+        return 7
+
+one, other = Engines.remote(), Engines.remote()
+ray.get([one.state.remote(), other.state.remote()])
+threading.Timer(1, signal.raise_signal, [signal.SIGTERM]).start()
+try:
+    with leaving.interruptible():
+        gather({"rollout": one.generate.remote()}, doing="generating")
+except KeyboardInterrupt:
+    print("left with", ray.get(other.state.remote()), leaving.signal)
+"""
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert told.stdout.splitlines()[-1:] == ["left with 7 SIGTERM"], told.stdout + told.stderr
