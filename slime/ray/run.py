@@ -19,6 +19,7 @@ from slime.batch.flops import forward_flops
 from slime.batch.plan import plan_steps
 from slime.config import Config
 from slime.model.hf_config import read_hf_config
+from slime.observability.advice import Advisor
 from slime.observability.identities import check_training
 from slime.observability.log import run_folder
 from slime.observability.owner import LAUNCH_VARIABLE
@@ -83,6 +84,7 @@ class Run:
         self._trainers: TrainGroup | None = None
         self._rollout: RolloutSide | None = None
         self._tracker = Tracker()
+        self._advisor = Advisor(config)
         self._version = 0
         self.leaves: str | None = None
         """Why the run ends before its last rollout."""
@@ -430,6 +432,8 @@ class Run:
             step_seconds=seconds,
         )
         logger.info("%s", line.text())
+        for advice in self._advisor.after(rollout.batch, training.per_step if training else (), num_rollout=self.num_rollout):
+            logger.warning("%s", advice)
 
     def _write_memory(self) -> None:
         """Measured peaks of every trainer rank, for `python3 -m slime.rehearse --measured`; replaced after every rollout."""
