@@ -87,7 +87,7 @@ def growing_gap(seen: Sequence[Seen]) -> str | None:
         return None
     return (
         f"trainer and engines drift apart: the mean |log-prob gap| was {before:.3g} in rollouts {first[0][0]} to "
-        f"{first[-1][0]} and is {now:.3g} in {last[0][0]} to {last[-1][0]}: compare their weights (--check-weight-update-equal), "
+        f"{first[-1][0]} and is {now:.3g} in {last[0][0]} to {last[-1][0]}: compare weights (--check-weight-update-equal), "
         "weigh tokens by the difference (--use-tis), or lower --lr"
     )
 
@@ -103,7 +103,7 @@ def all_truncated(seen: Sequence[Seen], *, limit: int | None) -> str | None:
 
 
 def full_disk(seen: Sequence[Seen], *, save: str | None, need_bytes: int | None, rollouts_to_save: int | None) -> str | None:
-    """need_bytes: of the next checkpoint. What is written beside checkpoints shows as free bytes that fall with each rollout."""
+    """need_bytes: of the next checkpoint. What is written beside it shows as free bytes that fall with each rollout."""
     free = [one.free_bytes for one in seen if one.free_bytes is not None]
     if not free or need_bytes is None or rollouts_to_save is None:
         return None

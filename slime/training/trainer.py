@@ -247,10 +247,7 @@ class Trainer:
         grad_norm = gradient_norm(self.optimizer)
         samples = [int(batch.sample_ids[p]) for p in plan.positions]
         metrics = self._reduce(values)
-        figures = {"gradient norm": grad_norm}
-        if self.config.algorithm.loss_type == "sft_loss":  # a policy's loss is near 0 in a first step, and may be below
-            figures["loss"] = metrics["loss"]
-        if self.guard.allows(where, figures, samples, self.device.torch_device):
+        if self.guard.allows(where, self._judged(grad_norm, metrics), samples, self.device.torch_device):
             clip_gradients(self.optimizer, self.config.optimizer.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()
             self.scheduler.step(increment=plan.num_trajectories)
@@ -263,6 +260,11 @@ class Trainer:
         self.steps_done += 1
         metrics["step"] = float(self.steps_done)
         return {f"train/{name}": value for name, value in metrics.items()}
+
+    def _judged(self, grad_norm: float, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What of a step may spike. A policy's loss is near 0 in a first step, and may be below."""
+        is_supervised = self.config.algorithm.loss_type == "sft_loss"
+        return {"gradient norm": grad_norm} | ({"loss": metrics["loss"]} if is_supervised else {})
 
     def _expert_biases(self) -> list[Tensor]:
         return [

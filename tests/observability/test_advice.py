@@ -45,7 +45,7 @@ def test_a_gap_that_grows(gaps, told):
     line = growing_gap([Seen(number, gap=gap) for number, gap in enumerate(gaps, 1)])
     assert (line is not None) == told
     if told:
-        assert f"was 0.02 in rollouts 1 to 5 and is {gaps[-1]:g} in 6 to 10: compare their weights" in line
+        assert f"was 0.02 in rollouts 1 to 5 and is {gaps[-1]:g} in 6 to 10: compare weights" in line
 
 
 def test_answers_that_all_end_at_the_limit():
