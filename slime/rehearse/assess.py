@@ -127,6 +127,7 @@ def _cost(
         needs_old_log_probs=algorithm.loss_type == "policy_loss" and (algorithm.use_opd or not algorithm.use_rollout_logprobs),
         colocate=config.cluster.colocate,
         vpp=shapes.vpp,
+        longest_sample=longest or 0,
     )
     generates: Generation | None = None
     prefill = 0.0

@@ -1,9 +1,10 @@
 """The command line: the run's flags, plus a few of the rehearsal's own.
 
     python3 -m slime.rehearse [--json FILE] [--html FILE] [--gpu-memory GB] ... FLAGS OF THE RUN
+    python3 -m slime.rehearse --plan --nodes 16 --gpu h200 FLAGS OF THE RUN
 
-Exit status: 0 launchable, 1 with every violation listed, 2 when the rehearsal's own flags are wrong, 3 when nothing is wrong
-and something that decides was not at hand.
+Exit status: 0 launchable (or planned), 1 with every violation listed (or nothing fits), 2 when the rehearsal's own flags are
+wrong, 3 when nothing is wrong and something that decides was not at hand.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from slime.engine.versions import TABLE, pinned_version
+from slime.rehearse.advice.plan import make_plan
+from slime.rehearse.advice.variants import Bench, Variant
 from slime.rehearse.findings import EXIT_STATUS
+from slime.rehearse.model.rates import GPUS, rates_of, with_rates
 from slime.rehearse.options import Options
 from slime.rehearse.own_flags import check_outputs, job_environment, number, one, split_own, usage
+from slime.rehearse.report.plan import plan_as_json, plan_as_text
 from slime.rehearse.report.text import as_json, as_text
 from slime.rehearse.result import rehearse
 
@@ -24,7 +32,10 @@ OWN = {
     "--json": ("FILE", "write everything as JSON"),
     "--html": ("FILE", "write the report with its pictures, one self-contained file"),
     "--weight-map": ("FILE", "write the weight map, one line per tensor"),
-    "--gpu-memory": ("GB", "memory of one GPU (80 for H100, 141 for H200)"),
+    "--plan": ("", "search layouts, engines and batch for a cluster, and print the best with the lines to paste"),
+    "--nodes": ("N", "nodes of the plan (default: those of the flags)"),
+    "--gpu": ("KIND", f"kind of the GPUs, whose memory and rates are taken: {', '.join(GPUS)} (default h100)"),
+    "--gpu-memory": ("GB", "memory of one GPU, where it is not its kind's"),
     "--host-memory": ("GB", "main memory of one node (2000)"),
     "--checkpoint-index": ("FILE", "model.safetensors.index.json to check against the weight map"),
     "--hostfile": ("FILE", "addresses of the other nodes, first column (default: the environment variable HOSTFILE)"),
@@ -43,8 +54,13 @@ OUTPUTS = ("--json", "--html", "--weight-map")
 
 
 def options_of(own: dict[str, list[str]]) -> Options:
+    gpu = one(own, "--gpu")
+    if gpu is not None and gpu.lower() not in GPUS:
+        raise ValueError(f"--gpu {gpu} is not known; it is one of {', '.join(GPUS)}, or give --gpu-memory and --rate")
+    gpu = gpu.lower() if gpu is not None else None
     return Options(
-        gpu_memory_gb=number(own, "--gpu-memory", float) or 80.0,
+        gpu=gpu,
+        gpu_memory_gb=number(own, "--gpu-memory", float) or GPUS[gpu or "h100"].memory_gb,
         host_memory_gb=number(own, "--host-memory", float) or 2000.0,
         checkpoint_index=one(own, "--checkpoint-index"),
         hostfile=one(own, "--hostfile") or os.environ.get("HOSTFILE"),
@@ -69,6 +85,10 @@ def main(argv: Sequence[str]) -> int:
         own, flags = split_own(argv, OWN, repeated=("--rate", "--assume"))
         check_outputs(own, OUTPUTS)
         options = options_of(own)
+        if "--plan" in own:
+            return _plan(flags, own, options)
+        if "--nodes" in own:
+            raise ValueError("--nodes is of --plan; the run's own nodes are --actor-num-nodes")
         done = rehearse(flags, options)
     except ValueError as error:
         sys.stderr.write(f"rehearse: {error}\n")
@@ -83,3 +103,23 @@ def main(argv: Sequence[str]) -> int:
 
         Path(own["--html"][0]).write_text(as_html(done))
     return EXIT_STATUS[done.findings.verdict]
+
+
+def _plan(flags: Sequence[str], own: dict[str, list[str]], options: Options) -> int:
+    """The plan instead of the rehearsal; each passes the rehearsal before it is printed."""
+    if unused := [name for name in ("--html", "--weight-map", "--measured", "--expect-digest") if name in own]:
+        raise ValueError(f"{unused[0]} is not of --plan; paste a plan's lines and rehearse them with it")
+    options = replace(options, build_ranks=False, weight_map=False, curves=False)
+    with tempfile.TemporaryDirectory(prefix="slime-rehearse-") as folder:
+        version = options.engine_version or pinned_version() or TABLE[-1].version
+        bench = Bench(tuple(flags), options, with_rates(rates_of(options.gpu), options.rates), version, Path(folder))
+        found = make_plan(
+            bench,
+            nodes=number(own, "--nodes", int) or bench.read(Variant())[0].config.cluster.actor_num_nodes,
+            gpu=options.gpu or "h100",
+            judge=lambda words: rehearse(words, options).findings.verdict != "not launchable",
+        )
+    sys.stdout.write(plan_as_text(found))
+    if "--json" in own:
+        Path(own["--json"][0]).write_text(json.dumps(plan_as_json(found), indent=1) + "\n")
+    return 0 if found.plans else 1

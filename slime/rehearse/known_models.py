@@ -82,6 +82,7 @@ def _from_flags(start: Mapping[str, object], mega: Mapping[str, object]) -> dict
         raw["partial_rotary_factor"] = start["rotary_percent"]
     if mla:
         raw |= {key: mega.get(name, default) for key, (name, default) in _LATENT.items()}
+        raw |= _stretched(mega)
     if experts:
         raw |= _experts(mega, layers, deepseek=mla)
     return raw
@@ -95,6 +96,16 @@ _LATENT = {
     "v_head_dim": ("v_head_dim", 128),
 }
 """Field of config.json -> megatron-core's field and its default."""
+
+
+def _stretched(mega: Mapping[str, object]) -> dict[str, object]:
+    """RoPE scaling, where the flags stretch it."""
+    factor = mega.get("rotary_scaling_factor", 1.0)
+    if factor == 1.0:
+        return {}
+    names = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow", "original_max_position_embeddings")
+    said = {name: mega[name] for name in names if name in mega}
+    return {"rope_scaling": {"type": "yarn", "factor": factor, **said}}
 
 
 def _experts(mega: Mapping[str, object], layers: int, *, deepseek: bool) -> dict[str, object]:

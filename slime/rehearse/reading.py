@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 from typing import Literal
 
 from slime.config.command_line import CommandLine, parse_words
@@ -24,6 +25,7 @@ from slime.model.names import NameTable
 from slime.model.placement import Grid
 from slime.rehearse.findings import Findings
 from slime.rehearse.known_models import described_config, known_config, known_names
+from slime.rehearse.model.kinds import kinds
 
 Basis = Literal["file", "release", "flags", "nothing"]
 """config.json of the checkpoint; the stored one of the release that the folder is named after; one that MODEL_ARGS describe."""
@@ -70,7 +72,11 @@ class Reading:
     @property
     def num_parameters(self) -> int:
         """Of everything that is built, each once."""
-        return self.table.num_parameters(mtp=False) + (self.table.num_parameters(mtp=True) if self.trains_mtp else 0)
+        return sum(
+            prod(entry.shape) * count
+            for entry, count in kinds(self.table)
+            if not entry.float32 and (self.trains_mtp or not entry.is_mtp)
+        )
 
 
 def read(argv: Sequence[str], findings: Findings, *, env: Mapping[str, str] | None = None) -> Reading:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
@@ -95,13 +96,7 @@ def sync_bytes(
     if not receivers:
         return None
     block, kept = fp8_format(hf)
-    # (of the MTP layer, of a routed expert) -> bytes
-    nbytes = {(mtp, expert): 0 for mtp in (False, True) for expert in (False, True)}
-    for entry, count in kinds(table):
-        for tensor in entry.hf:
-            fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
-            kind = entry.name.startswith("mtp."), entry.expert is not None
-            nbytes[kind] += wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32) * count
+    nbytes = _on_the_wire(table, block, frozenset(kept))
     weights = {key: engine_weights(table, hf, engine) for key, engine in {alike(one): one for one in receivers}.items()}
     fullest = max(weights.values(), key=lambda kept: kept.main)
     of_engine = {key: kept.main + (kept.draft if mtp else 0) for key, kept in weights.items()}
@@ -130,6 +125,18 @@ def sync_bytes(
     )
 
 
+@lru_cache(maxsize=8)
+def _on_the_wire(table: NameTable, block: int | None, kept: frozenset[str]) -> Mapping[tuple[bool, bool], int]:
+    """(of the MTP layer, of a routed expert) -> bytes."""
+    nbytes = {(mtp, expert): 0 for mtp in (False, True) for expert in (False, True)}
+    for entry, count in kinds(table):
+        for tensor in entry.hf:
+            fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
+            kind = entry.name.startswith("mtp."), entry.expert is not None
+            nbytes[kind] += wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32) * count
+    return nbytes
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a rollout is, for the cost."""
@@ -145,6 +152,8 @@ class Shape:
     needs_old_log_probs: bool
     colocate: bool
     vpp: int = 1
+    longest_sample: int = 0
+    """Tokens; 0 where nothing bounds it."""
 
     @property
     def passes(self) -> int:
@@ -155,6 +164,11 @@ class Shape:
 def bubble(pp: int, micro_batches: int, vpp: int = 1) -> float:
     """Idle share of one-forward-one-backward: (p - 1) / (v m + p - 1), with v chunks per stage."""
     return (pp - 1) / (vpp * micro_batches + pp - 1)
+
+
+def spread(tokens: float, longest: int, dp: int) -> float:
+    """Mean work of a data-parallel rank / that of the rank with the longest sample, which nobody shares. tokens: of a step."""
+    return min(1.0, tokens / dp / longest) if longest and tokens else 1.0
 
 
 def predict(
@@ -180,7 +194,8 @@ def predict(
     usable = shape.trainer_gpus * rates.peak_tflops * 1e12 * rates.training_mfu
     evenness = balance(stage_cost) if stage_cost else 1.0
     idle = bubble(grid.pp, max(shape.micro_batches, 1), shape.vpp)
-    busy = evenness * (1 - idle)
+    alike = spread(tokens / shape.steps, shape.longest_sample, grid.dp)
+    busy = evenness * (1 - idle) * alike
     passes = shape.passes
     phases = []
     if generates is not None:
@@ -217,7 +232,8 @@ def predict(
         CostPhase(
             "train",
             tokens * training / usable / busy,
-            f"{tokens:,} tokens x {training / 1e9:.0f} GF, stages {evenness:.0%} even, bubble {idle:.0%}",
+            f"{tokens:,} tokens x {training / 1e9:.0f} GF, stages {evenness:.0%} even, bubble {idle:.0%}"
+            + (f", data-parallel ranks {alike:.0%} even" if alike < 1 else ""),
             "training FLOPs",
         )
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from slime.config.rules.dispatch import DEFAULT_TOKENS, MOST_TOKENS, VARIABLE, buffer_bytes
 from slime.engine.spec import EngineSpec
@@ -69,9 +70,21 @@ class KvCache:
         return self.tokens // self.longest * self.attention_dp if self.longest else None
 
 
+_KNOWN: WeakKeyDictionary[NameTable, dict[tuple, EngineWeights]] = WeakKeyDictionary()
+
+
 def engine_weights(table: NameTable, hf: HfConfig, spec: EngineSpec) -> EngineWeights:
     """What the fullest rank of an engine keeps of the checkpoint, tensor by tensor as SGLang cuts them."""
     block, kept = fp8_format(hf)
+    known, key = _KNOWN.setdefault(table, {}), (alike(spec), block, frozenset(kept))
+    if key not in known:
+        known[key] = _engine_weights(table, hf, spec, block, kept)
+    return known[key]
+
+
+def _engine_weights(
+    table: NameTable, hf: HfConfig, spec: EngineSpec, block: int | None, kept: Collection[str]
+) -> EngineWeights:
     totals = {False: 0, True: 0}
     whole_experts = {False: 0, True: 0}
     layers_of_a_stage = -(-hf.num_layers // spec.pp_size) / hf.num_layers

@@ -9,6 +9,7 @@ recomputation every layer's forward runs twice. The output layer's always does, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
@@ -101,14 +102,20 @@ def indexer(hf: HfConfig, layer: int, length: int) -> float:
     return 2.0 * hf["index_n_heads"] * hf["index_head_dim"] * length / 2
 
 
-def _active(table: NameTable, hf: HfConfig) -> tuple[list[int], int]:
+def _active(table: NameTable, hf: HfConfig) -> tuple[tuple[int, ...], int]:
     """(matrix weights per layer that one token meets, those of the output layer). The MTP layer comes behind the last one."""
-    always, routed, head = [0] * (hf.num_layers + 1), [0] * (hf.num_layers + 1), 0
+    tied = hf["vocab_size"] * hf["hidden_size"]
+    return _met(table, hf.num_layers, hf.get("num_experts_per_tok", 0), hf.num_experts, tied)
+
+
+@lru_cache(maxsize=8)
+def _met(table: NameTable, num_layers: int, topk: int, num_experts: int, tied: int) -> tuple[tuple[int, ...], int]:
+    always, routed, head = [0] * (num_layers + 1), [0] * (num_layers + 1), 0
     for entry, count in kinds(table):
         if len(entry.shape) != 2 or entry.name.startswith("embedding."):
             continue
         numel = entry.shape[0] * entry.shape[1] * count
-        layer = hf.num_layers if entry.is_mtp else entry.layer
+        layer = num_layers if entry.is_mtp else entry.layer
         if layer is None:
             head = numel
         elif entry.expert is None:
@@ -116,6 +123,6 @@ def _active(table: NameTable, hf: HfConfig) -> tuple[list[int], int]:
         else:
             routed[layer] += numel
     if table.aliases:
-        head = hf["vocab_size"] * hf["hidden_size"]
-    share = hf.get("num_experts_per_tok", 0)
-    return [kept + (some * share // hf.num_experts if some else 0) for kept, some in zip(always, routed, strict=True)], head
+        head = tied
+    met = (kept + (some * topk // num_experts if some else 0) for kept, some in zip(always, routed, strict=True))
+    return tuple(met), head
