@@ -38,26 +38,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
 
 from slime.model.hf_config import HfConfig
 from slime.model.names import Entry, NameTable
 from slime.types.weight_bucket import TensorMeta
 from slime.weights.lanes import Lane, Trainer, WireTable, lanes_of
 from slime.weights.rounds import Stop, fill_rounds
-from slime.weights.routes import Router
+from slime.weights.routes import Leg, Router
 from slime.weights.serving import Receiver
 from slime.weights.wire import WireTensor, padded
 
 __all__ = ["Delivery", "Duties", "Leg", "Piece", "Receiver", "SyncPlan", "Trainer", "nodes_of", "plan_sync"]
-
-
-class Leg(NamedTuple):
-    """One send of a delivery's bytes."""
-
-    hop: int
-    source: int
-    target: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,15 +233,13 @@ def plan_sync(
 
 
 def _deliveries(lanes: Sequence[Lane], stops: Sequence[Stop], router: Router) -> Iterator[Delivery]:
-    legs: dict[tuple[int, int, int], Leg] = {}
     number = 0
     for _, batch in groupby(stops, key=lambda stop: stop.round):
         of_round = [(stop, lanes[stop.lane].gpus) for stop in batch]
         order = router.new_round([(stop.sources, gpus, stop.nbytes) for stop, gpus in of_round])
         for stop, gpus in (of_round[one] for one in order):
             route = router.route(stop.sources, gpus, stop.nbytes)
-            shared = tuple(legs.setdefault(leg, Leg(*leg)) for leg in route.legs)
-            yield Delivery(number, stop.round, stop.lane, stop.part, stop.units, stop.nbytes, route.makers, shared)
+            yield Delivery(number, stop.round, stop.lane, stop.part, stop.units, stop.nbytes, route.makers, route.legs)
             number += 1
 
 

@@ -10,15 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Groups = tuple[tuple[int, tuple[int, ...]], ...]
 
 
-@dataclass(frozen=True)
+class Leg(NamedTuple):
+    """One send of a delivery's bytes."""
+
+    hop: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     makers: tuple[int, ...]
-    legs: tuple[tuple[int, int, int], ...]
-    """(hop, source, target)"""
+    """GPUs whose trainer rank gives the part: it sends it, or keeps it itself."""
+    legs: tuple[Leg, ...]
 
 
 class _Hop:
@@ -46,6 +55,7 @@ class Router:
     def __init__(self, nodes: Sequence[int]):
         self._node = nodes
         self._groups: dict[tuple[int, ...], Groups] = {}
+        self._fans: dict[tuple[int, int, tuple[int, ...]], tuple[Leg, ...]] = {}
         self._turn = 0
 
     def new_round(self, stops: Sequence[tuple[Sequence[int], tuple[int, ...], int]]) -> list[int]:
@@ -73,7 +83,7 @@ class Router:
         """sources: GPUs whose trainer rank can give the part. gpus: that must have it at the end."""
         keeps = set(sources)
         makers = keeps.intersection(gpus)
-        legs: list[tuple[int, int, int]] = []
+        legs: list[Leg] = []
         inside: dict[int, list[int]] = {}
         for source in sources:
             inside.setdefault(self._node[source], []).append(source)
@@ -86,16 +96,17 @@ class Router:
                 if gpu not in keeps:
                     source = min(inside[node], key=self._near_out.__getitem__)
                     makers.add(source)
-                    legs.append(self._near(0, source, gpu, nbytes))
+                    self._near_out[source] += nbytes
+                    legs.append(Leg(0, source, gpu))
         relays: list[int] = []
         for members in self._in_turn(away):
-            hop, source, entry = self._enter(sources, relays, members, nbytes)
-            if source in keeps:
-                makers.add(source)
-            if hop == 0:
-                relays.append(entry)
-            legs.append((hop, source, entry))
-            legs += [self._near(hop + 1, entry, gpu, nbytes) for gpu in members if gpu != entry]
+            leg = self._enter(sources, relays, members, nbytes)
+            if leg.source in keeps:
+                makers.add(leg.source)
+            if leg.hop == 0:
+                relays.append(leg.target)
+            legs.append(leg)
+            legs += self._fan(leg, members, nbytes)
         return Route(tuple(sorted(makers)), tuple(legs))
 
     def _in_turn(self, away: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -109,23 +120,25 @@ class Router:
         best = min(range(len(turned)), key=lambda one: min(into[gpu] for gpu in turned[one]))
         return [turned[best], *turned[:best], *turned[best + 1 :]]
 
-    def _enter(
-        self, sources: Sequence[int], relays: Sequence[int], members: tuple[int, ...], nbytes: int
-    ) -> tuple[int, int, int]:
-        """(hop, source, entry) of a node's one copy."""
+    def _enter(self, sources: Sequence[int], relays: Sequence[int], members: tuple[int, ...], nbytes: int) -> Leg:
+        """A node's one copy."""
         first, second = self._first, self._second
         direct = min(sources, key=first.out.__getitem__), min(members, key=first.into.__getitem__)
         if relays:
             relayed = min((*relays, *sources), key=second.out.__getitem__), min(members, key=second.into.__getitem__)
             if second.cost(*relayed, nbytes) < first.cost(*direct, nbytes):
                 second.add(*relayed, nbytes)
-                return 1, *relayed
+                return Leg(1, *relayed)
         first.add(*direct, nbytes)
-        return 0, *direct
+        return Leg(0, *direct)
 
-    def _near(self, hop: int, source: int, target: int, nbytes: int) -> tuple[int, int, int]:
-        self._near_out[source] += nbytes
-        return hop, source, target
+    def _fan(self, leg: Leg, members: tuple[int, ...], nbytes: int) -> tuple[Leg, ...]:
+        """From the GPU through which a node was entered to its other ones."""
+        key = leg.hop + 1, leg.target, members
+        if key not in self._fans:
+            self._fans[key] = tuple(Leg(leg.hop + 1, leg.target, gpu) for gpu in members if gpu != leg.target)
+        self._near_out[leg.target] += nbytes * (len(members) - 1)
+        return self._fans[key]
 
     def _nodes(self, gpus: tuple[int, ...]) -> Groups:
         """The GPUs node by node."""

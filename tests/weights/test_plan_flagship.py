@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from slime.weights.plan import SyncPlan
+from slime.config.stages import Cut, cut_layers
+from slime.model.hf_config import HfConfig
+from slime.model.names import NameTable
+from slime.model.placement import Grid
+from slime.rehearse.known_models import known_config
+from slime.weights.plan import Receiver, SyncPlan, Trainer, nodes_of, plan_sync
+from slime.weights.price import Links, broadcast_seconds, price
 from tools.bench.link_model import Ports, simulate
 from tools.bench.weight_sync import flagship_plan, simulated
 
@@ -16,6 +23,9 @@ GB = 10**9
 LIMIT = 2**31
 EXPERT = 3 * 2048 * 6144 + 3 * 2048 * 6144 // 128**2 * 4
 """FP8 codes and a float32 scale for every 128 x 128."""
+
+REST = 745_584_507_456 - 75 * 256 * EXPERT
+"""Everything that is no routed expert, on every GPU: attention and dense layers are not cut."""
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +50,9 @@ def test_the_flagship_takes_no_more_than_twice_the_bound() -> None:
 
 
 def test_every_gpu_gets_what_it_serves_in_buckets_of_the_limit(plan: SyncPlan) -> None:
-    rest = 20_631_829_056  # everything that is no routed expert, on every GPU: attention and dense layers are not cut
     for gpu in (0, 7, 130, 255):
         duties = [plan.duties(gpu, number) for number in range(plan.rounds)]
-        assert sum(meta.nbytes for one in duties for meta in one.metas) == pytest.approx(rest + 75 * 4 * EXPERT, rel=1e-4)
+        assert sum(meta.nbytes for one in duties for meta in one.metas) == pytest.approx(REST + 75 * 4 * EXPERT, rel=1e-4)
         assert max(one.bucket_bytes for one in duties) <= LIMIT
         assert max(sum(delivery.nbytes for delivery in one.staged) for one in duties) <= LIMIT
         experts = {
@@ -60,6 +69,40 @@ def test_sources_are_balanced(plan: SyncPlan) -> None:
     assert max(out) < 1.12 * sum(out) / 256
     # Once into every node for the rest, once to every GPU for the experts; what a node has trained itself it does not get.
     assert sum(out) < 32 * 20.632e9 + 4 * 75 * 256 * EXPERT
+
+
+def test_engines_on_other_nodes_get_what_they_serve_and_no_more() -> None:
+    """128 GPUs train, two engines of 64 serve on others: all of it crosses links, each GPU's share just once."""
+    hf = known_config("/any/GLM-5.2-FP8")
+    trainer = Trainer(Grid(world=128, tp=4, pp=8, cp=4, ep=16, etp=1), tuple(cut_layers(Cut(78, 8, first=14, last=16))))
+    engines = [Receiver(number, tuple(range(128 + 64 * number, 192 + 64 * number)), tp=64, ep=64) for number in range(2)]
+    plan = plan_sync(NameTable.for_model(hf), hf, trainer, engines, nodes=nodes_of(256, 8), limit_bytes=LIMIT)
+    serves = REST + 75 * 4 * EXPERT
+    into = Counter[int]()
+    for *_, target, nbytes in plan.transfers():
+        into[target] += nbytes
+    assert set(into) == set(range(128, 256)) and max(into.values()) < 1.001 * serves and min(into.values()) >= serves
+    # Into each GPU over the network: its experts, and an eighth of the rest, which is 0.278 s.
+    found = price(plan, Links())
+    assert 0.278 < found.wire_seconds < 0.4
+    # A rank of the last stage trains 16 experts of 16 layers: it sends these once, its share of the rest, and little twice.
+    out = [sum(nbytes for _, _, source, _, nbytes in plan.transfers() if source == rank) for rank in (112, 127)]
+    assert all(16 * 16 * EXPERT < sent < 1.8 * 16 * 16 * EXPERT for sent in out)
+
+
+def test_the_rounds_of_a_small_plan_cost_what_is_worked_out_by_hand() -> None:
+    """A dense model of one stage on GPU 0, one engine on GPUs 1 (same node) and 2 (another)."""
+    sizes = {"vocab_size": 1024, "hidden_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 512}
+    hf = HfConfig({**sizes, "model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 128})
+    trainer = Trainer(Grid(world=1, tp=1, pp=1, cp=1, ep=1, etp=1), tuple(cut_layers(Cut(1, 1))))
+    plan = plan_sync(NameTable.for_model(hf), hf, trainer, [Receiver(0, (1, 2), tp=2)], nodes=(0, 0, 1), limit_bytes=2**30)
+    words, attention, mlp, norms = 2 * 1024 * 512, 4 * 512 * 512, 3 * 512 * 512, 2 * 512 + 512 + 2 * 128
+    nbytes = 2 * (words + attention + mlp + norms)
+    found = price(plan, Links(network=50, nvlink=450, load=25))
+    assert len(found.rounds) == 1 and found.rounds[0].bucket == nbytes and found.received == (nbytes, nbytes)
+    assert found.wire_seconds == pytest.approx(nbytes / 50e9) and found.busiest == "network out of GPU 0"
+    assert found.seconds == pytest.approx(nbytes / 50e9 + nbytes / 25e9)
+    assert broadcast_seconds(plan, Links(network=25)) == pytest.approx(nbytes / 25e9)
 
 
 def test_planning_takes_little_memory() -> None:
