@@ -18,21 +18,13 @@ def broadcast_reward(reward: float, length: int) -> Tensor:
 def reinforce_plus_plus(reward: float, kl: Tensor, mask: Tensor, *, kl_coef: float, gamma: float) -> Tensor:
     """REINFORCE++ (arXiv 2501.03262): discounted sum of a token's own and later token rewards.
 
-    A token reward is -kl_coef * kl on trained tokens, plus the sample's reward on its last trained token. kl, mask [R] -> [R].
-
-    Raises ValueError where no token is trained: the reward would have no place.
+    kl, mask [R] -> [R]. Raises ValueError as `token_rewards` does.
     """
-    trained = torch.nonzero(mask > 0)
-    if not len(trained):
-        raise ValueError(
-            "REINFORCE++ puts the reward on the last trained token, but this sample trains none; filter such samples"
-        )
-    token_rewards = -kl_coef * kl * mask
-    token_rewards[int(trained[-1])] += reward
-    returns = torch.empty_like(token_rewards)
-    running = token_rewards.new_zeros(())
-    for index in range(len(token_rewards) - 1, -1, -1):
-        running = token_rewards[index] + gamma * running
+    rewards = token_rewards(reward, kl, mask, kl_coef=kl_coef)
+    returns = torch.empty_like(rewards)
+    running = rewards.new_zeros(())
+    for index in range(len(rewards) - 1, -1, -1):
+        running = rewards[index] + gamma * running
         returns[index] = running
     return returns
 
@@ -40,6 +32,38 @@ def reinforce_plus_plus(reward: float, kl: Tensor, mask: Tensor, *, kl_coef: flo
 def reinforce_plus_plus_baseline(reward: float, kl: Tensor, *, kl_coef: float) -> Tensor:
     """REINFORCE++ with a group baseline (arXiv 2501.03262): the group-centred reward minus this token's KL penalty. [R]"""
     return reward - kl_coef * kl
+
+
+def token_rewards(reward: float, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+    """-kl_coef * kl on trained tokens, plus the sample's reward on the last of them. kl, mask [R] -> [R].
+
+    Raises ValueError where no token is trained: the reward would have no place.
+    """
+    trained = torch.nonzero(mask > 0)
+    if not len(trained):
+        raise ValueError("the reward belongs to the last trained token, but this sample trains none; filter such samples")
+    rewards = torch.where(mask > 0, -kl_coef * kl, torch.zeros_like(kl))
+    rewards[int(trained[-1])] += reward
+    return rewards
+
+
+def generalized(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lambd: float) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (arXiv 1506.02438, eq. 16): -> (advantages, returns = advantages + values), each [R].
+
+    rewards, values, mask [R]: of every token, the value of what stood before it. Trained tokens are the steps; what an
+    environment said between two of them is part of the next state, and gets 0. Nothing is expected after the last one.
+    """
+    steps = torch.nonzero(mask > 0).flatten()
+    # Plain numbers: a loop over 65,536 tensors of one element would take seconds.
+    reward, value = rewards[steps].tolist(), values[steps].tolist()
+    found, following, running = [0.0] * len(value), 0.0, 0.0
+    for index in range(len(value) - 1, -1, -1):
+        surprise = reward[index] + gamma * following - value[index]
+        running = surprise + gamma * lambd * running
+        found[index], following = running, value[index]
+    advantages = torch.zeros_like(values, dtype=torch.float32)
+    advantages[steps] = torch.tensor(found, dtype=torch.float32)
+    return advantages, advantages + values * (mask > 0)
 
 
 def distilled(advantages: Tensor, log_probs: Tensor, teacher_log_probs: Tensor, *, coef: float) -> Tensor:

@@ -57,3 +57,14 @@ def off_policy_sequence_mask(
     """
     divergence = segment_mean(-log_ratio.detach(), mask, segments, num_segments)[segments]
     return 1.0 - ((advantages < 0) & (divergence > delta)).float()
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, value_clip: float) -> tuple[Tensor, Tensor]:
+    """max((v - R)^2, (v_old + clip(v - v_old, +-value_clip) - R)^2).
+
+    -> (loss [r], clipped [r] 0 or 1: where the second is larger). Without the factor 1/2 of the squared error, as slime has it.
+    The clip is that of PPO's first code (arXiv 2005.12729, 3).
+    """
+    free = (values - returns).square()
+    bounded = (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square()
+    return torch.maximum(free, bounded), (bounded > free).float()

@@ -113,7 +113,9 @@ class FlatArgs:
             return getattr(getattr(config, section_of()[name]), name)
         if name == "eval_datasets":
             return list(config.evaluation.datasets)
-        if name in ("use_critic", "rollout_external"):
+        if name == "use_critic":
+            return config.algorithm.advantage_estimator == "ppo"
+        if name == "rollout_external":
             return False
         field_name = megatron_flags.ALIASES.get(name, name)
         for mapping in (config.model.megatron, config.optimizer.megatron, config.optimizer.ddp, config.debug.custom):

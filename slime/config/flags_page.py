@@ -42,7 +42,8 @@ OWN = frozenset(
     check_weight_update_equal pg_loss_length overlong_buffer_len overlong_penalty_factor
     tis_mode tis_level tis_upper_bound tis_lower_bound tis_batch_normalize
     save_on_signal save_on_signal_seconds skip_spike
-    use_rs rs_level rs_upper_bound rs_lower_bound rs_veto_threshold""".split()
+    use_rs rs_level rs_upper_bound rs_lower_bound rs_veto_threshold
+    critic_lr critic_lr_warmup_iters critic_load critic_save""".split()
 )
 """Attributes that slime and Megatron-LM do not have."""
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from slime.config.command_line import SECTIONS, CommandLine, convert_word, flag_table, parse_words
+from slime.config.attributes import attribute_rows, from_yaml
+from slime.config.command_line import SECTIONS, CommandLine, parse_words
 from slime.config.config import Config
 from slime.config.errors import ConfigError, load_yaml, nearest
 from slime.config.facts import Facts, facts_of
 from slime.config.flags import Flag, FrozenMap, field_default
 from slime.config.resolve import MAPPINGS, resolve
+from slime.config.roles import apply_roles
 from slime.config.rules import Values
 
 Door = Literal["train", "convert", "rehearse"]
@@ -29,7 +30,7 @@ def parse(
     """
     words = parse_words(argv, door=door)
     start = starting_values(words)
-    notes = apply_yaml(start, words)
+    notes = apply_yaml(start, words) + apply_roles(start)
     facts = facts or facts_of(start)
     final = resolve(start, given=words.given, door=door, facts=facts, env=env)
     return build(final, notes=(*notes, *final.notes), door=door)
@@ -71,10 +72,7 @@ def apply_yaml(start: dict[str, Any], words: CommandLine) -> list[str]:
     content = load_yaml(str(file), flag="--custom-config-path") or {}
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: the top must be a mapping of attributes, found {type(content).__name__}")
-    rows: dict[str, Flag] = {row.dest: row for row in flag_table().values() if row.section in (*SECTIONS, *MAPPINGS)}
-    rows.update(
-        {name[2:].replace("-", "_"): row for name, row in flag_table().items() if "." in row.section and row.num_values != 0}
-    )
+    rows = attribute_rows()
     notes, mistakes, unknown = [], [], []
     for key, value in content.items():
         name = str(key).replace("-", "_")
@@ -85,12 +83,9 @@ def apply_yaml(start: dict[str, Any], words: CommandLine) -> list[str]:
         else:
             row = rows[name]
             try:
-                converted = _from_yaml(row, value)
+                converted = from_yaml(row, value)
             except ValueError as error:
                 mistakes.append(f"{file}: {key}: {error}")
-                continue
-            if row.later:
-                mistakes.append(f"{file}: {key}: this version does not have {row.later}; remove the key")
                 continue
             target = start[row.section] if "." in row.section else start
             notes.append(f"{row.dest} = {converted!r}, because {file} says so")
@@ -115,29 +110,6 @@ def _own_settings(value: object, rows: Mapping[str, Flag], *, file: str) -> Froz
     if flags:
         raise ConfigError(f"{file}: custom: {', '.join(flags)}: a flag of this name exists; move it to the top of the file")
     return FrozenMap(own)
-
-
-def _from_yaml(row: Flag, value: object) -> object:
-    """A YAML value as the flag's type; text is read as the command line would read it (YAML takes 1e-5 for text)."""
-    if value is None:
-        if not row.optional:
-            raise ValueError("wants a value, got null")
-        return None
-    if row.num_values == 0:
-        if not isinstance(value, bool):
-            raise ValueError(f"wants true or false, got {value!r}")
-        return value
-    if isinstance(value, Mapping):
-        made = convert_word(row, json.dumps(value, default=str))
-        if not isinstance(made, FrozenMap):
-            raise ValueError(f"wants one value, got the mapping {value!r}")
-        return made
-    if isinstance(value, list) and row.num_values == 1 and not row.append:
-        return convert_word(row, str(value).replace("'", ""))
-    if isinstance(value, list):
-        return tuple(convert_word(row, str(one)) for one in value)
-    one = convert_word(row, str(value))
-    return (one,) if row.num_values != 1 or row.append else one
 
 
 def build(values: Values, *, notes: tuple[str, ...], door: str) -> Config:

@@ -9,7 +9,6 @@ from typing import Literal
 from slime.config.flags import derived, flag
 
 Dtype = Literal["fp32", "bf16"]
-_CRITIC = "PPO with a critic"
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ class AlgorithmConfig:
 
     advantage_estimator: Literal[
         "grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "ppo"
-    ] = flag("grpo", later_values=("ppo",))
+    ] = "grpo"
     """How rewards become advantages (and which ratio is clipped)."""
     loss_type: Literal["policy_loss", "sft_loss", "custom_loss"] = "policy_loss"
     """Loss."""
@@ -200,7 +199,7 @@ class AlgorithmConfig:
     """Upper clip distance; None takes eps_clip."""
     eps_clip_c: float | None = flag(None, above=1)
     """Dual clip, above 1."""
-    value_clip: float = flag(0.2, later=_CRITIC)
+    value_clip: float = flag(0.2, above=0)
     """Clip distance of the value loss."""
     kl_coef: float = flag(0.0, low=0)
     """KL to the reference inside the reward."""
@@ -216,7 +215,7 @@ class AlgorithmConfig:
     """Entropy bonus."""
     gamma: float = flag(1.0, low=0, high=1)
     """Discount."""
-    lambd: float = flag(1.0, later=_CRITIC)
+    lambd: float = flag(1.0, low=0, high=1)
     """GAE's lambda."""
     normalize_advantages: bool = False
     """Whiten advantages over the whole batch."""
@@ -274,10 +273,20 @@ class AlgorithmConfig:
     """Train with the engine's expert choices."""
     keep_old_actor: bool = flag(False, later="a separate behaviour policy")
     """Keep the weights that generated the data on the training side."""
-    num_critic_only_steps: int = flag(0, later=_CRITIC)
-    """Rollouts that train the critic alone."""
-    megatron_config_path: str | None = flag(None, later=_CRITIC)
-    """YAML with flags per role."""
+    num_critic_only_steps: int = flag(0, low=0)
+    """The first so many rollouts train the critic alone."""
+    megatron_config_path: str | None = None
+    """YAML with flags per role, actor and critic."""
+    critic_lr: float | None = flag(None, above=0, high=1)
+    """The critic's peak learning rate; None takes --lr."""
+    critic_lr_warmup_iters: int | None = flag(None, low=0)
+    """Its warm-up in steps; None takes --lr-warmup-iters."""
+    critic_load: str | None = None
+    """Its checkpoint, or HF files for all but its head; None: critic/ in --load where the run continues, else the actor's."""
+    critic_save: str | None = None
+    """Folder of its checkpoints; None takes critic/ in --save."""
+    critic: Mapping[str, object] = derived({})
+    """What --megatron-config-path says for the critic."""
     use_opd: bool = False
     """On-policy distillation: a token's advantage falls by how much likelier the model finds it than a teacher does."""
     opd_type: Literal["sglang", "megatron"] | None = None

@@ -23,24 +23,33 @@ from slime.config.hf_fields import faults  # noqa: E402
 from slime.device import Device  # noqa: E402
 from slime.model.head import LastChunk  # noqa: E402
 from slime.model.hf_config import HfConfig  # noqa: E402
-from slime.model.local import local_tensors  # noqa: E402
+from slime.model.local import VALUE_HEAD, local_tensors  # noqa: E402
 from slime.model.mtp import MtpGPTModel, mtp_block_spec  # noqa: E402
 from slime.model.names import NameTable  # noqa: E402
 from slime.model.relay import Relay, describe, relay_indices  # noqa: E402
 from slime.model.spec import decoder_spec, mtp_layer_spec, stage_layers  # noqa: E402
 from slime.model.transformer_config import transformer_config  # noqa: E402
+from slime.model.value import ValueChunk  # noqa: E402
 from slime.parallel import Ranks  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
 
 def build_model(
-    config: object, hf: HfConfig, ranks: Ranks, device: Device, *, dtype: torch.dtype | None = None, weights_only: bool = False
+    config: object,
+    hf: HfConfig,
+    ranks: Ranks,
+    device: Device,
+    *,
+    dtype: torch.dtype | None = None,
+    weights_only: bool = False,
+    value_head: bool = False,
 ) -> list[GPTModel]:
     """This rank's chunks (one, or one per virtual stage), without DDP and with uninitialised weights: load a checkpoint next.
 
     dtype: of the parameters, where it is not the config's to say (conversion keeps the checkpoint's). weights_only: the model
-    will never compute. Raises ValueError, listing all differences, when MODEL_ARGS and config.json describe different models,
+    will never compute. value_head: a critic, with one value per token in the place of the output layer, whole and untied.
+    Raises ValueError, listing all differences, when MODEL_ARGS and config.json describe different models,
     and for layouts that cannot compute what was asked.
     """
     megatron, notes = transformer_config(config, device, dtype=dtype, weights_only=weights_only)
@@ -50,14 +59,14 @@ def build_model(
     if lines := faults(hf) or differences(hf, vars(config.model), config.model.megatron):
         raise ValueError(f"MODEL_ARGS and {hf.source} describe different models:\n  " + "\n  ".join(lines))
     _check_mtp(config.model, hf)
-    chunks = [
-        _chunk(config, megatron, hf, ranks, vp_stage) for vp_stage in (range(ranks.vpp_size) if ranks.vpp_size else [None])
-    ]
+    stages = range(ranks.vpp_size) if ranks.vpp_size else [None]
+    chunks = [_chunk(config, megatron, hf, ranks, vp_stage, value_head=value_head) for vp_stage in stages]
     if config.parallel.dsa_send_indices and hf.has_indexer:
         _send_indices(chunks, config, hf, ranks)
     _check_recomputation(chunks, megatron)
     mark_sharded(chunks, trained_table(config.model, hf), ranks)
-    freeze(chunks, config.model)
+    if not value_head:
+        freeze(chunks, config.model)
     return chunks
 
 
@@ -110,7 +119,7 @@ def mark_sharded(chunks: list[GPTModel], table: NameTable, ranks: Ranks) -> None
     by the expert-data-parallel group.
     """
     for local in local_tensors(chunks, ranks, experts=False):
-        if local.parameter is None:
+        if local.parameter is None or local.name == VALUE_HEAD:
             continue
         split = "rows" if local.is_expert else table[local.name].split
         if split != "none":
@@ -145,7 +154,9 @@ def load_attribute(module: str, name: str) -> Callable:
         raise ValueError(f"{module} {name}: {missing}") from missing
 
 
-def _chunk(config: object, megatron: TransformerConfig, hf: HfConfig, ranks: Ranks, vp_stage: int | None) -> GPTModel:
+def _chunk(
+    config: object, megatron: TransformerConfig, hf: HfConfig, ranks: Ranks, vp_stage: int | None, *, value_head: bool
+) -> GPTModel:
     first = ranks.is_first_stage and vp_stage in (None, 0)
     last = ranks.is_last_stage and vp_stage in (None, (ranks.vpp_size or 1) - 1)
     if config.model.custom_model_provider_path:
@@ -156,8 +167,10 @@ def _chunk(config: object, megatron: TransformerConfig, hf: HfConfig, ranks: Ran
         spec = load_attribute(*config.model.spec)(config.args, megatron, vp_stage)
     else:
         spec = decoder_spec(megatron, hf, contiguous_cp=config.parallel.allgather_cp, vp_stage=vp_stage)
-    drafts = bool(last and config.model.mtp_num_layers)
+    drafts = bool(last and config.model.mtp_num_layers and not value_head)
     kind = MtpGPTModel if drafts else LastChunk if last else GPTModel
+    if last and value_head:
+        kind = ValueChunk
     return kind(
         config=megatron,
         transformer_layer_spec=spec,
@@ -166,7 +179,7 @@ def _chunk(config: object, megatron: TransformerConfig, hf: HfConfig, ranks: Ran
         pre_process=first,
         post_process=last,
         parallel_output=True,
-        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+        share_embeddings_and_output_weights=not (config.model.untie_embeddings_and_output_weights or value_head),
         position_embedding_type="none",  # rotary tables belong to the attention modules, which know the packed positions
         mtp_block_spec=mtp_block_spec(_mtp_layer_spec(config, megatron, hf)) if drafts else None,
         vp_stage=vp_stage,

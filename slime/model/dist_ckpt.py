@@ -65,13 +65,13 @@ def sharded_model(chunks: list[torch.nn.Module], ranks: Ranks) -> dict[str, Any]
     return {"model": states[0]} if len(states) == 1 else {f"model{number}": state for number, state in enumerate(states)}
 
 
-def describe(hf: HfConfig) -> dict[str, Any]:
-    """What the checkpoint is of; compared when it is loaded."""
+def describe(hf: HfConfig, *, value_head: bool = False) -> dict[str, Any]:
+    """What the checkpoint is of; compared when it is loaded. value_head: a critic."""
     values = {**megatron_values(hf), "vocab_size": hf["vocab_size"], "rotary_base": hf.rope_theta}
     if hf.has_indexer:
         for name in ("index_n_heads", "index_head_dim", "index_topk", "index_topk_freq", "index_skip_topk_offset"):
             values[name] = hf.get(name)
-    return {"model_type": hf.model_type, **values}
+    return {"model_type": hf.model_type, **values, **({"head": "value"} if value_head else {})}
 
 
 def begin_sharded(state: Mapping[str, Any], folder: str | Path, ranks: Ranks, *, checksums: bool = False) -> Writing:
@@ -138,12 +138,14 @@ def save_model(
     save_sharded({**sharded_model(chunks, ranks), DESCRIPTION: describe(hf), **(common or {})}, folder, ranks)
 
 
-def load_model(chunks: list[torch.nn.Module], hf: HfConfig, folder: str | Path, ranks: Ranks) -> dict[str, Any]:
+def load_model(
+    chunks: list[torch.nn.Module], hf: HfConfig, folder: str | Path, ranks: Ranks, *, value_head: bool = False
+) -> dict[str, Any]:
     """Fill the chunks from `folder`; optimizer state in it is left alone. Returns the checkpoint's common values.
 
     Raises ValueError, listing the differences, when the checkpoint is of another model.
     """
-    common = check_description(hf, folder)
+    common = check_description(hf, folder, value_head=value_head)
     state = load_sharded(sharded_model(chunks, ranks), folder, ranks)
     fill_chunks(chunks, state)
     return common
@@ -172,8 +174,8 @@ def check_finished(folder: str | Path) -> None:
         raise ValueError(f"{folder} is not a finished torch_dist checkpoint: it has no metadata.json, which is written last")
 
 
-def check_description(hf: HfConfig, folder: str | Path) -> dict[str, Any]:
-    """The checkpoint's common values. Raises ValueError listing in what its model differs from `hf`'s."""
+def check_description(hf: HfConfig, folder: str | Path, *, value_head: bool = False) -> dict[str, Any]:
+    """The checkpoint's common values. Raises ValueError listing in what its model differs from `hf`'s (or a critic of it)."""
     check_finished(folder)
     common = _common_values(folder)
     if common is None:
@@ -181,7 +183,7 @@ def check_description(hf: HfConfig, folder: str | Path) -> dict[str, Any]:
             f"{folder} was written by Megatron-LM or the slime on it, not here: {foreign_differences(hf, folder)}; "
             + (_EXPORT_THERE if hf.has_indexer else _EXPORT_HERE).format(folder=folder)
         )
-    saved, wanted = common[DESCRIPTION], describe(hf)
+    saved, wanted = common[DESCRIPTION], describe(hf, value_head=value_head)
     lines = [
         f"{key}: checkpoint {saved.get(key)!r}, {hf.source} {wanted.get(key)!r}"
         for key in sorted({*saved, *wanted})

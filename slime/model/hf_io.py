@@ -22,7 +22,7 @@ from slime.model.hf_config import read_hf_config
 from slime.model.hf_headers import INDEX
 from slime.model.hf_reader import SafetensorsReader
 from slime.model.layout import merge, shard
-from slime.model.local import LocalTensor, check_shapes, local_tensors, split_of
+from slime.model.local import VALUE_HEAD, LocalTensor, check_shapes, local_tensors, split_of
 from slime.model.names import Entry, NameTable
 from slime.parallel import Ranks
 
@@ -42,11 +42,11 @@ def load_hf(
 
     Reads only what this rank holds, one tensor at a time. FP8 is de-quantised through bf16 for bf16 models, straight to float32
     for float32 ones. Raises ValueError listing tensors that are missing, unexpected, of another shape or unreadable, before
-    anything is written.
+    anything is written. A critic's value head is in no file and stays as it is.
     """
     prove(chunks, table, reader, ranks)
     check_shapes(chunks, table, ranks, padded_vocab)
-    todo = list(local_tensors(chunks, ranks))
+    todo = [local for local in local_tensors(chunks, ranks) if local.name != VALUE_HEAD]
     for done, local in enumerate(todo):
         _fill(local, table, reader, ranks, padded_vocab)
         if progress is not None:

@@ -19,6 +19,10 @@ _STACKED = re.compile(r"^(.*\.mlp\.experts\.linear_fc[12]\.weight)$")
 _BUFFERS = ("expert_bias",)
 
 
+VALUE_HEAD = "value_head.weight"
+"""Global name of a critic's head (slime.model.value). No model of Hugging Face's has one, so it is in no table of names."""
+
+
 @dataclass(frozen=True)
 class LocalTensor:
     """name: global Megatron name. tensor: this rank's data (an expert's is a view into the stacked parameter).
@@ -97,6 +101,8 @@ def check_shapes(chunks: list[torch.nn.Module], table: NameTable, ranks: Ranks, 
     """Raise ValueError listing every local tensor whose name or shape is not what the table expects on this rank."""
     wrong = []
     for local in local_tensors(chunks, ranks):
+        if local.name == VALUE_HEAD:
+            continue
         entry = table[local.name]
         expected = shard_shape(entry, split_of(entry, ranks)[1], padded_vocab=padded_vocab)
         if tuple(local.tensor.shape) != expected:

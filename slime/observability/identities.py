@@ -80,10 +80,12 @@ def check_training(
             largest_gap=rules.ci_train_rollout_logprob_abs_diff_threshold,
         )
     for step_id, step in enumerate(per_step):
-        norm = step["train/grad_norm"]
-        if rules.ci_save_grad_norm:
-            save_norm(norm_path(rules.ci_save_grad_norm, rollout_id=rollout_id, step_id=step_id), norm)
-        if rules.ci_load_grad_norm:
-            wrong.append(compare_norm(norm_path(rules.ci_load_grad_norm, rollout_id=rollout_id, step_id=step_id), norm))
+        for role, name in (("actor", "train/grad_norm"), ("critic", "train/critic-grad_norm")):
+            norm = step.get(name)  # an actor rests while the critic learns alone
+            where = {"rollout_id": rollout_id, "step_id": step_id, "role": role}
+            if norm is not None and rules.ci_save_grad_norm:
+                save_norm(norm_path(rules.ci_save_grad_norm, **where), norm)
+            if norm is not None and rules.ci_load_grad_norm:
+                wrong.append(compare_norm(norm_path(rules.ci_load_grad_norm, **where), norm))
     if told := [line for line in wrong if line]:
         raise RuntimeError(f"rollout {rollout_id + 1}: " + "\n  ".join(told))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from slime.types import RolloutBatch, StepPlan
 from slime.weights.protocol import StreamReport
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from slime.training.start_page import RankShare
     from slime.weights.read_back import ReadBack
 
@@ -152,9 +154,20 @@ class TrainActor:
         model = build_model(self._config, hf_config, self._ranks, self._device)
         needs_ref = self._config.algorithm.use_kl_loss or self._config.algorithm.kl_coef != 0
         self._trainer = Trainer(self._config, self._device, self._ranks, model, ref=needs_ref)
+        if self._config.algorithm.advantage_estimator == "ppo" and self._config.trains:
+            self._trainer.critic = self._build_critic()
         self._trainer.peaks.note("start", before)
         self._trainer.peaks.note("load", self._device.memory())
         return share_of(self._trainer)
+
+    def _build_critic(self):
+        from slime.config.roles import critic_sections
+        from slime.model.build import build_model
+        from slime.training.critic import Critic
+
+        config = replace(self._config, **critic_sections(self._config))
+        model = build_model(config, self._hf_config, self._ranks, self._device, value_head=True)
+        return Critic(config, self._device, self._ranks, model)
 
     def load(self):
         with self._trainer.peaks("load"):
@@ -180,10 +193,15 @@ class TrainActor:
         """Leave the device with "steps" (gradients, optimizer) or with "weights" (the parameters themselves)."""
         from slime.training import memory
 
+        actor, critic = self._trainer, self._trainer.critic and self._trainer.critic.trainer
         if what == "steps":
-            report = self._device.sleep(memory.step_tensors(self._trainer), unread=memory.gradient_tensors(self._trainer))
+            kept, unread = memory.step_tensors(actor), memory.gradient_tensors(actor)
+            if critic is not None:  # its weights go nowhere, so they leave with the rest
+                kept |= _of_critic(memory.step_tensors(critic) | memory.weight_tensors(critic))
+                unread |= _of_critic(memory.gradient_tensors(critic))
+            report = self._device.sleep(kept, unread=unread)
         else:
-            report = self._device.sleep(memory.weight_tensors(self._trainer))
+            report = self._device.sleep(memory.weight_tensors(actor))
         logger.debug("sleep %s: %.2f GB in %.2f s", what, report.nbytes / 1e9, report.seconds)
 
     def wake(self) -> None:
@@ -228,3 +246,7 @@ class TrainActor:
                 with_mtp=bool(self._config.model.mtp_num_layers),
             )
         return self._stream
+
+
+def _of_critic(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"critic {name}": tensor for name, tensor in tensors.items()}

@@ -124,6 +124,7 @@ def _cost(
         steps=num_steps(config),
         needs_reference=bool(algorithm.kl_coef or algorithm.use_kl_loss),
         needs_teacher=algorithm.opd_type == "megatron",
+        trains_critic=algorithm.advantage_estimator == "ppo",
         needs_old_log_probs=algorithm.loss_type == "policy_loss" and (algorithm.use_opd or not algorithm.use_rollout_logprobs),
         colocate=config.cluster.colocate,
         vpp=shapes.vpp,
@@ -156,7 +157,8 @@ def _cost(
         grad_bytes=shapes.grad_bytes,
         gpus_per_node=per_node,
     )
-    parameters = reading.num_parameters
+    models = 2 if shape.trains_critic else 1
+    parameters = reading.num_parameters * models
     saved = parameters * 2 if config.checkpoint.no_save_optim else parameters * (2 + shapes.optimizer_bytes)
     return predict(
         work,
@@ -169,9 +171,8 @@ def _cost(
         prefill=prefill,
         exchange=exchange,
         recompute=shapes.recompute,
-        trainer_bytes_per_gpu=max(
-            stage.share.parameters * shapes.param_bytes + stage.share.trained * shapes.grad_bytes for stage in budget.stages
-        ),
+        trainer_bytes_per_gpu=models
+        * max(stage.share.parameters * shapes.param_bytes + stage.share.trained * shapes.grad_bytes for stage in budget.stages),
         optimizer_bytes_per_node=budget.node_optimizer,
         checkpoint_bytes=saved,
         save_interval=config.checkpoint.save_interval if config.checkpoint.save else None,

@@ -61,6 +61,7 @@ class Flags:
 
 
 LOAD, REFERENCE = Flags("--load", "--ckpt-step"), Flags("--ref-load", "--ref-ckpt-step")
+CRITIC = Flags("--critic-load", "--ckpt-step of the critic in --megatron-config-path")
 TEACHER = Flags("--opd-teacher-load", "--opd-teacher-ckpt-step")
 
 

@@ -42,6 +42,13 @@ class Columns:
     kl: Column | None = None
     advantages: Column | None = None
     returns: Column | None = None
+    values: Column | None = None
+    """A critic's."""
+
+    def for_critic(self) -> dict[str, Column]:
+        """The columns that MicroBatch carries to the critic's steps."""
+        assert self.values is not None and self.returns is not None, "values and returns are made before a step"
+        return {"values": self.values, "returns": self.returns}
 
     def for_packing(self) -> dict[str, Column]:
         """The columns that MicroBatch carries."""
@@ -56,6 +63,8 @@ class Passes:
     old: bool
     ref: bool
     teacher: bool = False
+    values: bool = False
+    """Of a critic."""
     reasons: tuple[str, ...] = field(default=())
     """Why the old-log-prob pass cannot reuse the log-probs of the step itself."""
 
@@ -68,13 +77,14 @@ def passes_of(config: Config, num_steps: int) -> Passes:
         return Passes(old=False, ref=False)
     ref = rules.use_kl_loss or rules.kl_coef != 0
     teacher = rules.use_opd and rules.opd_type == "megatron"
+    values = rules.advantage_estimator == "ppo"
     reasons = []
     if rules.kl_coef != 0:
         reasons.append("--kl-coef shapes rewards by them")
     if rules.use_opd:
         reasons.append("--use-opd compares them with a teacher's")
     if rules.use_rollout_logprobs and not rules.get_mismatch_metrics:
-        return Passes(old=bool(reasons), ref=ref, teacher=teacher, reasons=tuple(reasons))
+        return Passes(old=bool(reasons), ref=ref, teacher=teacher, values=values, reasons=tuple(reasons))
     if num_steps != 1:
         reasons.append(f"{num_steps} steps in this rollout")
     if rules.get_mismatch_metrics:
@@ -87,7 +97,7 @@ def passes_of(config: Config, num_steps: int) -> Passes:
         reasons.append("--tis-batch-normalize averages over the whole step")
     if rules.use_rollout_entropy:
         reasons.append("--use-rollout-entropy")
-    return Passes(old=bool(reasons), ref=ref, teacher=teacher, reasons=tuple(reasons))
+    return Passes(old=bool(reasons), ref=ref, teacher=teacher, values=values, reasons=tuple(reasons))
 
 
 def split_column(micro: MicroBatch, values: Tensor) -> Column:
@@ -108,8 +118,9 @@ def fill_advantages(
     if custom is not None:
         call_with_rollout_data(custom, columns, batch, config.args, flag="--custom-advantage-function-path")
     else:
-        columns.returns = {position: _advantage(columns, position, batch, config) for position in columns.positions}
-        columns.advantages = dict(columns.returns)
+        both = {position: _advantage(columns, position, batch, config) for position in columns.positions}
+        columns.advantages = {position: advantages for position, (advantages, _) in both.items()}
+        columns.returns = {position: returns for position, (_, returns) in both.items()}
     if rules.use_opd:
         _distil(columns, batch, rules.opd_kl_coef)
     if rules.normalize_advantages:
@@ -137,23 +148,23 @@ def _kl(columns: Columns, position: int, batch: RolloutBatch, kind: str) -> Tens
     return approx_kl(columns.old_log_probs[position], columns.ref_log_probs[position], kind)
 
 
-def _advantage(columns: Columns, position: int, batch: RolloutBatch, config: Config) -> Tensor:
+def _advantage(columns: Columns, position: int, batch: RolloutBatch, config: Config) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) of one sample."""
     rules = config.algorithm
     reward, kl = float(batch.rewards[position]), columns.kl[position]
     mask = torch.from_numpy(batch.loss_masks[position])
-    if not mask.any():
-        return torch.zeros(len(kl))  # of a removed sample nothing is trained; an estimator may find no place for its reward
-    match rules.advantage_estimator:
-        case "grpo" | "gspo" | "cispo" | "rloo":
-            return adv.broadcast_reward(reward, len(kl))
-        case "reinforce_plus_plus":
-            return adv.reinforce_plus_plus(reward, kl, mask, kl_coef=rules.kl_coef, gamma=rules.gamma)
-        case "reinforce_plus_plus_baseline":
-            return adv.reinforce_plus_plus_baseline(reward, kl, kl_coef=rules.kl_coef)
-    raise ValueError(
-        f"--advantage-estimator {rules.advantage_estimator} is not available; choose grpo, gspo, cispo, rloo, "
-        f"reinforce_plus_plus or reinforce_plus_plus_baseline"
-    )
+    if not mask.any():  # of a removed sample nothing is trained; an estimator may find no place for its reward
+        returns = torch.zeros(len(kl))
+    elif rules.advantage_estimator == "ppo":
+        rewards = adv.token_rewards(reward, kl, mask, kl_coef=rules.kl_coef)
+        return adv.generalized(rewards, columns.values[position], mask, gamma=rules.gamma, lambd=rules.lambd)
+    elif rules.advantage_estimator == "reinforce_plus_plus":
+        returns = adv.reinforce_plus_plus(reward, kl, mask, kl_coef=rules.kl_coef, gamma=rules.gamma)
+    elif rules.advantage_estimator == "reinforce_plus_plus_baseline":
+        returns = adv.reinforce_plus_plus_baseline(reward, kl, kl_coef=rules.kl_coef)
+    else:  # grpo, gspo, cispo, rloo
+        returns = adv.broadcast_reward(reward, len(kl))
+    return returns, returns
 
 
 def call_with_rollout_data(hook: Callable[..., None], columns: Columns, batch: RolloutBatch, *first: object, flag: str) -> None:
@@ -198,6 +209,7 @@ def _rollout_data(columns: Columns, batch: RolloutBatch) -> dict[str, object]:
         "opd_reverse_kl": ordered(columns.opd_reverse_kl),
         "advantages": ordered(columns.advantages),
         "returns": ordered(columns.returns),
+        "values": ordered(columns.values),
     }
 
 
@@ -275,6 +287,7 @@ def rollout_metrics(columns: Columns, batch: RolloutBatch, ranks: Ranks) -> dict
     token_columns: dict[str, Mapping[int, Tensor]] = {}
     for name in (
         "old_log_probs", "ref_log_probs", "teacher_log_probs", "opd_reverse_kl", "entropy", "kl", "advantages", "returns",
+        "values",
     ):  # fmt: skip
         column = getattr(columns, name)
         if column is not None:

@@ -28,7 +28,8 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 Output = HeadInput | Tensor
-"""Of the last chunk: what its output layer would multiply, or, from a model of the user's own, logits [1, t, v/tp]."""
+"""Of the last chunk: what its output layer would multiply, a critic's values [t], or, from a model of the user's own, logits
+[1, t, v/tp]."""
 LossFunction = Callable[[MicroBatch, Output, HeadInput | None], tuple[Tensor, dict[str, Tensor]]]
 """(micro-batch, output, that of a multi-token-prediction layer in training or None) -> (scalar to differentiate, values to add
 up over micro-batches)."""
@@ -125,6 +126,11 @@ def response_log_probs(
     both = torch.stack([log_probs, entropy], dim=1)
     whole = _Whole.apply(both, micro.layout, ranks.cp_group if ranks.cp_size > 1 else None)[micro.response_rows]
     return whole[:, 0], whole[:, 1]
+
+
+def response_values(micro: MicroBatch, output: Tensor, ranks: Ranks) -> Tensor:
+    """A critic's value before every response token [r] fp32, whole on every rank of the context-parallel group."""
+    return _Whole.apply(output, micro.layout, ranks.cp_group if ranks.cp_size > 1 else None)[micro.response_rows]
 
 
 def draft_log_probs(micro: MicroBatch, draft: HeadInput, ranks: Ranks, *, vocabulary: range, chunk_size: int) -> Tensor:

@@ -80,7 +80,7 @@ class Objective:
         mtp_loss = total(
             micro, nll(draft_log_probs(micro, draft, self.ranks, vocabulary=self.vocabulary, chunk_size=chunk_size))
         )
-        return loss + self.config.model.mtp_loss_scaling_factor * mtp_loss, values | _report({"mtp_loss": mtp_loss})
+        return loss + self.config.model.mtp_loss_scaling_factor * mtp_loss, values | reported({"mtp_loss": mtp_loss})
 
     def log_probs(self, micro: MicroBatch, output: Output) -> tuple[Tensor, Tensor]:
         """(log-probs [r], entropy [r]) of the response tokens at the objective's temperature."""
@@ -99,11 +99,11 @@ class Objective:
             loss, values = self.custom_loss(self.config.args, micro, logits, lambda token_values: total(micro, token_values))
             # A loss that does not touch the logits would leave this rank out of the backward collectives.
             loss = loss + 0.0 * logits.float().sum()
-            return loss, _report({"loss": loss, **{name: torch.as_tensor(value) for name, value in values.items()}})
+            return loss, reported({"loss": loss, **{name: torch.as_tensor(value) for name, value in values.items()}})
         log_probs, entropy = self.log_probs(micro, output)
         if self.config.algorithm.loss_type == "sft_loss":
             loss = total(micro, nll(log_probs))
-            return loss, _report({"loss": loss, "entropy_loss": total(micro, entropy.detach())})
+            return loss, reported({"loss": loss, "entropy_loss": total(micro, entropy.detach())})
         return self._policy(micro, log_probs, entropy)
 
     def _policy(self, micro: MicroBatch, log_probs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -156,7 +156,7 @@ class Objective:
             kl_loss = total(micro, approx_kl(log_probs, micro.ref_log_probs, rules.kl_loss_type, importance_log_ratio=ratio))
             loss = loss + rules.kl_loss_coef * kl_loss
             values["kl_loss"] = kl_loss
-        return loss, _report({"loss": loss, **values})
+        return loss, reported({"loss": loss, **values})
 
     def _policy_gradient(self, micro: MicroBatch, log_probs: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> (token loss, clipped 0/1, old - new), each [r]."""
@@ -241,5 +241,6 @@ def _kept(micro: MicroBatch, token_values: Tensor) -> Tensor:
     return torch.where(micro.loss_mask > 0, token_values, torch.zeros_like(token_values))
 
 
-def _report(values: dict[str, Tensor]) -> dict[str, Tensor]:
+def reported(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Constants in float64, to be added up over micro-batches and ranks."""
     return {name: value.detach().double() for name, value in values.items()}

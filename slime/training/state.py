@@ -46,6 +46,8 @@ class LoadedState:
     """What the driver gave to the save this run continues from; None where nothing is continued."""
     train_steps: int = 0
     """Optimizer steps that the run has done before, skipped ones included."""
+    continued: int | None = None
+    """Rollout after which the checkpoint was saved that is continued; None where nothing is."""
 
 
 def load(trainer: Trainer) -> LoadedState:
@@ -65,15 +67,15 @@ def load(trainer: Trainer) -> LoadedState:
     if source.kind == "megatron":
         checkpoint.verify(source.folder, trainer.ranks, source.flags)
     if source.resumes:
-        data_state = _resume(trainer, source.folder)
+        data_state = resume(trainer, source.folder)
     else:
-        _load_weights(trainer, source.kind, source.folder)
+        load_weights(trainer, source.kind, source.folder)
         if trainer.optimizer is not None:
             trainer.optimizer.reload_model_params()
     if trainer.ranks.rank == 0:
         how = "continues" if source.resumes else "weights only, counting from the start"
         log.info("load %s: %s (%s); first rollout %d", source.folder, source.why, how, start + 1)
-    return LoadedState(start, data_state, trainer.steps_done)
+    return LoadedState(start, data_state, trainer.steps_done, source.iteration if source.resumes else None)
 
 
 def save(trainer: Trainer, rollout_id: int, data_state: Mapping[str, Any] | None) -> Path:
@@ -94,7 +96,7 @@ def save(trainer: Trainer, rollout_id: int, data_state: Mapping[str, Any] | None
     state = _sharded_state(trainer, is_loading=False)
     hf = read_hf_config(config.checkpoint.hf_checkpoint)
     state |= {
-        DESCRIPTION: describe(hf),
+        DESCRIPTION: describe(hf, value_head=trainer.trains_values),
         "iteration": rollout_id,
         "rollout_id": rollout_id,
         "data_state": dict(data_state) if data_state is not None else None,
@@ -150,9 +152,10 @@ def _agree_on_step(optimizer: dict[Any, Any]) -> None:
             group["step"] = max(counted)
 
 
-def _resume(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
+def resume(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
+    """All of a checkpoint of this trainer's kind: weights, optimizer, schedule, random state. Returns the data position."""
     paths, rules = trainer.config.checkpoint, trainer.config.optimizer
-    common = check_description(read_hf_config(paths.hf_checkpoint), folder)
+    common = check_description(read_hf_config(paths.hf_checkpoint), folder, value_head=trainer.trains_values)
     saved_world = common.get("world_size")
     with_random = not paths.no_load_rng and saved_world == trainer.ranks.world_size
     if not with_random and not paths.no_load_rng and trainer.ranks.rank == 0:
@@ -180,11 +183,13 @@ def _resume(trainer: Trainer, folder: Path) -> dict[str, Any] | None:
     return common.get("data_state")
 
 
-def _load_weights(trainer: Trainer, kind: str, folder: Path) -> None:
+def load_weights(trainer: Trainer, kind: str, folder: Path) -> None:
+    """Weights alone, of a Megatron checkpoint or an HF folder. A critic takes one of its kind, or all but its head of the
+    latter."""
     config = trainer.config
     hf = read_hf_config(config.checkpoint.hf_checkpoint)
     if kind == "megatron":
-        load_model(trainer.model, hf, folder, trainer.ranks)
+        load_model(trainer.model, hf, folder, trainer.ranks, value_head=trainer.trains_values)
         return
     table = NameTable.for_model(hf)
     load_hf(trainer.model, table, SafetensorsReader(folder), trainer.ranks, padded_vocab=padded_vocab_size(config, hf))
@@ -198,5 +203,5 @@ def _load_beside(trainer: Trainer, tag: str, path: str, step: int | None, flags:
     kind, folder = found
     if kind == "megatron":
         checkpoint.verify(folder, trainer.ranks, flags)
-    _load_weights(trainer, kind, folder)
+    load_weights(trainer, kind, folder)
     trainer.snapshots.take(tag)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,7 @@ from slime.types.micro_batch import MicroBatch
 if TYPE_CHECKING:
     from slime.config import Config
     from slime.training.checkpoint import PendingSave
+    from slime.training.critic import Critic, ValueObjective
 
 prepare()
 
@@ -74,8 +75,18 @@ class TrainReport:
 class Trainer:
     """DDP, optimizer and schedule around model chunks; every public method is called by all ranks together."""
 
-    def __init__(self, config: Config, device: Device, ranks: Ranks, model: Sequence[Module], *, ref: bool = False) -> None:
-        """model: this rank's chunks as built (no DDP yet). ref: keep the weights of --ref-load beside them."""
+    def __init__(
+        self,
+        config: Config,
+        device: Device,
+        ranks: Ranks,
+        model: Sequence[Module],
+        *,
+        ref: bool = False,
+        objective: Objective | ValueObjective | None = None,
+    ) -> None:
+        """model: this rank's chunks as built (no DDP yet). ref: keep the weights of --ref-load beside them. objective: in the
+        place of the one that the flags describe."""
         self.config, self.device, self.ranks = config, device, ranks
         self.model = list(model)
         self.peaks = Peaks(device)
@@ -86,7 +97,11 @@ class Trainer:
         self.steps_done = 0
         """Of the run, skipped ones and those before a resume included."""
         self.keeps_reference = ref or config.algorithm.use_kl_loss or config.algorithm.kl_coef != 0
-        self.objective = Objective.from_config(config, ranks)
+        self.objective = Objective.from_config(config, ranks) if objective is None else objective
+        self.trains_values = objective is not None
+        """It is a critic's: what it saves is no policy."""
+        self.critic: Critic | None = None
+        """Set where the estimator needs one; it is loaded, trained and saved along."""
         self._hooks = {
             "log_prob": load_hook(
                 "--custom-megatron-before-log-prob-hook-path", config.algorithm.custom_megatron_before_log_prob_hook_path
@@ -145,10 +160,18 @@ class Trainer:
             metrics = rollout_metrics(columns, batch, self.ranks)
             if self.config.debug.save_debug_train_data:
                 save_train_data(self.config.debug.save_debug_train_data, columns, batch, self.ranks)
-        per_step = []
-        with clock("actor_train"), self.peaks("train"):
-            for plan in steps:
-                per_step.append(self._step(batch, plan, columns))
+        per_step: list[dict[str, float]] = [{} for _ in steps]
+        if self.critic is not None:
+            with clock("critic_train"), self.peaks("train"):
+                per_step = self.critic.learn(batch, steps, columns)
+        if self.critic is None or batch.rollout_id >= self.config.algorithm.num_critic_only_steps:
+            with clock("actor_train"), self.peaks("train"):
+                for told, plan in zip(per_step, steps, strict=True):
+                    told |= self._act(batch, plan, columns)
+        else:
+            for told in per_step:  # a step of the run all the same: its metrics have a place on the axis
+                self.steps_done += 1
+                told["train/step"] = float(self.steps_done)
         metrics = self._from_last_stage(metrics)
         interval = self.config.checkpoint.ref_update_interval
         if interval and self.keeps_reference and (batch.rollout_id + 1) % interval == 0:
@@ -174,6 +197,10 @@ class Trainer:
         if passes.teacher:
             with clock("teacher_log_probs"), self.peaks("log-probs"), self.snapshots.playing("teacher"):
                 columns.teacher_log_probs, _ = self._log_probs(batch, steps, "teacher_")
+        if passes.values:
+            assert self.critic is not None, "--advantage-estimator ppo is built with a critic"
+            with clock("values"), self.peaks("log-probs"):
+                columns.values = self.critic.values(batch, steps)
         if passes.old:
             with clock("log_probs"), self.peaks("log-probs"):
                 columns.old_log_probs, columns.entropy = self._log_probs(batch, steps, "")
@@ -191,7 +218,6 @@ class Trainer:
         """The micro-batches of the steps themselves, so that numerics of packing cancel in the ratio."""
         if self._hooks["log_prob"] is not None:
             self._hooks["log_prob"](self.config.args, self.pipeline.chunks, prefix)
-        micro_batches = [micro for plan in steps for micro in self._pack(batch, plan, {})]
         log_probs: dict[int, Tensor] = {}
         entropy: dict[int, Tensor] = {}
 
@@ -199,12 +225,16 @@ class Trainer:
             values, uncertainty = self.objective.log_probs(micro, output)
             return split_column(micro, values), split_column(micro, uncertainty)
 
-        for values, uncertainty in self.pipeline.evaluate(micro_batches, read):
+        for values, uncertainty in self.evaluate(batch, steps, read):
             log_probs |= values
             entropy |= uncertainty
         return log_probs, entropy
 
-    def _pack(self, batch: RolloutBatch, plan: StepPlan, columns: dict) -> list[MicroBatch]:
+    def evaluate(self, batch: RolloutBatch, steps: Sequence[StepPlan], read: Callable[[MicroBatch, Output], Any]) -> list[Any]:
+        """read(micro-batch, output) of every micro-batch of the steps, without gradient; [] before the last stage."""
+        return self.pipeline.evaluate([micro for plan in steps for micro in self.pack(batch, plan, {})], read)
+
+    def pack(self, batch: RolloutBatch, plan: StepPlan, columns: dict) -> list[MicroBatch]:
         make = partial(
             pack,
             batch,
@@ -223,14 +253,18 @@ class Trainer:
 
     # --- a step ---
 
-    def _step(self, batch: RolloutBatch, plan: StepPlan, columns: Columns) -> dict[str, float]:
-        where = f"rollout {batch.rollout_id + 1} step {plan.step_id + 1}"
+    def _act(self, batch: RolloutBatch, plan: StepPlan, columns: Columns) -> dict[str, float]:
         carried = columns.for_packing() if self.ranks.is_last_stage else {}
-        micro_batches = self._pack(batch, plan, carried)
+        micro_batches = self.pack(batch, plan, carried)
         if carried and self.config.algorithm.tis_batch_normalize:
             mine = [position for micro in micro_batches for position in micro.positions]
             mean = mean_importance_weight(columns, mine, batch, self.config, self.ranks)
             micro_batches = [replace(micro, mean_importance_weight=mean) for micro in micro_batches]
+        return {f"train/{name}": value for name, value in self.step(batch, plan, micro_batches).items()}
+
+    def step(self, batch: RolloutBatch, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> dict[str, float]:
+        """One optimizer step on the plan's micro-batches of this rank: what it reports, equal on every rank."""
+        where = f"rollout {batch.rollout_id + 1} step {plan.step_id + 1}"
         for chunk in self.pipeline.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -259,7 +293,7 @@ class Trainer:
         metrics |= {f"lr-pg_{n}": float(group["lr"]) for n, group in enumerate(self.optimizer.param_groups)}
         self.steps_done += 1
         metrics["step"] = float(self.steps_done)
-        return {f"train/{name}": value for name, value in metrics.items()}
+        return metrics
 
     def _judged(self, grad_norm: float, metrics: Mapping[str, float]) -> dict[str, float]:
         """What of a step may spike. A policy's loss is near 0 in a first step, and may be below."""
@@ -295,6 +329,8 @@ class Trainer:
         """Weights, and where --load continues a run everything else, by the rules of checkpoint.resolve."""
         loaded = state.load(self)
         self._restore_reference(loaded.start_rollout_id)
+        if self.critic is not None:
+            self.critic.load(self, loaded.continued)
         return loaded
 
     def _restore_reference(self, num_trained: int) -> None:
@@ -316,6 +352,10 @@ class Trainer:
         With --async-save the files are written while training goes on; the checkpoint is in force after a later `train`,
         `save` or `finish_save`, which also raises what went wrong.
         """
+        if self.critic is not None:
+            # First: a checkpoint of the actor's without its critic could not be continued.
+            self.critic.save(rollout_id)
+            self.critic.finish_save()
         return state.save(self, rollout_id, data_state)
 
     def finish_save(self) -> None:

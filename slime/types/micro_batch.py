@@ -54,6 +54,10 @@ class MicroBatch:
     """float32 [r]."""
     advantages: Tensor | None = None
     """float32 [r]."""
+    values: Tensor | None = None
+    """float32 [r]: the critic's, before the rollout's steps."""
+    returns: Tensor | None = None
+    """float32 [r]: what the critic learns to expect."""
 
     @property
     def num_samples(self) -> int:

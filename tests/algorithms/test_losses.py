@@ -114,6 +114,46 @@ def test_reinforce_plus_plus_by_hand():
         advantages.reinforce_plus_plus(1.0, T([0.0]), T([0.0]), kl_coef=0.0, gamma=1.0)
 
 
+def test_generalized_advantages_by_hand():
+    """Four trained tokens and one of an environment between them (its value and reward play no part); gamma 1/2, lambda 1/2."""
+    rewards, values, mask = T([0.0, 1.0, 9.0, 0.0, 2.0]), T([1.0, 2.0, 7.0, 3.0, 4.0]), T([1.0, 1.0, 0.0, 1.0, 1.0])
+    # deltas from the back: 2 - 4 = -2, 0 + 4/2 - 3 = -1, 1 + 3/2 - 2 = 0.5, 0 + 2/2 - 1 = 0, each plus a quarter of the next
+    found, returns = advantages.generalized(rewards, values, mask, gamma=0.5, lambd=0.5)
+    torch.testing.assert_close(found, T([0.03125, 0.125, 0.0, -1.5, -2.0]))
+    torch.testing.assert_close(returns, T([1.03125, 2.125, 0.0, 1.5, 2.0]))
+
+
+def test_generalized_advantages_at_their_ends():
+    """lambda 1: the return less the value, whatever values say meanwhile; lambda 0: one step's surprise; no values: returns."""
+    generator = torch.Generator().manual_seed(2)
+    rewards, values = torch.randn(2, 40, generator=generator)
+    mask = (torch.rand(40, generator=generator) < 0.7).float()
+    steps = torch.nonzero(mask).flatten()
+    discounted = T([sum(0.9 ** (k - t) * float(rewards[steps[k]]) for k in range(t, len(steps))) for t in range(len(steps))])
+    found, returns = advantages.generalized(rewards, values, mask, gamma=0.9, lambd=1.0)
+    torch.testing.assert_close(returns[steps], discounted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[steps], discounted - values[steps], rtol=1e-4, atol=1e-5)
+    following = torch.cat([values[steps][1:], torch.zeros(1)])
+    found, _ = advantages.generalized(rewards, values, mask, gamma=0.9, lambd=0.0)
+    torch.testing.assert_close(found[steps], rewards[steps] + 0.9 * following - values[steps])
+    whole, none = mask * 0 + 1, torch.zeros(40)
+    found, _ = advantages.generalized(none, none, whole, gamma=0.9, lambd=0.9)
+    assert not found.any()
+    plus_plus = advantages.reinforce_plus_plus(2.0, rewards, whole, kl_coef=0.1, gamma=0.9)
+    token = advantages.token_rewards(2.0, rewards, whole, kl_coef=0.1)
+    torch.testing.assert_close(advantages.generalized(token, none, whole, gamma=0.9, lambd=1.0)[1], plus_plus)
+
+
+def test_the_value_loss_by_hand():
+    values, old, returns = T([1.0, 2.0, -1.0]).requires_grad_(), T([0.5, 0.5, 0.0]), T([2.0, 0.0, 1.0])
+    loss, clipped = policy_loss.clipped_value_loss(values, old, returns, value_clip=0.2)
+    # (1-2)^2 = 1 or (0.7-2)^2 = 1.69; (2-0)^2 = 4 or 0.7^2; (-1-1)^2 = 4 or (-0.2-1)^2
+    torch.testing.assert_close(loss, T([1.69, 4.0, 4.0]))
+    assert clipped.tolist() == [1, 0, 0]
+    loss.sum().backward()
+    torch.testing.assert_close(values.grad, T([0.0, 4.0, -4.0]))
+
+
 def test_simple_advantages_by_hand():
     assert advantages.broadcast_reward(-0.5, 3).tolist() == [-0.5] * 3
     torch.testing.assert_close(advantages.reinforce_plus_plus_baseline(1.0, T([1.0, -2.0]), kl_coef=0.1), T([0.9, 1.2]))
@@ -149,7 +189,7 @@ def numeric_gradient(function, at: torch.Tensor, step: float = 1e-6) -> torch.Te
     return torch.tensor(slopes, dtype=at.dtype)
 
 
-@pytest.mark.parametrize("name", ["clipped", "dual clip", "sequence", "k2", "k3", "low_var_kl", "unbiased"])
+@pytest.mark.parametrize("name", ["clipped", "dual clip", "sequence", "value", "k2", "k3", "low_var_kl", "unbiased"])
 def test_gradients_equal_finite_differences(name):
     generator = torch.Generator().manual_seed(5)
     log_ratio, advantages, other = (torch.randn(12, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -165,6 +205,7 @@ def test_gradients_equal_finite_differences(name):
         "k2": lambda x: _kl64(x, other, "k2"),
         "k3": lambda x: _kl64(x, other, "k3"),
         "low_var_kl": lambda x: _kl64(x, other, "low_var_kl"),
+        "value": lambda x: policy_loss.clipped_value_loss(x, other, advantages, value_clip=0.5)[0],
         "unbiased": lambda x: _kl64(x, other, "k3", x - advantages),
     }
     x = log_ratio.clone().requires_grad_()

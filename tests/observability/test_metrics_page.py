@@ -36,7 +36,7 @@ def written_by_name() -> set[str]:
     for file in (ROOT / "slime").rglob("*.py"):
         if file != ROOT / "slime" / "rollout" / "metrics.py":
             names |= {text for text in texts_of(ast.parse(file.read_text())) if NAME.match(text) and " " not in text}
-    return names - {"rollout/{}", "train/{}", "perf/{}_time"}  # each has a function below
+    return names - {"rollout/{}", "train/{}", "train/critic-{}", "perf/{}_time"}  # each has a function below
 
 
 def written_as_columns() -> set[str]:
@@ -67,17 +67,23 @@ def _is_statistics(name: str) -> bool:
 
 
 def written_of_steps() -> set[str]:
-    """train/*: keys of the mappings that the loss and the step make."""
+    """train/*: keys of the mappings that the loss and the step make; train/critic-* of the critic's."""
+    step = next(n for n in ast.walk(parse("training/trainer.py")) if getattr(n, "name", "") == "step")
+    actors = _keys(parse("training/loss.py"), parse("training/importance_functions.py"), step)
+    critics = _keys(parse("training/critic.py"), step) - {"loss", "step"}
+    return {f"train/{name}" for name in actors} | {f"train/critic-{name}" for name in critics}
+
+
+def _keys(*trees: ast.AST) -> set[str]:
     names = set()
-    step = next(n for n in ast.walk(parse("training/trainer.py")) if getattr(n, "name", "") == "_step")
-    for tree in (parse("training/loss.py"), parse("training/importance_functions.py"), step):
+    for tree in trees:
         for node in ast.walk(tree):
             is_set = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
             keys = node.keys if isinstance(node, ast.Dict) else [node.slice] if is_set else []
             names |= {text for key in keys if isinstance(key, ast.Constant) for text in texts_of(key)}
         for node in (n for n in ast.walk(tree) if isinstance(n, ast.DictComp)):
             names |= {text for text in texts_of(node.key) if not text.startswith("train/")}
-    return {f"train/{name}" for name in names}
+    return names
 
 
 def written_as_times() -> set[str]:
@@ -106,6 +112,8 @@ def test_the_reader_sees_what_is_written():
         "perf/ref_log_probs_time",
         "perf/teacher_log_probs_time",
         "perf/actor_train_time",
+        "perf/values_time",
+        "perf/critic_train_time",
     }
 
 

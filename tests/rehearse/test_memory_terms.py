@@ -112,3 +112,21 @@ def test_reference_and_teacher_lie_in_main_memory_beside_the_trained_weights() -
     assert stage_memory(share, HF, GRID, replace(SHAPES, copies=3), **told).host_copies == 3 * share.parameters * 2
     plain, kept = (host_memory(share, HF, GRID, replace(SHAPES, copies=n), Assumed(), bucket_bytes=1 << 30) for n in (0, 2))
     assert kept.phase("rollout").total - plain.phase("rollout").total == 2 * share.parameters * 2
+
+
+def test_a_critic_is_a_second_model_wherever_the_trainer_is() -> None:
+    """Weights, gradients and state once more while training; of a sleeping trainer its weights once more in main memory."""
+    share = stage_shares(TABLE, cut_layers(STOCK), GRID)[7]
+    engine = EngineRank("decode", 32 * 10**9, 1, 0.7)
+    told = {"bucket_bytes": 1 << 30, "engine": engine, "gpu_bytes": 80e9, "assumed": Assumed(), "turns": Turns(True)}
+    plain, ppo = (
+        stage_memory(share, HF, GRID, replace(SHAPES, critic=critic, offloaded=0.5), **told) for critic in (False, True)
+    )
+    weights, gradients = share.parameters * SHAPES.param_bytes, share.trained * SHAPES.grad_bytes
+    state = optimizer_bytes(share, GRID, SHAPES)
+    more = weights + gradients + state - int(state * 0.5)
+    for phase in ("train", "log-probs", "checkpoint"):
+        assert ppo.phase(phase).total - plain.phase(phase).total == more
+    for phase in ("weight sync", "rollout"):
+        assert ppo.phase(phase).total == plain.phase(phase).total
+    assert (ppo.host_weights, ppo.host_optimizer) == (2 * plain.host_weights, 2 * plain.host_optimizer)

@@ -79,4 +79,21 @@ WRONG_ALGORITHMS: dict[str, tuple[Edit, str]] = {
         flags("--use-opd", "--opd-type", "megatron", "--opd-teacher-load", "/t", "--disable-compute-advantages-and-returns"),
         "--use-opd changes advantages",
     ),
+    # PPO.
+    "a critic without advantages": (
+        flags("--advantage-estimator", "ppo", "--disable-compute-advantages-and-returns"),
+        "--advantage-estimator ppo makes advantages",
+    ),
+    "a critic of a model of the user's": (
+        flags("--advantage-estimator", "ppo", "--custom-model-provider-path", "a.b"),
+        "--advantage-estimator ppo builds a critic of this project's model",
+    ),
+    "a critic that overwrites the actor": (
+        flags("--advantage-estimator", "ppo", "--save", "/runs/a", "--critic-save", "/runs/a/"),
+        "--critic-save /runs/a/ is --save, which a critic would overwrite",
+    ),
+    "a critic saved alone": (
+        all_of(without("--save", "--save-interval"), flags("--advantage-estimator", "ppo", "--critic-save", "/runs/c")),
+        "--critic-save /runs/c writes along with --save; give it",
+    ),
 }

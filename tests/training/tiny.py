@@ -244,3 +244,17 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
         for local in local_tensors(trainer.model, trainer.ranks, experts=False)
         if local.parameter is not None and hasattr(local.parameter, "main_grad")
     }
+
+
+def start_ppo(config: SimpleNamespace) -> Trainer:
+    """A trainer with its critic, as a trainer actor builds them; to be loaded."""
+    from slime.config.roles import critic_sections
+    from slime.training.critic import Critic
+
+    trainer = start(config, load=False)
+    role = SimpleNamespace(**vars(config) | critic_sections(config))
+    hf = read_hf_config(config.checkpoint.hf_checkpoint)
+    trainer.critic = Critic(
+        role, trainer.device, trainer.ranks, build_model(role, hf, trainer.ranks, trainer.device, value_head=True)
+    )
+    return trainer

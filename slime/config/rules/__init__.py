@@ -21,6 +21,7 @@ from slime.config.rules import (
     batch,
     config_json,
     context,
+    critic,
     dispatch,
     distillation,
     effects,
@@ -62,6 +63,7 @@ STAGES: tuple[Stage, ...] = (
         (
             algorithm.algorithm,
             distillation.distillation,
+            critic.critic,
             batch.batch,
             lengths.lengths,
             evaluation.evaluation,

@@ -103,6 +103,7 @@ def train_shapes(reading: Reading, *, longest: int | None, mean_share: float) ->
         core_axis=config.parallel.dsa_core_axis,
         vpp=config.parallel.virtual_pipeline_model_parallel_size or 1,
         recompute_block=mega.get("recompute_num_layers", 0) if block else None,
+        critic=config.algorithm.advantage_estimator == "ppo",
         copies=weight_copies(config),
         longest_tokens=padded_sample(config, grid, longest) // grid.cp if longest and dynamic else 0,
     )

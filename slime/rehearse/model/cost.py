@@ -149,6 +149,7 @@ class Shape:
     steps: int
     needs_reference: bool
     needs_teacher: bool
+    trains_critic: bool
     needs_old_log_probs: bool
     colocate: bool
     vpp: int = 1
@@ -158,7 +159,8 @@ class Shape:
     @property
     def passes(self) -> int:
         """Forward passes over every token beside training."""
-        return int(self.needs_old_log_probs) + int(self.needs_reference) + int(self.needs_teacher)
+        needed = (self.needs_old_log_probs, self.needs_reference, self.needs_teacher, self.trains_critic)
+        return sum(map(int, needed))
 
 
 def bubble(pp: int, micro_batches: int, vpp: int = 1) -> float:
@@ -196,7 +198,7 @@ def predict(
     idle = bubble(grid.pp, max(shape.micro_batches, 1), shape.vpp)
     alike = spread(tokens / shape.steps, shape.longest_sample, grid.dp)
     busy = evenness * (1 - idle) * alike
-    passes = shape.passes
+    passes, models = shape.passes, 2 if shape.trains_critic else 1  # with the critic
     phases = []
     if generates is not None:
         step = generates.step
@@ -231,9 +233,9 @@ def predict(
     phases.append(
         CostPhase(
             "train",
-            tokens * training / usable / busy,
-            f"{tokens:,} tokens x {training / 1e9:.0f} GF, stages {evenness:.0%} even, bubble {idle:.0%}"
-            + (f", data-parallel ranks {alike:.0%} even" if alike < 1 else ""),
+            models * tokens * training / usable / busy,
+            f"{tokens:,} tokens x {training / 1e9:.0f} GF{' x 2 models' if models > 1 else ''}, "
+            f"stages {evenness:.0%} even, bubble {idle:.0%}" + (f", data-parallel ranks {alike:.0%} even" if alike < 1 else ""),
             "training FLOPs",
         )
     )

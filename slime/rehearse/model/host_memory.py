@@ -39,6 +39,8 @@ def host_memory(
         "gradients": share.trained * shapes.grad_bytes,
         "optimizer": optimizer_bytes(share, grid, shapes),
     }
+    if shapes.critic:
+        loaded["critic"] = weights + loaded["gradients"] + loaded["optimizer"]
     if shapes.copies:
         loaded["copies of weights (reference, teacher)"] = weights * shapes.copies
     held = {**loaded, "libraries in use": int(assumed.host_libraries_gb * GB)}

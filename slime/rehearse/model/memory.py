@@ -68,6 +68,8 @@ class TrainShapes:
     """Model chunks per stage."""
     recompute_block: int | None = None
     """Layers of a chunk that are recomputed with --recompute-method block; None recomputes all."""
+    critic: bool = False
+    """A second model of the same shape, with gradients and optimizer, is on the same ranks."""
     copies: int = 0
     """Of the whole weights in main memory: reference, teacher, and the trained ones while one of them plays."""
     longest_tokens: int = 0
@@ -275,8 +277,10 @@ def stage_memory(
     overhead, weights = int(assumed.overhead_gb * GB), share.parameters * shapes.param_bytes
     state = optimizer_bytes(share, grid, shapes)
     offloaded = int(state * shapes.offloaded)
-    base = {"weights": weights, "optimizer on GPU": state - offloaded, "overhead": overhead}
-    awake = {**base, "gradients": share.trained * shapes.grad_bytes}
+    gradients, models = share.trained * shapes.grad_bytes, 2 if shapes.critic else 1
+    awake = {"weights": weights, "optimizer on GPU": state - offloaded, "overhead": overhead, "gradients": gradients}
+    if shapes.critic:
+        awake["critic"] = weights + gradients + state - offloaded
     beside = _engine_beside(engine, gpu_bytes, assumed, turns)
     phases = [Phase(name, parts | beside) for name, parts in _training(share, hf, grid, shapes, awake, state, resumes)]
     if engine is not None:
@@ -299,12 +303,13 @@ def stage_memory(
     return StageMemory(
         share,
         tuple(phases),
-        offloaded,
-        offloaded + state + written,
+        offloaded * models,
+        # Saved one after the other, so that one model's copies wait for the disk at a time.
+        offloaded * models + state + written,
         # The optimizer on the host keeps float32 gradients of its share beside its state, pinned.
-        host_gradients=offloaded // shapes.optimizer_bytes * 4,
+        host_gradients=offloaded // shapes.optimizer_bytes * 4 * models,
         host_copies=weights * shapes.copies,
-        host_weights=weights if turns.shares_gpu and turns.trainer_sleeps else 0,
+        host_weights=weights * models if turns.shares_gpu and turns.trainer_sleeps else 0,
     )
 
 
