@@ -149,6 +149,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--ready-seconds", type=float, default=900.0)
     parser.add_argument("--limit-seconds", type=float, default=1e9, help="after which no further row is begun")
     parser.add_argument("--mem-fraction", type=float, default=0.4, help="of the free memory, for an engine's weights and cache")
+    parser.add_argument("--cache-tokens", type=int, default=0, help="of an engine's KV cache, where several share a card")
+    parser.add_argument("--kernel-cache", help="as the flag of a run")
     parser.add_argument("--logs", default="/tmp/engine_matrix")
     parser.add_argument("--json", default="")
     args = parser.parse_args(argv[:cut])
@@ -322,16 +324,21 @@ def _engine(row: Row, ranks: int, args: argparse.Namespace, log: Path, kind: str
     from slime.engine.spec import EngineSpec
 
     dp = ranks if row.dp else 1
-    settings = dict(row.settings) | {"mem_fraction_static": args.mem_fraction, "max_running_requests": 64}
-    if row.dp:
+    settings = {name: value for name, value in row.settings.items() if ranks > 1 or name not in DP_ATTENTION}
+    settings |= {"mem_fraction_static": args.mem_fraction, "max_running_requests": 64}
+    if dp > 1:
         settings["dp_size"] = dp
+    if args.cache_tokens:
+        settings.setdefault("max_total_tokens", args.cache_tokens)
     spec = EngineSpec(
         model="default", role="regular", engine_id=0, gpu_offset=0, num_gpus=ranks, num_nodes=1, tp_size=ranks, pp_size=1,
         dp_size=dp, ep_size=ranks if row.ep else 1, model_path=args.fp8 if row.fp8 else args.bf16, update_weights=True,
         needs_offload=kind == "cuda",
         random_seed=1, settings=settings,
     )  # fmt: skip
-    return EngineProcess(spec, device_kind=kind, token=TOKEN, log_path=log, report=print)
+    return EngineProcess(
+        spec, device_kind=kind, token=TOKEN, log_path=log, kernel_cache=args.kernel_cache, report=print, detail=print
+    )
 
 
 def _num_devices() -> int:
