@@ -52,6 +52,8 @@ EAGLE = {
 DP_ATTENTION = {"enable_dp_attention": True, "enable_dp_lm_head": True, "moe_dense_tp_size": 1}
 SELECTIONS = {"enable_return_indexer_topk": True, "max_total_tokens": 8192, "chunked_prefill_size": 4096}
 SELECTION_TOKENS = 3000
+# An engine tells the slots of its cache, or rows of what it gathered from there; it never gives its first page away.
+FIRST_SLOTS = (0, 64)
 DEEPEP_AUTO = {"moe_a2a_backend": "deepep", "deepep_mode": "auto", "moe_runner_backend": "deep_gemm"}
 DEEPEP_LOW = {"moe_a2a_backend": "deepep", "deepep_mode": "low_latency", "moe_runner_backend": "deep_gemm"}
 
@@ -170,8 +172,6 @@ def run_row(name: str, trainer: OneRank, args: argparse.Namespace) -> Outcome:
     row, outcome = ROWS[name], Outcome(name)
     ranks = args.ranks or max(1, _num_devices())
     log = Path(args.logs) / f"{name.replace(' ', '-').replace(',', '')}.log"
-    # With the fused operator an engine tells where keys lie in its cache and not which ones they are.
-    os.environ["SGLANG_DSA_FUSE_TOPK"] = str(not row.selections).lower()
     engine = _engine(row, ranks, args, log, trainer.device.kind)
     began = time.monotonic()
     try:
@@ -231,7 +231,7 @@ def _phases(row: Row, ranks: int, engine, trainer: OneRank, args, outcome: Outco
 
 
 def _selections(row: Row, ranks: int, engine, trainer: OneRank, args, outcome: Outcome, runner: asyncio.Runner) -> None:
-    """One request by itself, so that its keys are counted from 0 on; those of every position that has more than it may read."""
+    """One request by itself in an empty cache; of its prompt, the positions that have more keys than they may read."""
     import numpy as np
     import torch
 
@@ -246,10 +246,12 @@ def _selections(row: Row, ranks: int, engine, trainer: OneRank, args, outcome: O
     topk, layers = trainer.hf["index_topk"], trainer.hf.num_layers
     told = np.frombuffer(base64.b64decode(answer["meta_info"]["indexer_topk"]), np.int32).reshape(-1, layers, topk)
     read = torch.from_numpy(told.copy())  # [tokens - 1, layers, topk]: the last token was never read
+    prompts = slice(topk, len(prompt))
     for scoring in ("params", "fp8"):
         picked = trainer.selections(tokens, scoring=scoring)
         outcome.overlaps[scoring] = {
-            layer: overlap(rows[topk : len(read)], read[topk:, layer].to(rows.device)) for layer, rows in picked.items()
+            layer: max(overlap(rows[prompts], read[prompts, layer].to(rows.device) - first) for first in FIRST_SLOTS)
+            for layer, rows in picked.items()
         }
 
 
@@ -259,7 +261,7 @@ def overlap(mine: Tensor, theirs: Tensor) -> list[float]:
 
     width = int(max(mine.max(), theirs.max())) + 2
     held = torch.zeros(len(mine), width, dtype=torch.bool, device=mine.device)
-    held.scatter_(1, theirs.long() + 1, True)  # column 0 takes the empty places
+    held.scatter_(1, theirs.long().clamp(min=-1) + 1, True)  # column 0 takes the empty places
     held[:, 0] = False
     shares = held.gather(1, mine.long() + 1).sum(1) / (mine >= 0).sum(1)
     return [shares.mean().item(), shares.min().item()]
