@@ -39,6 +39,8 @@ def test_lists_are_the_folders_own_and_the_models(tmp_path):
     told = kernels.list_environment(tmp_path / "cache", tmp_path)[kernels.LISTS_VARIABLE].split(os.pathsep)
     assert told[0] == str(tmp_path / "cache" / kernels.cache_key() / "kernels.jsonl")
     assert told[1].endswith(f"glm_moe_dsa-sglang-{kernels._version('sglang')}.jsonl")
+    [entry, *others] = kernels.read_lists([told[1]])
+    assert entry["args"] == ["occupancy_cluster_probe"] and len(others) == 18  # of the SGLang that setup installs
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "of nobody"}))
     assert kernels.list_environment(None, tmp_path) == {}
 

@@ -28,7 +28,7 @@ class Assumed:
     """What stays of a trainer that handed its memory back."""
     sleeping_engine_gb: float = 5.0
     """What stays of an engine rank that handed its memory back: contexts, workspaces, communication buffers, graphs. 5.2 GB on
-    one H100 with SGLang 0.5.17, one rank and no graphs."""
+    one H100 with SGLang 0.5.17, one rank and no graphs; 1.1 on one H200 with 0.5.23, one rank, graphs and EAGLE."""
     engine_overhead_gb: float = 8.0
     """Context, communicators, CUDA graphs, activations of an engine rank; DeepEP's buffers are counted apart."""
     host_process_gb: float = 0.415
