@@ -44,7 +44,10 @@ SET_BY_SLIME = {
         "disaggregation_mode": "worker_type in --sglang-config", "disaggregation_bootstrap_port": "", "api_key": "",
         "admin_api_key": "",
     },
-    "router": {"host": "", "port": "--sglang-router-port"},
+    "router": {
+        "host": "", "port": "--sglang-router-port", "api_key": "", "worker_urls": "", "prefill": "", "decode": "",
+        "pd_disaggregation": "worker_type in --sglang-config", "prometheus_host": "", "prometheus_port": "",
+    },
 }  # fmt: skip
 """Engine and router settings that this project sets itself -> the flag to use instead, if there is one."""
 

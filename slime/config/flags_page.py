@@ -14,7 +14,7 @@ from pathlib import Path
 from slime.config.command_line import SECTIONS, SET_BY_SLIME, flag_table
 from slime.config.flags import Flag, field_default, field_docs
 from slime.config.hf_check import NEUTRAL
-from slime.config.rules.effects import ONE_ANSWER, UNREAD
+from slime.config.rules.effects import ONE_ANSWER, UNREAD, UNREAD_OPTIMIZER
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "en" / "advanced" / "flags.md"
 
@@ -100,7 +100,8 @@ def _fields(section: str) -> Iterator[str]:
     for row in flag_table().values():
         if row.section != section or (row.num_values == 0 and row.name.startswith("--no-") and row.dest in row.name):
             continue
-        what = f"*refused*: {row.later}" if row.later else f"*no effect*: {UNREAD[row.dest]}" if row.dest in UNREAD else ""
+        why = UNREAD.get(row.dest, UNREAD_OPTIMIZER.get(row.dest))
+        what = f"*refused*: {row.later}" if row.later else f"*no effect*: {why}" if why else ""
         if row.dest in NEUTRAL and not what:
             what = f"must leave the model as `config.json` describes it: {' or '.join(map(repr, NEUTRAL[row.dest]))}"
         yield _line(row, _takes(row), f"`{row.dest}`", what)

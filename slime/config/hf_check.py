@@ -55,6 +55,9 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "moe_shared_expert_gate": (False,),
     "moe_latent_size": (None,),
     "moe_router_force_load_balancing": (False,),
+    "moe_expert_capacity_factor": (None,),
+    "moe_pad_expert_input_to_capacity": (False,),
+    "moe_input_jitter_eps": (None, 0.0),
     "moe_apply_probs_on_input": (False,),
     "mrope_section": (None,),
 }

@@ -59,6 +59,15 @@ LATER_PREFIXES = {
     "loss_scale": "fp16 training",
     "initial_loss_scale": "fp16 training", "min_loss_scale": "fp16 training", "hysteresis": "fp16 training",
     "decoupled_": "a learning rate of its own for embeddings", "init_model_with_meta_device": "FSDP",
+    "account_for_": "a split that counts embedding and loss as layers (--pipeline-model-parallel-layout places every layer)",
+    "defer_embedding_wgrad": "apex's fused weight gradients", "wgrad_deferral_limit": "apex's fused weight gradients",
+    "distribute_saved_activations": "saved activations shared without sequence parallelism",
+    "use_ring_exchange_p2p": "a torch that is built with ring exchange",
+    "overlap_p2p_comm_warmup_flush": "overlapped transfers in warm-up and flush",
+    "overlap_moe_expert_parallel_comm": "overlapped micro-batches",
+    "overlap_param_gather_with_optimizer_step": "weights that are gathered while the optimizer steps",
+    "num_distributed_optimizer_instances": "several distributed optimizers",
+    "moe_layer_recompute": "the older spelling (--recompute-granularity selective --recompute-modules moe)",
 }  # fmt: skip
 """Beginning of a field name -> what is missing; such a flag parses and is refused."""
 

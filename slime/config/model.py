@@ -123,7 +123,7 @@ class ModelConfig:
     """Same as --params-dtype bf16."""
     fp16: bool = flag(False, later="fp16 training")
     """Half precision."""
-    seed: int = flag(1234, low=0)
+    seed: int = flag(1234, low=0, high=2**32 - 1)
     """Base of every random stream."""
     enable_experimental: bool = False
     """Megatron's consent to experimental features."""

@@ -31,7 +31,7 @@ class Range:
     def __str__(self) -> str:
         """`above 0`, `at least 1`, `at least 0 and below 1`, `-1 or at least 1`; empty without bounds."""
         words = [
-            f"{word} {bound:g}"
+            f"{word} {bound:{'d' if isinstance(bound, int) else 'g'}}"
             for word, bound in (("at least", self.low), ("above", self.above), ("below", self.below), ("at most", self.high))
             if bound is not None
         ]

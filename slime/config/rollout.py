@@ -35,7 +35,7 @@ class DataConfig:
     """JSON object of arguments for the template."""
     rollout_shuffle: bool = False
     """Shuffle the prompts in every epoch."""
-    rollout_seed: int = flag(42, low=0)
+    rollout_seed: int = flag(42, low=0, high=2**32 - 1)
     """Seed of the shuffle, of deterministic sampling, and of what plugins draw from Python's and NumPy's own generators."""
     num_rollout: int | None = flag(None, low=0)
     """Rollouts of the run; 0 evaluates only."""

@@ -12,9 +12,9 @@ from slime.compat.megatron import prepare
 
 prepare()
 
-from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
 
+from slime.config.rules.effects import UNREAD  # noqa: E402
 from slime.device import Device  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ NEEDS_OTHER_PACKAGES = {
     "tp_comm_overlap": "it is TransformerEngine's",
     "cross_entropy_loss_fusion": "log-probabilities are computed by slime.ops.vocab_logprob",
     "moe_grouped_gemm": "the experts here always run as one grouped product (slime.ops.experts)",
+    "moe_router_fusion": "its kernel is TransformerEngine's",
     "moe_shared_expert_overlap": "it needs two CUDA streams inside TransformerEngine's linears",
 }
 
@@ -66,14 +67,14 @@ def transformer_config(
     values = dict(model.megatron)
     notes: list[str] = []
     _refuse(parallel, values, weights_only)
+    for name in UNREAD:  # said at start to change nothing; megatron-core's constructor may still refuse one
+        values.pop(name, None)
     for name, reason in NEEDS_OTHER_PACKAGES.items():
         if values.pop(name, False):
             notes.append(f"{name} off: {reason}")
         values[name] = False
     _dispatcher(values, notes)
     _recompute(values, notes)
-    if isinstance(values.get("attention_backend"), str):
-        values["attention_backend"] = AttnBackend[values["attention_backend"]]
     if model.swiglu or values.get("gated_linear_unit"):
         values.update(gated_linear_unit=True, activation_func=F.silu)
     if dtype is None:

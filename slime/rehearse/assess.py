@@ -13,7 +13,7 @@ from slime.rehearse.checks.memory import DEFAULT_LENGTH, Budget, assumed_of, che
 from slime.rehearse.findings import Findings
 from slime.rehearse.model.cost import Cost, Shape, predict, sync_bytes
 from slime.rehearse.model.decode import Engines, Generation, Served, generation, prefill_seconds
-from slime.rehearse.model.engine_memory import EngineRank, KvCache, alike, engine_ranks
+from slime.rehearse.model.engine_memory import EngineRank, KvCache, alike, engine_ranks, smallest_served
 from slime.rehearse.model.exchange import training_exchange
 from slime.rehearse.model.flops import ModelWork, model_work
 from slime.rehearse.model.memory import TrainShapes
@@ -54,7 +54,8 @@ def assess(
     )
     shapes = train_shapes(reading, longest=longest, mean_share=rates.mean_response_share)
     told = {"version": plan.version, "env": options.env, "mem_fraction": assumed.mem_fraction_static}
-    ranks = engine_ranks(reading.table, hf, plan.specs, **told)
+    served = smallest_served(hf) if reading.basis == "flags" else hf
+    ranks = engine_ranks(reading.table, served, plan.specs, **told)
     budget = check_memory(reading, shares, shapes, ranks, options, findings, longest=longest, node_counts=node_counts)
     engines = _engines(plan.specs, ranks, budget.caches)
     work = model_work(reading.table, hf, min(length, _mean_tokens(longest, rates)) or length, mtp=reading.trains_mtp)

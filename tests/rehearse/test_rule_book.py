@@ -22,8 +22,9 @@ from tests.rehearse.edits import DISPATCH, SPECULATIVE, Edit, all_of, env, flags
 from tests.rehearse.recipes import ROOT, Recipe, one_node, recorded
 from tests.rehearse.wrong_algorithms import WRONG_ALGORITHMS
 from tests.rehearse.wrong_recipes import WRONG as WRONG_RECIPES
+from tests.rehearse.wrong_values import WRONG_VALUES
 
-WRONG = WRONG_RECIPES | WRONG_ALGORITHMS
+WRONG = WRONG_RECIPES | WRONG_ALGORITHMS | WRONG_VALUES
 
 
 def judged(recipe: Recipe, folder: Path) -> Findings:
@@ -136,6 +137,30 @@ LEGAL: dict[str, Edit] = {
         "--advantage-estimator", "rloo", "--pg-loss-length", "65536", "--overlong-buffer-len", "4096"
     ),
     "the draft layer trains": flags("--mtp-num-layers", "1", "--enable-mtp-training"),
+    "two names of one draft": in_group("decode", ("dp_size: 64", "dp_size: 64\n          speculative_algorithm: NEXTN")),
+    "a draft in small letters": in_group("decode", ("dp_size: 64", "dp_size: 64\n          speculative_algorithm: eagle")),
+    "the page of sparse attention unsaid in one": all_of(
+        without("--sglang-page-size"), in_group("decode", ("dp_size: 64", "dp_size: 64\n          page_size: 64"))
+    ),
+    "a growing weight decay": flags(
+        "--weight-decay-incr-style", "linear", "--start-weight-decay", "0.01", "--end-weight-decay", "0.1"
+    ),
+    "SGD on the GPU": all_of(
+        flags("--optimizer", "sgd"),
+        without("--optimizer-cpu-offload", "--overlap-cpu-optimizer-d2h-h2d", "--use-precision-aware-optimizer"),
+    ),
+    "balancing that is named and off": flags("--moe-router-load-balancing-type", "none"),
+    "variables of the trainer alone": flags("--train-env-vars", '{"NCCL_DEBUG": "INFO", "NCCL_MIN_CTAS": 8}'),
+    "the checkpoint's own format named": flags("--sglang-quantization", "fp8", "--sglang-dtype", "bfloat16"),
+    "a reward server": flags("--rm-type", "remote_rm", "--rm-url", "https://rewards.example:8443/score"),
+    "interfaces by exclusion": env(NCCL_SOCKET_IFNAME="^docker0,lo", GLOO_SOCKET_IFNAME="", TP_SOCKET_IFNAME=""),
+    "flags that change nothing": flags(
+        "--moe-router-fusion",
+        "--moe-router-padding-for-fp8",
+        "--moe-token-drop-policy",
+        "position",
+        "--log-max-attention-logit",
+    ),
 }
 
 
@@ -222,6 +247,9 @@ def test_a_checkpoint_under_another_name_is_judged_by_model_args(flagship: Recip
     found = judged(cut, tmp_path)
     assert found.verdict == "not launchable"
     assert any("stage 1 starts at layer 16" in finding.what for finding in found.of("violation"))
+    # Where the serving format is not known, only what fits in no format is refused.
+    whole = rehearse(elsewhere.written(tmp_path), Options(env=elsewhere.env, build_ranks=False))
+    assert whole.findings.verdict == "not proven", [finding.line() for finding in whole.findings.of("violation")]
     # A dense model of nobody's: its shapes are in the flags, whether its engines are FP8 is not.
     argv = one_node("qwen3-8B", "nobody-knows", tp="2", ep="1")
     done = rehearse(argv, Options(build_ranks=False, engine_version="0.5.23"))
@@ -252,4 +280,4 @@ def test_there_are_enough_of_both() -> None:
     """With test_mutations.py: 150 mistakes of their own, 40 legal recipes."""
     from tests.rehearse.test_mutations import FULL, MISTAKES, VARIANTS
 
-    assert len(WRONG) + len(MISTAKES) + len(FULL) >= 210 and len(LEGAL) + len(VARIANTS) >= 45
+    assert len(WRONG) + len(MISTAKES) + len(FULL) >= 250 and len(LEGAL) + len(VARIANTS) >= 55

@@ -223,8 +223,8 @@ WRONG: dict[str, tuple[Edit, str]] = {
     ),
     "pages differ": (in_group("decode", ("dp_size: 64", "dp_size: 64\n          page_size: 128")), "pages of 64"),
     "speculation in one": (
-        in_group("prefill", ("mode: auto", "mode: auto\n          speculative_algorithm: NEXTN")),
-        "speculative_algorithm: prefill NEXTN",
+        in_group("prefill", ("mode: auto", "mode: auto\n          speculative_algorithm: NGRAM")),
+        "speculative_algorithm: prefill NGRAM",
     ),
     "sent one way, awaited another": (
         in_group("decode", ("dp_size: 64", "dp_size: 64\n          disaggregation_transfer_backend: nixl")),

@@ -98,6 +98,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         (
             dispatch.variable,
+            environment.trainers_own,
             environment.addresses,
             environment.nvshmem,
             environment.offloading,

@@ -23,20 +23,22 @@ def engine_context(v: Values) -> None:
         v.require(length <= context, f"{flag} {length} is more than an engine can hold: {fact}; pass at most {context}")
     for flag, length, limit in _response_limits(v):
         capped = limit is not None and limit <= context
+        # One sentence where a data set has the rollout's length.
+        told = length == v["rollout_max_response_len"] and flag != "--rollout-max-response-len"
         v.require(
-            length is None or capped or length < context,
+            told or length is None or capped or length < context,
             f"{flag} {length} leaves no room for a prompt: {fact}; pass less, or --rollout-max-context-len {context}, "
             "which shortens the response of a long prompt",
         )
-    prompt, response = v["rollout_max_prompt_len"], v["rollout_max_response_len"]
-    if v["rollout_max_context_len"] is not None or prompt is None or response is None or response >= context:
-        return
-    v.require(
-        prompt + response <= context,
-        f"--rollout-max-prompt-len {prompt} and --rollout-max-response-len {response} are {prompt + response} "
-        f"tokens together: {fact}; lower one, or pass --rollout-max-context-len {context}, which shortens the response of "
-        "a long prompt",
-    )
+    for (prompt_flag, prompt), (flag, response, limit) in zip(_prompt_limits(v), _response_limits(v), strict=True):
+        if limit is not None or prompt is None or response is None or response >= context:
+            continue
+        v.require(
+            prompt + response <= context,
+            f"{prompt_flag} {prompt} and {flag} {response} are {prompt + response} "
+            f"tokens together: {fact}; lower one, or pass --rollout-max-context-len {context}, which shortens the response of "
+            "a long prompt",
+        )
 
 
 def _contexts(v: Values, model: SglangModel) -> Iterator[tuple[int, str]]:
@@ -85,9 +87,15 @@ def _context_limits(v: Values) -> Iterator[tuple[str, int]]:
             yield f"evaluation {one.name}: max_context_len", one.max_context_len
 
 
+def _prompt_limits(v: Values) -> Iterator[tuple[str, int | None]]:
+    """(what it is called, tokens of a prompt), as many as _response_limits has."""
+    yield "--rollout-max-prompt-len", v["rollout_max_prompt_len"]
+    for one in v["datasets"]:
+        yield f"evaluation {one.name}: max_prompt_len", one.max_prompt_len
+
+
 def _response_limits(v: Values) -> Iterator[tuple[str, int | None, int | None]]:
     """(what it is called, tokens of a response, tokens of prompt and response together)."""
     yield "--rollout-max-response-len", v["rollout_max_response_len"], v["rollout_max_context_len"]
     for one in v["datasets"]:
-        if one.max_response_len != v["rollout_max_response_len"]:
-            yield f"evaluation {one.name}: max_response_len", one.max_response_len, one.max_context_len
+        yield f"evaluation {one.name}: max_response_len", one.max_response_len, one.max_context_len

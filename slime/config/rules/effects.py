@@ -54,17 +54,28 @@ UNREAD: Mapping[str, str] = {
     "symmetric_ar_type": "it is TransformerEngine's",
     "use_fused_weighted_squared_relu": "the experts' activation is SiLU",
     "use_te_rng_tracker": "it is TransformerEngine's",
+    "mlp_chunks_for_prefill": "it is about inference in the trainer",
+    "moe_router_padding_for_quantization": "the trainer does not compute in FP8",
+    "moe_token_drop_policy": "no token is dropped",
     "transformer_impl": "layers are this project's and megatron-core's own",
 }
 """Field of megatron-core's config -> why no code that runs here reads it. A test records what a whole tiny run reads."""
+
+UNREAD_OPTIMIZER: Mapping[str, str] = {
+    "log_num_zeros_in_grad": "no metric shows it",
+    "store_param_remainders": "it is TransformerEngine's Adam's",
+    "suggested_communication_unit_size": "it is about FSDP",
+    "disable_symmetric_registration": "it is about FSDP",
+}
+"""The same of its optimizer and its gradient buffers."""
 
 
 def without_effect(v: Values) -> None:
     for name, why in ONE_ANSWER.items():
         if name in v.given:
             v.notes.append(f"--{name.replace('_', '-')} changes nothing: {why}")
-    mega = v["model.megatron"]
-    v.notes += [f"--{name.replace('_', '-')} changes nothing: {why}" for name, why in UNREAD.items() if name in mega]
+    for names, given in ((UNREAD, v["model.megatron"]), (UNREAD_OPTIMIZER, {**v["optimizer.megatron"], **v["optimizer.ddp"]})):
+        v.notes += [f"--{name.replace('_', '-')} changes nothing: {why}" for name, why in names.items() if name in given]
 
 
 def off_policy(v: Values) -> None:

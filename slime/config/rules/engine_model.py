@@ -231,7 +231,17 @@ def pairs(v: Values) -> None:
 
 RDMA_TRANSFERS = ("mooncake", "nixl", "mori")
 _RAW_LAYOUT = {"trtllm", "tilelang"}
-_RENAMED = {"nsa": "dsa"}
+_RENAMED = {"nsa": "dsa", "NEXTN": "EAGLE"}
+
+
+def _spelled(v: Values, engine: EngineSizes, name: str) -> str | None:
+    """An option as SGLang completes it: old and new names are one, and sparse attention has its own page size."""
+    text = engine.text(name)
+    if name == "page_size" and text is None and v.hf is not None and v.hf.has_indexer:
+        return str(DSA_PAGE)
+    if name == "speculative_algorithm" and text is not None:
+        text = text.upper()
+    return _RENAMED.get(text or "", text)
 
 
 def _pair(v: Values, prefill: EngineSizes, decode: EngineSizes) -> None:
@@ -239,7 +249,7 @@ def _pair(v: Values, prefill: EngineSizes, decode: EngineSizes) -> None:
     if kv_dtype(prefill) != kv_dtype(decode):
         wrong.append(f"kv_cache_dtype: prefill {kv_dtype(prefill)}, decode {kv_dtype(decode)}")
     for name in ("page_size", "attention_backend", "speculative_algorithm"):
-        left, right = (_RENAMED.get(engine.text(name) or "", engine.text(name)) for engine in (prefill, decode))
+        left, right = (_spelled(v, engine, name) for engine in (prefill, decode))
         if left != right:
             wrong.append(f"{name}: prefill {left}, decode {right}")
     left, right = prefill.text("nsa_prefill_backend"), decode.text("nsa_decode_backend")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from slime.config.engine_sizes import EngineSizes
 from slime.config.rules.context import context_of_config
+from slime.config.rules.engine_model import served
 from slime.config.rules.engines import engines_of
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ LONGER = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 
 
 def arguments(v: Values) -> None:
+    for engine in served(v):
+        _formats(v, engine)
     for engine in engines_of(v):
         _chunks(v, engine)
         _shares(v, engine)
@@ -49,6 +52,22 @@ def _shares(v: Values, engine: EngineSizes) -> None:
     )
 
 
+def _formats(v: Values, engine: EngineSizes) -> None:
+    """The trainer sends weights in the checkpoint's number format, and computes in bf16."""
+    said, dtype = engine.text("quantization"), engine.text("dtype")
+    held = v.hf.get("quantization_config") if v.hf is not None and v.facts.hf_config is not None else None
+    own = held.get("quant_method") if isinstance(held, dict) else None
+    v.require(
+        said is None or v.hf is None or said == own,
+        f"{engine.where}: quantization {said}, and the checkpoint that is served is {own or 'bf16'}, in which the trainer "
+        "sends its weights; leave the option out, and give an FP8 checkpoint to serve FP8",
+    )
+    v.require(
+        dtype not in ("half", "float16"),
+        f"{engine.where}: dtype {dtype}, and the trainer computes in bf16; leave the option out",
+    )
+
+
 def _context(v: Values, engine: EngineSizes) -> None:
     said = engine.whole("context_length")
     positions = context_of_config(v) if engine.model_path == str(v["hf_checkpoint"]) else None
@@ -56,7 +75,7 @@ def _context(v: Values, engine: EngineSizes) -> None:
         return
     what = f"{engine.where}: context_length {said} is above the model's {positions} positions"
     if v.env is None:
-        v.undecided(what, "", f"pass at most {positions}, or set {LONGER}=1 in the job's environment", decides=False)
+        v.undecided(what, "", f"pass at most {positions}, or set {LONGER}=1 in the job's environment")
         return
     allowed = v.env.get(LONGER, "").lower() in ("1", "true")
     v.require(allowed, f"{what}; pass at most {positions}, or set {LONGER}=1")

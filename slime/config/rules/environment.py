@@ -24,11 +24,38 @@ def num_nodes(v: Values) -> int:
     return max(1, -(-gpus // max(v["num_gpus_per_node"], 1)))
 
 
+def of_the_trainer(v: Values) -> dict[str, str] | None:
+    """What the training actors see: the job's environment with --train-env-vars on top; None where nobody knows."""
+    if v.env is None:
+        return None
+    return {**v.env, **{str(name): str(value) for name, value in v["train_env_vars"].items()}}
+
+
+def trainers_own(v: Values) -> None:
+    """--train-env-vars holds words and numbers, of what the trainer's libraries read."""
+    for name, value in v["train_env_vars"].items():
+        v.require(
+            isinstance(value, str | int | float) and not isinstance(value, bool),
+            f"--train-env-vars {name} is {value!r}; an environment variable is a text or a number, so write it as one",
+        )
+        v.require(
+            not name.startswith("SGLANG_"),
+            f"--train-env-vars {name}: engines read it, and these variables reach the trainer alone; set it in the launcher's "
+            "environment",
+        )
+
+
 def addresses(v: Values) -> None:
     """Several nodes meet on one interface and at an address that they all reach."""
-    env = v.env
+    env = of_the_trainer(v)
     if env is None or num_nodes(v) == 1:
         return
+    alone = [name for name in INTERFACES if env.get(name, "").lstrip("=") == "lo"]
+    v.require(
+        not alone,
+        f"{' and '.join(alone)} name the loopback, on which {num_nodes(v)} nodes do not meet; name the cluster network's "
+        "interface",
+    )
     given = {name: env[name] for name in INTERFACES if env.get(name)}
     v.require(
         len(set(given.values())) <= 1,
@@ -58,7 +85,7 @@ def nvshmem(v: Values) -> None:
 
 def offloading(v: Values) -> None:
     """Memory that is given back and taken again: NCCL must not keep it, the allocator must not stretch it."""
-    env = v.env
+    env = of_the_trainer(v)
     if env is None or not (v["offload_train"] or v["offload_rollout"]):
         return
     # Inside one node NVLink multicast pays for what it holds.
@@ -111,7 +138,7 @@ KNOWN = frozenset(
 
 def spelling(v: Values) -> None:
     """A variable that is one letter off one of the recipe's is a slip: it would be ignored in silence."""
-    for name in v.env if v.env is not None else ():
+    for name in {**(v.env or {}), **v["train_env_vars"]}:
         meant = None if name in KNOWN else next((known for known in sorted(KNOWN) if one_edit_apart(name, known)), None)
         v.require(
             meant is None, f"the environment variable {name} is read by nobody; did you mean {meant}? Rename it, or remove it"

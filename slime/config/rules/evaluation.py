@@ -54,3 +54,8 @@ def responses(v: Values) -> None:
             one.max_response_len is not None,
             f"evaluation {one.name}: how long may a response be? Nothing says; pass --eval-max-response-len",
         )
+        least, most = one.min_new_tokens or 0, one.max_response_len
+        v.require(
+            most is None or least <= most,
+            f"evaluation {one.name}: min_new_tokens {least} is above max_response_len {most}, which engines refuse; lower it",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from slime.config.graders import GRADERS, grader_facts
@@ -57,4 +58,10 @@ def _needs(v: Values, name: str | None, where: str, *, label: str | None, key: s
             f"{where} {name} gives a mapping with {' and '.join(facts.reward_keys)}, {key_flag} is {key or 'not given'}; pass "
             f"{key_flag} {facts.reward_keys[0]}",
         )
-    v.require(facts.name != "remote_rm" or v["rm_url"], f"{where} remote_rm asks a server; give its address with --rm-url")
+    if facts.name != "remote_rm":
+        return
+    if v.require(v["rm_url"], f"{where} remote_rm asks a server; give its address with --rm-url"):
+        v.require(
+            re.match(r"https?://[^/\s]+", v["rm_url"]),
+            f"--rm-url {v['rm_url']} is no address of a server; write it as http://HOST:PORT/PATH",
+        )

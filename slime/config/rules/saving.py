@@ -36,7 +36,7 @@ def saving(v: Values) -> None:
         )
         if not (v["use_kl_loss"] or v["kl_coef"]):
             v.notes.append("--ref-update-interval changes nothing: without --use-kl-loss and --kl-coef there is no reference")
-    for name in ("hf_checkpoint", "ref_load"):
+    for name in ("hf_checkpoint", "ref_load", "prompt_data"):
         source = v[name]
         v.require(
             not source or not v["save"] or os.path.normpath(source) != os.path.normpath(v["save"]),

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 DISPATCHER_EXTRAS = ("moe_enable_deepep", "moe_flex_dispatcher_backend", "moe_deepep_num_sms", "moe_hybridep_num_sms")
 
+MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
+"""What selective recomputation can name in megatron-core."""
+
 
 def trains(v: Values) -> bool:
     return not v["debug_rollout_only"] and "num_layers" in v["model.megatron"]
@@ -42,6 +45,12 @@ def probabilities(v: Values) -> None:
         not mega.get("layernorm_zero_centered_gamma"),
         "--apply-layernorm-1p is for models trained with it; none of the supported ones is, so remove it",
     )
+    kinds = mega.get("moe_router_load_balancing_type", "aux_loss")
+    v.require(
+        kinds in ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
+        f"--moe-router-load-balancing-type {' '.join(kinds) if isinstance(kinds, list) else kinds}: there is no router loss, "
+        "and experts are chosen by their probabilities; pass none",
+    )
     aux, z = mega.get("moe_aux_loss_coeff") or 0, mega.get("moe_z_loss_coeff") or 0
     v.require(
         not any(aux if isinstance(aux, list) else [aux]) and not z,
@@ -51,7 +60,12 @@ def probabilities(v: Values) -> None:
 
 
 def schedule(v: Values) -> None:
-    """Warm-up and decay in trajectories, as the trainer counts them."""
+    """Warm-up and decay in trajectories, as the trainer counts them; where learning rate and weight decay begin and end."""
+    v.require(
+        v["lr_warmup_init"] <= v["lr"],
+        f"--lr-warmup-init {v['lr_warmup_init']:g} is above --lr {v['lr']:g}; a warm-up rises, so lower it",
+    )
+    _weight_decay(v)
     batch = v["global_batch_size"]
     if not trains(v) or batch is None:
         return
@@ -82,7 +96,36 @@ def schedule(v: Values) -> None:
     )
 
 
+def _weight_decay(v: Values) -> None:
+    """Constant, or growing from one value to another."""
+    start, end, style = v["start_weight_decay"], v["end_weight_decay"], v["weight_decay_incr_style"]
+    both = v.require(
+        (start is None) == (end is None),
+        f"--start-weight-decay {start} and --end-weight-decay {end}: a growing weight decay has both; give the other, or "
+        "--weight-decay alone",
+    )
+    if start is None or end is None:
+        v.require(
+            style == "constant" or not both,
+            f"--weight-decay-incr-style {style} grows from --start-weight-decay to --end-weight-decay, which are not given; "
+            "give both, or leave it out",
+        )
+        return
+    v.require(start <= end, f"--start-weight-decay {start:g} is above --end-weight-decay {end:g}; swap them")
+    v.require(
+        style != "constant" or start == end,
+        f"--start-weight-decay {start:g} and --end-weight-decay {end:g} with --weight-decay-incr-style constant; pass linear "
+        "or cosine",
+    )
+
+
 def offloading(v: Values) -> None:
+    asked = [name for name in ("optimizer_cpu_offload", "use_precision_aware_optimizer") if v[name]]
+    v.require(
+        v["optimizer"] == "adam" or not asked,
+        f"--optimizer {v['optimizer']} with {' and '.join('--' + name.replace('_', '-') for name in asked)}, which only Adam "
+        "has; leave one of them out",
+    )
     v.require(
         not v["optimizer_cpu_offload"] or v["params_dtype"] != "fp32",
         "--optimizer-cpu-offload keeps float32 copies of bf16 parameters, and --params-dtype is fp32; leave one of them out",
@@ -137,6 +180,13 @@ def recomputation(v: Values) -> None:
     )
     if granularity is None and (method is not None or stride is not None):
         v.notes.append("--recompute-method and --recompute-num-layers change nothing without --recompute-granularity full")
+    unknown = [one for one in mega.get("recompute_modules") or () if one not in MODULES]
+    v.require(
+        not unknown,
+        f"--recompute-modules {' '.join(unknown)}: there are {', '.join(MODULES)}; correct the name",
+    )
+    if mega.get("recompute_modules") and granularity != "selective":
+        v.notes.append("--recompute-modules changes nothing without --recompute-granularity selective")
     chunks = chunks_of(v)
     if granularity != "full" or method != "uniform" or not stride or not chunks:
         return

@@ -110,6 +110,12 @@ def alike(spec: EngineSpec) -> str:
     return repr((sizes, sorted((name, str(value)) for name, value in spec.settings.items())))
 
 
+def smallest_served(hf: HfConfig) -> HfConfig:
+    """The model in FP8 blocks, where its config.json, which would say the format, is not at hand: what does not fit then fits
+    in no format."""
+    return HfConfig({**hf, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, hf.source)
+
+
 def speculates(spec: EngineSpec) -> bool:
     return bool(spec.settings.get("speculative_algorithm"))
 
