@@ -28,6 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from slime.model.hf_config import HfConfig  # noqa: E402
 from tools.bench.one_rank import OneRank  # noqa: E402
 
 ATTENTION = {"queries": "projections", "latents": "projections", "run_indexer": "indexer", "core": "core"}
@@ -221,7 +222,7 @@ def time_layer(trainer: OneRank, number: int, rows: int, repeats: int) -> list[P
         measured.append(parts.times() | {"layer": whole})
         for parameter in [hidden, *layer.parameters()]:
             parameter.grad = None
-    flops = model_flops(trainer, number, rows)
+    flops = model_flops(trainer.hf, number, rows)
     medians = {
         part: tuple(statistics.median(one[part][side] for one in measured[3:]) for side in (0, 1)) for part in measured[-1]
     }
@@ -244,11 +245,10 @@ def _mark(parts: Parts, layer: torch.nn.Module) -> None:
     parts.mark("shared expert", mlp.shared_experts, "forward")
 
 
-def model_flops(trainer: OneRank, number: int, rows: int) -> dict[str, float]:
+def model_flops(hf: HfConfig, number: int, rows: int) -> dict[str, float]:
     """Part -> FLOPs of forward and backward of one MoE layer over a sample of so many rows."""
     from slime.rehearse.model import flops
 
-    hf = trainer.hf
     hidden, inner = hf["hidden_size"], hf["moe_intermediate_size"]
     heads, rope, value = hf["num_attention_heads"], hf["qk_rope_head_dim"], hf["v_head_dim"]
     query, latent = hf["q_lora_rank"], hf["kv_lora_rank"]
