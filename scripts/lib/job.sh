@@ -44,8 +44,8 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
         # Whichever ends first: a job whose cluster is gone may never be told to have ended.
         wait -n "$RAY_SUBMIT_PID" "$RAY_HEAD_PID" || status=$?
         # A signal that was passed on ends the wait, and nothing else.
-        ((status > 128)) && [[ -n $LEAVING ]] || break
-        kill -0 "$RAY_SUBMIT_PID" 2>/dev/null && kill -0 "$RAY_HEAD_PID" 2>/dev/null || break
+        if ((status <= 128)) || [[ -z $LEAVING ]]; then break; fi
+        if ! kill -0 "$RAY_SUBMIT_PID" 2>/dev/null || ! kill -0 "$RAY_HEAD_PID" 2>/dev/null; then break; fi
     done
     trap_signals
     if kill -0 "$RAY_SUBMIT_PID" 2>/dev/null || ! kill -0 "$RAY_HEAD_PID" 2>/dev/null; then

@@ -32,7 +32,7 @@ ACTS_IN = {
     "engine": "engines, router and weight updates (`slime/engine`, `slime/weights`, `slime/ray`)",
     "tracking": "`slime/observability`",
     "debug": "the driver, dumps and checks of a run",
-    "upkeep": "the driver (`slime/ray/leaving.py`)",
+    "upkeep": "the driver (`slime/ray/leaving.py`, `slime/ray/standstill.py`)",
 }
 """Section -> where its flags act."""
 
@@ -41,7 +41,7 @@ OWN = frozenset(
     """max_skipped_steps keep_checkpoints on_broken_prompt_line max_drops_in_a_row rm_workers rm_timeout rehearsed
     check_weight_update_equal pg_loss_length overlong_buffer_len overlong_penalty_factor
     tis_mode tis_level tis_upper_bound tis_lower_bound tis_batch_normalize
-    save_on_signal save_on_signal_seconds skip_spike
+    save_on_signal save_on_signal_seconds hang_report_minutes hang_exit_minutes skip_spike
     use_rs rs_level rs_upper_bound rs_lower_bound rs_veto_threshold
     critic_lr critic_lr_warmup_iters critic_load critic_save""".split()
 )

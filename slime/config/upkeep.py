@@ -1,4 +1,4 @@
-"""Signals and time limits of a run."""
+"""Signals and time limits of a run, and how long it waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slime.config.flags import flag
 
 @dataclass(frozen=True)
 class UpkeepConfig:
-    """When a run leaves by itself, whole: its checkpoint is of the last trained rollout and its status is 0."""
+    """When a run leaves by itself, whole and with status 0; and what it does when nothing moves."""
 
     save_on_signal: bool = flag(False, "--save-on-signal", "--exit-signal-handler")
     """SIGTERM, SIGUSR1 or SIGINT: generation ends at once, a rollout in training is finished; then save and leave with 0."""
@@ -19,3 +19,7 @@ class UpkeepConfig:
     """Save and leave after every rollout whose number is a multiple of this."""
     exit_duration_in_mins: float | None = flag(None, above=0)
     """Save and leave after the first rollout that ends so many minutes after the start."""
+    hang_report_minutes: float = flag(30.0, above=0)
+    """A wait for one answer of trainer or engines that lasts longer is explained in the log, once: where every process is."""
+    hang_exit_minutes: float | None = flag(None, above=0)
+    """A wait that lasts longer ends the run, after the same explanation; None waits for ever."""

@@ -59,3 +59,11 @@ def _file_handler(file: Path) -> logging.FileHandler | None:
     handler.stream.write(f"---- pid {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     handler.flush()
     return handler
+
+
+def write_whole(file: Path, text: str) -> None:
+    """A reader finds the old file or the new one, never a part."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    part.replace(file)

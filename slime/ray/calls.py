@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from slime.ray.fates import Process, death, fates, process_in
+from slime.ray.standstill import Patience
 
 logger = logging.getLogger(__name__)
 
@@ -34,26 +35,32 @@ def gather(
     doing: str,
     processes: Mapping[str, Process] | None = None,
     timeout: float | None = None,
+    patience: Patience | None = None,
 ) -> dict[str, Any]:
     """Results by name. If one fails, RuntimeError with the cause, at once; ranks that then hang are not waited for.
 
     processes: those behind the names, where they are known: one that is stopped is told while the others wait for it.
-    timeout: seconds until RuntimeError names who has not answered; None waits for ever.
+    timeout: seconds until RuntimeError names who has not answered; None waits for ever, or for as long as `patience` does,
+    which also explains a wait that lasts.
     """
     names = {ref: name for name, ref in refs.items()}
     results: dict[str, Any] = {}
     pending, started, told = list(names), time.monotonic(), set()
+    wait = (patience or Patience()).begin(doing)
     while pending:
         elapsed = time.monotonic() - started
         if timeout is not None and elapsed > timeout:
             late = ", ".join(names[ref] for ref in pending)
             raise RuntimeError(f"{late} did not answer within {elapsed:.0f} s while {doing} (expected within {timeout:.0f} s)")
-        done, pending = ray.wait(pending, num_returns=1, timeout=min(_LOOK_SECONDS, timeout or _LOOK_SECONDS))
+        look_in = min(_LOOK_SECONDS, timeout or _LOOK_SECONDS, wait.seconds_left())
+        done, pending = ray.wait(pending, num_returns=1, timeout=look_in)
         for ref in done:
             try:
                 results[names[ref]] = ray.get(ref)
             except ray.exceptions.RayError as error:
                 raise RuntimeError(_explain(names, ref, error, pending, doing, processes or {})) from None
+        if not done:
+            wait.look()
         if not done and processes:
             told |= _tell_unwell({names[ref]: processes[names[ref]] for ref in pending}, doing, elapsed, told)
     return {name: results[name] for name in refs}

@@ -28,6 +28,8 @@ from slime.ray.train_actor import EngineTarget
 
 logger = logging.getLogger(__name__)
 
+_SAY_SECONDS = 5.0
+
 # A new actor and its server's process; not until it serves.
 _START_SECONDS = 300.0
 
@@ -234,6 +236,13 @@ class EngineFleet:
             return None
 
         return self._each([engine for engine in self.engines if engine.label not in self._known_dead], check, doing="answering")
+
+    def say(self) -> list[str]:
+        """For a report of a wait: a line for each engine. While the trainer trains engines are paused, and do not answer."""
+        missed = self.missed_checks(_SAY_SECONDS)
+        return [
+            f"engine {label}: {'answers' if why is None else f'does not answer ({why})'}" for label, why in missed.items()
+        ] + self.obituaries()
 
     def end_engine(self, label: str) -> None:
         """Kill one engine, on all its nodes."""

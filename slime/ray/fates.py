@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from slime.ray import witness
 from slime.ray.keeper import keep
 
 logger = logging.getLogger(__name__)
@@ -36,17 +37,23 @@ class Process:
 
 
 def this_process() -> Process:
-    """For actors: who this is. From now on a keeper watches how it ends."""
+    """For actors: who this is. From now on a keeper watches how it ends, and a witness tells where it is."""
     note = _note(os.getpid())
     if not note.parent.exists():
         note.parent.mkdir(mode=0o700, exist_ok=True)
     keep(os.getpid(), str(note))
+    witness.stand(witness_path(os.getpid()))
     return Process(ray.util.get_node_ip_address(), os.getpid(), _stat(os.getpid())[-1])
 
 
 def _note(pid: int) -> Path:
     """Where the keeper of a process of this node writes: in Ray's own folder, which goes when the cluster goes."""
     return Path(ray._private.worker._global_node.get_session_dir_path()) / "fates" / str(pid)
+
+
+def witness_path(pid: int) -> Path:
+    """Where a process of this node can be asked where it is (slime.ray.witness)."""
+    return _note(pid).with_name(f"{pid}.sock")
 
 
 def process_in(error: Exception) -> Process | None:

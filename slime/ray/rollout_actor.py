@@ -15,13 +15,17 @@ import numpy as np
 import ray
 
 from slime.config import Config
-from slime.ray.fates import Process, this_process
+from slime.ray import witness
+from slime.ray.fates import Process, end, this_process
 from slime.ray.health import HealthWatch
 from slime.ray.placement import Placement
+from slime.ray.standstill import Patience
 from slime.ray.train_actor import EngineTarget
 from slime.rollout.reports import Report
 
 logger = logging.getLogger(__name__)
+
+_SAY_SECONDS = 30.0
 
 
 def seed_generators(seed: int, rollout_id: int) -> None:
@@ -39,8 +43,10 @@ class RolloutActor:
         from slime.observability.log import setup_logging
         from slime.ray.engine_fleet import EngineFleet
         from slime.rollout.dumps import Replay
+        from slime.rollout.watch import waiting
 
         setup_logging("rollout", folder=run_folder)
+        witness.tell_also(waiting)
         self._config, self._token = config, token
         self._fleet = EngineFleet(config, placement, run_folder, token)
         self._plugins = self._data_source = None
@@ -176,8 +182,9 @@ class RolloutActor:
 class RolloutSide:
     """The driver's view of the rollout actor: plain blocking calls whose errors read as text."""
 
-    def __init__(self, actor):
-        self._actor = actor
+    def __init__(self, actor, patience: Patience):
+        self._actor, self._patience = actor, patience
+        self._patience.also.append(self.engines_say)
         self._processes: dict[str, Process] = {}
 
     def load_plugins(self) -> None:
@@ -185,6 +192,7 @@ class RolloutSide:
 
     def begin_start(self) -> ray.ObjectRef:
         self._processes = {"rollout": self._wait(self._actor.process.remote(), "starting its process")}
+        self._patience.processes |= self._processes
         return self._actor.start.remote()
 
     def finish_start(self, started: ray.ObjectRef) -> None:
@@ -218,13 +226,24 @@ class RolloutSide:
         except ray.exceptions.RayError:
             return []
 
+    def engines_say(self) -> list[str]:
+        """A line for each engine: whether it answers."""
+        answer = self._actor.fleet.remote("say")
+        done, _ = ray.wait([answer], timeout=_SAY_SECONDS)
+        try:
+            return ray.get(done[0]) if done else [f"engines: the rollout actor does not answer within {_SAY_SECONDS:.0f} s"]
+        except ray.exceptions.RayError as error:
+            return [f"engines cannot be asked: {type(error).__name__}"]
+
     def recover(self) -> list[str]:
         """Servers that had died and run again; they need the trainer's weights."""
         return self._call("fleet", "recover")
 
     def stop(self) -> None:
-        ray.wait([self._actor.stop.remote()], timeout=60)
+        stopped, _ = ray.wait([self._actor.stop.remote()], timeout=60)
         ray.kill(self._actor)
+        if not stopped:
+            end(self._processes)  # a stopped one does not hear Ray
 
     # The engines' side of the weight protocol and of the lease.
 
@@ -261,4 +280,4 @@ class RolloutSide:
     def _wait(self, ref: ray.ObjectRef, doing: str):
         from slime.ray.calls import gather
 
-        return gather({"rollout": ref}, doing=doing, processes=self._processes)["rollout"]
+        return gather({"rollout": ref}, doing=doing, processes=self._processes, patience=self._patience)["rollout"]

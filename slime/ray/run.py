@@ -21,7 +21,7 @@ from slime.config import Config
 from slime.model.hf_config import read_hf_config
 from slime.observability.advice import Advisor
 from slime.observability.identities import check_training
-from slime.observability.log import run_folder
+from slime.observability.log import run_folder, write_whole
 from slime.observability.owner import LAUNCH_VARIABLE
 from slime.observability.report import RolloutLine, evaluation_line
 from slime.observability.tracking import Axis, JsonLinesSink, Sink, Start, TensorBoardSink, Tracker, tensorboard_directory
@@ -31,6 +31,7 @@ from slime.ray.lease import FreeLease, Holder, Lease
 from slime.ray.leaving import Leaving
 from slime.ray.placement import Placement, place
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
+from slime.ray.standstill import Patience
 from slime.ray.train_group import TrainGroup
 from slime.rollout.reports import Report
 from slime.training.start_page import start_page
@@ -165,9 +166,10 @@ class Run:
         actor = RolloutActor.options(num_cpus=0, max_concurrency=2, runtime_env={"env_vars": QUIET}).remote(
             config, self._placement, _run_folder(config), secrets.token_hex(16)
         )
-        self._rollout = RolloutSide(actor)
+        patience = Patience(config.upkeep)
+        self._rollout = RolloutSide(actor, patience)
         if self._has_trainer:
-            self._trainers = TrainGroup(config, self._placement)
+            self._trainers = TrainGroup(config, self._placement, patience)
         self._check_plugins()
         engines_ready = self._rollout.begin_start()
         if self._has_trainer:
@@ -439,7 +441,7 @@ class Run:
         """Measured peaks of every trainer rank, for `python3 -m slime.rehearse --measured`; replaced after every rollout."""
         rows = [vars(row) for row in self._trainers.memory()]
         file = _run_folder(self._config) / "memory.json"
-        self._tracker.attempt(str(file), lambda: _write(file, json.dumps({"ranks": rows}, indent=1) + "\n"))
+        self._tracker.attempt(str(file), lambda: write_whole(file, json.dumps({"ranks": rows}, indent=1) + "\n"))
 
     def farewell(self) -> None:
         """Where things are, and how to go on."""
@@ -449,7 +451,7 @@ class Run:
             logger.info("checkpoint: %s (rollout %d of %d)", checkpoint.save, self._saved + 1, self.num_rollout)
         if self.leaves:
             logger.info("left early (%s): the same command goes on from there", self.leaves)
-            self._tracker.attempt(str(unfinished), lambda: _write(unfinished, f"{self.leaves}\n"))
+            self._tracker.attempt(str(unfinished), lambda: write_whole(unfinished, f"{self.leaves}\n"))
         elif self._saved is not None:
             if LAUNCH_VARIABLE not in os.environ:  # a launcher says how it was called
                 logger.info(
@@ -478,13 +480,6 @@ def _is_due(rollout_id: int, interval: int | None, num_rollout: int, *, last: bo
 
 def _run_folder(config: Config) -> Path:
     return run_folder(config.checkpoint.save)
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(text)
-    part.replace(file)
 
 
 def _open_tracker(config: Config, done: Start) -> Tracker:

@@ -14,6 +14,7 @@ from slime.config import Config
 from slime.ray.calls import gather
 from slime.ray.fates import Process, end
 from slime.ray.placement import ALL_DEVICES, TRAINER_SHARE, Placement
+from slime.ray.standstill import Patience
 from slime.ray.train_actor import EngineTarget, RankMemory, TrainActor
 from slime.weights.protocol import StreamReport
 
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 class TrainGroup:
     """One actor per trainer slot, all called at once. Implements the trainer's side of lease and weight protocol."""
 
-    def __init__(self, config: Config, placement: Placement):
+    def __init__(self, config: Config, placement: Placement, patience: Patience):
+        self._patience = patience
         self._nodes = [slot.node_ip for slot in placement.trainer_slots]
         self._actors = {
             f"trainer rank {rank}": TrainActor.options(
@@ -56,6 +58,7 @@ class TrainGroup:
         """Build the model on every rank; the ranks' shares, in order."""
         asked = {name: actor.process.remote() for name, actor in self._actors.items()}
         self._processes = gather(asked, doing="starting their processes")
+        self._patience.processes |= self._processes
         first = next(iter(self._actors.values()))
         address = gather({"trainer rank 0": first.open_store.remote(self._nodes)}, doing="opening the rendezvous store")[
             "trainer rank 0"
@@ -111,7 +114,7 @@ class TrainGroup:
     def _call(self, method: str, *args, doing: str) -> dict[str, object]:
         refs = {name: getattr(actor, method).remote(*args) for name, actor in self._actors.items()}
         try:
-            return gather(refs, doing=doing, processes=self._processes)
+            return gather(refs, doing=doing, processes=self._processes, patience=self._patience)
         except RuntimeError:
             self.has_failed = True
             raise

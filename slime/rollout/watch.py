@@ -22,6 +22,14 @@ _OWN_FRAMES = 2
 _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 
+_watching: list[Watch] = []
+
+
+def waiting() -> list[str]:
+    """What rollouts and evaluations of this process wait for, a line each."""
+    return [watch.text() for watch in list(_watching)]
+
+
 def _generates(sample: Sample) -> bool:
     return sample.status in (Status.PENDING, Status.ABORTED) and not sample.is_settled
 
@@ -94,6 +102,7 @@ class Watch:
 
     def __init__(self, waiting: Callable[[], tuple[Sequence[Group], int]], what: str = ""):
         self._waiting, self._silence = waiting, Silence(what)
+        self._what = f"{what}: " if what else ""
         self._standstill = _Standstill(asyncio.get_running_loop(), threading.get_ident())
         self._leave = threading.Event()
         self._told: set[str] = set()
@@ -101,10 +110,19 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._thread.start()
+        _watching.append(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
+        _watching.remove(self)
         self._leave.set()  # not joined: a look that waits for a lock must not hold the event loop
+
+    def text(self) -> str:
+        groups, num_back = self._waiting()
+        samples = [sample for group in groups for sample in flatten(group)]
+        generating, graded = sum(map(_generates, samples)), sum(map(_is_graded, samples))
+        told = f"{num_back} prompts are back, {len(groups)} wait: {generating} samples for an engine, {graded} for a grader"
+        return self._what + told
 
     def _watch(self) -> None:
         while not self._leave.wait(_LOOK_SECONDS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -12,10 +13,13 @@ from pathlib import Path
 import pytest
 import ray
 
+from slime.config.upkeep import UpkeepConfig
 from slime.ray import calls, engine_nodes
 from slime.ray.calls import gather
 from slime.ray.engine_nodes import EngineNode
 from slime.ray.fates import Process, end, read_fate, this_process
+from slime.ray.standstill import Patience, missing
+from slime.ray.witness import GroupState
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +60,20 @@ class Rank:
         for _ in range(10**6):
             dist.all_reduce(torch.ones(8))
             time.sleep(0.01)
+
+    def miss_one(self, rank: int) -> None:
+        """Three collectives together; rank 0 goes on to a fourth, to which rank 1 does not come."""
+        import torch
+        import torch.distributed as dist
+
+        for _ in range(3):
+            dist.all_reduce(torch.ones(8))
+        if rank == 1:
+            self.look_at_a_file()
+        dist.all_reduce(torch.ones(8))
+
+    def look_at_a_file(self) -> None:
+        time.sleep(100)
 
     def keep_nothing(self) -> None:
         from types import SimpleNamespace
@@ -162,6 +180,41 @@ def test_a_stopped_rank_is_told_while_the_others_still_wait(ranks, monkeypatch, 
     )
 
 
+def patience(processes, *, report: float, end: float | None) -> Patience:
+    """Seconds, where the flags have minutes."""
+    made = Patience(UpkeepConfig(hang_report_minutes=report / 60, hang_exit_minutes=end and end / 60))
+    made.processes |= processes
+    return made
+
+
+def test_a_collective_to_which_a_rank_does_not_come_is_explained_and_ends_the_run(ranks):
+    actors, processes = ranks
+    refs = {name: actor.miss_one.remote(rank) for rank, (name, actor) in enumerate(actors.items())}
+    with pytest.raises(RuntimeError) as error:
+        gather(refs, doing="training", processes=processes, patience=patience(processes, report=3, end=3))
+    first, *lines, last = str(error.value).splitlines()
+    assert first.startswith("training has lasted 0.") and last.endswith("the run ends (--hang-exit-minutes)")
+    told = {line.strip().split(" (pid")[0]: line for line in lines}
+    assert re.search(
+        r"rank 0 \(pid \d+ on [\d.]+\): all_reduce \(distributed_c10d.py:\d+\) < miss_one \(test_deaths.py:", lines[0]
+    )
+    assert "look_at_a_file (test_deaths.py:" in told["trainer rank 1"] and "all_reduce" not in told["trainer rank 1"]
+    assert lines[-1].strip() == ("default_pg (ranks 0, 1): collective 4 has begun on trainer rank 0; trainer rank 1 is at 3")
+
+
+def test_a_rank_that_is_stopped_is_explained_once_while_the_others_wait(ranks, monkeypatch, caplog):
+    monkeypatch.setattr(calls, "_DEATH_SECONDS", 3.0)
+    actors, processes = ranks
+    victim = processes["trainer rank 1"]
+    os.kill(victim.pid, signal.SIGSTOP)
+    refs = {name: actor.reduce.remote(rank) for rank, (name, actor) in enumerate(actors.items())}
+    with pytest.raises(RuntimeError):  # gloo gives up after six seconds
+        gather(refs, doing="training", processes=processes, patience=patience(processes, report=1, end=None))
+    (report,) = [record.getMessage() for record in caplog.records if "who is where" in record.getMessage()]
+    assert f"trainer rank 1 (pid {victim.pid} on {victim.node_ip}): is stopped (SIGSTOP, or a debugger" in report
+    assert "trainer rank 0 (pid " in report and "all_reduce (distributed_c10d.py:" in report
+
+
 def test_a_call_with_a_limit_names_who_did_not_answer(ranks):
     actors, _ = ranks
     ref = actors["trainer rank 0"].reduce.remote(0)
@@ -242,3 +295,28 @@ def test_a_machine_that_is_gone_is_named_and_ends_the_run(nodes):
     with pytest.raises(RuntimeError, match=r"node 203\.0\.113\.9 is gone, and with it engine d \(203\.0\.113\.9\)"):
         engine_nodes.refuse_lost_nodes({"engine a": a, "engine d": away}, dead)
     engine_nodes.refuse_lost_nodes({"engine a": a, "engine d": away}, {"engine a": engine_nodes.Death("killed")})
+
+
+# ------------------------------------------------------------------------------------------------------ who is behind
+
+
+def test_who_has_not_come_to_which_collective_by_hand():
+    """Two tensor-parallel pairs and the world of four. Rank 3 left its pair's collective 8 and waits in the world's 5th; rank
+    2 is in the pair's 8th; ranks 0 and 1 are done with their pair's 8 and wait in the world's 5th. Nobody speaks for none."""
+
+    def states(rank: int, world: int, pair: int) -> tuple[GroupState, GroupState]:
+        first = rank - rank % 2
+        own = GroupState(str(1 + rank // 2), "tensor-parallel", rank, (first, first + 1), pair)
+        return GroupState("0", "default_pg", rank, (0, 1, 2, 3), world), own
+
+    said = {f"r{rank}": states(rank, *counts) for rank, counts in enumerate([(5, 8), (5, 8), (4, 8), (5, 7)])}
+    assert missing(said) == [
+        "default_pg (ranks 0, 1, 2, 3): collective 5 has begun on r0, r1, r3; r2 is at 4",
+        "tensor-parallel (ranks 2, 3): collective 8 has begun on r2; r3 is at 7",
+    ]
+    del said["r2"]
+    assert missing(said, silent=["r2"]) == [
+        "default_pg (ranks 0, 1, 2, 3): collective 5 has begun on r0, r1, r3; rank 2 of it says nothing",
+        "tensor-parallel (ranks 2, 3): collective 7 has begun on r3; rank 2 of it says nothing",
+    ]
+    assert missing({"r0": states(0, 5, 8), "r1": states(1, 5, 8)}) == []

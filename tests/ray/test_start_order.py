@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import slime.ray.run as run_module
+from slime.config.upkeep import UpkeepConfig
 
 
 class Recorder:
@@ -46,8 +47,8 @@ def started(monkeypatch):
         monkeypatch.setattr(run_module, "place", lambda **sizes: None)
         actor = SimpleNamespace(remote=lambda *_: None)
         monkeypatch.setattr(run_module, "RolloutActor", SimpleNamespace(options=lambda **_: actor))
-        monkeypatch.setattr(run_module, "RolloutSide", lambda actor: both)
-        monkeypatch.setattr(run_module, "TrainGroup", lambda config, placement: both)
+        monkeypatch.setattr(run_module, "RolloutSide", lambda *_: both)
+        monkeypatch.setattr(run_module, "TrainGroup", lambda *_: both)
         monkeypatch.setattr(run_module, "_open_tracker", lambda config, done: None)
         monkeypatch.setattr(run_module, "start_page", lambda shares, config: [])
         monkeypatch.setattr(
@@ -67,6 +68,7 @@ def started(monkeypatch):
             engine=SimpleNamespace(check_weight_update_equal=False, rehearsed=None, use_fault_tolerance=False),
             data=SimpleNamespace(num_rollout=1),
             checkpoint=SimpleNamespace(save=None),
+            upkeep=UpkeepConfig(),
         )
         run_module.Run(config).start()
         order = (
