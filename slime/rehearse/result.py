@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slime.rehearse.advice.curves import Curve, curves
+from slime.rehearse.advice.remedies import Accepts, Remedy, remedies
 from slime.rehearse.advice.variants import Bench
 from slime.rehearse.assess import Assessment, assess
 from slime.rehearse.checks.engines import EnginePlan, check_engines
 from slime.rehearse.checks.files import check_files
-from slime.rehearse.checks.layout import Balance, check_layout, longest_sample
+from slime.rehearse.checks.layout import Balance, check_layout, longest_sample, paste
 from slime.rehearse.checks.memory import DEFAULT_LENGTH, Budget, assumed_of
 from slime.rehearse.checks.ranks import BuiltRanks, check_held, check_order, check_ranks
 from slime.rehearse.findings import Findings
@@ -42,6 +43,9 @@ class Rehearsal:
     rates: Rates = Rates()
     assessment: Assessment | None = None
     curves: tuple[Curve, ...] = ()
+    """What a GPU-hour buys, of a run that passes."""
+    remedies: tuple[Remedy, ...] = ()
+    """Words with which it would pass, of one that does not."""
     weights: WeightMap | None = None
     sync: PlannedSync | None = None
     built: BuiltRanks | None = None
@@ -50,6 +54,11 @@ class Rehearsal:
 
 def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
     """Every part that the flags allow; a part that needs what an earlier mistake left open is left out and said so."""
+    with tempfile.TemporaryDirectory(prefix="slime-rehearse-") as folder:
+        return _rehearsed(argv, options, Path(folder))
+
+
+def _rehearsed(argv: Sequence[str], options: Options, folder: Path) -> Rehearsal:
     findings, clock = Findings(), {}
     started = time.monotonic()
     reading = read(argv, findings, env=options.env)
@@ -63,8 +72,10 @@ def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
     clock["flags and files"] = time.monotonic() - started
     with _part(findings, "engines"):
         done.engines = check_engines(reading, findings, version=options.engine_version)
+    bench = Bench(tuple(argv), options, done.rates, done.engines.version, folder)
     with _part(findings, "layout"):
-        done.balance = check_layout(reading, findings, length=length, longest=longest)
+        accepts = Accepts(bench, findings, whole=not options.quick)
+        done.balance = check_layout(reading, findings, length=length, longest=longest, accepts=accepts)
     clock["layout and engines"] = time.monotonic() - started - sum(clock.values())
     if options.quick:
         findings.unchecked("memory", "memory, cost, weight map and ranks were left out (--quick)")
@@ -74,11 +85,12 @@ def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
         with _part(findings, "memory"):
             _arithmetic(done, length, longest)
         clock["memory, cost, weight map"] = time.monotonic() - started - sum(clock.values())
-        if options.curves and done.assessment is not None and not findings.of("violation"):
-            with tempfile.TemporaryDirectory(prefix="slime-rehearse-") as folder:
-                bench = Bench(tuple(argv), options, done.rates, done.engines.version, Path(folder))
+        if options.curves and done.assessment is not None:
+            if findings.of("violation"):
+                done.remedies = remedies(bench, done.assessment, _splits(done))
+            else:
                 done.curves = curves(bench, done.assessment)
-            clock["curves"] = time.monotonic() - started - sum(clock.values())
+            clock["advice"] = time.monotonic() - started - sum(clock.values())
         if options.build_ranks and not findings.of("violation"):
             done.built = check_ranks(reading, done.shares, findings)
             check_order(reading, done.built, findings)
@@ -92,6 +104,15 @@ def rehearse(argv: Sequence[str], options: Options) -> Rehearsal:
         findings.unchecked("memory", "memory, cost, weight map and ranks: the layout above is not defined")
     done.seconds = clock
     return done
+
+
+def _splits(done: Rehearsal) -> list[str]:
+    """Words of every split that is recommended."""
+    balance, config = done.balance, done.reading.config
+    if balance is None:
+        return []
+    lists = [paste(config, balance.best, as_list=True)] if balance.best is not None else []
+    return [*lists, *(paste(config, split, as_list=False) for split in balance.first_last)]
 
 
 @contextmanager

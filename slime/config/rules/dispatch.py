@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from slime.config.engine_sizes import EngineSizes
@@ -116,13 +117,7 @@ def _tokens(v: Values, engine: EngineSizes) -> None:
     if "chunk" in why:
         fix = "use deepep_mode auto, which takes the normal dispatch for prompts"
     else:
-        smaller = max(limit // _draft_tokens(engine), 1)
-        fix = (
-            f"set {VARIABLE}={round_up(need)}, or lower cuda_graph_max_bs to {smaller} and max_running_requests to "
-            f"{smaller * engine.dp}"
-            if need <= MOST_TOKENS
-            else f"lower cuda_graph_max_bs to {smaller} and max_running_requests to {smaller * engine.dp}"
-        )
+        fix = ", or ".join(_ways_out(engine, need, limit))
     v.require(
         limit >= need,
         f"{engine.where}: {VARIABLE} is {limit}, below the largest {'chunk' if 'chunk' in why else 'decode batch'} of a rank "
@@ -130,6 +125,18 @@ def _tokens(v: Values, engine: EngineSizes) -> None:
         holds=f"{engine.where}: {VARIABLE} {limit} covers the largest decode batch",
         values=why,
     )
+
+
+def _ways_out(engine: EngineSizes, need: int, limit: int) -> Iterator[str]:
+    """Each of them alone makes the buffers hold a decode step."""
+    if need <= MOST_TOKENS:
+        yield f"set {VARIABLE}={round_up(need)}"
+    smaller = min(limit, MOST_TOKENS) // _draft_tokens(engine)
+    if smaller:
+        listed = " (without cuda_graph_bs)" if engine.text("cuda_graph_bs") else ""
+        yield f"lower cuda_graph_max_bs to {smaller}{listed} and max_running_requests to {smaller * engine.dp}"
+    elif need > MOST_TOKENS:
+        yield f"draft at most {limit - 1} tokens"
 
 
 def _draft_tokens(engine: EngineSizes) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from slime.config import Config
@@ -32,8 +33,17 @@ class Balance:
         return balance(self.costs) if self.sizes else 0.0
 
 
-def check_layout(reading: Reading, findings: Findings, *, length: int, longest: int | None) -> Balance | None:
-    """length: tokens of the sequence that FLOPs are for. longest: of the longest sample that the flags allow."""
+def check_layout(
+    reading: Reading,
+    findings: Findings,
+    *,
+    length: int,
+    longest: int | None,
+    accepts: Callable[[str], bool] = lambda words: True,
+) -> Balance | None:
+    """length: tokens of the sequence that FLOPs are for. longest: of the longest sample that the flags allow. accepts: whether
+    the run passes with so many words behind its flags; splits that it does not pass with are not recommended.
+    """
     grid = reading.grid
     if grid is not None:
         findings.ok(
@@ -47,7 +57,7 @@ def check_layout(reading: Reading, findings: Findings, *, length: int, longest: 
     if grid is not None:
         _check_cuts(reading, grid, findings)
         _check_batch(reading, grid, findings, longest)
-    return _check_stages(reading, findings, length)
+    return _check_stages(reading, findings, length, accepts)
 
 
 def _check_cuts(reading: Reading, grid: Grid, findings: Findings) -> None:
@@ -140,7 +150,7 @@ def _check_batch(reading: Reading, grid: Grid, findings: Findings, longest: int 
                 "batch",
                 f"a sample of {longest:,} tokens, prompt included, is longer than a micro-batch of {capacity:,}: it is trained "
                 f"alone, padded to {padded:,} tokens",
-                f"--max-tokens-per-gpu {-(-padded // grid.cp):,} would hold it; its memory is phase 'longest sample'",
+                "its memory is phase 'longest sample'",
             )
 
 
@@ -163,7 +173,7 @@ def padded_sample(config, grid: Grid, tokens: int) -> int:
     return -(-tokens // unit) * unit
 
 
-def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance | None:
+def _check_stages(reading: Reading, findings: Findings, length: int, accepts: Callable[[str], bool]) -> Balance | None:
     hf, pp = reading.hf, reading.config.parallel.pipeline_model_parallel_size
     work = model_work(reading.table, hf, length, mtp=reading.trains_mtp)
     recompute = reading.config.model.megatron.get("recompute_granularity") == "full"
@@ -171,8 +181,11 @@ def _check_stages(reading: Reading, findings: Findings, length: int) -> Balance 
     options, best, sends = (), None, reading.config.parallel.dsa_send_indices
     vpp = reading.config.parallel.virtual_pipeline_model_parallel_size or 1
     if 1 < pp <= hf.num_layers:
-        options = tuple(legal_first_last(hf, pp, costs, head, any_start=sends, vpp=vpp))
+        interleaved = 1 if reading.config.parallel.pipeline_model_parallel_layout else vpp  # a pair takes the layout's place
+        pairs = legal_first_last(hf, pp, costs, head, any_start=sends, vpp=interleaved)[:TRIED_PAIRS]
+        options = tuple(split for split in pairs if accepts(paste(reading.config, split, as_list=False)))[:MOST_PAIRS]
         best = _best(reading, costs, head, pp, vpp)
+        best = best if best is not None and accepts(paste(reading.config, best, as_list=True)) else None
     if reading.chunks is None:
         if pp > 1:
             findings.unchecked(
@@ -226,6 +239,7 @@ def _best(reading: Reading, costs: list[float], head: float, pp: int, vpp: int) 
 
 
 PAIR = ("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")
+TRIED_PAIRS, MOST_PAIRS = 12, 5
 VIRTUAL = ("--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank")
 LAYOUT = "--pipeline-model-parallel-layout"
 
@@ -242,7 +256,7 @@ def paste(config: Config, split: Split, *, as_list: bool) -> str:
 
 def _advice(reading: Reading, options: tuple[Split, ...], best: Split | None) -> str:
     if not options and best is None:
-        return "no split over so many stages starts every stage on a computing layer; change --pipeline-model-parallel-size"
+        return "no split over so many stages passes; change --pipeline-model-parallel-size"
     said = [f"{paste(reading.config, split, as_list=False)} ({split.balance:.0%})" for split in options[:4]]
     if best is not None:
         said.append(f"{paste(reading.config, best, as_list=True)} ({best.balance:.0%})")

@@ -230,7 +230,7 @@ def _judge_stages(stages: Sequence[StageMemory], limit_gb: float, findings: Find
             f"stage {worst.share.stage} needs {worst.phase(name).total / 1e9:.1f} GB in phase {name}, a GPU has {limit_gb:g}"
             + (f"; so do stages {', '.join(others)}" if others else ""),
             ", ".join(f"{part} {count / 1e9:.1f}" for part, count in parts.items() if count >= 5e7),
-            _fix(name, max(parts, key=lambda part: parts[part]), "engine overhead" in parts),
+            _fix(name, parts),
         )
     if fits:
         worst = max((stage.peak for stage in stages), key=lambda phase: phase.total)
@@ -239,16 +239,19 @@ def _judge_stages(stages: Sequence[StageMemory], limit_gb: float, findings: Find
         )
 
 
-def _fix(phase: str, largest: str, engine_is_awake: bool) -> str:
+def _fix(phase: str, parts: Mapping[str, int]) -> str:
+    largest = max(parts, key=lambda part: parts[part])
+    if phase == "rollout" and not parts["KV cache"]:
+        return "more GPUs for each engine (num_gpus_per_engine, ep_size): its weights alone are too large"
     if phase == "rollout":
         return "lower --sglang-mem-fraction-static"
-    if engine_is_awake:
+    if "engine overhead" in parts:
         return "leave --no-offload-rollout out: the engine keeps its memory while the trainer works"
     if phase == "weight sync":
         return "lower --update-weight-buffer-size, or raise the engine's GPUs (ep_size)"
     return {
         "gradients": "more pipeline stages or expert ranks: weights and gradients fill the GPU",
-        "optimizer on GPU": "pass --optimizer-cpu-offload, or more data-parallel ranks",
+        "optimizer on GPU": "pass --optimizer-cpu-offload with --optimizer-offload-fraction 1, or more data-parallel ranks",
         "stored layer inputs": "lower --max-tokens-per-gpu, or --recompute-granularity full",
         "index selection": "lower --max-tokens-per-gpu or the layers of this stage",
     }.get(largest, "lower --max-tokens-per-gpu, or give this stage fewer layers")

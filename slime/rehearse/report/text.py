@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from slime.config.stages import layout_string
 from slime.engine.spec import EngineSpec
 from slime.rehearse.advice.curves import Curve, Point
+from slime.rehearse.advice.variants import Variant
 from slime.rehearse.checks.layout import paste
 from slime.rehearse.checks.memory import Budget
 from slime.rehearse.model.rates import rates_shown
@@ -31,6 +32,7 @@ def as_text(done: Rehearsal) -> str:
         ("prediction and measurement, GB", _measured(done)),
         ("cost of one rollout", _cost(done)),
         ("weight sync", sync_lines(done.sync) if done.sync else []),
+        ("what would pass", _remedies(done)),
         ("what a GPU-hour buys (* as it is)", _curves(done)),
         ("engine options", list(done.engines.renames)),
     ):
@@ -149,6 +151,21 @@ def _cost(done: Rehearsal) -> list[str]:
     return lines
 
 
+def _remedies(done: Rehearsal) -> list[str]:
+    lines = [line for remedy in done.remedies for line in (f"{remedy.what}; append:", *_pasted(remedy.variant))]
+    if done.findings.of("violation") and not lines and done.reading.table is not None:
+        lines.append("none of the changes that were tried; --plan searches layouts, engines and batches for these nodes")
+    return lines
+
+
+def _pasted(variant: Variant) -> list[str]:
+    """Words, and the YAML that takes the place of the run's own."""
+    lines = [f"  {' '.join(variant.flags)}"]
+    if variant.yaml is not None:
+        lines += ["  --sglang-config with", *(f"    {line}" for line in variant.yaml.splitlines())]
+    return lines
+
+
 def _curves(done: Rehearsal) -> list[str]:
     lines = []
     for curve in done.curves:
@@ -177,11 +194,8 @@ def knee_said(curve: Curve) -> str:
     knee = curve.knee
     if knee.own:
         return f"knee: as it is; limit: {knee.cost.limit}"
-    words = " ".join(knee.variant.flags)
-    text = f"knee: {knee.label}, {curve.gain:.3g} times cheaper per token; append: {words}"
-    if knee.variant.yaml is not None:
-        text += "\n  and --sglang-config with\n" + "".join(f"    {line}\n" for line in knee.variant.yaml.splitlines())
-    return text.rstrip()
+    head = f"knee: {knee.label}, {curve.gain:.3g} times cheaper per token; limit: {knee.cost.limit}; append:"
+    return "\n".join([head, *(f"  {line}" for line in _pasted(knee.variant))])
 
 
 def _memory_json(budget: Budget) -> dict[str, object]:
@@ -290,6 +304,10 @@ def as_json(done: Rehearsal) -> dict[str, object]:
             "legal_first_last": [_split(split) for split in balance.first_last],
             "best": None if balance.best is None else {**_split(balance.best), "layout": layout_string(balance.best.sizes)},
         },
+        "would_pass": [
+            {"what": remedy.what, "append": " ".join(remedy.variant.flags), "sglang_config": remedy.variant.yaml}
+            for remedy in done.remedies
+        ],
         "memory": None if done.budget is None else _memory_json(done.budget),
         "cost": None
         if cost is None
