@@ -9,7 +9,7 @@ from slime.config import Config
 from slime.engine.spec import EngineSpec
 from slime.rehearse.checks.engines import EnginePlan
 from slime.rehearse.checks.layout import layer_costs
-from slime.rehearse.checks.memory import DEFAULT_LENGTH, Budget, assumed_of, check_memory, train_shapes
+from slime.rehearse.checks.memory import Budget, assumed_of, check_memory, mean_sample, prompt_tokens, train_shapes
 from slime.rehearse.findings import Findings
 from slime.rehearse.model.cost import Cost, Shape, predict, sync_bytes
 from slime.rehearse.model.decode import Engines, Generation, Served, generation, prefill_seconds
@@ -52,20 +52,17 @@ def assess(
     shares = tuple(
         stage_shares(reading.table, reading.chunks, grid, padded_vocab=config.model.padded_vocab_size, mtp=reading.trains_mtp)
     )
-    shapes = train_shapes(reading, longest=longest, mean_share=rates.mean_response_share)
+    prompt = prompt_tokens(config, assumed)
+    mean = mean_sample(longest, prompt=prompt, share=rates.mean_response_share)
+    shapes = train_shapes(reading, longest=longest, mean=mean)
     told = {"version": plan.version, "env": options.env, "mem_fraction": assumed.mem_fraction_static}
     served = smallest_served(hf) if reading.basis == "flags" else hf
     ranks = engine_ranks(reading.table, served, plan.specs, **told)
     budget = check_memory(reading, shares, shapes, ranks, options, findings, longest=longest, node_counts=node_counts)
     engines = _engines(plan.specs, ranks, budget.caches)
-    work = model_work(reading.table, hf, min(length, _mean_tokens(longest, rates)) or length, mtp=reading.trains_mtp)
-    prompt = config.rollout.rollout_max_prompt_len or int(assumed.prompt_tokens)
+    work = model_work(reading.table, hf, min(length, mean), mtp=reading.trains_mtp)
     cost = _cost(reading, plan, rates, budget, shares, shapes, engines, work, longest, length, prompt)
     return Assessment(reading, plan, shares, budget, cost, engines)
-
-
-def _mean_tokens(longest: int | None, rates: Rates) -> int:
-    return max(1, int((longest or DEFAULT_LENGTH) * rates.mean_response_share))
 
 
 def _stage_costs(reading: Reading, length: int) -> list[float]:
@@ -118,7 +115,7 @@ def _cost(
     algorithm, per_node = config.algorithm, config.cluster.num_gpus_per_node
     shape = Shape(
         samples=num_samples(config),
-        mean_tokens=_mean_tokens(longest, rates),
+        mean_tokens=mean_sample(longest, prompt=prompt, share=rates.mean_response_share),
         trainer_gpus=grid.world,
         rollout_gpus=config.cluster.rollout_num_gpus or 0,
         micro_batches=shapes.micro_batches,

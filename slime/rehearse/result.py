@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slime.rehearse.advice.curves import Curve, curves
@@ -21,6 +21,7 @@ from slime.rehearse.checks.memory import DEFAULT_LENGTH, Budget, assumed_of
 from slime.rehearse.checks.ranks import BuiltRanks, check_held, check_order, check_ranks
 from slime.rehearse.findings import Findings
 from slime.rehearse.model.cost import Cost
+from slime.rehearse.model.measured_times import TimeComparison, compare_times, read_times
 from slime.rehearse.model.rates import Rates, rates_of, with_rates
 from slime.rehearse.model.shares import StageShare
 from slime.rehearse.model.weight_map import WeightMap, build_weight_map
@@ -42,6 +43,8 @@ class Rehearsal:
     cost: Cost | None = None
     rates: Rates = Rates()
     assessment: Assessment | None = None
+    times: tuple[TimeComparison, ...] = ()
+    """Measured ones beside the predicted."""
     curves: tuple[Curve, ...] = ()
     """What a GPU-hour buys, of a run that passes."""
     remedies: tuple[Remedy, ...] = ()
@@ -106,6 +109,20 @@ def _rehearsed(argv: Sequence[str], options: Options, folder: Path) -> Rehearsal
     return done
 
 
+def _times(done: Rehearsal, length: int, longest: int | None) -> tuple[TimeComparison, ...]:
+    """Of a run on GPUs: rates are theirs. Predicted for responses as long as the run's were."""
+    options, seen = done.options, done.budget.measured
+    measured = read_times(options.measured) if seen is not None and seen.device == "cuda" else None
+    if measured is None:
+        return ()
+    rates, bound = done.rates, done.reading.config.rollout.rollout_max_response_len
+    if measured.mean_response and bound:
+        rates = replace(rates, mean_response_share=min(1.0, measured.mean_response / bound))
+    plain = replace(options, measured=None)
+    told = {"length": length, "longest": longest, "node_counts": False}
+    return tuple(compare_times(measured, assess(done.reading, done.engines, plain, rates, Findings(), **told).cost))
+
+
 def _splits(done: Rehearsal) -> list[str]:
     """Words of every split that is recommended."""
     balance, config = done.balance, done.reading.config
@@ -135,6 +152,7 @@ def _arithmetic(done: Rehearsal, length: int, longest: int | None) -> None:
     reading, options, config = done.reading, done.options, done.reading.config
     found = assess(reading, done.engines, options, done.rates, done.findings, length=length, longest=longest)
     done.assessment, done.shares, done.budget, done.cost = found, found.shares, found.budget, found.cost
+    done.times = _times(done, length, longest)
     if not options.weight_map:
         return
     done.sync = plan_of_sync(reading, done.engines.specs, done.rates)

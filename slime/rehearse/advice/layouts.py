@@ -11,7 +11,7 @@ from slime.model.placement import Grid
 from slime.rehearse.advice.variants import Variant
 from slime.rehearse.assess import num_samples, num_steps
 from slime.rehearse.checks.layout import LAYOUT, PAIR, VIRTUAL, layer_costs
-from slime.rehearse.checks.memory import DEFAULT_LENGTH
+from slime.rehearse.checks.memory import DEFAULT_LENGTH, mean_sample
 from slime.rehearse.model.cost import bubble, spread
 from slime.rehearse.model.exchange import training_exchange
 from slime.rehearse.model.flops import model_work
@@ -51,8 +51,8 @@ class Layout:
 class Layouts:
     """The layouts of one model and batch. `reading` says what the model is; its own sizes do not matter."""
 
-    def __init__(self, reading: Reading, rates: Rates, *, length: int, longest: int | None):
-        self._reading, self._rates = reading, rates
+    def __init__(self, reading: Reading, rates: Rates, *, length: int, longest: int | None, prompt: int):
+        self._reading, self._rates, self._prompt = reading, rates, prompt
         self._recompute = reading.config.model.megatron.get("recompute_granularity") == "full"
         self._longest = longest
         self._work = model_work(reading.table, reading.hf, length, mtp=reading.trains_mtp)
@@ -113,7 +113,7 @@ class Layouts:
         width = 4 if config.model.params_dtype == "fp32" else 2
         grad = 4 if width == 4 or config.optimizer.accumulate_allreduce_grads_in_fp32 else 2
         least = max(share.parameters * width + share.trained * grad for share in shares) / 1e9
-        mean = max(1, int((self._longest or DEFAULT_LENGTH) * rates.mean_response_share))
+        mean = mean_sample(self._longest, prompt=self._prompt, share=rates.mean_response_share)
         tokens = num_samples(config) * prompts_times * mean
         micro = self._micro_batches(grid, tokens / num_steps(config))
         alike = spread(tokens / num_steps(config), self._longest or 0, grid.dp)

@@ -17,7 +17,7 @@ from slime.rehearse.advice.layouts import Layout, Layouts, layout_flags, on_node
 from slime.rehearse.advice.variants import Bench, Outcome, Variant, groups_of, with_engines
 from slime.rehearse.assess import Assessment
 from slime.rehearse.checks.layout import longest_sample
-from slime.rehearse.checks.memory import DEFAULT_LENGTH, assumed_of
+from slime.rehearse.checks.memory import DEFAULT_LENGTH, assumed_of, prompt_tokens
 from slime.rehearse.model.cost import Cost
 from slime.rehearse.model.rates import GPUS, rates_of, with_rates
 from slime.rehearse.reading import Reading
@@ -83,9 +83,10 @@ class Planner:
                 "--plan needs the model: its config.json is not here and MODEL_ARGS do not describe it; give --hf-checkpoint a "
                 "folder with config.json"
             )
-        self._longest = longest_sample(self._reading.config, prompt=int(assumed_of(bench.options.assume).prompt_tokens))
-        length = bench.options.length or self._longest or DEFAULT_LENGTH
-        self._layouts = Layouts(self._reading, bench.rates, length=length, longest=self._longest)
+        assumed, config = assumed_of(bench.options.assume), self._reading.config
+        longest = longest_sample(config, prompt=int(assumed.prompt_tokens))
+        told = {"longest": longest, "prompt": prompt_tokens(config, assumed)}
+        self._layouts = Layouts(self._reading, bench.rates, length=bench.options.length or longest or DEFAULT_LENGTH, **told)
         self.tried, self.refused = 0, ""
         self._most_prompts = 0  # that some fleet holds at once
         self._able: list[Layout] = []  # whose weights and gradients leave room

@@ -68,15 +68,25 @@ def assumed_of(words: Sequence[str]) -> Assumed:
     return replaced(Assumed(), words, flag="--assume")
 
 
-def train_shapes(reading: Reading, *, longest: int | None, mean_share: float) -> TrainShapes:
-    """longest: tokens of the longest sample that the flags allow. mean_share: mean length of a sample / that."""
+def prompt_tokens(config: Config, assumed: Assumed) -> int:
+    """Of the longest prompt: what bounds it, or what is assumed."""
+    return config.rollout.rollout_max_prompt_len or int(assumed.prompt_tokens)
+
+
+def mean_sample(longest: int | None, *, prompt: int, share: float) -> int:
+    """Tokens. longest: of the longest sample. share: mean response / longest."""
+    whole = longest or DEFAULT_LENGTH
+    return max(1, int(min(prompt, whole) + max(0, whole - prompt) * share))
+
+
+def train_shapes(reading: Reading, *, longest: int | None, mean: int) -> TrainShapes:
+    """longest: tokens of the longest sample that the flags allow. mean: of a sample."""
     config, grid = reading.config, reading.grid
     batch, optimizer, mega = config.batch, config.optimizer, config.model.megatron
     length = longest or DEFAULT_LENGTH
     dynamic = batch.use_dynamic_batch_size and batch.max_tokens_per_gpu
     tokens = batch.max_tokens_per_gpu if dynamic else -(-length * batch.micro_batch_size // grid.cp)
     samples = (batch.global_batch_size or 1) / grid.dp
-    mean = max(1, int(length * mean_share))
     micro = (
         int(-(-samples * mean // (tokens * grid.cp)))
         if batch.use_dynamic_batch_size

@@ -120,6 +120,9 @@ def _measured(done: Rehearsal) -> list[str]:
         lines.append(
             f"{row.stage:5d}  {row.phase:12s}  {row.predicted / 1e9:10.3f}  {row.measured / 1e9:8.3f}  {row.error:+6.1%}"
         )
+    if done.times:
+        lines.append("seconds of a rollout  predicted  measured   error")
+        lines += [f"{row.name:20s}  {row.predicted:9.1f}  {row.measured:8.1f}  {row.error:+6.1%}" for row in done.times]
     if seen.device == "cuda":
         lines.append(
             f"live tensors; the allocator kept up to {seen.slack / 1e9:.3f} GB beside them, "
@@ -309,6 +312,7 @@ def as_json(done: Rehearsal) -> dict[str, object]:
             for remedy in done.remedies
         ],
         "memory": None if done.budget is None else _memory_json(done.budget),
+        "measured_seconds": [{**vars(row), "error": round(row.error, 6)} for row in done.times],
         "cost": None
         if cost is None
         else {
