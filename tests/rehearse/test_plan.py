@@ -99,8 +99,9 @@ def test_the_printed_lines_pass_when_they_are_pasted(
     for text in plans:
         lines = text.splitlines()
         words = shlex.split(next(line for line in lines if line.startswith("  --actor-num-nodes ")))
-        if f"with {words[-1]}:" in lines:
-            yaml = [line[2:] for line in lines[lines.index(f"with {words[-1]}:") + 1 :] if line.startswith("  ")]
+        head = f"with {words[-1]}, by a full path that the first node sees:"
+        if head in lines:
+            yaml = [line[2:] for line in lines[lines.index(head) + 1 :] if line.startswith("  ")]
             (tmp_path / words[-1]).write_text("\n".join(yaml) + "\n")
         words[-1] = str(tmp_path / words[-1])
         done = rehearse([*argv, *words], options("h200", flagship.env))

@@ -42,7 +42,11 @@ def _body(plan: Plan, shown: dict[str, str]) -> list[str]:
         f"  {' '.join([*plan.variant.flags, *(('--sglang-config', name) if name else ())])}",
     ]
     if text is not None:
-        lines += [f"with the {name} above"] if known else [f"with {name}:", *(f"  {line}" for line in text.splitlines())]
+        lines += (
+            [f"with the {name} above"]
+            if known
+            else [f"with {name}, by a full path that the first node sees:", *(f"  {line}" for line in text.splitlines())]
+        )
     return lines
 
 
