@@ -167,7 +167,7 @@ on_node() { # ADDRESS   a script on standard input, which the node runs: a comma
     ${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10} "$1" bash -s
 }
 
-# Every node of HOSTFILE joins, all at once; one that cannot ends the launch.
+# Every node of HOSTFILE joins, all at once; one that cannot ends the launch. --preflight names it and asks the others.
 join_workers() {
     [[ $REHEARSE != 1 ]] || return 0
     if [[ -z ${HOSTFILE:-} ]]; then
@@ -197,7 +197,10 @@ NODE
             failed+=("$address ($(tail -n 1 "$answers/$address.err" 2>/dev/null))")
         fi
     done
-    ((${#failed[@]} == 0)) || die "${#failed[@]} of ${#pids[@]} nodes did not join: ${failed[*]}"
+    if ((${#failed[@]})); then
+        [[ $PREFLIGHT == 1 ]] || die "${#failed[@]} of ${#pids[@]} nodes did not join: ${failed[*]}"
+        say "${#failed[@]} of ${#pids[@]} nodes did not join: ${failed[*]}; the others are asked"
+    fi
     say "${#RAY_WORKERS[@]} other nodes joined"
 }
 

@@ -1,4 +1,4 @@
-"""python3 -m slime.rehearse: see slime.preflight.command."""
+"""python3 -m slime.preflight: see slime.preflight.command."""
 
 import sys
 
