@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slime.config.command_line import SECTIONS, SET_BY_SLIME, flag_table
-from slime.config.flags import Flag, field_default, field_docs
+from slime.config.flags import Flag, field_default, field_docs, to_bool, to_float, to_int, to_json_object
 from slime.config.hf_check import NEUTRAL
+from slime.config.megatron_words import MEANING
 from slime.config.rules.effects import ONE_ANSWER, UNREAD, UNREAD_OPTIMIZER
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "en" / "advanced" / "flags.md"
@@ -36,9 +37,11 @@ ACTS_IN = {
 }
 """Section -> where its flags act."""
 
+KINDS = {to_int: "whole number", to_float: "number", str: "text", to_json_object: "JSON object", to_bool: "true or false"}
+"""Converter -> what the flag takes, where neither choices nor a range say it."""
 OWN_PREFIX = "dsa_"
 OWN = frozenset(
-    """max_skipped_steps keep_checkpoints on_broken_prompt_line max_drops_in_a_row rm_workers rm_timeout rehearsed
+    """kernel_cache max_skipped_steps keep_checkpoints on_broken_prompt_line max_drops_in_a_row rm_workers rm_timeout rehearsed
     check_weight_update_equal pg_loss_length overlong_buffer_len overlong_penalty_factor
     tis_mode tis_level tis_upper_bound tis_lower_bound tis_batch_normalize
     save_on_signal save_on_signal_seconds hang_report_minutes hang_exit_minutes skip_spike
@@ -75,8 +78,8 @@ def page() -> str:
         ("megatron-core's OptimizerConfig", "optimizer.megatron"),
         ("megatron-core's DistributedDataParallelConfig", "optimizer.ddp"),
     ):
-        lines += [f"## {title}", "", "Passed on under these field names.", ""]
-        lines += ["| flag | takes | field | |", "|---|---|---|---|", *_fields(section), ""]
+        lines += [f"## {title}", "", "Passed on under these field names; flags and fields are those of Megatron-LM.", ""]
+        lines += ["| flag | takes | field | meaning |", "|---|---|---|---|", *_fields(section), ""]
     return "\n".join(lines)
 
 
@@ -101,9 +104,11 @@ def _fields(section: str) -> Iterator[str]:
         if row.section != section or (row.num_values == 0 and row.name.startswith("--no-") and row.dest in row.name):
             continue
         why = UNREAD.get(row.dest, UNREAD_OPTIMIZER.get(row.dest))
-        what = f"*refused*: {row.later}" if row.later else f"*no effect*: {why}" if why else ""
+        what = f"*Refused*: {row.later}." if row.later else f"*No effect*: {why}." if why else ""
         if row.dest in NEUTRAL and not what:
-            what = f"must leave the model as `config.json` describes it: {' or '.join(map(repr, NEUTRAL[row.dest]))}"
+            what = f"Must leave the model as `config.json` describes it: {' or '.join(map(repr, NEUTRAL[row.dest]))}."
+        turned = "Turned off: " if row.num_values == 0 and row.switch_value is False else ""
+        what = what or turned + MEANING.get(row.dest, "")
         yield _line(row, _takes(row), f"`{row.dest}`", what)
 
 
@@ -112,7 +117,10 @@ def _takes(row: Flag) -> str:
         return "switch"
     bounds = str(getattr(row.convert, "bounds", "") or "")
     choices = getattr(row.convert, "choices", None)
-    what = ", ".join(f"`{choice}`" for choice in choices) if choices else bounds or "value"
+    kind = KINDS.get(getattr(row.convert, "inner", row.convert), "text")
+    if bounds and kind in ("whole number", "number"):
+        bounds = f"{kind}, {bounds}"
+    what = ", ".join(f"`{choice}`" for choice in choices) if choices else bounds or kind
     count = {1: "", "one or more": ", one or more"}.get(row.num_values, f", {row.num_values} of them")
     return f"{what}{count}" + (" (or `none`)" if row.optional else "")
 

@@ -60,6 +60,7 @@ def within(convert: Callable[[str], object], bounds: Range) -> Callable[[str], o
         return value
 
     converted.bounds = bounds  # type: ignore[attr-defined]
+    converted.inner = convert  # type: ignore[attr-defined]
     if hasattr(convert, "choices"):
         converted.choices = convert.choices  # type: ignore[attr-defined]
     return converted
