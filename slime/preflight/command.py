@@ -24,7 +24,7 @@ from slime.preflight.facts import PACKAGES, Wanted
 from slime.preflight.judge import judge
 from slime.rehearse.findings import Findings
 from slime.rehearse.options import Options
-from slime.rehearse.own_flags import check_outputs, job_environment, number, one, split_own, usage
+from slime.rehearse.own_flags import check_outputs, job_environment, number, one, save, say, split_own, usage
 from slime.rehearse.reading import Reading, read
 from slime.rehearse.result import rehearse
 
@@ -136,11 +136,12 @@ def preflight(
     """Exit status 0 when every node is fit, else 1. env: the job's variables, as the launcher passes them."""
     import ray
 
-    findings = Findings()
+    findings, said = Findings(), Findings()
+    reading = read(argv, said, env=env)
+    if wrong := [finding.what for finding in said.of("violation") if finding.area == "flags"]:
+        raise ValueError("; ".join(wrong))
     # The job's environment wins over this shell's: it is what the run will have.
-    wanted = with_plan(
-        wanted_of(read(argv, Findings()), {**os.environ, **(env or {})}, logical_gpus=logical_gpus), argv, env=env
-    )
+    wanted = with_plan(wanted_of(reading, {**os.environ, **(env or {})}, logical_gpus=logical_gpus), argv, env=env)
     address = os.environ.get("RAY_ADDRESS", "auto")
     root = Path(__file__).resolve().parents[2]
     try:
@@ -158,14 +159,13 @@ def preflight(
     finally:
         ray.shutdown()
     judge(nodes, wanted, findings, silent=silent)
-    for finding in findings.items:
-        sys.stdout.write(finding.line() + "\n")
     if json_file:
         told = {
             "nodes": [{**vars(node), "gpus": [vars(gpu) for gpu in node.gpus]} for node in nodes],
             "silent": silent,
             "findings": [vars(finding) for finding in findings.items],
         }
-        Path(json_file).write_text(json.dumps(told, indent=1) + "\n")
-    sys.stdout.write("every node is fit\n" if findings.launchable else "NOT FIT: see the nodes named above\n")
+        save({"--json": [json_file]}, "--json", json.dumps(told, indent=1) + "\n")
+    lines = [finding.line() for finding in findings.items]
+    say("\n".join([*lines, "every node is fit" if findings.launchable else "NOT FIT: see the nodes named above"]) + "\n")
     return 0 if findings.launchable else 1

@@ -23,10 +23,10 @@ from slime.rehearse.advice.variants import Bench, Variant
 from slime.rehearse.findings import EXIT_STATUS
 from slime.rehearse.model.rates import GPUS, rates_of, with_rates
 from slime.rehearse.options import Options
-from slime.rehearse.own_flags import check_outputs, job_environment, number, one, split_own, usage
+from slime.rehearse.own_flags import check_outputs, job_environment, number, one, save, say, split_own, usage
 from slime.rehearse.report.plan import plan_as_json, plan_as_text
 from slime.rehearse.report.text import as_json, as_text
-from slime.rehearse.result import rehearse
+from slime.rehearse.result import Rehearsal, rehearse
 
 OWN = {
     "--json": ("FILE", "write everything as JSON"),
@@ -60,8 +60,8 @@ def options_of(own: dict[str, list[str]]) -> Options:
     gpu = gpu.lower() if gpu is not None else None
     return Options(
         gpu=gpu,
-        gpu_memory_gb=number(own, "--gpu-memory", float) or GPUS[gpu or "h100"].memory_gb,
-        host_memory_gb=number(own, "--host-memory", float) or 2000.0,
+        gpu_memory_gb=number(own, "--gpu-memory", float, most=1e5) or GPUS[gpu or "h100"].memory_gb,
+        host_memory_gb=number(own, "--host-memory", float, most=1e7) or 2000.0,
         checkpoint_index=one(own, "--checkpoint-index"),
         hostfile=one(own, "--hostfile") or os.environ.get("HOSTFILE"),
         head=os.environ.get("MASTER_ADDR"),
@@ -90,19 +90,24 @@ def main(argv: Sequence[str]) -> int:
         if "--nodes" in own:
             raise ValueError("--nodes is of --plan; the run's own nodes are --actor-num-nodes")
         done = rehearse(flags, options)
+        _report(done, own)
     except ValueError as error:
         sys.stderr.write(f"rehearse: {error}\n")
         return 2
-    sys.stdout.write(as_text(done))
+    return EXIT_STATUS[done.findings.verdict]
+
+
+def _report(done: Rehearsal, own: dict[str, list[str]]) -> None:
+    """Files first: a terminal that is gone does not cost them."""
     if "--json" in own:
-        Path(own["--json"][0]).write_text(json.dumps(as_json(done), indent=1) + "\n")
+        save(own, "--json", json.dumps(as_json(done), indent=1) + "\n")
     if "--weight-map" in own and done.weights is not None:
-        Path(own["--weight-map"][0]).write_text("".join(row.canonical() + "\n" for row in done.weights.rows))
+        save(own, "--weight-map", "".join(row.canonical() + "\n" for row in done.weights.rows))
     if "--html" in own:
         from slime.rehearse.report.page import as_html
 
-        Path(own["--html"][0]).write_text(as_html(done))
-    return EXIT_STATUS[done.findings.verdict]
+        save(own, "--html", as_html(done))
+    say(as_text(done))
 
 
 def _plan(flags: Sequence[str], own: dict[str, list[str]], options: Options) -> int:
@@ -119,7 +124,7 @@ def _plan(flags: Sequence[str], own: dict[str, list[str]], options: Options) -> 
             gpu=options.gpu or "h100",
             judge=lambda words: rehearse(words, options).findings.verdict != "not launchable",
         )
-    sys.stdout.write(plan_as_text(found))
     if "--json" in own:
-        Path(own["--json"][0]).write_text(json.dumps(plan_as_json(found), indent=1) + "\n")
+        save(own, "--json", json.dumps(plan_as_json(found), indent=1) + "\n")
+    say(plan_as_text(found))
     return 0 if found.plans else 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -55,7 +57,7 @@ def job_environment(own: dict[str, list[str]]) -> dict[str, str] | None:
         raise ValueError(f"--runtime-env wants a JSON object of variables ({error})") from None
 
 
-def number(own: dict[str, list[str]], name: str, kind: type) -> float | int | None:
+def number(own: dict[str, list[str]], name: str, kind: type, *, most: float = 1e15) -> float | int | None:
     text = one(own, name)
     try:
         value = None if text is None else kind(text)
@@ -63,6 +65,8 @@ def number(own: dict[str, list[str]], name: str, kind: type) -> float | int | No
         raise ValueError(f"{name} wants a number, got {text!r}") from None
     if value is not None and not 0 < value < math.inf:
         raise ValueError(f"{name} must be above 0 and finite, got {text}")
+    if value is not None and value > most:
+        raise ValueError(f"{name} may be {most:,.0f} at most, got {text}")
     return value
 
 
@@ -74,6 +78,31 @@ def check_outputs(own: dict[str, list[str]], names: Sequence[str]) -> None:
             continue
         if not file or Path(file).is_dir() or not os.access(Path(file).absolute().parent, os.W_OK):
             raise ValueError(f"{name} {file or repr(file)} cannot be written; name a file in an existing folder")
+
+
+def say(text: str) -> None:
+    """To standard output, whatever it can spell. A reader that has seen enough is no error.
+
+    Raises ValueError where it cannot be written.
+    """
+    try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would be tried again at exit
+    except OSError as error:
+        raise ValueError(f"the report cannot be written ({error.strerror}); it goes to standard output") from None
+
+
+def save(own: dict[str, list[str]], name: str, text: str) -> None:
+    """To the file of the flag, in UTF-8 whatever the locale. Raises ValueError where it cannot be written."""
+    try:
+        # Words that the locale could not spell came as escaped bytes, and go out as these.
+        Path(own[name][0]).write_text(text, encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise ValueError(f"{name} {own[name][0]} cannot be written ({error.strerror})") from None
 
 
 def usage(doc: str | None, known: Mapping[str, tuple[str, str]]) -> str:

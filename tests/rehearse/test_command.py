@@ -296,3 +296,36 @@ def test_the_launcher_rehearses_from_an_empty_machine(tmp_path: Path) -> None:
     assert result["ranks"]["built"] == 256 and result["ranks"]["unique_parameters"] == 743_377_000_704
     assert result["ranks"]["peak_bytes"] < 4 << 30
     assert not list(tmp_path.glob("*ray*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "said"),
+    [
+        (["--json", "/dev/full"], 2, "--json /dev/full cannot be written (No space left on device)"),
+        (["--gpu-memory", "1e300"], 2, "--gpu-memory may be 100,000 at most, got 1e300"),
+        (["--rate", "nic_gb_per_s=0"], 2, "give a number from 1e-9 to 1e15"),
+        (["--sequence-tokens", "10" * 20], 2, "--sequence-tokens may be 1,000,000,000,000,000 at most"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    flags: list[str], status: int, said: str, flagship: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["--quick", *flags, *flagship.written(tmp_path)]) == status
+    assert said in capsys.readouterr().err
+
+
+def test_a_terminal_that_spells_ascii_gets_the_report_and_a_full_one_a_line(flagship: Recipe, tmp_path: Path) -> None:
+    page = tmp_path / "r.html"
+    argv = ["--quick", "--html", str(page), *flagship.with_flag("--prompt-data", "/data/pr\u00fcf.jsonl").written(tmp_path)]
+    command = [sys.executable, "-m", "slime.rehearse", *argv]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ascii_only)
+    assert child.returncode in (0, 1, 3) and "pr\\udcc3\\udcbcf.jsonl" in child.stdout and child.stderr == ""
+    assert "pr\u00fcf.jsonl" in page.read_text(encoding="utf-8"), "the page is UTF-8 wherever it is written"
+    with open("/dev/full", "w") as full:
+        child = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert child.returncode == 2 and child.stderr.splitlines()[0].startswith("rehearse: the report cannot be written (No space")
+    # A reader that has seen enough: as `| head -1` is.
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    child.stdout.close()
+    assert "Traceback" not in child.communicate()[1]

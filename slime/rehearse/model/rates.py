@@ -97,6 +97,9 @@ def replaced(values: Numbers, words: Sequence[str], *, flag: str) -> Numbers:
             raise ValueError(f"{flag} {word}: {value!r} is no number; write {name}=NUMBER") from None
         if not 0 <= number < math.inf:
             raise ValueError(f"{flag} {word}: give a finite number that is not negative")
+        # A latency may be 0; what divides may not, nor be so small that its reciprocal is no number.
+        if flag == "--rate" and not name.endswith(("_us", "_ms")) and not 1e-9 <= number <= 1e15:
+            raise ValueError(f"{flag} {word}: give a number from 1e-9 to 1e15")
         values = replace(values, **{name: number})
     return values
 
