@@ -36,8 +36,11 @@ ELSEWHERE = frozenset(
 )
 """Line by line: read with pipeline stages, sequence parallelism, deferred weight gradients, a capacity of experts, selective
 recomputation."""
-OURS_WHATEVER_IS_SAID = frozenset({"attention_backend", "perform_initialization", "use_cpu_initialization"})
-"""megatron-core reads them, with the values that slime.model.transformer_config sets."""
+OURS_WHATEVER_IS_SAID = frozenset(
+    """attention_backend perform_initialization use_cpu_initialization mlp_chunks_for_prefill
+    moe_router_padding_for_quantization""".split()
+)
+"""megatron-core reads them, with the values that slime.model.transformer_config sets or leaves at their defaults."""
 
 
 def names_read(rank: int, folder, changes: dict, megatron: dict) -> tuple[set[str], bool]:
