@@ -6,6 +6,7 @@
 #   bash scripts/run-glm5.2-mini.sh [FLAGS...]      FLAGS win over the launcher's, e.g. --num-rollout 4
 #
 # BASE_DIR       where everything goes, 46 GB             (default: outputs/glm5.2-mini of this project)
+#                (kernels once compiled stay in its folder kernels)
 # NUM_GPUS       1, 2, 4 or 8                             (default: the most of these that are visible)
 # DEEPEP         0: experts' exchange without DeepEP      (default 1; one GPU exchanges nothing)
 # EAGLE          0: no speculative decoding               (default 1)
@@ -195,6 +196,7 @@ MISC_ARGS=(
    --accumulate-allreduce-grads-in-fp32
    --attention-softmax-in-fp32
    --moe-token-dispatcher-type alltoall
+   --kernel-cache "${BASE_DIR}/kernels"
    --no-check-for-nan-in-loss-and-grad
    --update-weight-buffer-size $((2 * 1024 * 1024 * 1024))
    --use-tensorboard

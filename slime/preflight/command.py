@@ -52,7 +52,7 @@ def wanted_of(reading: Reading, env: Mapping[str, str], *, logical_gpus: bool = 
         disaggregated=any(group.worker_type in ("prefill", "decode") for group in groups),
         on_cuda=not logical_gpus,
     )
-    written = {_existing(Path(path).parent) for path in (config.checkpoint.save,) if path}
+    written = {_existing(Path(path).parent) for path in (config.checkpoint.save, cluster.kernel_cache) if path}
     read_only = {
         _existing(Path(path).parent)
         for path in (config.checkpoint.hf_checkpoint, config.checkpoint.load, config.data.prompt_data)

@@ -235,8 +235,9 @@ def test_a_folder_that_is_only_read_may_be_read_only(tmp_path: Path, monkeypatch
     for name in ("model", "data", "out"):
         (tmp_path / name).mkdir()
     flags = ["--hf-checkpoint", str(tmp_path / "model" / "m"), "--prompt-data", str(tmp_path / "data" / "p.jsonl")]
-    wanted = wanted_of(read([*flags, "--save", str(tmp_path / "out" / "run")], Findings()), {})
-    assert wanted.paths == (str(tmp_path / "out"),)
+    written = ["--save", str(tmp_path / "out" / "run"), "--kernel-cache", str(tmp_path / "kernels")]
+    wanted = wanted_of(read([*flags, *written], Findings()), {})
+    assert wanted.paths == (str(tmp_path), str(tmp_path / "out"))
     assert wanted.read_only == (str(tmp_path / "data"), str(tmp_path / "model"))
     monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
     facts = gather("10.0.0.1", wanted, {})

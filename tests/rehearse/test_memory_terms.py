@@ -130,3 +130,18 @@ def test_a_critic_is_a_second_model_wherever_the_trainer_is() -> None:
     for phase in ("weight sync", "rollout"):
         assert ppo.phase(phase).total == plain.phase(phase).total
     assert (ppo.host_weights, ppo.host_optimizer) == (2 * plain.host_weights, 2 * plain.host_optimizer)
+
+
+def test_an_engines_cache_is_no_larger_than_its_options_allow() -> None:
+    """32 GB of weights in 0.7 of 80 GB leave 24 GB, 24 million tokens of 1,000 bytes."""
+    from slime.rehearse.model.engine_memory import _most_tokens
+    from slime.rehearse.model.memory import engine_parts
+
+    assert [_most_tokens(said) for said in (None, "400000", "400k", "1.5M", "1Mi", "many")] == [
+        None, 400_000, 400_000, 1_500_000, 1 << 20, None,
+    ]  # fmt: skip
+    whole = EngineRank("decode", 32 * 10**9, 1000, 0.7)
+    assert whole.cache_tokens(80e9) == 24_000_000 and engine_parts(whole, 80e9, Assumed())["KV cache"] == 24 * 10**9
+    bounded = replace(whole, most_tokens=400_000)
+    assert bounded.cache_tokens(80e9) == 400_000 and engine_parts(bounded, 80e9, Assumed())["KV cache"] == 4 * 10**8
+    assert replace(whole, most_tokens=10**9).cache_tokens(80e9) == 24_000_000

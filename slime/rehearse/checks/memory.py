@@ -269,7 +269,7 @@ def _fix(phase: str, parts: Mapping[str, int]) -> str:
 
 def _judge_cache(rank: EngineRank, limit_gb: float, longest: int | None, basis: Basis, findings: Findings) -> KvCache:
     room = int(limit_gb * 1e9 * rank.mem_fraction)
-    tokens = max(0, room - rank.weights - rank.draft_weights) // max(rank.kv_bytes_per_token, 1)
+    tokens = rank.cache_tokens(limit_gb * 1e9)
     cache = KvCache(rank.name, tokens, rank.kv_bytes_per_token, rank.gpus, rank.attention_dp, longest)
     batch = f", {cache.at_once:,} samples of {longest:,} in an engine of {cache.gpus} GPUs at once" if longest else ""
     values = (
@@ -290,7 +290,9 @@ def _judge_cache(rank: EngineRank, limit_gb: float, longest: int | None, basis: 
             if rank.weights + rank.draft_weights >= room
             else f"{rank.name}: the KV cache holds {tokens:,} tokens per GPU, a sample may have {longest or 0:,}",
             values,
-            "raise --sglang-mem-fraction-static, more GPUs per engine, or shorter responses",
+            "raise --sglang-max-total-tokens, or shorter responses"
+            if tokens == rank.most_tokens
+            else "raise --sglang-mem-fraction-static, more GPUs per engine, or shorter responses",
         )
     return cache
 

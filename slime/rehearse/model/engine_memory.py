@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -45,6 +46,14 @@ class EngineRank:
     """Routed experts among `weights`."""
     index_bytes_per_token: int = 0
     """The indexer's keys among `kv_bytes_per_token`."""
+    most_tokens: int | None = None
+    """max_total_tokens: a cache may be smaller than the room for it."""
+
+    def cache_tokens(self, gpu_bytes: float) -> int:
+        """Of this GPU: what fits beside the weights in the engine's share, or the fewer that the options allow."""
+        room = max(0, int(gpu_bytes * self.mem_fraction) - self.weights - self.draft_weights)
+        fitting = room // max(self.kv_bytes_per_token, 1)
+        return fitting if self.most_tokens is None else min(fitting, self.most_tokens)
 
     @property
     def name(self) -> str:
@@ -156,7 +165,18 @@ def _rank(
         spec.dp_size,
         weights.experts,
         index_bytes(hf, drafts=drafts, every_layer=every),
+        _most_tokens(spec.settings.get("max_total_tokens")),
     )
+
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)(k|M|G|Ki|Mi|Gi)?")
+_UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+def _most_tokens(said: object) -> int | None:
+    """Of SGLang's "400000", "400k" or "1Mi"; what it would refuse is said elsewhere."""
+    found = _COUNT.fullmatch(str(said).strip())
+    return None if found is None else int(float(found[1]) * _UNITS.get(found[2], 1))
 
 
 def _fraction(said: object, otherwise: float) -> float:

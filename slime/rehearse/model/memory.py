@@ -313,12 +313,18 @@ def stage_memory(
     )
 
 
+def _cache_bytes(engine: EngineRank, gpu_bytes: float) -> int:
+    if engine.most_tokens is not None:
+        return engine.cache_tokens(gpu_bytes) * engine.kv_bytes_per_token
+    return max(0, int(gpu_bytes * engine.mem_fraction) - engine.weights - engine.draft_weights)
+
+
 def engine_parts(engine: EngineRank, gpu_bytes: float, assumed: Assumed) -> dict[str, int]:
     """An engine rank that serves."""
     parts = {
         "engine weights": engine.weights,
         "draft weights": engine.draft_weights,
-        "KV cache": max(0, int(gpu_bytes * engine.mem_fraction) - engine.weights - engine.draft_weights),
+        "KV cache": _cache_bytes(engine, gpu_bytes),
         "engine overhead": int(assumed.engine_overhead_gb * GB),
     }
     return parts | ({"DeepEP buffers": engine.buffers} if engine.buffers else {})
