@@ -6,6 +6,8 @@
 #
 # BASE_DIR   where everything goes                                    (default: outputs/glm5.2-tiny of this project)
 # SEED       of the checkpoint, the data and the run                  (default 1234)
+# NUM_NODES  2: a pipeline stage and an engine on each; BASE_DIR is then on a shared disk, and MASTER_ADDR, HOSTFILE and SOCKET_IFNAME
+#            (default eth0) are given as for the 744B recipe. tools/cluster_box.py makes two nodes of one machine   (default 1)
 # Steps that are done already are skipped, and training continues from its last checkpoint: delete BASE_DIR to start anew.
 set -euo pipefail
 
@@ -17,15 +19,18 @@ source "${SCRIPT_DIR}/lib/launch.sh"
 # is the same.
 TRANSFER=mooncake # a CPU engine takes its TCP half, and says so
 NUM_DEVICES=$(visible_gpus)
+export NUM_NODES="${NUM_NODES:-1}"
+[[ $NUM_NODES == [12] ]] || die "NUM_NODES=${NUM_NODES}: choose 1 or 2"
 if ((NUM_DEVICES == 0)); then
-   export GLM52_TINY=cpu NUM_GPUS=2 LOGICAL_GPUS=1
+   export GLM52_TINY=cpu NUM_GPUS=$((2 / NUM_NODES)) LOGICAL_GPUS=1
    # Sequences have about 24 tokens, three times the keys that sparse attention keeps.
    TINY_MODEL=(--index-topk 8) DATA_ARGS=() MAX_TOKENS=512 PROMPTS=32 SFT_BATCH=64 SFT_LR=3e-3 RL_LR=5e-4
 else
-   export GLM52_TINY=h200 NUM_GPUS="${NUM_GPUS:-$((NUM_DEVICES > 1 ? 2 : 1))}"
+   export GLM52_TINY=h200 NUM_GPUS="${NUM_GPUS:-$((NUM_DEVICES > 1 ? 2 / NUM_NODES : 1))}"
    TINY_MODEL=() DATA_ARGS=(--examples 120) MAX_TOKENS=16384 PROMPTS=16 SFT_BATCH=32 SFT_LR=3e-4 RL_LR=5e-5
    compgen -G '/sys/class/infiniband/*' >/dev/null || TRANSFER=mooncake_tcp # no RDMA device
 fi
+NUM_SLOTS=$((NUM_GPUS * NUM_NODES))
 source "${SCRIPT_DIR}/models/glm5.2-tiny.sh"
 
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
@@ -37,8 +42,8 @@ RUN_DIR="${RUN_DIR:-${BASE_DIR}/run}"
 mkdir -p "${BASE_DIR}" "${RUN_DIR}" || die "BASE_DIR=${BASE_DIR} and RUN_DIR=${RUN_DIR} cannot be made: name folders of your own"
 
 # Two pipeline stages on two slots. Each starts on a layer that computes its own indices: layers 1, 2, 3 and 7 of 8 do.
-PIPELINE_ARGS=(--pipeline-model-parallel-size "${NUM_GPUS}")
-((NUM_GPUS == 1)) || PIPELINE_ARGS+=(--decoder-first-pipeline-num-layers 6 --decoder-last-pipeline-num-layers 2)
+PIPELINE_ARGS=(--pipeline-model-parallel-size "${NUM_SLOTS}")
+((NUM_SLOTS == 1)) || PIPELINE_ARGS+=(--decoder-first-pipeline-num-layers 6 --decoder-last-pipeline-num-layers 2)
 
 PERF_ARGS=(
    --tensor-model-parallel-size 1
@@ -61,7 +66,7 @@ RECOMPUTE_ARGS=(
 )
 
 CLUSTER_ARGS=(
-   --actor-num-nodes 1
+   --actor-num-nodes "${NUM_NODES}"
    --actor-num-gpus-per-node "${NUM_GPUS}"
    --num-gpus-per-node "${NUM_GPUS}"
    --seed "${SEED}"
@@ -82,6 +87,7 @@ ENVIRONMENT=(
    "OMP_NUM_THREADS=${OMP_NUM_THREADS}"
    "TOKENIZERS_PARALLELISM=false"
 )
+((NUM_NODES == 1)) || ENVIRONMENT+=("GLOO_SOCKET_IFNAME=${SOCKET_IFNAME:-eth0}" "NCCL_SOCKET_IFNAME=${SOCKET_IFNAME:-eth0}")
 
 # The warm start: supervised training, no engines. Half of its answers are not in the box that the grader reads and some are wrong,
 # on purpose: the model learns to answer at all, and always boxing the right answer is left to reinforcement learning.
@@ -169,7 +175,7 @@ OPTIMIZER_ARGS=(
 
 # One prefill and one decode engine, as the 744B recipe has one and three; a single GPU holds one engine that does both.
 SGLANG_CONFIG="${RUN_DIR}/sglang.yaml"
-if ((NUM_GPUS == 1)); then
+if ((NUM_SLOTS == 1)); then
    cat >"${SGLANG_CONFIG}" <<'YAML'
 sglang:
   - name: default
@@ -226,6 +232,7 @@ FLAGS=(
 )
 # A typo is answered before anything is made; the checkpoint that the flags must agree with is there after step 1.
 check_flags_alone "${FLAGS[@]}"
+((NUM_NODES == 1)) || check_hostfile "${NUM_NODES}"
 own BASE_DIR
 
 # 1. A random checkpoint pair in the Hugging Face format of zai-org/GLM-5.2 and GLM-5.2-FP8, and arithmetic prompts.
@@ -239,8 +246,8 @@ fi
 
 # 2. BF16 Hugging Face -> Megatron torch_dist, the command of the 744B recipe with smaller numbers.
 if runs && [[ ! -f ${BASE_DIR}/GLM-5.2-tiny_torch_dist/latest_checkpointed_iteration.txt ]]; then
-   say "2/4 converting it to torch_dist on ${NUM_GPUS} ranks"
-   run_ranks "${NUM_GPUS}" "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
+   say "2/4 converting it to torch_dist on ${NUM_SLOTS} ranks"
+   run_ranks "${NUM_SLOTS}" "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
       --tensor-model-parallel-size 1 \
       "${PIPELINE_ARGS[@]}" \
       --expert-model-parallel-size 1 \
@@ -251,6 +258,7 @@ fi
 
 check_flags "${FLAGS[@]}"
 start_ray_head
+((NUM_NODES == 1)) || join_workers
 
 # 3. The warm start, and 4. reinforcement learning: two jobs of one Ray cluster.
 if runs && [[ ! -f ${WARM_START}/latest_checkpointed_iteration.txt ]]; then

@@ -454,10 +454,9 @@ def test_qwen3_4b_submits_its_recipe(desk: Desk):
     assert outcome.job_environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
 
 
-def test_on_a_gpu_the_tiny_launcher_takes_the_sizes_that_the_kernels_accept(desk: Desk):
-    """Every step before the job counts as done, so only what would be submitted is looked at."""
-    base = desk.root / "base"
-    config = make_tiny_checkpoint.glm_config(make_tiny_checkpoint.PRESETS["h200"].size, TokenizerFacts(320, (1,), 1))
+def make_tiny_base(base: Path, preset: str) -> None:
+    """Every step before the tiny launcher's job counts as done, so only what would be submitted is looked at."""
+    config = make_tiny_checkpoint.glm_config(make_tiny_checkpoint.PRESETS[preset].size, TokenizerFacts(320, (1,), 1))
     for folder, file, text in (
         ("GLM-5.2-tiny-FP8", "config.json", json.dumps(config)),
         ("GLM-5.2-tiny_torch_dist", "latest_checkpointed_iteration.txt", "release"),
@@ -468,6 +467,10 @@ def test_on_a_gpu_the_tiny_launcher_takes_the_sizes_that_the_kernels_accept(desk
     (base / "arithmetic").mkdir()
     for data in ("train.jsonl", "eval.jsonl"):
         (base / "arithmetic" / data).write_text('{"prompt": "1+1=", "label": "2"}\n')
+
+
+def test_on_a_gpu_the_tiny_launcher_takes_the_sizes_that_the_kernels_accept(desk: Desk):
+    make_tiny_base(desk.root / "base", "h200")
     smi = desk.root / "bin" / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
     smi.chmod(0o755)

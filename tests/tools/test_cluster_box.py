@@ -1,0 +1,112 @@
+"""Nodes on one machine: what each has for itself, what they share, and that nothing is left of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tools import cluster_box
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(cluster_box.why_not() is not None, reason=f"no cluster in a box: {cluster_box.why_not()}")
+
+
+def tool(*words: object, stdin: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "cluster_box.py"), *map(str, words)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=60)
+
+
+def said(*words: object, stdin: str = "") -> str:
+    done = tool(*words, stdin=stdin)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="box-", dir="/tmp") as folder:
+        path = Path(folder) / "box"
+        said("make", path, "--nodes", 2)
+        yield path
+        if (path / cluster_box.STATE).exists():
+            said("remove", path)
+
+
+def test_each_node_has_a_name_an_address_and_folders_of_its_own(box: Path):
+    assert (box / "hostfile").read_text().split() == ["10.98.0.1", "10.98.0.2"]
+    names = [said("on", box, number, "hostname") for number in (1, 2)]
+    assert names == ["node1", "node2"]
+    for folder in ("/tmp", "/dev/shm"):
+        said("on", box, 1, "touch", f"{folder}/of-node1")
+        assert tool("on", box, 2, "ls", f"{folder}/of-node1").returncode == 2, f"{folder} is shared"
+        assert not Path(f"{folder}/of-node1").exists()
+    said("on", box, 1, "touch", box / "shared")
+    said("on", box, 2, "ls", box / "shared")
+
+
+SERVER = "import socket; s = socket.create_server(('0.0.0.0', 5000)); print('up', flush=True); s.accept()[0].sendall(b'hello')"
+CLIENT = "import socket; print(socket.create_connection(('node1', 5000), 2).recv(5).decode())"
+
+
+def test_nodes_reach_one_another_by_name_until_a_link_is_down_and_the_machine_reaches_none(box: Path):
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "cluster_box.py"), "on", str(box), "1", sys.executable, "-c", SERVER],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stdout.readline() == "up\n"
+    outside = subprocess.run([sys.executable, "-c", CLIENT.replace("node1", "10.98.0.1")], capture_output=True, text=True)
+    assert outside.returncode == 1
+    said("down", box, "node2")
+    assert tool("on", box, 2, sys.executable, "-c", CLIENT).returncode == 1
+    said("up", box, 2)
+    # The bridge takes a moment to forward again.
+    deadline = time.monotonic() + 30
+    while (answer := tool("on", box, 2, sys.executable, "-c", CLIENT)).returncode and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert answer.stdout == "hello\n", answer.stderr
+    assert server.wait(30) == 0
+
+
+def test_the_stand_in_for_ssh_runs_a_script_with_a_clean_environment(box: Path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "of another cluster")
+    assert said("ssh", box, "10.98.0.2", "bash", "-s", stdin="hostname; echo ${RAY_ADDRESS:-none}").split() == ["node2", "none"]
+    assert said("on", box, 2, "sh", "-c", "echo $RAY_ADDRESS") == "of another cluster"
+
+
+def test_mistakes_are_told_in_a_line(box: Path, tmp_path: Path):
+    for words, told in (
+        (("make", box), f"{box} is a box already; remove it first, or name another folder"),
+        (("make", tmp_path, "--nodes", 9), "--nodes 9: a box has 2 to 8 nodes"),
+        (("on", box, "7", "true"), f"{box} has no node 7; there are node1, node2"),
+        (("remove", tmp_path), f"{tmp_path} is no box (it has no box.json); make one"),
+    ):
+        done = tool(*words)
+        assert (done.returncode, done.stderr) == (1, f"cluster_box: {told}\n")
+
+
+def test_a_removed_box_leaves_no_process_no_link_and_no_folder(box: Path):
+    """The last of this file: it takes the box away."""
+    made = cluster_box.load(box)
+    # One that leaves when it is asked, and one that has to be killed.
+    for code in ("import time; time.sleep(100)", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(100)"):
+        said("ssh", box, 2, "bash", "-s", stdin=f"setsid {sys.executable} -c '{code}' >/dev/null 2>&1 </dev/null &")
+    deadline = time.monotonic() + 20
+    while len(made.pids()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [*made.pids(), *(node.holder for node in made.nodes)]
+    assert len(left) == 4
+    said("remove", box)
+    assert [
+        pid for pid in left if os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    ] == []
+    names = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True).stdout
+    names += subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout
+    assert made.bridge not in names and made.nodes[0].netns not in names
+    assert sorted(path.name for path in box.iterdir()) == ["hostfile", "hosts", "shared"]
