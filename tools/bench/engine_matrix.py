@@ -72,6 +72,7 @@ class Row:
 
 ROWS = {
     "bf16": Row(False, DSA | BF16_KV | NO_GRAPHS),
+    "bf16, float32 logits": Row(False, DSA | BF16_KV | NO_GRAPHS | {"enable_fp32_lm_head": True}),
     "bf16, graphs": Row(False, DSA | BF16_KV | GRAPHS),
     "bf16, eagle": Row(False, DSA | BF16_KV | NO_GRAPHS | EAGLE),
     "bf16, graphs, eagle": Row(False, DSA | BF16_KV | GRAPHS | EAGLE),
