@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from slime.rehearse.command import main
 from slime.rehearse.model.rates import GPUS, rates_of
 from slime.rehearse.options import Options
 from slime.rehearse.result import Rehearsal, rehearse
-from tests.rehearse.recipes import Recipe, one_node
+from tests.rehearse.recipes import ROOT, Recipe, one_node
 
 VERSION = "0.5.23"
 
@@ -106,6 +109,15 @@ def test_the_printed_lines_pass_when_they_are_pasted(
         words[-1] = str(tmp_path / words[-1])
         done = rehearse([*argv, *words], options("h200", flagship.env))
         assert done.findings.verdict == "launchable", done.findings.of("violation")
+
+
+def test_a_launcher_plans_for_other_nodes(tmp_path: Path) -> None:
+    command = ["bash", str(ROOT / "scripts/run-qwen3-4B.sh"), "--rehearse", "--plan", "--nodes", "4", "--gpu", "h200"]
+    env = {key: value for key, value in os.environ.items() if key not in ("HOSTFILE", "BASE_DIR", "MASTER_ADDR")}
+    done = subprocess.run(command, env={**env, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "plans for 4 nodes of h200 (141 GB), each of which passes the rehearsal" in done.stdout
+    assert "\n  --actor-num-nodes 4 " in done.stdout
 
 
 def test_engines_may_have_gpus_of_their_own(tmp_path: Path) -> None:
