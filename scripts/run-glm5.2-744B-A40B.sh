@@ -245,6 +245,7 @@ MISC_ARGS=(
 FLAGS=(
    --actor-num-nodes "${NUM_NODES}"
    --actor-num-gpus-per-node "${NUM_GPUS}"
+   --num-gpus-per-node "${NUM_GPUS}"
    --colocate
    "${MODEL_ARGS[@]}"
    "${CKPT_ARGS[@]}"

@@ -16,7 +16,7 @@ from slime.preflight.facts import Gpu, NodeFacts, Wanted, clock_offset, gather, 
 from slime.preflight.judge import judge
 from slime.rehearse.findings import Findings
 from slime.rehearse.reading import read
-from tests.rehearse.recipes import Recipe
+from tests.rehearse.recipes import Recipe, recorded
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "580.1", 81559, 81000)
 GOOD = NodeFacts(
@@ -323,3 +323,10 @@ def test_a_clock_is_compared_by_the_quickest_answer(monkeypatch: pytest.MonkeyPa
         return answered
 
     assert clock_offset(ask) == pytest.approx(5.0 - 0.5)
+
+
+def test_nodes_are_counted_by_the_gpus_that_they_have(tmp_path: Path) -> None:
+    """256 GPUs are 64 nodes of 4, to the launcher, the engines' layout and the preflight alike."""
+    recipe = recorded("run-glm5.2-744B-A40B.sh", tmp_path, NUM_NODES="64", NUM_GPUS="4")
+    wanted = wanted_of(read(recipe.written(tmp_path), Findings()), recipe.env)
+    assert (wanted.num_nodes, wanted.gpus_per_node) == (64, 4)

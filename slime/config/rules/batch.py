@@ -17,38 +17,39 @@ def batch(v: Values) -> None:
     if steps is not None:
         v.require(
             total % steps == 0,
-            f"{total} samples ({prompts} x {samples}) do not divide into --num-steps-per-rollout {steps}",
+            f"{total} samples ({prompts} x {samples}) do not divide into --num-steps-per-rollout {steps}; "
+            f"give a divisor of {total}",
         )
         v.stop_if_wrong()
         v.require(
             v["global_batch_size"] in (None, total // steps),
             f"--num-steps-per-rollout {steps} means a global batch of {total // steps}, "
-            f"but --global-batch-size is {v['global_batch_size']}",
+            f"but --global-batch-size is {v['global_batch_size']}; leave one of them out",
         )
         v.derive("global_batch_size", total // steps, f"{prompts} x {samples} samples in {steps} steps")
     if v["global_batch_size"] is None:
         v.derive("global_batch_size", total, f"all {prompts} x {samples} samples of a rollout make one step")
     v.require(
         total % v["global_batch_size"] == 0,
-        f"{total} samples ({prompts} x {samples}) are no multiple of --global-batch-size {v['global_batch_size']}; "
-        "the rest would be lost",
+        f"{total} samples ({prompts} x {samples}) are no multiple of --global-batch-size {v['global_batch_size']}, and the "
+        f"rest would be lost; give a divisor of {total}",
     )
     if v["balance_by_flops"]:
-        v.require(v["use_dynamic_batch_size"], "--balance-by-flops needs --use-dynamic-batch-size")
+        v.require(v["use_dynamic_batch_size"], "--balance-by-flops needs --use-dynamic-batch-size; pass both")
         v.derive("balance_data", True, "--balance-by-flops implies it")
     if v["use_dynamic_batch_size"]:
-        v.require(v["max_tokens_per_gpu"], "--use-dynamic-batch-size needs --max-tokens-per-gpu")
+        v.require(v["max_tokens_per_gpu"], "--use-dynamic-batch-size needs --max-tokens-per-gpu; pass both")
     if v["log_probs_max_tokens_per_gpu"] is None and v["max_tokens_per_gpu"] is not None:
         v.derive("log_probs_max_tokens_per_gpu", v["max_tokens_per_gpu"], "it defaults to --max-tokens-per-gpu")
     if v["over_sampling_batch_size"] is None:
         v.derive("over_sampling_batch_size", prompts, "it defaults to --rollout-batch-size")
     v.require(
         v["over_sampling_batch_size"] >= prompts,
-        f"--over-sampling-batch-size {v['over_sampling_batch_size']} is below --rollout-batch-size {prompts}",
+        f"--over-sampling-batch-size {v['over_sampling_batch_size']} is below --rollout-batch-size {prompts}; raise it",
     )
     v.require(
         v["partial_rollout"] or not v["mask_offpolicy_in_partial_rollout"],
-        "--mask-offpolicy-in-partial-rollout needs --partial-rollout",
+        "--mask-offpolicy-in-partial-rollout needs --partial-rollout; pass both",
     )
     _ranks(v)
 

@@ -143,4 +143,4 @@ def way_out(mistake: str) -> str:
     """What a mistake says after its last semicolon."""
     if ";" in mistake:
         return mistake.rpartition(";")[2].strip()
-    return "change one of the named values so that the sentence no longer holds"
+    return "change one of the values that it names"

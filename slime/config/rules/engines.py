@@ -48,7 +48,8 @@ def _from_yaml(v: Values, per_engine: int) -> None:
         total == v["rollout_num_gpus"],
         f"{file}: num_gpus of all groups is {' + '.join(str(group.num_gpus) for group in listed)} = {total}, but rollout has "
         f"{v['rollout_num_gpus']} GPUs"
-        + (" (all training GPUs, because of --colocate)" if v["colocate"] and "rollout_num_gpus" not in v.given else ""),
+        + (" (all training GPUs, because of --colocate)" if v["colocate"] and "rollout_num_gpus" not in v.given else "")
+        + "; change num_gpus of a group, or the number of GPUs",
         holds=f"the groups take all {total} rollout GPUs",
         values=" + ".join(f"{group.num_gpus} {group.worker_type}" for group in listed),
     )
