@@ -26,14 +26,17 @@ def merge(entry: Entry, pieces: Sequence[Tensor]) -> Tensor:
     return torch.cat([query, key, value], dim=1).reshape(-1, *rest)
 
 
-def unmerge(entry: Entry, whole: Tensor) -> list[Tensor]:
-    """The inverse of merge: contiguous HF tensors in the entry's order."""
+def unmerge(entry: Entry, whole: Tensor, *, size: int = 1) -> list[Tensor]:
+    """The inverse of merge: contiguous HF tensors in the entry's order.
+
+    size: of how many shards `whole` is one; its part of each HF tensor then (rows of a vocabulary with their padding).
+    """
     if entry.merge == "single":
         return [whole]
     if entry.merge == "rows":
-        return [part.contiguous() for part in whole.split([tensor.shape[0] for tensor in entry.hf])]
+        return [part.contiguous() for part in whole.split([tensor.shape[0] // size for tensor in entry.hf])]
     groups, per_group, width = entry.groups
-    rest = whole.shape[1:]
+    rest, groups = whole.shape[1:], groups // size
     parts = whole.reshape(groups, (per_group + 2) * width, *rest).split([per_group * width, width, width], dim=1)
     return [part.reshape(-1, *rest).contiguous() for part in parts]
 

@@ -1,0 +1,138 @@
+"""Carries a plan out: exports, sends, receives and forwards bytes until every engine rank's bucket is whole, round by round.
+
+All processes of a sync run the same rounds, driven by the plan and by which GPUs are theirs: a trainer rank has its own, and
+may stand for the ranks of an engine on other devices, whose buckets it then holds in its own memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slime.types.weight_bucket import WeightBucket
+from slime.weights.parts import TrainedParts, typed
+from slime.weights.plan import Delivery, Duties, Leg, SyncPlan
+
+Key = tuple[int, int]
+"""(GPU, number of a delivery)"""
+
+
+@dataclass
+class Execution:
+    """One process's part of a plan. `round` is a collective of all processes, called with 0, 1, ... in turn."""
+
+    plan: SyncPlan
+    homes: Sequence[int]
+    """Of each GPU, the rank of the process that holds its bucket."""
+    rank: int
+    device: torch.device
+    parts: TrainedParts | None
+    """What a trainer rank exports; its number is that of its GPU. None for a process that only receives."""
+    group: dist.ProcessGroup | None = None
+    """Of all processes; the default group unless said."""
+    moved: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """(source GPU, target GPU) -> bytes that this process sent over the link."""
+
+    def __post_init__(self) -> None:
+        self._mine = [gpu for gpu, home in enumerate(self.homes) if home == self.rank]
+        self._gathered: dict[int, list[Delivery]] = {}
+        for delivery in self.plan.deliveries:
+            if self.parts is not None and self.plan.lanes[delivery.lane].gathered and self._gathers(delivery):
+                self._gathered.setdefault(delivery.round, []).append(delivery)
+
+    def _gathers(self, delivery: Delivery) -> bool:
+        entry = self.plan.lanes[delivery.lane].units[0].entries[0]
+        return any(self.parts.is_in_group(entry, maker) for maker in delivery.makers)
+
+    def round(self, number: int) -> dict[int, WeightBucket]:
+        """GPU -> its bucket, of those GPUs here that an engine serves on; one without tensors gets nothing in this round.
+
+        A new buffer each time: an engine may answer before its copy kernels have run, so a reused one would corrupt the last.
+        """
+        duties = {gpu: self.plan.duties(gpu, number) for gpu in self._mine}
+        buckets = {gpu: torch.empty(one.bucket_bytes, dtype=torch.uint8, device=self.device) for gpu, one in duties.items()}
+        buffers = {
+            (gpu, delivery.number): self._buffer(one, delivery, buckets[gpu])
+            for gpu, one in duties.items()
+            for delivery in one.deliveries
+        }
+        self._make(number, duties, buffers)
+        deliveries = {delivery.number: delivery for one in duties.values() for delivery in one.deliveries}
+        ordered = [deliveries[key] for key in sorted(deliveries)]
+        for hop in range(self.plan.hops):
+            self._exchange(hop, ordered, buffers)
+        for gpu, one in duties.items():
+            self._place(one, buffers, buckets[gpu])
+        return {gpu: WeightBucket(one.metas, buckets[gpu]) for gpu, one in duties.items() if one.metas}
+
+    def _buffer(self, duties: Duties, delivery: Delivery, bucket: Tensor) -> Tensor:
+        """Where a delivery lies: in the bucket if it can, else in one of its own."""
+        place = duties.place(delivery)
+        if place is not None:
+            return bucket[place : place + delivery.nbytes]
+        return torch.empty(delivery.nbytes, dtype=torch.uint8, device=self.device)
+
+    def _make(self, number: int, duties: Mapping[int, Duties], buffers: Mapping[Key, Tensor]) -> None:
+        """Export what this rank is a maker of, and take part in the gathering of what a rank of its group is."""
+        if self.parts is None:
+            return
+        mine = {delivery.number: delivery for delivery in duties[self.rank].makes}
+        gathered = {delivery.number: delivery for delivery in self._gathered.get(number, ())}
+        for key, delivery in sorted({**mine, **gathered}.items()):
+            lane = self.plan.lanes[delivery.lane]
+            if key in mine:
+                pieces = self.plan.pieces(delivery)
+                self.parts.write(pieces, delivery.part, buffers[self.rank, key], gathered=lane.gathered)
+            else:
+                self.parts.take_part(entry for unit in delivery.units for entry in lane.units[unit].entries)
+
+    def _exchange(self, hop: int, deliveries: Sequence[Delivery], buffers: Mapping[Key, Tensor]) -> None:
+        """All sends and receives of a hop at once; both ends of a link take them in the plan's order."""
+        flying: list[dist.P2POp] = []
+        for delivery in deliveries:
+            for leg in delivery.legs:
+                if leg.hop == hop:
+                    self._fly(leg, delivery, buffers, flying)
+        if flying:
+            for work in dist.batch_isend_irecv(flying):
+                work.wait()
+
+    def _fly(self, leg: Leg, delivery: Delivery, buffers: Mapping[Key, Tensor], flying: list[dist.P2POp]) -> None:
+        source, target = self.homes[leg.source], self.homes[leg.target]
+        if self.rank not in (source, target):
+            return
+        if self.rank == source:
+            self.moved[leg.source, leg.target] += delivery.nbytes
+        if source == target:
+            buffers[leg.target, delivery.number].copy_(buffers[leg.source, delivery.number])
+        elif self.rank == source:
+            flying.append(_op(dist.isend, buffers[leg.source, delivery.number], target, self.group))
+        else:
+            flying.append(_op(dist.irecv, buffers[leg.target, delivery.number], source, self.group))
+
+    def _place(self, duties: Duties, buffers: Mapping[Key, Tensor], bucket: Tensor) -> None:
+        """Parts that do not travel as they lie: each of their ranges to its place."""
+        metas = {meta.name: meta for meta in duties.metas}
+        staged = {delivery.number for delivery in duties.staged}
+        for delivery in duties.deliveries:
+            if duties.place(delivery) is not None or delivery.number in staged:
+                continue
+            buffer = buffers[duties.gpu, delivery.number]
+            for piece in self.plan.pieces(delivery):
+                tensor, meta = piece.tensor, metas[piece.tensor.name]
+                whole = typed(bucket[meta.start : meta.start + meta.nbytes], tensor.dtype, tensor.shape)
+                ranges = tensor.parts[delivery.part]
+                shape = list(tensor.shape)
+                shape[tensor.axis] = sum(stop - start for start, stop in ranges)
+                part = typed(buffer[piece.offset : piece.offset + piece.nbytes], tensor.dtype, shape)
+                for (start, stop), values in zip(ranges, part.split([b - a for a, b in ranges], tensor.axis), strict=True):
+                    whole.narrow(tensor.axis, start, stop - start).copy_(values)
+
+
+def _op(kind: object, tensor: Tensor, peer: int, group: dist.ProcessGroup | None) -> dist.P2POp:
+    return dist.P2POp(kind, tensor, group=group, group_peer=peer)

@@ -1,0 +1,102 @@
+"""One trainer rank's tensors as the parts that a plan speaks of, written in the engines' format where they travel from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slime.model.layout import unmerge, unshard
+from slime.model.local import local_tensors, split_of
+from slime.model.names import Entry, NameTable
+from slime.ops.fp8 import quantize_blockwise, quantize_blockwise_into, scale_shape
+from slime.parallel import Ranks
+from slime.weights.plan import Piece
+
+SCALE = "_scale_inv"
+
+
+def typed(raw: Tensor, dtype: str, shape: Sequence[int]) -> Tensor:
+    """Bytes as a tensor of that dtype and shape."""
+    return raw.view(getattr(torch, dtype)).view(tuple(shape))
+
+
+class TrainedParts:
+    """Made anew for each sync: after the trainer slept its tensors lie elsewhere."""
+
+    def __init__(self, chunks: list[torch.nn.Module], table: NameTable, ranks: Ranks, *, block: int):
+        self._ranks, self._block = ranks, block
+        self._tensors: dict[str, Tensor] = {}
+        for local in local_tensors(chunks, ranks):
+            # A later stage's copy of the embedding has another name, or the name of the tied head.
+            self._tensors.setdefault(table.aliases.get(local.name, local.name), local.tensor)
+
+    def is_in_group(self, entry: Entry, holder: int) -> bool:
+        """Whether this rank is in the tensor-parallel group of a holder of the entry."""
+        return holder in dist.get_process_group_ranks(self._group(entry))
+
+    def write(self, pieces: Iterable[Piece], part: int, into: Tensor, *, gathered: bool) -> None:
+        """A delivery's bytes, in one pass: number formats are changed on the way.
+
+        part: which part of its tensors it is. into: uint8 [bytes of the delivery]. gathered: the tensor-parallel group puts
+        each tensor together first, all of its members in the same order (`take_part` for those that write nothing).
+        """
+        whole: tuple[Entry, list[Tensor]] | None = None
+        for weight, scale in _with_scales(pieces):
+            if whole is None or whole[0] is not weight.entry:
+                whole = weight.entry, self._hf_parts(weight.entry, gathered)
+            number = [tensor.name for tensor in weight.entry.hf].index(weight.tensor.name)
+            length = sum(stop - start for start, stop in weight.tensor.parts[part])
+            if length:
+                self._encode(whole[1][number].narrow(weight.tensor.axis, 0, length), weight, scale, into)
+
+    def take_part(self, entries: Iterable[Entry]) -> None:
+        """In the gathering of tensors that another rank of the group writes."""
+        for entry in entries:
+            self._gather(entry)
+
+    def _hf_parts(self, entry: Entry, gathered: bool) -> list[Tensor]:
+        """This rank's share of each HF tensor of the entry; padding rows of a vocabulary are at the end."""
+        if gathered:
+            return unmerge(entry, unshard(entry, self._gather(entry)))
+        return unmerge(entry, self._tensors[entry.name], size=split_of(entry, self._ranks)[1] if entry.split != "none" else 1)
+
+    def _gather(self, entry: Entry) -> list[Tensor]:
+        own = self._tensors[entry.name].contiguous()
+        shards = [torch.empty_like(own) for _ in range(split_of(entry, self._ranks)[1])]
+        dist.all_gather(shards, own, group=self._group(entry))
+        return shards
+
+    def _group(self, entry: Entry) -> dist.ProcessGroup:
+        return self._ranks.etp_group if entry.expert is not None else self._ranks.tp_group
+
+    def _encode(self, part: Tensor, weight: Piece, scale: Piece | None, into: Tensor) -> None:
+        room = typed(into[weight.offset : weight.offset + weight.nbytes], weight.tensor.dtype, part.shape)
+        if scale is None:
+            room.copy_(part)
+            return
+        raw = into[scale.offset : scale.offset + scale.nbytes]
+        scales = typed(raw, scale.tensor.dtype, scale_shape(part.shape, self._block))
+        if part.is_cuda:
+            quantize_blockwise_into(part, room, scales, self._block)
+            return
+        for target, found in zip((room, scales), quantize_blockwise(part, self._block), strict=True):
+            target.copy_(found)
+
+
+def _with_scales(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Piece | None]]:
+    """A weight with the scale behind it, or alone."""
+    waiting: Piece | None = None
+    for piece in pieces:
+        if piece.tensor.name.endswith(SCALE):
+            assert waiting is not None and piece.tensor.name == waiting.tensor.name + SCALE
+            yield waiting, piece
+            waiting = None
+            continue
+        if waiting is not None:
+            yield waiting, None
+        waiting = piece
+    if waiting is not None:
+        yield waiting, None
