@@ -52,10 +52,10 @@ class EngineConfig:
     """YAML file with models and server groups (prefill, decode, regular, ...)."""
     prefill_num_servers: int | None = flag(None, low=1)
     """Short form without YAML: this many prefill engines, the rest decode."""
-    sglang_router_ip: str | None = flag(None, later="a router that somebody else started (the run starts its own)")
-    """Address of a router that already runs."""
+    sglang_router_ip: str | None = None
+    """Address of a router that already runs: the engines become its workers, and it runs on when the run ends."""
     sglang_router_port: int | None = flag(None, low=1, high=65535)
-    """Port of the router; None takes a free one."""
+    """Port of the router: of the one that already runs, or that the run's own is to have; None takes a free one."""
     sglang_router_request_timeout_secs: int = flag(14400, low=1)
     """The router gives a request up after this many seconds."""
     sglang_server_concurrency: int = flag(512, low=1)
@@ -66,20 +66,20 @@ class EngineConfig:
     """Bytes of one weight bucket on its way to the engines."""
     update_weights_interval: int = flag(1, later="the asynchronous loop")
     """Sync the weights to the engines every so many rollouts (asynchronous loop)."""
-    update_weight_mode: Literal["full", "delta"] = flag("full", later_values=("delta",))
-    """Send all weights, or only what changed."""
-    update_weight_transport: Literal["nccl", "disk"] = flag("nccl", later_values=("disk",))
-    """Carrier of the weights when engines do not share the trainer's GPUs."""
-    update_weight_disk_dir: str | None = flag(None, later="weight sync through a shared disk")
-    """Shared folder of published weight versions."""
-    update_weight_disk_keep_files: bool = flag(False, later="weight sync through a shared disk")
-    """Keep published versions after the engines loaded them."""
-    update_weight_delta_encoding: Literal["xor", "overwrite"] = flag("xor", later="delta weight sync")
+    update_weight_mode: Literal["full", "delta"] = "full"
+    """Write all weights, or the bytes that changed since the last version; delta needs the transport disk."""
+    update_weight_transport: Literal["nccl", "disk"] = "nccl"
+    """Carrier of the weights: a broadcast to engines on GPUs of their own (others share memory), or files."""
+    update_weight_disk_dir: str | None = None
+    """Folder of published weight versions, which trainer and engines see; older ones in it are removed."""
+    update_weight_disk_keep_files: bool = False
+    """Keep whole versions when the next one is there; differences are always kept."""
+    update_weight_delta_encoding: Literal["xor", "overwrite"] = "xor"
     """How differences are written."""
-    update_weight_delta_checksum: Literal["xxh3-128", "blake3", "adler32"] = flag("xxh3-128", later="delta weight sync")
-    """Digest per tensor of a delta."""
-    update_weight_local_checkpoint_dir: str | None = flag(None, later="delta weight sync")
-    """Host-local HF checkpoint that deltas are applied to."""
+    update_weight_delta_checksum: Literal["xxh3-128", "blake3", "adler32"] = "xxh3-128"
+    """Digest of every tensor of a published version."""
+    update_weight_local_checkpoint_dir: str | None = None
+    """Folder on each engine's node: a copy of the serving checkpoint that differences are applied to."""
     custom_update_weight_post_write_path: str | None = flag(None, later="weight sync through a shared disk")
     """Hook of every rank after a version was written."""
     check_weight_update_equal: bool = False

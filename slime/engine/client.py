@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
 import threading
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ import httpx
 
 from slime.engine.payload import LOAD_FORMAT
 from slime.engine.versions import capabilities
+from slime.types.weight_bucket import TensorMeta
 
 T = TypeVar("T")
 
@@ -188,9 +191,43 @@ class EngineClient(HttpClient):
             "load_format": load_format,
             "flush_cache": False,
         }
-        answer = (await self.call("POST", "/update_weights_from_tensor", body, timeout=timeout)).json()
+        await self._successful("/update_weights_from_tensor", body, timeout)
+
+    async def update_weights_from_disk(self, folder: str, *, timeout: float = UPDATE_SECONDS) -> None:
+        """All weights of a checkpoint in the serving format, target and draft; every rank reads it."""
+        await self._successful("/update_weights_from_disk", {"model_path": folder, "flush_cache": False}, timeout)
+
+    async def init_weights_group(
+        self, *, address: str, port: int, first_rank: int, world_size: int, group: str, backend: str, timeout: float
+    ) -> None:
+        """The engine's ranks join a group for weights, from `first_rank` on; rank 0 is a trainer's. Returns when all have."""
+        body = {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": first_rank,
+            "world_size": world_size,
+            "group_name": group,
+            "backend": backend,
+        }
+        await self._successful("/init_weights_update_group", body, timeout)
+
+    async def update_weights_from_group(self, group: str, metas: Sequence[TensorMeta], *, timeout: float) -> None:
+        """One bucket that rank 0 of the group broadcasts, tensors without a gap between them. Raises EngineError unless every
+        rank loaded all of it."""
+        body = {
+            "names": [meta.name for meta in metas],
+            "dtypes": [meta.dtype for meta in metas],
+            "shapes": [list(meta.shape) for meta in metas],
+            "group_name": group,
+            "load_format": LOAD_FORMAT,
+            "flush_cache": False,
+        }
+        await self._successful("/update_weights_from_distributed", body, timeout)
+
+    async def _successful(self, path: str, body: Mapping[str, Any], timeout: float) -> None:
+        answer = (await self.call("POST", path, body, timeout=timeout)).json()
         if not answer.get("success", False):
-            raise EngineError(f"{self.url} did not load a weight bucket: {answer.get('message')}")
+            raise EngineError(f"{self.url}{path}: {answer.get('message')}")
 
     async def end_weight_update(self, version: str | int) -> None:
         """Close the update and stamp its version. Raises EngineError if the engine was not updating to this version."""
@@ -249,12 +286,18 @@ class RouterClient(HttpClient):
 
 
 @lru_cache(maxsize=1)
-def background_loop() -> asyncio.AbstractEventLoop:
+def _loop_of(process: int) -> asyncio.AbstractEventLoop:
+    """process: a forked child has the parent's loop without the thread that runs it."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="engine-client", daemon=True).start()
     return loop
 
 
+def sync_later(call: Coroutine[Any, Any, T]) -> Future[T]:
+    """Begin one client call from plain code, on a loop in a thread of its own (connections live on between calls)."""
+    return asyncio.run_coroutine_threadsafe(call, _loop_of(os.getpid()))
+
+
 def sync(call: Coroutine[Any, Any, T]) -> T:
-    """Run one client call from plain code, on a loop in a thread of its own (connections live on between calls)."""
-    return asyncio.run_coroutine_threadsafe(call, background_loop()).result()
+    """Run one client call from plain code."""
+    return sync_later(call).result()

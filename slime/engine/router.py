@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,3 +131,77 @@ class RouterProcess:
         self._book.release()
         self._metrics_book.release()
         self.child.stop()
+
+
+class JoinedRouter:
+    """A router that somebody else runs (--sglang-router-ip, --sglang-router-port): our engines are its workers while the run
+    lasts. It is never started or stopped; what it is asked carries the run's token."""
+
+    def __init__(self, workers: Sequence[Worker], *, host: str, port: int, token: str, report: Callable[[str], None]):
+        self.workers, self.host, self.port, self._token, self._report = tuple(workers), host.strip("[]"), port, token, report
+
+    @property
+    def url(self) -> str:
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    def start(self) -> None:
+        """Add the engines that it does not have. Raises ValueError where nobody answers, or the router refuses one."""
+        known = {worker["url"] for worker in self._known()}
+        for worker in self.workers:
+            if worker.url in known:
+                continue
+            body: dict[str, object] = {"url": worker.url, "worker_type": worker.role, "api_key": self._token}
+            if worker.bootstrap_port is not None:
+                body["bootstrap_port"] = worker.bootstrap_port
+            self._ask("POST", "/workers", body)
+
+    def wait_ready(self, timeout: float = 120.0) -> float:
+        """Seconds until every worker is registered."""
+        started = time.monotonic()
+        while missing := {worker.url for worker in self.workers} - {worker["url"] for worker in self._known()}:
+            if time.monotonic() - started > timeout:
+                raise TimeoutError(f"the router at {self.url} has not taken {', '.join(sorted(missing))} in {timeout:.0f} s")
+            time.sleep(0.25)
+        took = time.monotonic() - started
+        self._report(f"router: joined {self.url} with {len(self.workers)} engines in {took:.1f} s")
+        return took
+
+    def is_alive(self) -> bool:
+        try:
+            self._known()
+        except ValueError:
+            return False
+        return True
+
+    def check(self) -> None:
+        """Raises EngineDied when it does not answer."""
+        try:
+            self._known()
+        except ValueError as error:
+            raise EngineDied(str(error)) from None
+
+    def stop(self) -> None:
+        """Take our engines out of it; it runs on."""
+        ours = {worker.url for worker in self.workers}
+        try:
+            for worker in self._known():
+                if worker["url"] in ours:
+                    self._ask("DELETE", f"/workers/{worker['id']}")
+        except ValueError as error:
+            self._report(f"router: {error}; our engines may still be listed there")
+
+    def _known(self) -> list[dict]:
+        return self._ask("GET", "/workers").json()["workers"]
+
+    def _ask(self, method: str, path: str, body: Mapping[str, object] | None = None) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self._token}"}
+        try:
+            answer = httpx.request(method, f"{self.url}{path}", json=body, headers=headers, timeout=10.0, trust_env=False)
+        except httpx.TransportError as error:
+            raise ValueError(
+                f"the router of --sglang-router-ip at {self.url} does not answer ({type(error).__name__}: {error}); start it, "
+                "or leave the flag out and the run starts its own"
+            ) from None
+        if not answer.is_success:
+            raise ValueError(f"the router at {self.url} answers {method} {path} with {answer.status_code}: {answer.text[:300]}")
+        return answer

@@ -190,11 +190,17 @@ def publish(folder: str | Path, files: list[tuple[str, list[str]]], total_bytes:
     os.replace(partial, folder / INDEX)
 
 
-def copy_assets(origin: str | Path, target: str | Path, *, config_changes: Mapping[str, object] | None = None) -> None:
+def copy_assets(
+    origin: str | Path,
+    target: str | Path,
+    *,
+    config_changes: Mapping[str, object] | None = None,
+    quantized: bool = False,
+) -> None:
     """Tokenizer, templates, generation config and config.json of `origin`; never weights nor hidden files.
 
-    config.json loses `quantization_config`, because the weights beside it are not quantised; `config_changes` are written over
-    the fields that it has.
+    config.json loses `quantization_config`, unless the weights beside it are `quantized`; `config_changes` are written over the
+    fields that it has.
     """
     origin, target = Path(origin), Path(target)
     if origin.resolve() == target.resolve():
@@ -205,7 +211,8 @@ def copy_assets(origin: str | Path, target: str | Path, *, config_changes: Mappi
         if path.is_file() and not weights and not path.name.startswith(".") and path.name != "config.json":
             shutil.copyfile(path, target / path.name)  # its content alone: a private original makes no private copy
     config = json.loads((origin / "config.json").read_text())
-    config.pop("quantization_config", None)
+    if not quantized:
+        config.pop("quantization_config", None)
     config.update((name, value) for name, value in (config_changes or {}).items() if name in config)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -79,5 +79,17 @@ class EngineActor:
             return str(died)
         return None
 
+    def spoilt(self, folder: str) -> list[str]:
+        """Tensors of a published version whose bytes, as this node reads them, are not the trainer's."""
+        from slime.weights.published import wrong_tensors
+
+        return wrong_tensors(folder)
+
+    def follow(self, local: str, origin: str, root: str, version: int) -> list[int]:
+        """Bring this node's copy of the checkpoint to a published version; the versions that were applied."""
+        from slime.weights.published import LocalCopy
+
+        return LocalCopy(local, origin=origin).follow(root, version)
+
     def stop(self) -> None:
         self._process.stop()

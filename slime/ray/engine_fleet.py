@@ -13,18 +13,19 @@ import ray
 
 from slime.compat.peers import peers_of
 from slime.config import Config
-from slime.engine.client import EngineClient, EngineError
-from slime.engine.plan import plan_engines
+from slime.engine.client import UPDATE_SECONDS, EngineClient, EngineError
+from slime.engine.plan import plan_engines, slots_of
 from slime.engine.ports import EnginePorts
 from slime.engine.process import EngineDied
-from slime.engine.router import RouterProcess, Worker
+from slime.engine.router import JoinedRouter, RouterProcess, Worker
 from slime.engine.spec import EngineSpec, NodePlacement
 from slime.ray import engine_nodes
 from slime.ray.calls import gather
+from slime.ray.destinations import Destinations, EngineTarget
 from slime.ray.engine_actor import EngineActor, EngineAddress
 from slime.ray.engine_nodes import Death, EngineNode
 from slime.ray.placement import ALL_DEVICES, ENGINE_SHARE, Placement
-from slime.ray.train_actor import EngineTarget
+from slime.weights.serving import Receiver
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Engine:
     bootstrap_port: int | None
     nodes: tuple[EngineNode, ...]
     """Node 0, which answers HTTP, first."""
+    starts: int = 1
 
     @property
     def label(self) -> str:
@@ -54,7 +56,7 @@ class EngineFleet:
         self._config, self._placement, self._log_folder, self._token = config, placement, log_folder, token
         self.engines: list[Engine] = []
         self._known_dead: frozenset[str] = frozenset()
-        self.router: RouterProcess | None = None
+        self.router: RouterProcess | JoinedRouter | None = None
 
     def start(self) -> None:
         """Start every engine process, node 0 of each first: the other nodes need the address where its ranks meet."""
@@ -75,9 +77,18 @@ class EngineFleet:
     def wait_ready(self) -> None:
         heads = [engine.nodes[0] for engine in self.engines]
         gather({head.name: head.actor.wait_ready.remote() for head in heads}, doing="coming up")
+        self.router = self._make_router()
+        self.router.start()
+        self.router.wait_ready()
+
+    def _make_router(self) -> RouterProcess | JoinedRouter:
         engine = self._config.engine
-        self.router = RouterProcess(
-            [Worker(served.url, served.spec.role, served.bootstrap_port) for served in self.updated()],
+        workers = [Worker(served.url, served.spec.role, served.bootstrap_port) for served in self.updated()]
+        if engine.sglang_router_ip is not None:
+            host, port = engine.sglang_router_ip, engine.sglang_router_port
+            return JoinedRouter(workers, host=host, port=port, token=self._token, report=logger.info)
+        return RouterProcess(
+            workers,
             token=self._token,
             log_path=self._log_folder / "router.log",
             host=self._host(),
@@ -85,8 +96,6 @@ class EngineFleet:
             options={"request_timeout_secs": engine.sglang_router_request_timeout_secs, **engine.router},
             report=logger.info,
         )
-        self.router.start()
-        self.router.wait_ready()
 
     def _host(self) -> str:
         """Where servers of one node listen: on loopback while nothing of them needs to be reached from outside."""
@@ -129,15 +138,17 @@ class EngineFleet:
         """The engines that serve the model being trained."""
         return [engine for engine in self.engines if engine.spec.update_weights]
 
-    def targets(self) -> list[EngineTarget]:
-        trainer_slots = {slot: rank for rank, slot in enumerate(self._placement.trainer_slots)}
-        targets = []
-        for engine in self.updated():
-            spec = engine.spec
-            slots = self._placement.engine_slots[spec.gpu_offset : spec.gpu_offset + spec.num_gpus]
-            sharing = tuple(trainer_slots[slot] for slot in slots) if all(slot in trainer_slots for slot in slots) else ()
-            targets.append(EngineTarget(engine.label, engine.url, self._token, sharing, spec.tp_size * spec.pp_size))
-        return targets
+    def destinations(self) -> Destinations:
+        """GPUs count through the trainer's ranks, then through the slots of engines elsewhere."""
+        placement, first = self._placement, slots_of(self._config).first_rollout_gpu
+        engines = tuple(
+            EngineTarget(engine.label, engine.url, self._token, Receiver.of(engine.spec, first_gpu=first), engine.starts)
+            for engine in self.updated()
+        )
+        shared = set(placement.trainer_slots)
+        slots = [*placement.trainer_slots, *(slot for slot in placement.engine_slots if slot not in shared)]
+        number = {address: node for node, address in enumerate(dict.fromkeys(slot.node_ip for slot in slots))}
+        return Destinations(engines, tuple(number[slot.node_ip] for slot in slots), tuple(number))
 
     def pause(self) -> None:
         self._each(self.updated(), lambda client: client.pause_generation(), doing="pausing")
@@ -151,6 +162,26 @@ class EngineFleet:
             lambda client: client.begin_weight_update(version),
             doing=f"opening the update to weights v{version}",
         )
+
+    def load(self, version: int, folder: str) -> None:
+        """A published version, by every engine: the folder itself, or, of differences, the nodes' own copies."""
+        options, nodes = self._config.engine, self._nodes(self.updated())
+        if options.update_weight_mode == "delta":
+            local, origin = options.update_weight_local_checkpoint_dir, self._config.checkpoint.hf_checkpoint
+            root = options.update_weight_disk_dir
+            calls = {name: node.actor.follow.remote(local, origin, root, version) for name, node in nodes.items()}
+            gather(calls, doing=f"following weights v{version}", timeout=UPDATE_SECONDS)
+            folder = local
+        elif options.check_weight_update_equal:
+            calls = {name: node.actor.spoilt.remote(folder) for name, node in nodes.items()}
+            for name, wrong in gather(calls, doing=f"checking {folder}", timeout=UPDATE_SECONDS).items():
+                if wrong:
+                    raise RuntimeError(
+                        f"{name} reads other bytes than the trainer wrote to {folder}: {len(wrong)} tensors, "
+                        f"{', '.join(wrong[:5])}; the engines stay paused. Look at the disk, and start the run again"
+                    )
+        doing = f"loading weights v{version} from {folder}"
+        self._each(self.updated(), lambda client: client.update_weights_from_disk(folder), doing=doing)
 
     def end(self, version: int) -> None:
         self._each(
@@ -270,6 +301,7 @@ class EngineFleet:
         gather({head.name: head.actor.wait_ready.remote() for head in heads}, doing="coming up again")
         if router_died:
             self.router.stop()
+        if router_died or isinstance(self.router, JoinedRouter):  # one that runs on may have lost its workers meanwhile
             self.router.start()
             self.router.wait_ready()
         self._known_dead = frozenset()
@@ -293,7 +325,7 @@ class EngineFleet:
                 node = self._node(engine.spec, number, meeting, node.ports)
             ((nodes[number], address),) = self._started([node], timeout=_START_SECONDS)
             meeting = address.dist_init_addr
-        self.engines[self.engines.index(engine)] = replace(engine, nodes=tuple(nodes))
+        self.engines[self.engines.index(engine)] = replace(engine, nodes=tuple(nodes), starts=engine.starts + 1)
 
     def stop(self) -> None:
         if self.router is not None:

@@ -16,11 +16,11 @@ import ray
 
 from slime.config import Config
 from slime.ray import witness
+from slime.ray.destinations import Destinations
 from slime.ray.fates import Process, end, this_process
 from slime.ray.health import HealthWatch
 from slime.ray.placement import Placement
 from slime.ray.standstill import Patience
-from slime.ray.train_actor import EngineTarget
 from slime.rollout.reports import Report
 
 logger = logging.getLogger(__name__)
@@ -168,8 +168,8 @@ class RolloutActor:
         else:
             self._replay.data_state = state
 
-    def targets(self) -> list[EngineTarget]:
-        return self._fleet.targets()
+    def destinations(self) -> Destinations:
+        return self._fleet.destinations()
 
     def fleet(self, method: str, *args):
         """One of the fleet's calls (pause, flush, begin, ...)."""
@@ -214,8 +214,8 @@ class RolloutSide:
     def restore(self, state: dict) -> None:
         self._call("restore", state)
 
-    def targets(self) -> list[EngineTarget]:
-        return self._call("targets")
+    def destinations(self) -> Destinations:
+        return self._call("destinations")
 
     def obituaries(self, *, timeout: float | None = None) -> list[str]:
         """Why servers are gone; empty if all live, or if nobody can tell (within `timeout` seconds, None: whenever)."""
@@ -255,6 +255,9 @@ class RolloutSide:
 
     def begin(self, version: int) -> None:
         self._call("fleet", "begin", version)
+
+    def load(self, version: int, folder: str) -> None:
+        self._call("fleet", "load", version, folder)
 
     def end(self, version: int) -> None:
         self._call("fleet", "end", version)

@@ -45,6 +45,8 @@ T = TypeVar("T")
 
 UNFINISHED = "left-early.txt"
 """In the run's folder: why a run that ended well has not done all its rollouts. Launchers look for it."""
+TOKEN_VARIABLE = "SLIME_ENGINE_TOKEN"
+"""Environment variable with the run's token, where a router that somebody else runs has to know it; else it is drawn."""
 # A server that dies in every attempt has a cause that a restart does not take away.
 _GENERATE_AGAIN = 2
 _SEND_AGAIN = 2
@@ -164,7 +166,7 @@ class Run:
         )
         # It takes no CPU from the slots. Two threads: `stop` must get through while `start` still waits for engines.
         actor = RolloutActor.options(num_cpus=0, max_concurrency=2, runtime_env={"env_vars": QUIET}).remote(
-            config, self._placement, _run_folder(config), secrets.token_hex(16)
+            config, self._placement, _run_folder(config), os.environ.get(TOKEN_VARIABLE) or secrets.token_hex(16)
         )
         patience = Patience(config.upkeep)
         self._rollout = RolloutSide(actor, patience)
@@ -188,7 +190,6 @@ class Run:
         done = Start(self.start_rollout_id, loaded.train_steps) if self._has_trainer else Start()
         self._tracker = _open_tracker(config, done)
         if self._has_trainer and self._has_engines:
-            self._trainers.targets = self._rollout.targets()
             self._take_first_lease()
         self.leaving.hold()
         logger.info("ready after %.1f s", time.monotonic() - started)
@@ -333,6 +334,7 @@ class Run:
         return self._send_weights()
 
     def _send_weights(self) -> SyncReport:
+        self._trainers.destinations = self._rollout.destinations()  # an engine may have been started anew
         read_back = self._config.engine.check_weight_update_equal
         return sync_weights(self._rollout, self._trainers, version=self._version, read_back=read_back)
 

@@ -13,6 +13,7 @@ import ray
 
 from slime.compat.peers import peers_of
 from slime.config import Config
+from slime.ray.destinations import Destinations
 from slime.ray.fates import Process, this_process
 from slime.types import RolloutBatch, StepPlan
 from slime.weights.protocol import StreamReport
@@ -24,19 +25,6 @@ if TYPE_CHECKING:
     from slime.weights.read_back import ReadBack
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineTarget:
-    """Where the trainer sends weights for one engine."""
-
-    name: str
-    url: str
-    token: str
-    sharing_ranks: tuple[int, ...]
-    """Trainer ranks on the same devices as the engine, in the order of its own ranks; empty if it has devices of its own."""
-    num_ranks: int
-    """Processes of the engine that each expect a copy of the payload."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ class TrainActor:
         self._device_index = device_index
         self._store = None
         self._resumes = False
-        self._stream = None
+        self._stream = self._files = None
         if config.cluster.kernel_cache:
             from slime.ops.cuda_build import cache_environment
 
@@ -209,14 +197,21 @@ class TrainActor:
             report = self._device.wake()
         logger.debug("wake: %.2f GB in %.2f s", report.nbytes / 1e9, report.seconds)
 
-    def stream(self, version: int, targets: Sequence[EngineTarget]) -> StreamReport:
-        """Send all weights to the engines, bucket by bucket; each bucket is on every rank when it is sent."""
+    def stream(self, version: int, to: Destinations) -> StreamReport:
+        """Send all weights to the engines, each rank of them what it serves."""
         with self._trainer.peaks("weight sync"):
-            return self._weight_stream().send(version, targets)
+            if self._config.engine.update_weight_transport == "disk":
+                return self._weight_files().publish(version)
+            return self._weight_stream().send(version, to)
 
-    def check_weights(self, version: int, targets: Sequence[EngineTarget]) -> list[ReadBack]:
+    def check_weights(self, version: int, to: Destinations) -> list[ReadBack]:
         """Compare what the engines of this rank hold with what it sent to them."""
-        return self._weight_stream().check(version, targets)
+        from slime.weights.read_back import ReadBack
+
+        if self._config.engine.update_weight_transport == "disk":
+            # What was written is read by the engines themselves: loaded twice, it must change nothing.
+            return [ReadBack(engine.name, "", complete=False) for engine in to.engines] if self._rank == 0 else []
+        return self._weight_stream().check(version, to)
 
     def memory(self) -> RankMemory:
         """Peaks of this rank so far, for the file that a rehearsal reads (`--measured`)."""
@@ -230,6 +225,20 @@ class TrainActor:
             self._resumes,
             {phase: {"tensors": peak.tensors, "reserved": peak.reserved} for phase, peak in trainer.peaks.phases.items()},
         )
+
+    def _weight_files(self):
+        from slime.ray.weight_files import WeightFiles
+
+        if self._files is None:
+            self._files = WeightFiles(
+                self._trainer.model,
+                self._hf_config,
+                self._ranks,
+                self._config.engine,
+                origin=self._config.checkpoint.hf_checkpoint,
+                with_mtp=bool(self._config.model.mtp_num_layers),
+            )
+        return self._files
 
     def _weight_stream(self):
         from slime.ray.weight_stream import WeightStream

@@ -12,10 +12,11 @@ import ray
 
 from slime.config import Config
 from slime.ray.calls import gather
+from slime.ray.destinations import Destinations
 from slime.ray.fates import Process, end
 from slime.ray.placement import ALL_DEVICES, TRAINER_SHARE, Placement
 from slime.ray.standstill import Patience
-from slime.ray.train_actor import EngineTarget, RankMemory, TrainActor
+from slime.ray.train_actor import RankMemory, TrainActor
 from slime.weights.protocol import StreamReport
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class TrainGroup:
             ).remote(config, rank, len(placement.trainer_slots), slot.device_index)
             for rank, slot in enumerate(placement.trainer_slots)
         }
-        self.targets: Sequence[EngineTarget] = ()
+        self.destinations = Destinations()
         self._processes: dict[str, Process] = {}
         self.has_failed = False
         """A call failed: ranks may hang in a collective, so no further call would be answered."""
@@ -83,14 +84,14 @@ class TrainGroup:
         self._call("export_hf", folder, doing=f"writing the Hugging Face checkpoint {folder}")
 
     def stream(self, version: int) -> StreamReport:
-        reports = self._call("stream", version, list(self.targets), doing=f"sending weights v{version}")
+        reports = self._call("stream", version, self.destinations, doing=f"sending weights v{version}")
         lost = tuple(engine for report in reports.values() for engine in report.lost)
         return replace(self._first(reports), lost=lost)
 
     def check(self, version: int) -> list[str]:
         """Every engine's weights against those that were sent (--check-weight-update-equal); the engines that could not give
         all of them back by name."""
-        answers = self._call("check_weights", version, list(self.targets), doing=f"reading weights v{version} back")
+        answers = self._call("check_weights", version, self.destinations, doing=f"reading weights v{version} back")
         found = [engine for engines in answers.values() for engine in engines]
         for line in filter(None, (engine.line for engine in found)):
             logger.info("%s", line)

@@ -1,70 +1,35 @@
-"""The weight stream of one trainer rank: export, quantise, bucket, broadcast, hand to the engine on the same device."""
+"""The weight stream of one trainer rank: a sync's plan carried out round by round, and the engines fed with the rounds."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor
 
 from slime.device import Device
-from slime.device.host import HostDevice
-from slime.engine.client import EngineClient, EngineError, EngineGone
-from slime.engine.payload import bucket_payload
-from slime.model.export import export_weights
+from slime.engine.client import EngineClient, EngineError
+from slime.engine.kinds import HOST_MODEL_CLASS
 from slime.model.hf_config import HfConfig
 from slime.model.hf_io import write_hf
 from slime.model.names import NameTable
 from slime.parallel import Ranks
-from slime.ray.train_actor import EngineTarget
+from slime.ray.destinations import Destinations, EngineTarget, beside, homes_of
+from slime.ray.engine_broadcast import EngineBroadcast
+from slime.ray.engine_feed import EngineFeed
+from slime.ray.train_actor import meeting_place
 from slime.types.weight_bucket import WeightBucket
-from slime.weights.buckets import fill_buckets, unpack_bucket
-from slime.weights.digest import StreamDigest
+from slime.weights.buckets import unpack_bucket
+from slime.weights.digest import plan_digest, plan_size
+from slime.weights.execute import Execution
+from slime.weights.parts import TrainedParts, trainer_of
+from slime.weights.plan import Receiver, SyncPlan, Trainer, plan_sync
 from slime.weights.protocol import StreamReport
 from slime.weights.quantize import WireFormat
 from slime.weights.read_back import Expected, ReadBack, answered, read_back
-from slime.weights.stream import Source, broadcast_buckets
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """What every rank must know of every other to take part in the right exports."""
-
-    rank: int
-    is_dense_source: bool
-    is_expert_source: bool
-    tp_ranks: tuple[int, ...]
-    etp_ranks: tuple[int, ...]
-
-    @staticmethod
-    def of(ranks: Ranks) -> _Place:
-        tp, etp = (tuple(dist.get_process_group_ranks(group)) for group in (ranks.tp_group, ranks.etp_group))
-        return _Place(ranks.rank, ranks.is_dense_source, ranks.is_expert_source, tp, etp)
-
-
-class _Post:
-    """Posts buckets to one engine while it is there."""
-
-    def __init__(self, target: EngineTarget, runner: asyncio.Runner):
-        self._name, self._client, self._runner = target.name, EngineClient(target.url, target.token), runner
-        self.lost: str | None = None
-        """How the engine was lost."""
-
-    def __call__(self, payloads: list[bytes]) -> None:
-        if self.lost is not None:
-            return
-        try:
-            self._runner.run(self._client.update_weights_from_tensor(payloads))
-        except EngineGone as error:
-            self.lost = f"{self._name}: {error}"
-
-    def close(self) -> None:
-        self._runner.run(self._client.close())
+from slime.weights.ways import is_elsewhere, planned
 
 
 class WeightStream:
@@ -85,63 +50,79 @@ class WeightStream:
 
         with_mtp: the model has its multi-token-prediction layer, which goes to the engines' draft model and into exports.
         """
-        self._model, self._ranks, self._device = model, ranks, device
+        self._model, self._hf, self._ranks, self._device = list(model), hf_config, ranks, device
         self._table, self._with_mtp = NameTable.for_model(hf_config, with_mtp=with_mtp), with_mtp
-        self._places: list[_Place] | None = None
-        self._wire = WireFormat.of_checkpoint(hf_config)
+        self._block = WireFormat.of_checkpoint(hf_config).fp8_block or 1
         self._limit_bytes, self._read_back = limit_bytes, read_back
-        self._expected: Expected | None = None
-        self._sharing_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._expected: dict[str, tuple[int | None, Expected]] = {}
+        self._broadcast: EngineBroadcast | None = None
+        self._trainer: Trainer | None = None
+        self._plans: dict[tuple, SyncPlan] = {}
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
-    def send(self, version: int, targets: Sequence[EngineTarget]) -> StreamReport:
-        """Every weight to every engine. Trainer ranks serve an engine that shares their devices, rank 0 the others.
+    def send(self, version: int, to: Destinations) -> StreamReport:
+        """Every weight to every engine: trainer ranks serve an engine that shares their devices, one of them broadcasts to
+        those on others, or stands for the rest of an engine that shares some.
 
-        An engine that is gone is named in the report and the others get everything: the ranks stay together.
+        The next round is made while the engines load one. An engine that is gone is named in the report and the others get
+        everything: the ranks stay together.
         """
-        self._open_groups(targets)
-        buckets = self._buckets_of_all(self._wire)
-        count = nbytes = tensors = 0
-        digest = StreamDigest()
-        keeps = self._read_back and any(self._posts(target) for target in targets)
-        self._expected = Expected(self._wire.fp8_block or 1) if keeps else None
-        with asyncio.Runner() as runner:
-            posts = {target.name: _Post(target, runner) for target in targets if self._posts(target)}
-            try:
-                for bucket in buckets:
-                    if self._expected is not None:
-                        self._expected.add(unpack_bucket(bucket))
-                    for target in targets:
-                        self._deliver(bucket, target, posts.get(target.name))
-                    digest.add((meta.name, meta.shape, meta.nbytes) for meta in bucket.metas)
-                    count, nbytes, tensors = count + 1, nbytes + bucket.nbytes, tensors + len(bucket.metas)
-                    del bucket  # the last one would be held while the cache is emptied
-            finally:
-                for post in posts.values():
-                    post.close()
+        world, label = self._ranks.world_size, f"weights v{version}"
+        away = [engine for engine in to.engines if is_elsewhere(engine.receiver, world)]
+        shared = [engine for engine in to.engines if engine not in away]
+        receivers = [self._as_it_serves(engine.receiver) for engine in to.engines]
+        plan = self._plan(
+            self._hf,
+            planned(receivers, trainer_gpus=world, num_gpus=len(to.nodes)),
+            (*to.nodes, to.nodes[0]) if away else to.nodes,
+        )
+        homes = homes_of(shared, world, len(plan.nodes))
+        feeds = [self._feed(engine, homes, label) for engine in shared]
+        posts = [feed for feed in feeds if feed.posts]
+        broadcast = self._joined(away, to) if away and self._ranks.rank == homes[-1] else None
+        self._expect([feed.target for feed in posts], away if broadcast is not None else ())
+        buckets: Mapping[int, WeightBucket] = {}
+        lost: list[str] = []
+        try:
+            for buckets in self._rounds(plan, homes):
+                lost += _finish(feeds, broadcast)
+                self._keep(buckets, whole=len(to.nodes))
+                for feed in feeds:
+                    feed.deliver(buckets)
+                if broadcast is not None and len(to.nodes) in buckets:
+                    broadcast.deliver(buckets[len(to.nodes)])
+            lost += _finish(feeds, broadcast)
+        finally:
+            for feed in posts:
+                feed.close()
+        del buckets  # the last ones would be held while the cache is emptied
         self._device.empty_cache()
-        lost = tuple(post.lost for post in posts.values() if post.lost is not None)
-        return StreamReport(count, nbytes, tensors, digest.hex(), lost)
+        lost += [feed.lost for feed in posts if feed.lost is not None]
+        return StreamReport(plan.rounds, *plan_size(plan), plan_digest(plan), tuple(lost))
 
-    def check(self, version: int, targets: Sequence[EngineTarget]) -> list[ReadBack]:
+    def check(self, version: int, to: Destinations) -> list[ReadBack]:
         """Read what the last `send` gave to this rank's engines back. No collective, engines still paused.
 
         Raises RuntimeError naming engine, tensors and the largest difference.
         """
-        expected, self._expected = self._expected, None
-        if expected is None:
-            return []
+        expected, self._expected = self._expected, {}
         found = []
         with asyncio.Runner() as runner:
-            for target in filter(self._posts, targets):
-                answers = runner.run(_read_back(target, expected))
-                found.append(read_back(target.name, version, expected, answers, num_ranks=target.num_ranks))
+            for engine in to.engines:
+                if engine.name in expected:
+                    (_, sent), ranks = expected[engine.name], len(engine.receiver.gpus)
+                    answers = runner.run(_read_back(engine, sent))
+                    found.append(read_back(engine.name, version, sent, answers, num_ranks=ranks))
         return found
 
     def save_hf(self, folder: str, *, origin: str) -> None:
         """The policy as a Hugging Face checkpoint in the trained dtype, written by rank 0; an MTP layer that is not trained is
         left out and no longer announced."""
-        wire = WireFormat(self._wire.dtype, None, frozenset(), self._wire.float32_names)
-        tensors = (named for bucket in self._buckets_of_all(wire) for named in unpack_bucket(bucket))
+        plain = HfConfig({name: value for name, value in self._hf.items() if name != "quantization_config"})
+        everything = Receiver(0, (0,), tp=1, drafts=True)
+        plan = self._plan(plain, (everything,), (0,) * self._ranks.world_size)
+        rounds = self._rounds(plan, range(self._ranks.world_size))
+        tensors = (named for buckets in rounds for bucket in buckets.values() for named in unpack_bucket(bucket))
         if self._ranks.rank == 0:
             write_hf(folder, tensors, origin=origin, table=self._table, mtp_kept=self._with_mtp)
         else:
@@ -149,64 +130,66 @@ class WeightStream:
                 pass
         dist.barrier()
 
-    def _buckets_of_all(self, wire: WireFormat) -> Iterator[WeightBucket]:
-        return broadcast_buckets(self._sources(wire), rank=self._ranks.rank, device=self._device.torch_device)
+    def _as_it_serves(self, receiver: Receiver) -> Receiver:
+        """On a CPU SGLang keeps a slice of every expert on every rank, whatever the flags say."""
+        slices = self._device.kind == "host" and self._hf.model_type not in HOST_MODEL_CLASS
+        return replace(receiver, ep=1) if slices else receiver
 
-    def _sources(self, wire: WireFormat) -> list[Source]:
-        """Per pipeline stage the rank that sends the dense weights, and per expert shard the one that sends its experts."""
-        if self._places is None:
-            mine = _Place.of(self._ranks)
-            self._places = [mine] * self._ranks.world_size
-            dist.all_gather_object(self._places, mine)
-        sources = []
-        for place in self._places:
-            if place.is_dense_source:
-                sources.append(
-                    Source(place.rank, self._buckets(wire, experts=False) if self._ranks.rank in place.tp_ranks else None)
-                )
-        for place in self._places:
-            if place.is_expert_source:
-                sources.append(
-                    Source(place.rank, self._buckets(wire, experts=True) if self._ranks.rank in place.etp_ranks else None)
-                )
-        return sources
+    def _plan(self, hf: HfConfig, receivers: tuple[Receiver, ...], nodes: tuple[int, ...]) -> SyncPlan:
+        key = (hf.get("quantization_config") is None, receivers, nodes)
+        if self._trainer is None:
+            self._trainer = trainer_of(self._model, self._ranks, mtp=self._with_mtp)
+        if key not in self._plans:
+            nodes = nodes or (0,) * self._ranks.world_size
+            self._plans[key] = plan_sync(self._table, hf, self._trainer, receivers, nodes=nodes, limit_bytes=self._limit_bytes)
+        return self._plans[key]
 
-    def _buckets(self, wire: WireFormat, *, experts: bool) -> Iterator[WeightBucket]:
-        groups = export_weights(self._model, self._table, self._ranks, gather_to_source=False, experts=experts)
-        encoded = (wire.encode_group(group) for group in groups if group)
-        return fill_buckets(encoded, limit_bytes=self._limit_bytes)
+    def _rounds(self, plan: SyncPlan, homes: Sequence[int]) -> Iterator[Mapping[int, WeightBucket]]:
+        """This rank's buckets by GPU, complete in the device's memory when they are given."""
+        parts = TrainedParts(self._model, self._table, self._ranks, block=self._block)
+        execution = Execution(plan, homes, self._ranks.rank, self._device.torch_device, parts)
+        for number in range(plan.rounds):
+            buckets = execution.round(number)
+            self._device.synchronize()
+            yield buckets
 
-    def _posts(self, target: EngineTarget) -> bool:
-        poster = target.sharing_ranks[0] if target.sharing_ranks else 0
-        return self._ranks.rank == poster
+    def _feed(self, engine: EngineTarget, homes: Sequence[int], label: str) -> EngineFeed:
+        """All ranks open an engine's group in the same order."""
+        members = beside(engine, homes)
+        if len(members) > 1 and members not in self._groups:
+            self._groups[members] = dist.new_group(list(members), backend="gloo")
+        return EngineFeed(engine, homes, self._ranks.rank, self._device, self._groups.get(members), label=label)
 
-    def _open_groups(self, targets: Sequence[EngineTarget]) -> None:
-        """A gloo group per engine that several ranks share, opened by all ranks in the same order."""
-        for target in targets:
-            if len(target.sharing_ranks) > 1 and target.sharing_ranks not in self._sharing_groups:
-                self._sharing_groups[target.sharing_ranks] = dist.new_group(list(target.sharing_ranks), backend="gloo")
+    def _joined(self, engines: Sequence[EngineTarget], to: Destinations) -> EngineBroadcast:
+        """The group with these engines: the one that they joined, or a new one where one of them was started anew."""
+        if self._broadcast is None or not self._broadcast.serves(engines):
+            if self._broadcast is not None:
+                self._broadcast.close()
+            address, peers = meeting_place(to.hosts)
+            self._broadcast = EngineBroadcast(engines, self._device, address=address, peers=peers)
+        return self._broadcast
 
-    def _deliver(self, bucket: WeightBucket, target: EngineTarget, post: _Post | None) -> None:
-        """Each sharing rank gives the handle of its own copy; one of them posts all handles in the engine's rank order."""
-        if not target.sharing_ranks:
-            if post is not None:
-                # On the way to other devices only bytes make sense: a handle would name memory that they cannot open.
-                payload = bucket_payload(WeightBucket(bucket.metas, bucket.flat.cpu()), HostDevice())
-                post([payload] * target.num_ranks)
-            return
-        if self._ranks.rank not in target.sharing_ranks:
-            return
-        payloads: list[bytes] = [bucket_payload(bucket, self._device)]
-        if len(target.sharing_ranks) > 1:
-            gathered: list | None = [None] * len(target.sharing_ranks) if post is not None else None
-            group = self._sharing_groups[target.sharing_ranks]
-            dist.gather_object(payloads[0], gathered, dst=target.sharing_ranks[0], group=group)
-            payloads = gathered or []
-        if post is not None:
-            post(payloads)
-        if len(target.sharing_ranks) > 1:
-            # The other ranks' buffers are mapped into the engine until it has answered.
-            dist.barrier(group=self._sharing_groups[target.sharing_ranks])
+    def _expect(self, posted: Sequence[EngineTarget], joined: Sequence[EngineTarget]) -> None:
+        """For `check`: what this rank gives to the engines that it posts to, and once what it broadcasts."""
+        self._expected = {}
+        if self._read_back:
+            self._expected = {engine.name: (engine.receiver.gpus[0], Expected(self._block)) for engine in posted}
+            whole = Expected(self._block)
+            self._expected |= {engine.name: (None, whole) for engine in joined}
+
+    def _keep(self, buckets: Mapping[int, WeightBucket], *, whole: int) -> None:
+        """What an engine's first rank gets: it is the one that gives tensors back. whole: the GPU of the broadcast."""
+        wanted = {id(expected): (whole if gpu is None else gpu, expected) for gpu, expected in self._expected.values()}
+        for gpu, expected in wanted.values():
+            if gpu in buckets:
+                expected.add(unpack_bucket(buckets[gpu]))
+
+
+def _finish(feeds: Sequence[EngineFeed], broadcast: EngineBroadcast | None) -> list[str]:
+    """Wait until all engines have loaded what they were given last; those that a broadcast found gone."""
+    for feed in feeds:
+        feed.finish()
+    return broadcast.finish() if broadcast is not None else []
 
 
 async def _read_back(target: EngineTarget, expected: Expected) -> dict[str, Tensor]:

@@ -186,7 +186,7 @@ def _check_weights(done: Rehearsal) -> None:
             f"digest {weights.digest[:16]}",
         )
     if report := done.reading.config.engine.rehearsed:
-        _compare_with_report(weights, report, findings)
+        _compare_with_report(done.sync.digest if done.sync else "", report, findings)
     expected = done.options.expect_digest
     if expected:
         findings.check(
@@ -199,7 +199,7 @@ def _check_weights(done: Rehearsal) -> None:
         )
 
 
-def _compare_with_report(weights: WeightMap, report: str, findings: Findings) -> None:
+def _compare_with_report(digest: str, report: str, findings: Findings) -> None:
     """--rehearsed: what the run itself will compare after its first weight sync."""
     try:
         expected = rehearsed_digest(report, key=os.environ.get(KEY_VARIABLE))
@@ -207,10 +207,10 @@ def _compare_with_report(weights: WeightMap, report: str, findings: Findings) ->
         findings.violation("weights", str(error), "", str(error).rpartition(";")[2].strip())
         return
     findings.check(
-        weights.stream_digest == expected,
+        digest == expected,
         "weights",
         f"the weight stream is that of --rehearsed {report}",
-        values=f"expected {expected[:16]}, found {weights.stream_digest[:16]}",
+        values=f"expected {expected[:16]}, found {digest[:16]}",
         wrong=f"the weight stream is not that of --rehearsed {report}",
         fix="model, layout, serving checkpoint or bucket size changed since; rehearse these flags again",
     )

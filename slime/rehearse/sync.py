@@ -10,8 +10,10 @@ from slime.engine.spec import EngineSpec
 from slime.rehearse.model.cost import Cost
 from slime.rehearse.model.rates import Rates
 from slime.rehearse.reading import Reading
+from slime.weights.digest import plan_digest
 from slime.weights.plan import Receiver, SyncPlan, Trainer, nodes_of, plan_sync
 from slime.weights.price import Links, PlanPrice, price
+from slime.weights.ways import planned
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,27 @@ class PlannedSync:
     most_tensors: int
     """Tensors that the engine rank with the most of them is given, a weight and its scale as two."""
     links: Links
+    digest: str
+    """Of what the run carries out: engines wholly on GPUs of their own get a broadcast, not what this plan has for them."""
 
 
 def plan_of_sync(reading: Reading, specs: Sequence[EngineSpec], rates: Rates) -> PlannedSync | None:
     """None where no engine takes weights."""
-    config, slots = reading.config, slots_of(reading.config)
+    slots = slots_of(reading.config)
     receivers = [Receiver.of(spec, first_gpu=slots.first_rollout_gpu) for spec in specs if spec.update_weights]
     if not receivers:
         return None
-    last = max(gpu for receiver in receivers for gpu in receiver.gpus)
-    plan = plan_sync(
+    plan = _plan(reading, receivers)
+    num_gpus = max(slots.trainer_gpus, slots.first_rollout_gpu + slots.rollout_num_gpus)
+    carried_out = planned(receivers, trainer_gpus=slots.trainer_gpus, num_gpus=num_gpus)
+    digest = plan_digest(plan if carried_out == tuple(receivers) else _plan(reading, carried_out))
+    links = Links(network=rates.nic_gb_per_s, nvlink=rates.nvlink_gb_per_s, load=rates.engine_load_gb_per_s)
+    return PlannedSync(plan, price(plan, links), _most_tensors(plan), links, digest)
+
+
+def _plan(reading: Reading, receivers: Sequence[Receiver]) -> SyncPlan:
+    config, last = reading.config, max(gpu for receiver in receivers for gpu in receiver.gpus)
+    return plan_sync(
         reading.table,
         reading.hf,
         Trainer(reading.grid, tuple(reading.chunks), mtp=reading.trains_mtp, padded_vocab=config.model.padded_vocab_size),
@@ -38,8 +51,6 @@ def plan_of_sync(reading: Reading, specs: Sequence[EngineSpec], rates: Rates) ->
         nodes=nodes_of(max(reading.grid.world, last + 1), config.cluster.num_gpus_per_node),
         limit_bytes=config.engine.update_weight_buffer_size,
     )
-    links = Links(network=rates.nic_gb_per_s, nvlink=rates.nvlink_gb_per_s, load=rates.engine_load_gb_per_s)
-    return PlannedSync(plan, price(plan, links), _most_tensors(plan), links)
 
 
 def _most_tensors(plan: SyncPlan) -> int:

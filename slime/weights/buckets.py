@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,6 +31,19 @@ def pack_bucket(named: Sequence[tuple[str, Tensor]]) -> WeightBucket:
     flat = torch.zeros(flat_bytes(metas), dtype=torch.uint8, device=device)
     for meta, (_, tensor) in zip(metas, named, strict=True):
         flat[meta.start : meta.start + meta.nbytes].copy_(tensor.contiguous().view(-1).view(torch.uint8))
+    return WeightBucket(tuple(metas), flat)
+
+
+def dense_bucket(bucket: WeightBucket) -> WeightBucket:
+    """A copy without gaps between the tensors, wide number formats first so that each is aligned to its own: what SGLang
+    receives over a group of processes."""
+    width = {meta.name: getattr(torch, meta.dtype).itemsize for meta in bucket.metas}
+    metas, start = [], 0
+    flat = torch.empty(sum(meta.nbytes for meta in bucket.metas), dtype=torch.uint8, device=bucket.flat.device)
+    for meta in sorted(bucket.metas, key=lambda meta: -width[meta.name]):
+        flat[start : start + meta.nbytes].copy_(bucket.flat[meta.start : meta.start + meta.nbytes])
+        metas.append(replace(meta, start=start))
+        start += meta.nbytes
     return WeightBucket(tuple(metas), flat)
 
 

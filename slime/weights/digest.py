@@ -1,7 +1,7 @@
-"""The digest of a weight stream: which tensors travel, in which order, shape and format, in which bucket.
+"""The digest of a weight stream: which tensors travel to which GPU, in which format, in which round.
 
-A rehearsal computes it from arithmetic, a run from the buckets that it really sent; equal digests mean that the run moves the
-weights as rehearsed. No torch: a rehearsal runs without it.
+A rehearsal and a run compute it from their plans, and the run's ranks carry theirs out; equal digests mean that the run moves
+the weights as rehearsed. No torch: a rehearsal runs without it.
 """
 
 from __future__ import annotations
@@ -9,36 +9,31 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
-SCALE = "_scale_inv"
+from slime.weights.plan import SyncPlan
+
 KEY_VARIABLE = "SLIME_REHEARSAL_KEY"
 """Environment variable with the secret that reports are signed with; without it they are not."""
 
 
-class StreamDigest:
-    """Fed bucket by bucket. A tensor's FP8 scale travels in its bucket and counts into its bytes."""
+def plan_digest(plan: SyncPlan) -> str:
+    """Of what reaches which GPU in which round and format. By which links is left out: a rehearsal may know fewer nodes."""
+    sha = hashlib.sha256(f"{plan.rounds}\n".encode())
+    for lane in plan.lanes:
+        sha.update(f"{lane.gpus}\n".encode())
+        for unit in lane.units:
+            sha.update(f"{','.join(tensor.name for entry in unit.entries for tensor in entry.hf)}\t{unit.nbytes}\n".encode())
+    for delivery in plan.deliveries:
+        sha.update(f"{delivery.round}\t{delivery.lane}\t{delivery.part}\t{delivery.units}\n".encode())
+    return sha.hexdigest()
 
-    def __init__(self) -> None:
-        self._sha, self._buckets = hashlib.sha256(), 0
 
-    def add(self, tensors: Iterable[tuple[str, tuple[int, ...], int]]) -> None:
-        """(name, shape, bytes) of every tensor of the next bucket, scales among them or counted in already."""
-        sizes: dict[str, int] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, shape, nbytes in tensors:
-            base = name.removesuffix(SCALE)
-            sizes[base] = sizes.get(base, 0) + nbytes
-            if base == name:
-                shapes[name] = tuple(shape)
-        for name, nbytes in sizes.items():
-            shape = "x".join(map(str, shapes.get(name, ())))
-            self._sha.update(f"{self._buckets}\t{name}\t{shape}\t{nbytes}\n".encode())
-        self._buckets += 1
-
-    def hex(self) -> str:
-        return self._sha.hexdigest()
+def plan_size(plan: SyncPlan) -> tuple[int, int]:
+    """(bytes of one copy of the model as it travels, tensors of it: a weight and its scale are two)."""
+    units = [unit for lane in plan.lanes for unit in lane.units]
+    tensors = [tensor for unit in units for entry in unit.entries for tensor in entry.hf]
+    return sum(unit.nbytes for unit in units), len(tensors) + sum(map(plan.wire.form.is_fp8, tensors))
 
 
 def sign(digest: str, key: str) -> str:

@@ -8,12 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slime.config.stages import Chunk
 from slime.model.layout import unmerge, unshard
-from slime.model.local import local_tensors, split_of
+from slime.model.local import local_tensors, split_of, unwrap
 from slime.model.names import Entry, NameTable
+from slime.model.placement import Grid
 from slime.ops.fp8 import quantize_blockwise, quantize_blockwise_into, scale_shape
 from slime.parallel import Ranks
-from slime.weights.plan import Piece
+from slime.weights.plan import Piece, Trainer
 
 SCALE = "_scale_inv"
 
@@ -45,12 +47,13 @@ class TrainedParts:
         """
         whole: tuple[Entry, list[Tensor]] | None = None
         for weight, scale in _with_scales(pieces):
+            start, length = self._range(weight, part, gathered)
+            if not length:
+                continue
             if whole is None or whole[0] is not weight.entry:
                 whole = weight.entry, self._hf_parts(weight.entry, gathered)
             number = [tensor.name for tensor in weight.entry.hf].index(weight.tensor.name)
-            length = sum(stop - start for start, stop in weight.tensor.parts[part])
-            if length:
-                self._encode(whole[1][number].narrow(weight.tensor.axis, 0, length), weight, scale, into)
+            self._encode(whole[1][number].narrow(weight.tensor.axis, start, length), weight, scale, into)
 
     def take_part(self, entries: Iterable[Entry]) -> None:
         """In the gathering of tensors that another rank of the group writes."""
@@ -62,6 +65,15 @@ class TrainedParts:
         if gathered:
             return unmerge(entry, unshard(entry, self._gather(entry)))
         return unmerge(entry, self._tensors[entry.name], size=split_of(entry, self._ranks)[1] if entry.split != "none" else 1)
+
+    def _range(self, piece: Piece, part: int, gathered: bool) -> tuple[int, int]:
+        """(first row or column within this rank's share, how many) of a part. A share may be cut into several parts."""
+        number, size = (0, 1) if gathered or piece.entry.split == "none" else split_of(piece.entry, self._ranks)
+        parts = piece.tensor.parts
+        cuts = len(parts) // size
+        assert part // cuts == number, f"part {part} of {piece.tensor.name} is not on rank {self._ranks.rank}"
+        start = parts[part][0][0] - parts[number * cuts][0][0] if cuts > 1 else 0
+        return start, sum(stop - first for first, stop in parts[part])
 
     def _gather(self, entry: Entry) -> list[Tensor]:
         own = self._tensors[entry.name].contiguous()
@@ -100,3 +112,24 @@ def _with_scales(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Piece | None]
         waiting = piece
     if waiting is not None:
         yield waiting, None
+
+
+def trainer_of(chunks: Sequence[torch.nn.Module], ranks: Ranks, *, mtp: bool) -> Trainer:
+    """Where the model lies, asked of all ranks; a collective of them. mtp: its multi-token-prediction layer is trained."""
+    models = [unwrap(chunk) for chunk in chunks]
+    layers = [[layer.layer_number - 1 for layer in model.decoder.layers] for model in models]
+    own = [
+        Chunk(ranks.pp_rank, number, range(held[0], held[-1] + 1) if held else range(0)) for number, held in enumerate(layers)
+    ]
+    vocab = max((_embedding_rows(model) for model in models), default=0) * ranks.tp_size
+    everybody: list[tuple[list[Chunk], int]] = [(own, vocab)] * ranks.world_size
+    dist.all_gather_object(everybody, (own, vocab))
+    found = {(chunk.vp_stage, chunk.pp_rank): chunk for chunks_of_rank, _ in everybody for chunk in chunks_of_rank}
+    grid = Grid(ranks.world_size, ranks.tp_size, ranks.pp_size, ranks.cp_size, ranks.ep_size, ranks.etp_size)
+    return Trainer(grid, tuple(found[key] for key in sorted(found)), mtp=mtp, padded_vocab=max(rows for _, rows in everybody))
+
+
+def _embedding_rows(model: torch.nn.Module) -> int:
+    """Rows of this rank's part of the embedding; 0 where the stage has none."""
+    embedding = getattr(model, "embedding", None)
+    return embedding.word_embeddings.weight.shape[0] if embedding is not None else 0

@@ -27,6 +27,7 @@ class Engines(Protocol):
     def pause(self) -> None: ...
     def flush(self) -> None: ...
     def begin(self, version: int) -> None: ...
+    def load(self, version: int, folder: str) -> None: ...
     def end(self, version: int) -> None: ...
     def versions(self) -> Mapping[str, str]: ...
     def checksums(self, labels: Sequence[str]) -> Mapping[str, list[dict[str, str]]]: ...
@@ -50,6 +51,8 @@ class StreamReport:
     tensors: int
     digest: str = ""
     """Of names, shapes, formats, order and buckets (slime.weights.digest)."""
+    published: str = ""
+    """Folder of the version, where the engines load it from files."""
     lost: tuple[str, ...] = ()
     """Engines that were gone before they had all of it, with what was seen of that."""
 
@@ -92,6 +95,8 @@ def _update(engines: Engines, trainers: Trainers, version: int) -> StreamReport:
     stream = trainers.stream(version)
     if stream.lost:
         raise RuntimeError(f"lost while weights v{version} were sent: {'; '.join(stream.lost)}")
+    if stream.published:
+        engines.load(version, stream.published)
     engines.end(version)
     stale = {engine: found for engine, found in engines.versions().items() if found != str(version)}
     if stale:

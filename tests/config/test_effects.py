@@ -11,10 +11,10 @@ from tests.config.flags import MOE, config_of
 @pytest.mark.parametrize(
     ("words", "note"),
     [
-        ("--update-weight-transport nccl", "--update-weight-transport changes nothing: weights go by the device's own ways"),
+        ("--update-weight-disk-dir /w", "--update-weight-disk-dir changes nothing without --update-weight-transport disk"),
         ("--rollout-data-transport object-store", "--rollout-data-transport changes nothing: rollouts go through Ray's object"),
         ("--train-backend megatron", "--train-backend changes nothing: there is one"),
-        ("--update-weight-mode full", "--update-weight-mode changes nothing: a sync sends all weights"),
+        ("--update-weight-delta-encoding xor", "--update-weight-delta-encoding changes nothing without --update-weight-mode"),
         ("--attention-softmax-in-fp32", "--attention-softmax-in-fp32 changes nothing: attention here always sums in float32"),
         ("--init-method-std 0.01", "--init-method-std changes nothing: every parameter comes from a checkpoint"),
         ("--no-initialization", "--perform-initialization changes nothing"),
@@ -40,6 +40,9 @@ def test_experts_are_reached_by_all_to_all_whatever_is_asked(words: str) -> None
     assert any("all-to-all" in note or "alltoall" in note for note in config.notes)
 
 
-def test_a_router_of_others_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="--sglang-router-ip: this version does not have a router that somebody else started"):
+def test_a_router_that_already_runs_has_a_port() -> None:
+    with pytest.raises(
+        ConfigError, match="10.0.0.1 is the address of a router that already runs, .*; add --sglang-router-port"
+    ):
         config_of("--sglang-router-ip", "10.0.0.1")
+    assert config_of("--sglang-router-ip", "10.0.0.1", "--sglang-router-port", "3000").engine.sglang_router_ip == "10.0.0.1"

@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,8 @@ from engine.engines import TOKEN, make_checkpoint, payload, prompt, request, spe
 from engine.reference import largest_difference, load_reference, read_weights
 
 from slime.engine.client import EngineClient, RouterClient, sync
-from slime.engine.process import EngineProcess
-from slime.engine.router import RouterProcess, Worker
+from slime.engine.process import EngineDied, EngineProcess
+from slime.engine.router import JoinedRouter, RouterProcess, Worker
 from slime.rollout.http import enter_servers
 from slime.rollout.on_policy_distillation import post_process_rewards, reward_func
 from slime.types.sample import Sample
@@ -165,6 +166,36 @@ def test_a_dense_model_is_served_by_sglangs_own_class_and_updated_too(served, tm
     assert largest_gap(qwen, model, 6, 100) > 0.02
     update(qwen, 1, list(changed.items()), "1")
     assert largest_gap(qwen, model, 6, 100) < ROUND_OFF
+
+
+def test_a_router_that_already_runs_gets_our_engines_and_runs_on_without_them(served, tmp_path):
+    (_, qwen), _, _ = served
+    theirs = RouterProcess([], token=TOKEN, log_path=tmp_path / "router.log")
+    told: list[str] = []
+    where = {"host": theirs.host, "port": theirs.port, "token": TOKEN, "report": told.append}
+    with pytest.raises(ValueError, match="does not answer .*; start it, or leave the flag out"):
+        JoinedRouter([Worker(qwen.url, "regular")], **where).start()
+    try:
+        theirs.start()
+        theirs.wait_ready()
+        ours = JoinedRouter([Worker(qwen.url, "regular")], **where)
+        ours.start()
+        ours.wait_ready()
+        ours.start()  # once more, as after an engine was started again
+        client = RouterClient(ours.url, TOKEN)
+        assert [worker["url"] for worker in sync(client.workers())] == [qwen.url]
+        assert len(sync(client.generate(request(prompt(1, 12), 5), timeout=60))["output_ids"]) == 5
+        ours.check()
+        ours.stop()
+        deadline = time.monotonic() + 30
+        while sync(client.workers()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert sync(client.workers()) == [] and theirs.is_alive() and ours.is_alive()
+    finally:
+        theirs.stop()
+    assert not ours.is_alive()
+    with pytest.raises(EngineDied, match="does not answer"):
+        ours.check()
 
 
 def test_a_router_in_regular_mode_passes_the_key_and_keeps_a_routing_key_together(served, tmp_path):

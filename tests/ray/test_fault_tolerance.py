@@ -21,7 +21,7 @@ class Side:
     """Engines and prompts. Each entry of `attempts` is one generation: the servers that die in it, and whether it breaks."""
 
     def __init__(self, attempts: list[tuple[list[str], bool]]):
-        self.attempts, self.events, self.next_prompt, self.dead = list(attempts), [], 10, []
+        self.attempts, self.events, self.next_prompt, self.dead, self.starts = list(attempts), [], 10, [], 1
 
     def generate(self, rollout_id):
         dying, breaks = self.attempts.pop(0)
@@ -40,7 +40,11 @@ class Side:
 
     def recover(self):
         self.dead, started = [], self.dead
+        self.starts += 1
         return started
+
+    def destinations(self):
+        return f"engines of start {self.starts}"
 
     def state(self):
         return {"next": self.next_prompt}
@@ -148,6 +152,7 @@ def sync_with(run_with, monkeypatch):
 def test_an_engine_that_dies_while_weights_are_sent_is_started_again_and_all_get_the_same_version(sync_with):
     run, side = sync_with([["decode-1"], [], []])
     assert run.sync_weights() == "report of v1"
+    assert run._trainers.destinations == "engines of start 2", "what was started anew has joined no group for weights"
     assert side.events == ["send v1", "start ['decode-1']", "send v1"]
     assert run.sync_weights() == "report of v2"
 

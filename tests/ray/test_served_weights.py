@@ -8,14 +8,19 @@ from engine.engines import TOKEN, make_checkpoint, payload, spec
 from model.parity import build
 from ranks import run_ranks
 
+from slime.config.cluster import EngineConfig
 from slime.device.host import HostDevice
-from slime.engine.client import EngineClient
+from slime.engine.client import EngineClient, sync
 from slime.engine.process import EngineProcess
 from slime.model.hf_config import read_hf_config
 from slime.model.hf_io import SafetensorsReader
 from slime.model.names import NameTable
-from slime.ray.train_actor import EngineTarget
+from slime.ray.destinations import Destinations, EngineTarget
+from slime.ray.weight_files import WeightFiles
 from slime.ray.weight_stream import WeightStream
+from slime.weights.plan import Receiver
+from slime.weights.protocol import StreamReport
+from slime.weights.published import LocalCopy, wrong_tensors
 from slime.weights.quantize import WireFormat
 
 pytestmark = pytest.mark.slow
@@ -25,10 +30,11 @@ CORRUPTED = "model.layers.5.mlp.experts.3.down_proj.weight"
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """(url of an engine that serves the seed-1 model, checkpoint folder of a seed-2 model)."""
+    """(url of an engine that serves the seed-1 model, that model's checkpoint, checkpoint folder of a seed-2 model)."""
     folder = tmp_path_factory.mktemp("read_back")
+    serving = make_checkpoint("cpu", folder / "served", seed=1) / "fp8"
     engine = EngineProcess(
-        spec("regular", 0, make_checkpoint("cpu", folder / "served", seed=1) / "fp8", max_total_tokens=2048),
+        spec("regular", 0, serving, max_total_tokens=2048),
         device_kind="host",
         token=TOKEN,
         log_path=folder / "engine.log",
@@ -37,7 +43,7 @@ def served(tmp_path_factory):
     try:
         engine.start()
         engine.wait_ready()
-        yield engine.url, trained
+        yield engine.url, serving, trained
     finally:
         engine.stop()
 
@@ -52,9 +58,10 @@ def one_value_flipped(trained) -> list[tuple[str, torch.Tensor]]:
     return wire
 
 
-def test_what_the_engine_serves_equals_what_was_sent_and_one_flipped_value_is_named(served):
-    url, trained = served
-    target = EngineTarget("default-regular-0", url, TOKEN, (), 1)
+@pytest.mark.parametrize("gpu", [0, 1], ids=["in the request, on the rank's device", "by a broadcast, elsewhere"])
+def test_what_the_engine_serves_equals_what_was_sent_and_one_flipped_value_is_named(served, gpu):
+    url, _, trained = served
+    to = Destinations((EngineTarget("default-regular-0", url, TOKEN, Receiver(0, (gpu,), 1)),), (0, 0))
     flipped = one_value_flipped(trained)
 
     async def call(method: str, *args) -> None:
@@ -71,15 +78,15 @@ def test_what_the_engine_serves_equals_what_was_sent_and_one_flipped_value_is_na
         for version in (1, 2, 3):
             asyncio.run(call("begin_weight_update", version))
             if version == 3:  # broken off, as when another engine dies: the whole order again
-                stream.send(version, [target])
+                stream.send(version, to)
                 asyncio.run(call("pause_generation"))
                 asyncio.run(call("begin_weight_update", version))
-            report = stream.send(version, [target])
+            report = stream.send(version, to)
             if version == 2:
                 asyncio.run(call("update_weights_from_tensor", [payload(flipped)]))
             asyncio.run(call("end_weight_update", version))
             try:
-                lines += [found.line for found in stream.check(version, [target]) if found.complete]
+                lines += [found.line for found in stream.check(version, to) if found.complete]
             except RuntimeError as found:
                 error = str(found)
         return report.tensors, lines, error
@@ -94,3 +101,42 @@ def test_what_the_engine_serves_equals_what_was_sent_and_one_flipped_value_is_na
     assert gap > 0
     assert f"weights v2 as they were sent: 1 of {weights} tensors differ: {CORRUPTED} (largest difference {gap:.6g});" in error
     assert error.startswith("default-regular-0 ")
+
+
+def test_published_versions_whole_and_as_differences_give_the_engine_what_a_stream_does(served, tmp_path):
+    """Two ranks write; the engine holds anything before it loads."""
+    url, serving, trained = served
+    client = EngineClient(url, TOKEN)
+    hf, to = read_hf_config(str(serving)), Destinations((EngineTarget("e", url, TOKEN, Receiver(0, (0,), 1)),), (0, 0))
+
+    def stream(rank: int) -> None:
+        chunks, ranks, _, _ = build(rank, 2, str(trained / "bf16"), tp=2)
+        WeightStream(chunks, hf, ranks, HostDevice(), limit_bytes=1 << 20).send(1, to)
+
+    def publish(rank: int, mode: str) -> StreamReport:
+        chunks, ranks, _, _ = build(rank, 2, str(trained / "bf16"), tp=2)
+        options = EngineConfig(
+            update_weight_transport="disk", update_weight_mode=mode, update_weight_disk_dir=str(tmp_path / mode)
+        )
+        files = WeightFiles(chunks, hf, ranks, options, origin=str(serving), with_mtp=False)
+        report = files.publish(1)
+        assert files.publish(1) is report, "what is sent again has not changed"
+        return report
+
+    def holding(load) -> list[dict[str, str]]:
+        sync(client.call("POST", "/weights_checker", {"action": "reset_tensors"}, timeout=60))
+        sync(client.begin_weight_update(1))
+        load()
+        sync(client.end_weight_update(1))
+        return sync(client.weights_checksums())
+
+    sync(client.pause_generation())
+    streamed = holding(lambda: run_ranks(2, stream))
+    whole, other = run_ranks(2, publish, "full")
+    assert whole == other and whole.tensors > 400 and wrong_tensors(whole.published) == []
+    assert holding(lambda: sync(client.update_weights_from_disk(whole.published))) == streamed
+    changes, _ = run_ranks(2, publish, "delta")
+    copy = LocalCopy(tmp_path / "local", origin=serving)
+    assert copy.follow(tmp_path / "delta", 1) == [1] and changes.tensors == whole.tensors and 0 < changes.nbytes
+    assert holding(lambda: sync(client.update_weights_from_disk(str(copy.folder)))) == streamed
+    sync(client.continue_generation())

@@ -16,8 +16,9 @@ from slime.device.host import HostDevice
 from slime.model.hf_config import read_hf_config
 from slime.model.hf_io import SafetensorsReader
 from slime.model.names import NameTable
-from slime.ray.train_actor import EngineTarget
+from slime.ray.destinations import Destinations, EngineTarget
 from slime.ray.weight_stream import WeightStream
+from slime.weights.plan import Receiver
 from slime.weights.quantize import WireFormat
 
 pytestmark = pytest.mark.slow
@@ -72,36 +73,48 @@ def tiny_pair(tmp_path_factory):
     return folder
 
 
+EXPERTS = 8
+
+
+def wanted(pair, rank: int, receiver: Receiver, *, mtp: bool) -> dict[str, torch.Tensor]:
+    """What a rank of an engine must get, made of the whole tensors of the checkpoint."""
+    hf, reader = read_hf_config(str(pair / "fp8")), SafetensorsReader(str(pair / "bf16"))
+    wire, expected, share = WireFormat.of_checkpoint(hf), {}, EXPERTS // receiver.ep
+    for entry in NameTable.for_model(hf, with_mtp=mtp and receiver.drafts).entries:
+        if entry.expert is None or entry.expert // share == rank * receiver.ep // receiver.tp:
+            for tensor in entry.hf:
+                expected.update(wire.encode(tensor.name, reader.read(tensor, torch.float32)))
+    return expected
+
+
 @pytest.mark.parametrize(
     "layout",
     [{"tp": 2, "pp": 2, "first": 6, "ep": 2, "mtp": True}, {"pp": 2, "first": 6, "ep": 2}],
     ids=["tp2 pp2 ep2, mtp", "pp2 ep2 dp2"],
 )
-def test_every_engine_gets_every_tensor_once_and_bit_for_bit(tiny_pair, layout):
+def test_every_rank_of_every_engine_gets_what_it_serves_once_and_bit_for_bit(tiny_pair, layout):
     bf16, fp8, mtp = str(tiny_pair / "bf16"), str(tiny_pair / "fp8"), layout.get("mtp", False)
-    # One engine over the devices of ranks 0 and 1, one over those of 2 and 3, and one of two processes elsewhere.
-    engines = [RecordingEngine() for _ in range(3)]
-    shared = [(0, 1), (2, 3), ()]
-    targets = [EngineTarget(f"e{i}", engines[i].url, "secret", shared[i], 2) for i in range(3)]
+    # Engines over the devices of ranks 0 and 1, over that of rank 2, and one that shares rank 3's and has another.
+    receivers = [Receiver(0, (0, 1), 2, ep=2, drafts=True), Receiver(1, (2,), 1), Receiver(2, (3, 4), 2, ep=2, drafts=True)]
+    engines = [RecordingEngine() for _ in receivers]
+    to = Destinations(
+        tuple(EngineTarget(f"e{i}", engines[i].url, "secret", receiver) for i, receiver in enumerate(receivers)),
+        (0, 0, 1, 1, 1),
+    )
 
-    def send(rank: int) -> tuple[int, int]:
+    def send(rank: int) -> tuple[int, int, str]:
         chunks, ranks, _, _ = build(rank, 4, bf16, **layout)
         stream = WeightStream(chunks, read_hf_config(fp8), ranks, HostDevice(), limit_bytes=200_000, with_mtp=mtp)
-        report = stream.send(1, targets)
-        return report.buckets, report.tensors
+        report = stream.send(1, to)
+        return report.buckets, report.tensors, report.digest
 
     reports = run_ranks(4, send)
-    assert len(set(reports)) == 1
-    hf = read_hf_config(fp8)
-    wire, reader = WireFormat.of_checkpoint(hf), SafetensorsReader(bf16)
-    expected = {}
-    for tensor in NameTable.for_model(hf, with_mtp=mtp).hf_tensors():
-        expected.update(wire.encode(tensor.name, reader.read(tensor, torch.float32)))
-    assert reports[0][1] == len(expected) and reports[0][0] > 5, "several buckets"
-    for engine in engines:
-        assert engine.repeated == []
-        assert sorted(engine.ranks) == [0, 1]
-        for received in engine.ranks.values():
+    assert len(set(reports)) == 1 and reports[0][0] > 5, "several buckets"
+    assert reports[0][1] == len(wanted(tiny_pair, 0, Receiver(0, (0,), 1, drafts=True), mtp=mtp))
+    for engine, receiver in zip(engines, receivers, strict=True):
+        assert engine.repeated == [] and sorted(engine.ranks) == list(range(receiver.tp))
+        for rank, received in engine.ranks.items():
+            expected = wanted(tiny_pair, rank, receiver, mtp=mtp)
             assert set(received) == set(expected)
             for name, tensor in expected.items():
                 assert received[name].dtype == tensor.dtype, name
@@ -113,18 +126,21 @@ def test_an_engine_that_is_lost_is_named_and_the_others_get_everything(tiny_pair
     bf16, hf = str(tiny_pair / "bf16"), read_hf_config(str(tiny_pair / "fp8"))
     engines = [RecordingEngine() for _ in range(2)]
     engines[0].breaks_at = 3  # and is there again for the second time
-    targets = [
-        EngineTarget("decode-0", engines[0].url, "secret", (0, 1), 2),
-        EngineTarget("decode-1", engines[1].url, "secret", (), 1),
-    ]
+    to = Destinations(
+        (
+            EngineTarget("decode-0", engines[0].url, "secret", Receiver(0, (0, 1), 2)),
+            EngineTarget("decode-1", engines[1].url, "secret", Receiver(1, (2,), 1)),
+        ),
+        (0, 0, 0, 0),
+    )
 
     def send_twice(rank: int) -> list[tuple[int, tuple[str, ...]]]:
-        chunks, ranks, _, _ = build(rank, 2, bf16, tp=2)
+        chunks, ranks, _, _ = build(rank, 4, bf16, tp=2)
         stream = WeightStream(chunks, hf, ranks, HostDevice(), limit_bytes=200_000)
-        return [(report.buckets, report.lost) for report in (stream.send(1, targets), stream.send(1, targets))]
+        return [(report.buckets, report.lost) for report in (stream.send(1, to), stream.send(1, to))]
 
-    (first, second), (other_first, _) = run_ranks(2, send_twice)
-    assert first[0] == other_first[0] > 5 and other_first[1] == ()
+    (first, second), *others = run_ranks(4, send_twice)
+    assert all(other[0] == (first[0], ()) for other in others) and first[0] > 5
     (line,) = first[1]
     assert line.startswith(f"decode-0: POST {engines[0].url}/update_weights_from_tensor: ") and "gone" in line
     assert second == (first[0], ())

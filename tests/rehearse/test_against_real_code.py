@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from slime.config.stages import Cut, cut_layers
-from slime.model.hf_config import read_hf_config
+from slime.model.hf_config import HfConfig, read_hf_config
 from slime.model.layout import shard_shape
 from slime.model.names import NameTable
 from slime.model.placement import Grid
@@ -20,6 +20,8 @@ from slime.rehearse.known_models import known_config
 from slime.rehearse.model import memory
 from slime.rehearse.model.shares import local_numel
 from slime.rehearse.model.weight_map import build_weight_map
+from slime.weights.digest import plan_digest
+from slime.weights.plan import Receiver, Trainer, nodes_of, plan_sync
 from slime.weights.quantize import WireFormat
 from slime.weights.wire import fp8_format
 from slime_plugins.models.glm5.ops import hopper_ops
@@ -121,45 +123,44 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["tp2 pp2 ep2", "pp2 ep2 dp2", "tp2 cp2", "tp2 pp2 ep2 mtp"],
 )
-def test_the_weight_map_is_the_stream_tensor_by_tensor(tiny: Path, layout: dict, grid: Grid) -> None:
-    """Names, order, buckets, bytes and sources of the real stream of four trainer ranks."""
+def test_the_plan_is_the_stream_of_real_ranks(tiny: Path, layout: dict, grid: Grid) -> None:
+    """The digest, and every bucket's names and bytes on the GPUs of two engines, from ranks that know of no flags."""
     from model.parity import build
     from ranks import run_ranks
 
     from slime.device.host import HostDevice
+    from slime.ray.destinations import Destinations
     from slime.ray.weight_stream import WeightStream
 
     hf, limit, mtp = read_hf_config(tiny / "fp8"), 200_000, "mtp" in layout
+    receivers = (Receiver(0, (0, 1), 2, ep=2, drafts=mtp), Receiver(1, (3,), 1))
 
-    def send(rank: int) -> tuple:
+    def stream(rank: int) -> tuple:
         chunks, ranks, _, _ = build(rank, 4, str(tiny / "bf16"), **layout)
-        stream = WeightStream(chunks, hf, ranks, HostDevice(), limit_bytes=limit, with_mtp=mtp)
-        buckets = [[(meta.name, meta.nbytes) for meta in bucket.metas] for bucket in stream._buckets_of_all(stream._wire)]
-        dense = [place.rank for place in stream._places if place.is_dense_source]
-        return stream.send(1, []).digest, buckets, dense, [place.rank for place in stream._places if place.is_expert_source]
+        sender = WeightStream(chunks, hf, ranks, HostDevice(), limit_bytes=limit, with_mtp=mtp)
+        plan = sender._plan(hf, receivers, (0,) * 4)
+        rounds = [
+            [(gpu, meta.name, meta.nbytes) for gpu, bucket in buckets.items() for meta in bucket.metas]
+            for buckets in sender._rounds(plan, range(4))
+        ]
+        assert sender.send(1, Destinations()).buckets == 0
+        return plan_digest(plan), rounds
 
-    digest, real, dense, experts = run_ranks(4, send)[0]
-    chunks = cut_layers(Cut(8, grid.pp, first=layout.get("first")))
-    found = build_weight_map(NameTable.for_model(hf), hf, grid, chunks, [], limit_bytes=limit, mtp=mtp)
-    with_experts = {chunk.pp_rank for chunk in chunks if any(hf.is_moe_layer(layer) for layer in chunk.layers)}
-    sources = dense + [rank for rank in experts if rank // grid.ranks_per_stage in with_experts]
-    assert found.stream_digest == digest, "the digest of the run's own buckets"
-    assert not found.problems and len(real) == len(found.bucket_bytes) > 3
-    order = [
-        row.source
-        for before, row in zip([None, *found.rows], found.rows, strict=False)
-        if before is None or before.bucket != row.bucket
-    ]
-    assert [source for at, source in enumerate(order) if at == 0 or order[at - 1] != source] == _without_repetition(sources)
-    for number, metas in enumerate(real):
-        rows = [row for row in found.rows if row.bucket == number]
-        assert [row.name for row in rows] == [name for name, _ in metas if not name.endswith("_scale_inv")]
-        assert found.bucket_bytes[number] == sum(nbytes for _, nbytes in metas)
+    by_rank = run_ranks(4, stream)
+    # As a rehearsal makes it: of the flags alone.
+    chunks = tuple(cut_layers(Cut(8, grid.pp, first=layout.get("first"))))
+    table, trainer = NameTable.for_model(hf), Trainer(grid, chunks, mtp=mtp, padded_vocab=padded_vocab(hf, grid.tp))
+    plan = plan_sync(table, hf, trainer, receivers, nodes=nodes_of(4, 2), limit_bytes=limit)
+    assert {digest for digest, _ in by_rank} == {plan_digest(plan)}, "the digest of the run's own plan"
+    assert plan.rounds > 3
+    for number in range(plan.rounds):
+        real = sorted(row for _, rounds in by_rank for row in rounds[number])
+        assert real == sorted((gpu, meta.name, meta.nbytes) for gpu in range(4) for meta in plan.duties(gpu, number).metas)
 
 
-def _without_repetition(sources: list[int]) -> list[int]:
-    """A rank that ends the dense sources and begins the expert ones counts once."""
-    return [source for at, source in enumerate(sources) if at == 0 or sources[at - 1] != source]
+def padded_vocab(hf: HfConfig, tp: int) -> int:
+    """--make-vocab-size-divisible-by is 128."""
+    return -(-hf["vocab_size"] // (128 * tp)) * 128 * tp
 
 
 @pytest.mark.slow

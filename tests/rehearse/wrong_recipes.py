@@ -8,6 +8,8 @@ from tests.rehearse.edits import DISPATCH, Edit, all_of, env, flags, in_group, u
 
 SFT = ("--rollout-function-path", "slime.rollout.sft_rollout.generate_rollout", "--loss-type", "sft_loss")
 
+DISK = ("--update-weight-transport", "disk", "--update-weight-disk-dir", "/weights")
+
 WRONG: dict[str, tuple[Edit, str]] = {
     # What is asked of an engine, against its context of 1,048,576 tokens; the flags of supervised training.
     "responses of a whole context": (flags("--rollout-max-response-len", "1048576"), "leaves no room for a prompt"),
@@ -416,6 +418,23 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "a label that no column has": (all_of(flags("--rm-type", "math"), without("--label-key")), "compares with a label"),
     "f1 without a label": (all_of(flags("--rm-type", "f1"), without("--label-key")), "compares with a label"),
     "a server without an address": (flags("--rm-type", "remote_rm"), "give its address with --rm-url"),
+    "a router without a port": (flags("--sglang-router-ip", "10.0.0.7"), "its port is not said; add --sglang-router-port"),
+    "options for another's router": (
+        flags("--sglang-router-ip", "10.0.0.7", "--sglang-router-port", "3000", "--router-policy", "round_robin"),
+        "leave --router-policy out",
+    ),
+    "weights on disk without a folder": (flags("--update-weight-transport", "disk"), "has no folder to write to"),
+    "differences without files": (flags("--update-weight-mode", "delta"), "delta travels in files alone"),
+    "differences on shared GPUs": (
+        flags(*DISK, "--update-weight-mode", "delta", "--update-weight-local-checkpoint-dir", "/local"),
+        "keeps an engine's weights from one version to the next",
+    ),
+    "differences to nothing": (flags(*DISK, "--update-weight-mode", "delta"), "changes a copy of the serving checkpoint"),
+    "published over the reference": (
+        flags(*DISK[:3], "/BASE_DIR/GLM-5.2_torch_dist/"),
+        "is --ref-load, which would be overwritten",
+    ),
+    "rehearsed, from disk": (flags(*DISK, "--rehearsed", "/report.json"), "--update-weight-transport disk has none"),
     "saving into the checkpoint": (
         flags("--save", "/BASE_DIR/GLM-5.2-FP8"),
         "is --hf-checkpoint, which a checkpoint would overwrite",

@@ -18,10 +18,11 @@ from slime.model.hf_config import read_hf_config
 from slime.model.hf_io import SafetensorsReader
 from slime.model.names import NameTable
 from slime.model.placement import Grid
+from slime.weights import wire
 from slime.weights.buckets import unpack_bucket
 from slime.weights.execute import Execution
 from slime.weights.parts import TrainedParts
-from slime.weights.plan import Receiver, SyncPlan, Trainer, nodes_of, plan_sync
+from slime.weights.plan import Delivery, Receiver, SyncPlan, Trainer, nodes_of, plan_sync
 from slime.weights.quantize import WireFormat
 from tools.make_tiny_checkpoint import GlmSize, Preset, write_checkpoint
 
@@ -80,7 +81,11 @@ CASES = {
         gpus_per_node=1,
     ),
     "experts cut over tensor ranks, one large round": Case(
-        {"tp": 2, "ep": 2, "etp": 2}, (Receiver(0, (1, 2), 2, ep=2), Receiver(1, (6,), 1)), size="whole blocks", limit=1 << 30
+        {"tp": 2, "ep": 2, "etp": 2},
+        (Receiver(0, (1, 2), 2, ep=2), Receiver(1, (6,), 1)),
+        size="whole blocks",
+        limit=1 << 30,
+        gathered=False,
     ),
 }
 
@@ -121,6 +126,14 @@ def _carry_out(rank: int, case: Case, made: dict[str, Path]) -> tuple[dict, Coun
     return held, execution.moved
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_pieces():
+    """Embedding and output layer are cut into pieces for several links, as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "SMALLEST_PIECE", 20_000)
+        yield
+
+
 @pytest.fixture(scope="module")
 def done(folders) -> dict[str, list[tuple[dict, Counter]]]:
     """Case -> per rank."""
@@ -131,13 +144,13 @@ def done(folders) -> dict[str, list[tuple[dict, Counter]]]:
 def served(case: Case, receiver: Receiver, gpu: int, made: dict[str, Path]) -> dict[str, torch.Tensor]:
     """What one engine rank must get, made of the whole tensors of the checkpoint."""
     hf, reader = read_hf_config(made["fp8"]), SafetensorsReader(made["bf16"])
-    wire, expected = WireFormat.of_checkpoint(hf), {}
+    form, expected = WireFormat.of_checkpoint(hf), {}
     share, rank = EXPERTS // receiver.ep, receiver.gpus.index(gpu) * receiver.ep // receiver.tp
     table = NameTable.for_model(hf, with_mtp=bool(case.layout.get("mtp")) and receiver.drafts)
     for entry in table.entries:
         if entry.expert is None or entry.expert // share == rank:
             for tensor in entry.hf:
-                expected.update(wire.encode(tensor.name, reader.read(tensor, torch.float32)))
+                expected.update(form.encode(tensor.name, reader.read(tensor, torch.float32)))
     return expected
 
 
@@ -161,3 +174,10 @@ def test_every_link_carries_the_planned_bytes(name, done, folders):
     moved = sum((counts for _, counts in done[name]), Counter())
     assert moved == planned and planned
     assert any(lane.gathered for lane in plan.lanes) is case.gathered
+    embedding = {delivery.part for delivery in plan.deliveries if _has_embedding(plan, delivery)}
+    assert len(embedding) >= 3, "pieces of it take different links"
+
+
+def _has_embedding(plan: SyncPlan, delivery: Delivery) -> bool:
+    units = plan.lanes[delivery.lane].units
+    return any(entry.name.startswith("embedding.") for unit in delivery.units for entry in units[unit].entries)

@@ -18,6 +18,9 @@ class RecordingEngines:
     def begin(self, version):
         self.events.append(f"begin {version}")
 
+    def load(self, version, folder):
+        self.events.append(f"load {version} from {folder}")
+
     def end(self, version):
         self.events.append(f"end {version}")
 
@@ -34,14 +37,15 @@ class RecordingEngines:
 
 
 class RecordingTrainers:
-    def __init__(self, events, error=None, differs=None, lost=(), silent=()):
+    def __init__(self, events, error=None, differs=None, lost=(), silent=(), published=""):
         self.events, self.error, self.differs, self.lost, self.silent = events, error, differs, lost, silent
+        self.published = published
 
     def stream(self, version):
         self.events.append(f"stream {version}")
         if self.error:
             raise self.error
-        return StreamReport(buckets=2, nbytes=10, tensors=5, lost=self.lost)
+        return StreamReport(buckets=2, nbytes=10, tensors=5, published=self.published, lost=self.lost)
 
     def check(self, version):
         self.events.append(f"read back {version}")
@@ -108,3 +112,9 @@ def test_a_parameter_that_a_second_stream_changes_is_named_with_its_rank_and_no_
         engines = RecordingEngines(events, {"d": "7"}, sums)
         sync_weights(engines, RecordingTrainers(events, silent=["d"]), version=7, read_back=True)
     assert events[-1] == "checksums d"
+
+
+def test_what_was_published_is_loaded_by_the_engines_before_the_update_ends():
+    events = []
+    sync_weights(RecordingEngines(events, {"d": "7"}), RecordingTrainers(events, published="/w/weight_v000007"), version=7)
+    assert events[2:5] == ["begin 7", "stream 7", "load 7 from /w/weight_v000007"] and events[5] == "end 7"

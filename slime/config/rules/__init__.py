@@ -40,6 +40,7 @@ from slime.config.rules import (
     saving,
     supervised,
     training,
+    weight_sync,
 )
 from slime.config.rules.book import Collected, Rule, Said, Stage, Values, collect, stop_at_first, way_out
 
@@ -75,12 +76,13 @@ STAGES: tuple[Stage, ...] = (
             training.offloading,
             saving.saving,
             saving.initial_weights,
+            weight_sync.weight_sync,
             lengths.what_is_left,
             effects.without_effect,
             effects.off_policy,
         )
     ),
-    Stage((engines.groups, engines.sizes, router.options)),
+    Stage((engines.groups, engines.sizes, router.joined, router.options)),
     Stage(
         (
             context.engine_context,

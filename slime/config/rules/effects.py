@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 
 ONE_ANSWER: Mapping[str, str] = {
     "train_backend": "there is one, megatron-core",
-    "update_weight_mode": "a sync sends all weights",
-    "update_weight_transport": "weights go by the device's own ways (CUDA IPC, NCCL, or the request)",
     "rollout_data_transport": "rollouts go through Ray's object store",
     "use_distributed_optimizer": "the optimizer is always distributed",
     "accumulate_allreduce_grads_in_fp32": "gradients are always summed in float32",

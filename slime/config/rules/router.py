@@ -22,6 +22,22 @@ def router_options() -> Mapping[str, Mapping[str, object]]:
     return json.loads(TABLE.read_text())["options"]
 
 
+def joined(v: Values) -> None:
+    """A router that somebody else runs."""
+    if v["sglang_router_ip"] is None:
+        return
+    v.require(
+        v["sglang_router_port"] is not None,
+        f"--sglang-router-ip {v['sglang_router_ip']} is the address of a router that already runs, and its port is not said; "
+        "add --sglang-router-port",
+    )
+    v.require(
+        not v["router"],
+        "--router-* options are for a router that the run starts, and --sglang-router-ip names one that already runs; leave "
+        f"--router-{next(iter(v['router']), '').replace('_', '-')} out",
+    )
+
+
 def options(v: Values) -> None:
     for name, value in v["router"].items():
         flag, row = "--router-" + name.replace("_", "-"), router_options().get(name)

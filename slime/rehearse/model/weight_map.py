@@ -12,7 +12,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from slime.config.stages import Chunk
 from slime.engine.spec import EngineSpec
@@ -21,7 +20,6 @@ from slime.model.names import Entry, HfTensor, NameTable
 from slime.model.order import model_order
 from slime.model.placement import Grid, Holders, Places, faults, fp8_block_is_local, holders_of
 from slime.rehearse.model.keepers import Keepers
-from slime.weights.digest import StreamDigest
 from slime.weights.wire import fp8_format, partners_of, update_groups, wire_bytes
 
 
@@ -72,14 +70,6 @@ class WeightMap:
             digest.update(row.canonical().encode())
             digest.update(b"\n")
         return digest.hexdigest()
-
-    @property
-    def stream_digest(self) -> str:
-        """What a run compares with its real buckets: names, shapes, bytes and buckets, without holders and engines."""
-        digest = StreamDigest()
-        for _, bucket in groupby(self.rows, key=lambda row: row.bucket):
-            digest.add((row.name, row.shape, row.nbytes) for row in bucket)
-        return digest.hex()
 
     @property
     def nbytes(self) -> int:

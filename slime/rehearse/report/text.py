@@ -17,6 +17,7 @@ from slime.rehearse.model.stages import Split
 from slime.rehearse.model.weight_map import WeightMap
 from slime.rehearse.report.sync import sync_json, sync_lines
 from slime.rehearse.result import Rehearsal
+from slime.rehearse.sync import PlannedSync
 from slime.weights.digest import KEY_VARIABLE, sign
 
 
@@ -234,9 +235,9 @@ def _memory_json(budget: Budget) -> dict[str, object]:
     }
 
 
-def _weights_json(weights: WeightMap, engines: Sequence[EngineSpec]) -> dict[str, object]:
+def _weights_json(weights: WeightMap, sync: PlannedSync | None, engines: Sequence[EngineSpec]) -> dict[str, object]:
     """`places`: each different set of ranks once, with how many tensors lie there."""
-    key = os.environ.get(KEY_VARIABLE)
+    key, digest = os.environ.get(KEY_VARIABLE), sync.digest if sync is not None else ""
     alike = Counter((row.stage, row.holders.text, row.engines) for row in weights.rows)
     of_bucket = Counter(row.bucket for row in weights.rows)
     sources = {row.bucket: row.source for row in weights.rows}
@@ -245,8 +246,8 @@ def _weights_json(weights: WeightMap, engines: Sequence[EngineSpec]) -> dict[str
         "buckets": len(weights.bucket_bytes),
         "bytes": weights.nbytes,
         "digest": weights.digest,
-        "stream_digest": weights.stream_digest,
-        "signature": sign(weights.stream_digest, key) if key else None,
+        "stream_digest": digest,
+        "signature": sign(digest, key) if key else None,
         "bytes_per_source": {str(rank): count for rank, count in weights.source_bytes.items()},
         "places": [
             {"stage": stage, "holders": holders, "kept_by": kept, "tensors": count}
@@ -344,7 +345,7 @@ def as_json(done: Rehearsal) -> dict[str, object]:
             ],
         },
         "sync_plan": None if done.sync is None else sync_json(done.sync),
-        "weights": None if weights is None else _weights_json(weights, done.engines.specs),
+        "weights": None if weights is None else _weights_json(weights, done.sync, done.engines.specs),
         "ranks": None
         if built is None
         else {

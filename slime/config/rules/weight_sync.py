@@ -1,0 +1,53 @@
+"""How weights reach the engines."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slime.config.rules.book import Values
+
+DISK = ("update_weight_disk_dir", "update_weight_disk_keep_files", "update_weight_delta_checksum")
+DELTA = ("update_weight_delta_encoding", "update_weight_local_checkpoint_dir")
+
+
+def weight_sync(v: Values) -> None:
+    on_disk, is_delta = v["update_weight_transport"] == "disk", v["update_weight_mode"] == "delta"
+    root, local = v["update_weight_disk_dir"], v["update_weight_local_checkpoint_dir"]
+    v.require(
+        on_disk or not is_delta,
+        "--update-weight-mode delta travels in files alone; add --update-weight-transport disk",
+    )
+    v.require(
+        root or not on_disk,
+        "--update-weight-transport disk has no folder to write to; add --update-weight-disk-dir, which trainer and engines see",
+    )
+    v.require(
+        local or not is_delta,
+        "--update-weight-mode delta changes a copy of the serving checkpoint on each engine's node; say where it is to be: "
+        "--update-weight-local-checkpoint-dir",
+    )
+    v.require(
+        not (is_delta and v["colocate"]),
+        "--update-weight-mode delta keeps an engine's weights from one version to the next, which --colocate gives away in "
+        "between; use --update-weight-mode full",
+    )
+    v.require(
+        not (on_disk and v["rehearsed"]),
+        "--rehearsed compares the plan by which weights travel, and --update-weight-transport disk has none; leave one out",
+    )
+    needed = {name: "--update-weight-transport disk" for name in DISK if not on_disk}
+    needed |= {name: "--update-weight-mode delta" for name in DELTA if not is_delta}
+    v.notes += [
+        f"--{name.replace('_', '-')} changes nothing without {flag}" for name, flag in needed.items() if name in v.given
+    ]
+    folders = {"hf_checkpoint": v["hf_checkpoint"], "save": v["save"], "load": v["load"], "ref_load": v["ref_load"]}
+    for name, folder in (("update_weight_disk_dir", root), ("update_weight_local_checkpoint_dir", local)):
+        for other, path in folders.items():
+            v.require(
+                not folder or not path or os.path.normpath(folder) != os.path.normpath(path),
+                f"--{name.replace('_', '-')} {folder} is --{other.replace('_', '-')}, which would be overwritten; name another "
+                "folder",
+            )
+        folders[name] = folder

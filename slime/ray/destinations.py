@@ -1,0 +1,49 @@
+"""Where the trainer's weights go: the engines that take them, their GPUs, and which trainer rank holds the bucket of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slime.weights.serving import Receiver
+
+
+@dataclass(frozen=True)
+class EngineTarget:
+    """Where the trainer sends weights for one engine."""
+
+    name: str
+    url: str
+    token: str
+    receiver: Receiver
+    """Its GPUs, and which of them keep what."""
+    starts: int = 1
+    """How often it was started: a new process at the old address has joined no group."""
+
+
+@dataclass(frozen=True)
+class Destinations:
+    """Everything that takes the trainer's weights."""
+
+    engines: tuple[EngineTarget, ...] = ()
+    nodes: tuple[int, ...] = ()
+    """Node of each GPU, those of the trainer's ranks first."""
+    hosts: tuple[str, ...] = ("127.0.0.1",)
+    """Address of each node."""
+
+
+def homes_of(engines: Sequence[EngineTarget], world: int, num_gpus: int) -> list[int]:
+    """Of each GPU the trainer rank that holds its bucket: its own, or, beyond the trainer's GPUs, one that stands for all
+    such GPUs of the engine. Engines go to different ranks, so that they are fed at the same time."""
+    homes = [*range(world), *[0] * (num_gpus - world)]
+    elsewhere = [engine.receiver for engine in engines if max(engine.receiver.gpus) >= world]
+    for number, receiver in enumerate(elsewhere):
+        for gpu in receiver.gpus:
+            if gpu >= world:
+                homes[gpu] = number * world // len(elsewhere)
+    return homes
+
+
+def beside(target: EngineTarget, homes: Sequence[int]) -> tuple[int, ...]:
+    """Processes that hold the buckets of an engine; the first one posts."""
+    return tuple(dict.fromkeys(homes[gpu] for gpu in target.receiver.gpus))
