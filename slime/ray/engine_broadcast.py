@@ -38,7 +38,7 @@ class EngineBroadcast:
     def __init__(self, engines: Sequence[EngineTarget], device: Device, *, address: str, peers: Sequence[str]):
         """Opens the group. address, peers: where its store listens, and who may connect (slime.compat.store).
 
-        Raises EngineError where an engine does not join.
+        Raises EngineError where an engine does not join, EngineGone where one is not there.
         """
         self.engines, self._device = tuple(engines), device
         self._clients = [EngineClient(engine.url, engine.token) for engine in engines]
@@ -49,7 +49,7 @@ class EngineBroadcast:
         self._group: dist.ProcessGroup | None = None
         self._held: WeightBucket | None = None
         self._loads: list[Future] = []
-        self._check_drafts()
+        self._ask_all()
         started = time.monotonic()
         joins = [
             sync_later(
@@ -72,9 +72,13 @@ class EngineBroadcast:
             raise RuntimeError(f"the group for weights of {world} ranks was not made; see the engines' logs")
         logger.info("%d ranks of %d engines joined in %.1f s", world - 1, len(engines), time.monotonic() - started)
 
-    def _check_drafts(self) -> None:
+    def _ask_all(self) -> None:
+        """Before anybody joins, since those that do wait for the others: does each answer, and does its draft get weights?"""
         for engine, client in zip(self.engines, self._clients, strict=True):
-            found = sync(client.sglang_version())
+            try:
+                found = sync(client.sglang_version())
+            except EngineGone as error:
+                raise EngineGone(f"{engine.name}: {error}") from None
             if engine.receiver.drafts and not capabilities(found).broadcast_reaches_draft:
                 raise EngineError(
                     f"engine {engine.name} speculates, and sglang {found} gives broadcast weights to the main model alone: its "

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slime.device import Device
-from slime.engine.client import EngineClient, EngineError
+from slime.engine.client import EngineClient, EngineError, EngineGone
 from slime.engine.kinds import HOST_MODEL_CLASS
 from slime.model.hf_config import HfConfig
 from slime.model.hf_io import write_hf
@@ -79,10 +79,10 @@ class WeightStream:
         homes = homes_of(shared, world, len(plan.nodes))
         feeds = [self._feed(engine, homes, label) for engine in shared]
         posts = [feed for feed in feeds if feed.posts]
-        broadcast = self._joined(away, to) if away and self._ranks.rank == homes[-1] else None
+        lost: list[str] = []
+        broadcast = self._joined(away, to, lost) if away and self._ranks.rank == homes[-1] else None
         self._expect([feed.target for feed in posts], away if broadcast is not None else ())
         buckets: Mapping[int, WeightBucket] = {}
-        lost: list[str] = []
         try:
             for buckets in self._rounds(plan, homes):
                 lost += _finish(feeds, broadcast)
@@ -98,7 +98,7 @@ class WeightStream:
         del buckets  # the last ones would be held while the cache is emptied
         self._device.empty_cache()
         lost += [feed.lost for feed in posts if feed.lost is not None]
-        return StreamReport(plan.rounds, *plan_size(plan), plan_digest(plan), tuple(lost))
+        return StreamReport(plan.rounds, *plan_size(plan), plan_digest(plan), lost=tuple(lost))
 
     def check(self, version: int, to: Destinations) -> list[ReadBack]:
         """Read what the last `send` gave to this rank's engines back. No collective, engines still paused.
@@ -160,13 +160,18 @@ class WeightStream:
             self._groups[members] = dist.new_group(list(members), backend="gloo")
         return EngineFeed(engine, homes, self._ranks.rank, self._device, self._groups.get(members), label=label)
 
-    def _joined(self, engines: Sequence[EngineTarget], to: Destinations) -> EngineBroadcast:
-        """The group with these engines: the one that they joined, or a new one where one of them was started anew."""
-        if self._broadcast is None or not self._broadcast.serves(engines):
-            if self._broadcast is not None:
-                self._broadcast.close()
+    def _joined(self, engines: Sequence[EngineTarget], to: Destinations, lost: list[str]) -> EngineBroadcast | None:
+        """The group with these engines: the one that they joined, or a new one where one of them was started anew. None where
+        one is not there, which is added to `lost`."""
+        if self._broadcast is not None and not self._broadcast.serves(engines):
+            self._broadcast.close()
+            self._broadcast = None
+        if self._broadcast is None:
             address, peers = meeting_place(to.hosts)
-            self._broadcast = EngineBroadcast(engines, self._device, address=address, peers=peers)
+            try:
+                self._broadcast = EngineBroadcast(engines, self._device, address=address, peers=peers)
+            except EngineGone as error:
+                lost.append(str(error))
         return self._broadcast
 
     def _expect(self, posted: Sequence[EngineTarget], joined: Sequence[EngineTarget]) -> None:

@@ -146,3 +146,23 @@ def test_an_engine_that_is_lost_is_named_and_the_others_get_everything(tiny_pair
     assert second == (first[0], ())
     assert engines[0].posts == 3 + second[0], "nothing is posted to it after the first failure"
     assert set(engines[1].ranks[0]) == set(engines[0].ranks[0]) and len(engines[1].ranks[0]) > 100
+
+
+def test_an_engine_elsewhere_that_is_not_there_is_named_and_the_others_get_everything(tiny_pair):
+    """Nobody joins a group that can never be whole."""
+    hf, there = read_hf_config(str(tiny_pair / "fp8")), RecordingEngine()
+    to = Destinations(
+        (
+            EngineTarget("decode-0", there.url, "secret", Receiver(0, (0,), 1)),
+            EngineTarget("decode-1", "http://127.0.0.1:1", "secret", Receiver(1, (1,), 1)),
+        ),
+        (0, 0),
+    )
+
+    def send(rank: int) -> tuple[str, ...]:
+        chunks, ranks, _, _ = build(rank, 1, str(tiny_pair / "bf16"))
+        return WeightStream(chunks, hf, ranks, HostDevice(), limit_bytes=200_000).send(1, to).lost
+
+    [(line,)] = run_ranks(1, send)
+    assert line.startswith("decode-1: GET http://127.0.0.1:1/server_info: ") and "gone" in line
+    assert set(there.ranks[0]) == set(wanted(tiny_pair, 0, Receiver(0, (0,), 1), mtp=False))
