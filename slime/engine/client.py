@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import httpx
 
 from slime.engine.payload import LOAD_FORMAT
-from slime.engine.versions import capabilities
 from slime.types.weight_bucket import TensorMeta
 
 T = TypeVar("T")
@@ -172,14 +171,13 @@ class EngineClient(HttpClient):
 
         One that was broken off is closed first.
         """
-        if capabilities(await self.sglang_version()).update_session:
-            try:
-                await self.call("POST", "/begin_weight_update", {}, timeout=CONTROL_SECONDS)
-            except EngineError as error:
-                if error.status != 400:
-                    raise
-                await self.call("POST", "/end_weight_update", {}, timeout=CONTROL_SECONDS)
-                await self.call("POST", "/begin_weight_update", {}, timeout=CONTROL_SECONDS)
+        try:
+            await self._session("begin")
+        except EngineError as error:
+            if error.status != 400:
+                raise
+            await self._session("end")
+            await self._session("begin")
         await self._stamp(f"{INCOMPLETE}{version}")
 
     async def update_weights_from_tensor(
@@ -237,9 +235,16 @@ class EngineClient(HttpClient):
                 f"{self.url} is at weights {found!r}, not in the middle of an update to {version!r}; "
                 "call begin_weight_update first"
             )
-        if capabilities(await self.sglang_version()).update_session:
-            await self.call("POST", "/end_weight_update", {}, timeout=CONTROL_SECONDS)
+        await self._session("end")
         await self._stamp(str(version))
+
+    async def _session(self, step: str) -> None:
+        """`begin` or `end` of an update, where the engine's version has such sessions; older ones do not know the address."""
+        try:
+            await self.call("POST", f"/{step}_weight_update", {}, timeout=CONTROL_SECONDS)
+        except EngineError as error:
+            if error.status != 404:
+                raise
 
     async def _stamp(self, version: str) -> None:
         """Set the version without touching requests: paused ones continue after the update, each token with its version."""

@@ -36,8 +36,6 @@ class Capabilities:
     value_renames: Mapping[tuple[str, str], str] = field(default_factory=dict)
     attention_dp_option: str | None = None
     """set: `dp_size N` with `enable_dp_attention` becomes this option (there, dp_size alone means replicas)"""
-    update_session: bool = False
-    """weight updates go between /begin_weight_update and /end_weight_update"""
     broadcast_reaches_draft: bool = False
     """/update_weights_from_distributed loads the draft model too"""
     index_cache_where_computed: bool = False
@@ -71,7 +69,6 @@ TABLE = (
         },
         value_renames=_DSA_VALUES,
         attention_dp_option="attn_dp_size",
-        update_session=True,
         broadcast_reaches_draft=True,
         index_cache_where_computed=True,
         fused_experts_on_load=True,
