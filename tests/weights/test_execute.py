@@ -175,7 +175,7 @@ def test_every_link_carries_the_planned_bytes(name, done, folders):
     assert moved == planned and planned
     assert any(lane.gathered for lane in plan.lanes) is case.gathered
     embedding = {delivery.part for delivery in plan.deliveries if _has_embedding(plan, delivery)}
-    assert len(embedding) >= 3, "pieces of it take different links"
+    assert (len(embedding) > case.layout["tp"]) is (case.limit < 1 << 30), "with small buckets pieces of it take several links"
 
 
 def _has_embedding(plan: SyncPlan, delivery: Delivery) -> bool:
