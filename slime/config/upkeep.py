@@ -20,6 +20,6 @@ class UpkeepConfig:
     exit_duration_in_mins: float | None = flag(None, above=0)
     """Save and leave after the first rollout that ends so many minutes after the start."""
     hang_report_minutes: float = flag(30.0, above=0)
-    """A wait for one answer of trainer or engines that lasts longer is explained in the log, once: where every process is."""
+    """A wait for trainer or engines that lasts longer (and twice as long as any like it) is explained: where everybody is."""
     hang_exit_minutes: float | None = flag(None, above=0)
     """A wait that lasts longer ends the run, after the same explanation; None waits for ever."""

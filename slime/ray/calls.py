@@ -46,23 +46,25 @@ def gather(
     names = {ref: name for name, ref in refs.items()}
     results: dict[str, Any] = {}
     pending, started, told = list(names), time.monotonic(), set()
-    wait = (patience or Patience()).begin(doing)
+    wait = patience.begin(doing) if patience is not None else None
     while pending:
         elapsed = time.monotonic() - started
         if timeout is not None and elapsed > timeout:
             late = ", ".join(names[ref] for ref in pending)
             raise RuntimeError(f"{late} did not answer within {elapsed:.0f} s while {doing} (expected within {timeout:.0f} s)")
-        look_in = min(_LOOK_SECONDS, timeout or _LOOK_SECONDS, wait.seconds_left())
+        look_in = min(_LOOK_SECONDS, timeout or _LOOK_SECONDS, wait.seconds_left() if wait is not None else _LOOK_SECONDS)
         done, pending = ray.wait(pending, num_returns=1, timeout=look_in)
         for ref in done:
             try:
                 results[names[ref]] = ray.get(ref)
             except ray.exceptions.RayError as error:
                 raise RuntimeError(_explain(names, ref, error, pending, doing, processes or {})) from None
-        if not done:
+        if not done and wait is not None:
             wait.look()
         if not done and processes:
             told |= _tell_unwell({names[ref]: processes[names[ref]] for ref in pending}, doing, elapsed, told)
+    if wait is not None:
+        wait.end()
     return {name: results[name] for name in refs}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from slime.ray.witness import GroupState, Testimony
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 30.0
+_MARGIN = 2.0
 _TOLD_PROCESSES = 32
 """Spelled out; of 256 ranks most wait at the same place, and are told as many."""
 
@@ -31,9 +33,19 @@ class Patience:
     def __init__(self, rules: UpkeepConfig | None = None):
         rules = rules or UpkeepConfig()
         self.exit_seconds = None if rules.hang_exit_minutes is None else 60 * rules.hang_exit_minutes
-        self.report_seconds = min(60 * rules.hang_report_minutes, self.exit_seconds or float("inf"))
+        self._report_seconds = 60 * rules.hang_report_minutes
+        self._longest: dict[str, float] = {}
         self.processes: dict[str, Process] = {}
         self.also: list[Callable[[], Sequence[str]]] = []
+
+    def report_after(self, doing: str) -> float:
+        """Seconds. What took an hour before, like the generation of long answers, is expected to take as long again."""
+        expected = _MARGIN * self._longest.get(_kind(doing), 0.0)
+        return min(max(self._report_seconds, expected), self.exit_seconds or float("inf"))
+
+    def note(self, doing: str, seconds: float) -> None:
+        """A wait that ended well."""
+        self._longest[_kind(doing)] = max(seconds, self._longest.get(_kind(doing), 0.0))
 
     def begin(self, doing: str) -> Wait:
         return Wait(self, doing)
@@ -54,17 +66,18 @@ class Wait:
     def __init__(self, patience: Patience, doing: str):
         self._patience, self._doing = patience, doing
         self._began, self._report = time.monotonic(), ""
+        self._report_after = patience.report_after(doing)
 
     def seconds_left(self) -> float:
         """Until the next thing to do."""
         patience, elapsed = self._patience, time.monotonic() - self._began
-        until = patience.exit_seconds if self._report else patience.report_seconds
+        until = patience.exit_seconds if self._report else self._report_after
         return float("inf") if until is None else max(0.0, until - elapsed)
 
     def look(self) -> None:
         """Raises RuntimeError with the report where the wait has to end."""
         patience, elapsed = self._patience, time.monotonic() - self._began
-        if not self._report and elapsed >= patience.report_seconds:
+        if not self._report and elapsed >= self._report_after:
             self._report = f"{self._doing} has lasted {elapsed / 60:.1f} min; who is where:\n  {patience.explain()}"
             if patience.exit_seconds is None or elapsed < patience.exit_seconds:
                 logger.warning("%s", self._report)
@@ -74,6 +87,14 @@ class Wait:
             raise RuntimeError(
                 f"{self._doing} has lasted {elapsed / 60:.1f} min, told above: the run ends (--hang-exit-minutes)"
             )
+
+    def end(self) -> None:
+        self._patience.note(self._doing, time.monotonic() - self._began)
+
+
+def _kind(doing: str) -> str:
+    """Rollouts, versions and steps are numbered; what is done is not."""
+    return re.sub(r"\d+", "N", doing)
 
 
 def _ask_all(processes: Mapping[str, Process]) -> dict[str, Testimony | str]:

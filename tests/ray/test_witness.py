@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from slime.config.upkeep import UpkeepConfig
 from slime.ray import witness
-from slime.ray.standstill import missing
+from slime.ray.standstill import Patience, missing
 from slime.rollout.watch import Watch, waiting
 from slime.types.sample import Sample, Status
 
@@ -51,6 +52,17 @@ def test_a_rank_in_a_collective_says_in_which_line_and_who_is_missing(tmp_path):
     assert counts == {0: {"default_pg": 2, "tensor-parallel": 2}, 1: {"default_pg": 2, "tensor-parallel": 1}}
     states = {f"trainer rank {rank}": one.groups for rank, one in said.items()}
     assert missing(states) == ["tensor-parallel (ranks 0, 1): collective 2 has begun on trainer rank 0; trainer rank 1 is at 1"]
+
+
+def test_what_took_long_before_is_expected_to_take_as_long_again():
+    patience = Patience(UpkeepConfig(hang_report_minutes=10, hang_exit_minutes=45))
+    patience.note("generating rollout 3", 400)
+    patience.note("generating rollout 4", 900)
+    patience.note("generating rollout 5", 500)
+    kinds = ("generating rollout 6", "training", "saving rollout 5")
+    assert [patience.report_after(kind) for kind in kinds] == [1800, 600, 600]
+    patience.note("training", 3000)
+    assert patience.report_after("training") == 2700, "the end is not put off"
 
 
 def test_nobody_behind_the_socket_is_no_error(tmp_path):
