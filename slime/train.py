@@ -76,6 +76,8 @@ def train(run, config: Config) -> None:
         rollout = run.generate(rollout_id)
         if config.debug.debug_rollout_only:
             run.report(rollout, seconds=time.monotonic() - started)
+            if run.leaves_after(rollout_id):
+                break
             continue
         with run.lease.training():
             training = run.train(rollout)

@@ -349,12 +349,16 @@ class Run:
             time.sleep(0.5)
         return True
 
+    def leaves_after(self, rollout_id: int) -> bool:
+        self.leaves = self.leaving.why_after(rollout_id, is_last=rollout_id + 1 == self.num_rollout)
+        return self.leaves is not None
+
     def save_if_due(self, rollout_id: int) -> None:
         """Where the run leaves after this rollout, a save is due whatever the interval."""
         checkpoint = self._config.checkpoint
-        self.leaves = self.leaving.why_after(rollout_id, is_last=rollout_id + 1 == self.num_rollout)
+        leaves = self.leaves_after(rollout_id)
         is_due = _is_due(rollout_id, checkpoint.save_interval, self.num_rollout, last=True)
-        if checkpoint.save and (is_due or self.leaves):
+        if checkpoint.save and (is_due or leaves):
             self._save(rollout_id, self._rollout.state(rollout_id))
 
     def _save(self, rollout_id: int, data_state: dict | None) -> None:

@@ -144,7 +144,7 @@ def run_until(monkeypatch):
     monkeypatch.setattr("slime.ray.run.sample_costs", lambda *_: None)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
-    def run_until(signals: dict[str, int], **rules) -> list[str]:
+    def run_until(signals: dict[str, int], *, rollout_only: bool = False, **rules) -> list[str]:
         sizes = SimpleNamespace(
             data_parallel_size=1, context_parallel_size=1, virtual_pipeline_model_parallel_size=None,
             pipeline_model_parallel_size=1,
@@ -152,7 +152,8 @@ def run_until(monkeypatch):
         checkpoint = SimpleNamespace(save="/save", save_interval=4, async_save=False, save_hf=None)
         config = SimpleNamespace(
             debug=SimpleNamespace(
-                debug_rollout_only=False, debug_train_only=False, ci_test=False, ci_save_grad_norm=None, ci_load_grad_norm=None
+                debug_rollout_only=rollout_only, debug_train_only=False, ci_test=False, ci_save_grad_norm=None,
+                ci_load_grad_norm=None,
             ),
             data=SimpleNamespace(num_rollout=6), engine=SimpleNamespace(use_fault_tolerance=False), checkpoint=checkpoint,
             evaluation=SimpleNamespace(datasets=()), batch=None, parallel=sizes,
@@ -197,6 +198,7 @@ def test_a_preemption_while_weights_are_sent_waits_for_them_and_saves_once(run_u
 def test_an_interval_saves_between_the_regular_ones(run_until):
     events = run_until({}, exit_interval=3)
     assert events[-2:] == ["train", "save 2 with {'next': 12, 'saving': 2}"]
+    assert run_until({}, exit_interval=3, rollout_only=True) == ["generate 0", "generate 1", "generate 2"]
 
 
 @pytest.mark.slow
