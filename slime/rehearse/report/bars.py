@@ -19,6 +19,7 @@ GB = 1e9
 MOST_CELLS = 4096
 """Ranks that are drawn one by one; a page with more of them opens slowly and shows nothing."""
 KIND_OF_COST = {
+    "prefill": "KV cache",
     "rollout": "engine weights",
     "train": "weights",
     "log-probs": "gradients",
@@ -184,7 +185,7 @@ def timeline(cost: Cost) -> str:
         f"<td>{escape(phase.why)}</td></tr>"
         for phase in cost.phases
     ]
-    return figure("iteration timeline", [*body, "<table>", *rows, "</table>"])
+    return figure("iteration timeline", [*body, '<table class="phases">', *rows, "</table>"])
 
 
 def sync_bars(found: PlanPrice) -> str:

@@ -10,6 +10,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "on the way": (
         "bucket, as trained and on the wire",
         "one layer being read",
+        "weights copied",
         "staging of one shard",
         "gathered parameters",
     ),
@@ -106,7 +107,7 @@ td, th { padding: 3px 8px; vertical-align: top; border-bottom: 1px solid var(--l
 table.numbers { width: auto }
 table.numbers td, table.numbers th { text-align: right; font-variant-numeric: tabular-nums; padding: 2px 10px }
 th { font-weight: 600; color: var(--soft) } td.off { color: var(--bad); font-weight: 600 }
-table.findings td:nth-child(-n+2) { white-space: nowrap; width: 1% }
+table.findings td:nth-child(-n+2), table.phases td:nth-child(-n+2) { white-space: nowrap; width: 1% }
 td.violation { color: var(--bad); font-weight: 600 } td.unproven { color: var(--open); font-weight: 600 }
 td.unchecked { color: var(--open) } td.ok { color: var(--good) }
 .fix { color: var(--link) } code { overflow-wrap: anywhere }
