@@ -89,10 +89,11 @@ def _rehearsed(argv: Sequence[str], options: Options, folder: Path) -> Rehearsal
             _arithmetic(done, length, longest)
         clock["memory, cost, weight map"] = time.monotonic() - started - sum(clock.values())
         if options.curves and done.assessment is not None:
-            if findings.of("violation"):
-                done.remedies = remedies(bench, done.assessment, _splits(done))
-            else:
-                done.curves = curves(bench, done.assessment)
+            with _part(findings, "advice"):
+                if findings.of("violation"):
+                    done.remedies = remedies(bench, done.assessment, _splits(done))
+                else:
+                    done.curves = curves(bench, done.assessment)
             clock["advice"] = time.monotonic() - started - sum(clock.values())
         if options.build_ranks and not findings.of("violation"):
             done.built = check_ranks(reading, done.shares, findings)

@@ -146,6 +146,11 @@ def test_wrong_words_are_told(own: list[str], message: str, capsys: pytest.Captu
     assert message in capsys.readouterr().err
 
 
+def test_flags_that_are_wrong_everywhere_are_not_the_clusters_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--plan", "--nodes", "2", *one_node("qwen3-4B", "Qwen3-4B", tp="2", ep="1"), "--num-rollouts", "3"]) == 1
+    assert capsys.readouterr().out.startswith("NO PLAN: the flags are refused on every cluster: unknown flag --num-rollouts")
+
+
 def test_a_plan_without_the_model_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--plan", "--nodes", "4", "--num-rollout", "1"]) == 2
     assert "--plan needs the model" in capsys.readouterr().err

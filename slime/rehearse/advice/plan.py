@@ -26,8 +26,8 @@ WANTED = 2
 """Plans for each batch."""
 HEADROOM = 0.05
 """Share of a GPU that a plan leaves free where it can: routing is never as even as the arithmetic has it."""
-TRIES = 60
-"""Layouts that are judged before a batch is given up."""
+TRIES, MOST_TRIES = 40, 250
+"""Layouts that are judged before a batch is given up, and variants before a cluster is."""
 MOST_NODES = 128
 
 
@@ -66,6 +66,8 @@ class Planned:
     would_fit: tuple[str, ...] = ()
     """Where there is none: other clusters that would do."""
     tried: int = 0
+    understood: bool = True
+    """The rule book took some variant; what is in the way is the cluster."""
 
 
 Judge = Callable[[Sequence[str]], bool]
@@ -88,6 +90,8 @@ class Planner:
         told = {"longest": longest, "prompt": prompt_tokens(config, assumed)}
         self._layouts = Layouts(self._reading, bench.rates, length=bench.options.length or longest or DEFAULT_LENGTH, **told)
         self.tried, self.refused = 0, ""
+        self._by_memory = False  # the refusal is of memory, which says more than one of a size that does not divide
+        self.understood = False  # the rule book took some variant, whatever memory says
         self._most_prompts = 0  # that some fleet holds at once
         self._able: list[Layout] = []  # whose weights and gradients leave room
 
@@ -112,8 +116,11 @@ class Planner:
 
     def _for_batch(self, nodes: int, prompts: int | None) -> list[Plan]:
         found: list[Plan] = []
+        before = self.tried
         for trainer, rollout in self._places(nodes):
             for extra in _relaxations(self._reading):
+                if self.tried > before + MOST_TRIES:
+                    break
                 here = list(self._fitting(nodes, trainer, rollout, prompts, extra))
                 found += here
                 if here or not self._able:
@@ -163,7 +170,9 @@ class Planner:
     def _tried(self, variant: Variant) -> Outcome:
         self.tried += 1
         outcome = self._bench.tried(variant)
-        self.refused = outcome.wrong[0] if outcome.wrong else self.refused
+        self.understood = self.understood or outcome.assessment is not None
+        if outcome.wrong and (not self.refused or (outcome.assessment is not None and not self._by_memory)):
+            self.refused, self._by_memory = outcome.wrong[0], outcome.assessment is not None
         return outcome
 
     def _engines(self, base: Variant, layouts: Sequence[Layout], gpus: int) -> list[tuple[Fleet | None, Variant]]:
@@ -220,7 +229,9 @@ def make_plan(bench: Bench, *, nodes: int, gpu: str, judge: Judge) -> Planned:
     plans = tuple(plan for plan in planner.plans(nodes) if judge(bench.words(plan.variant)))
     if plans:
         return Planned(nodes, gpu, memory, plans, tried=planner.tried)
-    return Planned(nodes, gpu, memory, (), planner.refused, tuple(_elsewhere(bench, nodes, gpu)), planner.tried)
+    understood = planner.understood or not planner.tried
+    elsewhere = tuple(_elsewhere(bench, nodes, gpu)) if understood else ()
+    return Planned(nodes, gpu, memory, (), planner.refused, elsewhere, planner.tried, understood)
 
 
 def _elsewhere(bench: Bench, nodes: int, gpu: str) -> Iterator[str]:

@@ -70,10 +70,14 @@ class Bench:
         if findings.of("violation") or None in (reading.table, reading.grid, reading.chunks):
             return Outcome(None, _said(findings))
         config = reading.config
+        try:
+            specs = specs_of(config)
+        except ValueError as error:  # groups that do not fit the slots, which the engines' part of a rehearsal says
+            return Outcome(None, (str(error),))
         longest = longest_sample(config, prompt=int(assumed_of(self.options.assume).prompt_tokens))
         found = assess(
             reading,
-            EnginePlan(specs_of(config), self.version, ()),
+            EnginePlan(specs, self.version, ()),
             self.options,
             self.rates,
             findings,

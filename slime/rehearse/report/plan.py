@@ -7,10 +7,11 @@ from slime.rehearse.advice.plan import Plan, Planned
 
 def plan_as_text(found: Planned) -> str:
     cluster = f"{found.nodes} nodes of {found.gpu} ({found.gpu_memory_gb:g} GB)"
+    if not found.understood:
+        return f"NO PLAN: the flags are refused on every cluster: {found.nearest}\n"
     if not found.plans:
         lines = [f"NOTHING FITS on {cluster}: {found.nearest}"]
         lines += [f"would fit: {said}" for said in found.would_fit]
-        lines += [] if found.would_fit else ["nor on more nodes: lower the response length or take a smaller model"]
         return "\n".join(lines) + "\n"
     lines = [f"{len(found.plans)} plans for {cluster}, each of which passes the rehearsal; {found.tried} were tried"]
     shown: dict[str, str] = {}
