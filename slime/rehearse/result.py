@@ -27,7 +27,7 @@ from slime.rehearse.model.shares import StageShare
 from slime.rehearse.model.weight_map import WeightMap, build_weight_map
 from slime.rehearse.options import Options
 from slime.rehearse.reading import Reading, read
-from slime.rehearse.sync import PlannedSync, plan_of_sync, with_planned_sync
+from slime.rehearse.sync import PlannedSync, plan_of_sync, trainer_of, with_planned_sync
 from slime.weights.digest import KEY_VARIABLE, rehearsed_digest
 
 
@@ -150,7 +150,7 @@ def _divides(reading: Reading) -> bool:
 
 
 def _arithmetic(done: Rehearsal, length: int, longest: int | None) -> None:
-    reading, options, config = done.reading, done.options, done.reading.config
+    reading, options = done.reading, done.options
     found = assess(reading, done.engines, options, done.rates, done.findings, length=length, longest=longest)
     done.assessment, done.shares, done.budget, done.cost = found, found.shares, found.budget, found.cost
     done.times = _times(done, length, longest)
@@ -159,16 +159,8 @@ def _arithmetic(done: Rehearsal, length: int, longest: int | None) -> None:
     done.sync = plan_of_sync(reading, done.engines.specs, done.rates)
     if done.sync is not None:
         done.cost = with_planned_sync(done.cost, done.sync)
-    done.weights = build_weight_map(
-        reading.table,
-        reading.hf,
-        reading.grid,
-        reading.chunks,
-        done.engines.specs,
-        limit_bytes=config.engine.update_weight_buffer_size,
-        mtp=reading.trains_mtp,
-        padded_vocab=config.model.padded_vocab_size,
-    )
+    plan = done.sync.carried_out if done.sync else None
+    done.weights = build_weight_map(reading.table, reading.hf, trainer_of(reading), done.engines.specs, plan)
     _check_weights(done)
 
 
@@ -181,10 +173,11 @@ def _check_weights(done: Rehearsal) -> None:
         gathered = sum(row.block == "gather" for row in weights.rows)
         findings.ok(
             "weights",
-            f"each of {len(weights.rows):,} tensors is in one bucket, each slice once in every replica, fused pairs together; "
+            f"each of {len(weights.rows):,} tensors is in one round, each slice once in every replica, fused pairs together, "
+            "and reaches every GPU that keeps it once; "
             f"{mtp:,} of the MTP layer {'among them' if done.reading.trains_mtp else 'stay as the engines loaded them'}",
-            f"{len(weights.bucket_bytes):,} buckets, {weights.nbytes:,} bytes, {gathered} FP8 tensors gathered first, "
-            f"digest {weights.digest[:16]}",
+            f"{done.sync.carried_out.rounds if done.sync else 0:,} rounds, {weights.nbytes:,} bytes, "
+            f"{gathered} FP8 tensors gathered first, digest {weights.digest[:16]}",
         )
     if report := done.reading.config.engine.rehearsed:
         _compare_with_report(done.sync.digest if done.sync else "", report, findings)

@@ -23,8 +23,17 @@ class PlannedSync:
     most_tensors: int
     """Tensors that the engine rank with the most of them is given, a weight and its scale as two."""
     links: Links
-    digest: str
-    """Of what the run carries out: engines wholly on GPUs of their own get a broadcast, not what this plan has for them."""
+    carried_out: SyncPlan
+    """What the run does. Engines wholly on GPUs of their own get a broadcast, and not what `plan` has for them: for all of
+    them together the run gathers the whole model on one rank."""
+
+    @property
+    def broadcasts(self) -> bool:
+        return self.carried_out is not self.plan
+
+    @property
+    def digest(self) -> str:
+        return plan_digest(self.carried_out)
 
 
 def plan_of_sync(reading: Reading, specs: Sequence[EngineSpec], rates: Rates) -> PlannedSync | None:
@@ -36,9 +45,9 @@ def plan_of_sync(reading: Reading, specs: Sequence[EngineSpec], rates: Rates) ->
     plan = _plan(reading, receivers)
     num_gpus = max(slots.trainer_gpus, slots.first_rollout_gpu + slots.rollout_num_gpus)
     carried_out = planned(receivers, trainer_gpus=slots.trainer_gpus, num_gpus=num_gpus)
-    digest = plan_digest(plan if carried_out == tuple(receivers) else _plan(reading, carried_out))
+    whole = plan if carried_out == tuple(receivers) else _plan(reading, carried_out)
     links = Links(network=rates.nic_gb_per_s, nvlink=rates.nvlink_gb_per_s, load=rates.engine_load_gb_per_s)
-    return PlannedSync(plan, price(plan, links), _most_tensors(plan), links, digest)
+    return PlannedSync(plan, price(plan, links), _most_tensors(plan), links, whole)
 
 
 def _plan(reading: Reading, receivers: Sequence[Receiver]) -> SyncPlan:
@@ -46,11 +55,16 @@ def _plan(reading: Reading, receivers: Sequence[Receiver]) -> SyncPlan:
     return plan_sync(
         reading.table,
         reading.hf,
-        Trainer(reading.grid, tuple(reading.chunks), mtp=reading.trains_mtp, padded_vocab=config.model.padded_vocab_size),
+        trainer_of(reading),
         receivers,
         nodes=nodes_of(max(reading.grid.world, last + 1), config.cluster.num_gpus_per_node),
         limit_bytes=config.engine.update_weight_buffer_size,
     )
+
+
+def trainer_of(reading: Reading) -> Trainer:
+    padded = reading.config.model.padded_vocab_size
+    return Trainer(reading.grid, tuple(reading.chunks), mtp=reading.trains_mtp, padded_vocab=padded)
 
 
 def _most_tensors(plan: SyncPlan) -> int:
@@ -64,11 +78,19 @@ def _most_tensors(plan: SyncPlan) -> int:
 
 
 def with_planned_sync(cost: Cost, sync: PlannedSync) -> Cost:
-    """The same cost with the plan's seconds in place of the estimate."""
+    """The same cost with what the run's way of sending takes in place of the estimate."""
     found = sync.price
-    why = (
-        f"{found.wire_seconds:.2f} s on the wire, {found.load_seconds:.2f} s of loading, a round while the last one loads; "
-        f"broadcast to all it would be {cost.sync.broadcast_s:.1f} s"
+    seconds, why = (
+        found.seconds,
+        (
+            f"{found.wire_seconds:.2f} s on the wire, {found.load_seconds:.2f} s of loading, a round while the last one loads; "
+            f"broadcast to all it would be {cost.sync.broadcast_s:.1f} s"
+        ),
     )
-    phases = [replace(phase, seconds=found.seconds, why=why) if phase.name == "weight sync" else phase for phase in cost.phases]
+    if sync.broadcasts:
+        # Gathered on one rank and sent from there, round after round: its port carries the model twice, once each way.
+        gathered = price(sync.carried_out, sync.links).wire_seconds
+        seconds = max(gathered, cost.sync.broadcast_s)
+        why = f"gathered on one rank in {gathered:.1f} s and broadcast to engines elsewhere; by the plan {found.seconds:.2f} s"
+    phases = [replace(phase, seconds=seconds, why=why) if phase.name == "weight sync" else phase for phase in cost.phases]
     return replace(cost, phases=tuple(phases))

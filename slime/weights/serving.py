@@ -52,7 +52,7 @@ class Receiver:
             tp=spec.tp_size,
             pp=spec.pp_size,
             ep=spec.ep_size,
-            drafts=bool(spec.settings.get("speculative_algorithm")),
+            drafts=drafts_with_mtp(spec.settings),
             fixed_experts=not _moves_experts(spec.settings),
         )
 
@@ -88,6 +88,11 @@ def stage_of_layer(layer: int, *, num_layers: int, pp: int) -> int:
     each, more = divmod(num_layers, pp)
     small = (pp - more) * each
     return layer // each if layer < small else pp - more + (layer - small) // (each + 1)
+
+
+def drafts_with_mtp(settings: Mapping[str, object]) -> bool:
+    """Whether an engine's draft model is the trained model's own multi-token-prediction layer."""
+    return bool(settings.get("speculative_algorithm"))
 
 
 def _moves_experts(settings: Mapping[str, object]) -> bool:

@@ -190,10 +190,8 @@ def test_ranks_that_are_built_add_up_to_the_checkpoint(mtp: bool, flagship: Reci
     assert built.unique == (753_329_921_024 + 154880 * 6144 if mtp else 743_377_000_704)
     assert built.num_ranks == 16 and not built.errors
     assert not [finding for finding in findings.of("violation") if finding.area in ("ranks", "weights")]
-    limit = reading.config.engine.update_weight_buffer_size
-    found = build_weight_map(
-        reading.table, reading.hf, reading.grid, reading.chunks, [], limit_bytes=limit, mtp=mtp, padded_vocab=padded
-    )
+    trainer = Trainer(reading.grid, tuple(reading.chunks), mtp=mtp, padded_vocab=padded)
+    found = build_weight_map(reading.table, reading.hf, trainer, [], None)
     check_held(reading, built, found, findings)
     # On one of the ranks that hold it an expert is left out, and a neighbour is said to have it.
     at = next(number for number, row in enumerate(found.rows) if row.name == "model.layers.40.mlp.experts.3.down_proj.weight")
@@ -224,7 +222,7 @@ def test_tied_weights_over_stages_are_held_twice() -> None:
     assert done.built.unique == 36 * layer + embedding + 2560 + embedding and done.built.num_ranks == 8
     assert [finding for finding in done.findings.of("ok") if "every built rank holds" in finding.what]
     [row] = [row for row in done.weights.rows if row.name == "model.embed_tokens.weight"]
-    assert row.holders.text == "rows 0:76032@0-6/2;rows 76032:151936@1-7/2" and row.source == 0
+    assert row.holders.text == "rows 0:76032@0-6/2;rows 76032:151936@1-7/2" and row.makers == tuple(range(8))
 
 
 @pytest.mark.slow

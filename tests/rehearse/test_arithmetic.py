@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slime.config.stages import Cut, cut_layers, layout_string, wrong_starts
+from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
 from slime.model.placement import Grid, Places, ranges
@@ -35,7 +36,8 @@ from slime.rehearse.model.memory import (
 )
 from slime.rehearse.model.shares import stage_shares
 from slime.rehearse.model.stages import balance, best_list, legal_first_last, stage_costs
-from slime.rehearse.model.weight_map import Row, build_weight_map, checkpoint_bytes, problems
+from slime.rehearse.model.weight_map import Row, WeightMap, build_weight_map, checkpoint_bytes, problems, undelivered
+from slime.weights.plan import Receiver, Trainer, nodes_of, plan_sync
 
 HF = known_config("/any/GLM-5.2-FP8")
 TABLE = NameTable.for_model(HF)
@@ -267,21 +269,32 @@ def test_wrong_starts_and_layout_strings() -> None:
         cut_layers(Cut(78, 8, layout=layout_string((9, 12, 8, 12, 8, 12, 8, 8))))
 
 
+def _map(*, limit: int = 2 << 30, mtp: bool = False) -> WeightMap:
+    """Of the recipe, to four engines of 64."""
+    whole = {"moe_a2a_backend": "deepep", "moe_dense_tp_size": 1, "enable_dp_lm_head": True, "speculative_algorithm": "EAGLE"}
+    engines = [EngineSpec("default", "decode", i, 64 * i, 64, 8, 64, 1, 64, 64, "m", True, True, 0, whole) for i in range(4)]
+    trainer = Trainer(GRID, tuple(cut_layers(STOCK)), mtp=mtp)
+    receivers = [Receiver.of(engine, first_gpu=0) for engine in engines]
+    plan = plan_sync(TABLE, HF, trainer, receivers, nodes=nodes_of(256, 8), limit_bytes=limit)
+    return build_weight_map(TABLE, HF, trainer, engines, plan)
+
+
 def test_each_tensor_is_sent_once_and_pairs_stay_together() -> None:
-    chunks = cut_layers(STOCK)
-    found = build_weight_map(TABLE, HF, GRID, chunks, [], limit_bytes=2 << 30)
+    found = _map()
     names = [row.name for row in found.rows]
     assert not found.problems and len(names) == len(set(names)) == 59_585 - 791
-    assert found.nbytes == 745_584_507_456 and max(found.bucket_bytes) <= 2 << 30
-    bucket = {row.name: row.bucket for row in found.rows}
+    assert found.nbytes == 745_584_507_456 and {row.round for row in found.rows} == set(range(16))
+    assert [row.round for row in found.rows] == sorted(row.round for row in found.rows)
+    number = {row.name: row.round for row in found.rows}
     for layer in range(78):
         attention = f"model.layers.{layer}.self_attn."
-        assert bucket[f"{attention}q_a_proj.weight"] == bucket[f"{attention}kv_a_proj_with_mqa.weight"]
+        assert number[f"{attention}q_a_proj.weight"] == number[f"{attention}kv_a_proj_with_mqa.weight"]
     assert {row.block for row in found.rows if row.fp8} == {"shard"}
-    assert found.digest == build_weight_map(TABLE, HF, GRID, chunks, [], limit_bytes=2 << 30).digest
-    assert found.digest != build_weight_map(TABLE, HF, GRID, chunks, [], limit_bytes=1 << 30).digest
-    senders = {rank: count / 1e9 for rank, count in found.source_bytes.items()}
-    assert len(senders) == 8 + 8 * 32 - 8, "dense and expert sources of a stage share their first rank"
+    assert found.digest != _map(limit=1 << 30).digest
+    assert len(found.made_bytes) == 256, "every rank makes something"
+    # Experts are made where they are trained, once: those of one rank of the last stage, 16 layers of 8.
+    experts = [row for row in found.rows if row.makers == (255,)]
+    assert sum(row.nbytes for row in experts) == 16 * 8 * 37_757_952 and {row.stage for row in experts} == {7}
 
 
 Q_B, O, EXPERT = (
@@ -300,7 +313,7 @@ def _parts(row: Row, *edits: tuple[int, dict]) -> Row:
 
 # Layer 20 is on stage 1, ranks 32 to 63; 16,384 rows of q_b and columns of o over TP 4; expert 9 is the second of rank 33.
 PLANTED: dict[str, tuple[str, Callable[[Row], list[Row]], str]] = {
-    "an orphan": (Q_B, lambda row: [], "is in no bucket"),
+    "an orphan": (Q_B, lambda row: [], "is in no row"),
     "sent twice": (EXPERT, lambda row: [row, row], "is sent 2 times"),
     "a stranger": (
         EXPERT,
@@ -309,8 +322,8 @@ PLANTED: dict[str, tuple[str, Callable[[Row], list[Row]], str]] = {
     ),
     "away from its partner": (
         "model.layers.20.self_attn.kv_a_proj_with_mqa.weight",
-        lambda row: [replace(row, bucket=row.bucket + 1)],
-        "is not in the bucket of the tensor that engines fuse it with",
+        lambda row: [replace(row, round=row.round + 1)],
+        "is not in the round of the tensor that engines fuse it with",
     ),
     "a replica without a part": (
         Q_B,
@@ -331,13 +344,14 @@ PLANTED: dict[str, tuple[str, Callable[[Row], list[Row]], str]] = {
         "part 0 is 0 times in replica (1, 1, 0, 0), not 1 times",
     ),
     "an expert on another stage": (EXPERT, lambda row: [_parts(row, (0, {"ranks": (65,)}))], "replica (1, 1, 0, 0), not 1"),
-    "a source without it": (EXPERT, lambda row: [replace(row, source=34)], "rank 34 sends it and does not hold"),
+    "a maker without it": (EXPERT, lambda row: [replace(row, makers=(33, 34))], "rank 34 makes it and does not hold"),
+    "a part that nobody makes": (Q_B, lambda row: [replace(row, makers=(32, 33, 35))], "no rank that holds part 2 makes it"),
 }
 
 
 def test_a_planted_fault_of_the_weight_map_is_told_and_no_other() -> None:
     chunks = cut_layers(STOCK)
-    rows = build_weight_map(TABLE, HF, GRID, chunks, [], limit_bytes=2 << 30).rows
+    rows = _map().rows
     places = Places(TABLE, GRID, chunks, mtp=False, padded_vocab=None)
     at = {row.name: number for number, row in enumerate(rows)}
     for fault, (name, edit, message) in PLANTED.items():
@@ -345,6 +359,24 @@ def test_a_planted_fault_of_the_weight_map_is_told_and_no_other() -> None:
         told = problems(TABLE, edited, GRID, places, mtp=False)
         assert told and len(told) <= 2 and all(line.startswith("model.layers.20.") for line in told), (fault, told[:3])
         assert any(message in line for line in told), (fault, told[:3])
+
+
+def test_a_delivery_that_does_not_reach_everyone_just_once_is_told() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    hf = HfConfig({**sizes, "model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 16})
+    trainer = Trainer(Grid(1, 1, 1, 1, 1, 1), tuple(cut_layers(Cut(1, 1))))
+    plan = plan_sync(NameTable.for_model(hf), hf, trainer, [Receiver(0, (0, 1, 2), 3)], nodes=(0, 1, 1), limit_bytes=2**20)
+    [one] = plan.deliveries
+    assert list(undelivered(plan, one)) == [] and [leg.hop for leg in one.legs] == [0, 1]
+    entered, fanned = one.legs
+    told = {
+        "reaches GPU 2 0 times": replace(one, legs=(entered,)),
+        "reaches GPU 2 2 times": replace(one, legs=(entered, fanned, fanned)),
+        "leaves GPU 1 in hop 0 before it is there": replace(one, legs=(entered, fanned._replace(hop=0))),
+        "is made on ranks that do not hold it": replace(one, makers=(1,), legs=(entered._replace(source=1, target=0), fanned)),
+    }
+    for words, wrong in told.items():
+        assert any(words in line for line in undelivered(plan, wrong)), words
 
 
 def test_rank_sets_are_written_as_ranges() -> None:
@@ -392,11 +424,11 @@ def test_a_trained_mtp_layer_is_counted_on_the_last_stage_and_travels() -> None:
     assert trained[7].computing == plain[7].computing + 1 and trained[7].stored_inputs == plain[7].stored_inputs + 2
     alone = Grid(world=1, tp=1, pp=1, cp=1, ep=1, etp=1)
     assert stage_shares(TABLE, cut_layers(Cut(78, 1)), alone, mtp=True)[0].parameters == 753_329_921_024
-    found = build_weight_map(TABLE, HF, GRID, chunks, [], limit_bytes=2 << 30, mtp=True)
+    found = _map(mtp=True)
     assert not found.problems and len({row.name for row in found.rows}) == len(found.rows) == 59_585
     assert found.nbytes == checkpoint_bytes(TABLE, fp8=True) == 755_617_140_416
     mtp = [row for row in found.rows if row.name.startswith("model.layers.78.")]
-    assert len(mtp) == 791 and {row.stage for row in mtp} == {7} and {row.source // 32 for row in mtp} == {7}
+    assert len(mtp) == 791 and {row.stage for row in mtp} == {7} and {rank // 32 for row in mtp for rank in row.makers} == {7}
     engines = [EngineSpec("default", "decode", 0, 0, 64, 8, 64, 1, 64, 64, "m", True, True, 0)]
     before, sync = (sync_bytes(TABLE, HF, engines, Rates(), gpus_per_node=8, mtp=mtp) for mtp in (False, True))
     assert sync.experts == 76 * 256 * 37_757_952 and sync.experts + sync.rest == found.nbytes

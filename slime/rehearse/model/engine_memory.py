@@ -14,6 +14,7 @@ from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
 from slime.rehearse.model.keepers import Keepers
 from slime.rehearse.model.kinds import kinds
+from slime.weights.serving import drafts_with_mtp
 from slime.weights.wire import fp8_format, wire_bytes
 
 
@@ -126,7 +127,7 @@ def smallest_served(hf: HfConfig) -> HfConfig:
 
 
 def speculates(spec: EngineSpec) -> bool:
-    return bool(spec.settings.get("speculative_algorithm"))
+    return drafts_with_mtp(spec.settings)
 
 
 def engine_ranks(

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from slime.engine.spec import EngineSpec
 from slime.model.names import Entry, HfTensor
 from slime.model.placement import ranges
-from slime.weights.serving import expert_ranks
+from slime.weights.serving import drafts_with_mtp, expert_ranks
 
 
 class Keepers:
-    """Which ranks of each engine keep a part of a tensor; every rank is handed every bucket.
+    """Which ranks of each engine keep a part of a tensor.
 
     By SGLang's rules: routed experts lie on consecutive expert-parallel ranks; attention and embedding are cut over the ranks
     of an attention replica, an MLP over all ranks unless moe_dense_tp_size (dense) or an all-to-all backend (shared experts)
@@ -24,15 +24,16 @@ class Keepers:
 
     def text(self, entry: Entry, tensor: HfTensor) -> str:
         """`0-3:all@0-63` (engines 0 to 3, each rank the whole tensor), `0:1/4@0-63;1:all@0-7` (a quarter on each)."""
-        cuts = tuple(self.cut(entry, tensor, engine) for engine in self._engines)
-        if (entry.expert, cuts) not in self._said:
+        engines = [engine for engine in self._engines if not entry.is_mtp or drafts_with_mtp(engine.settings)]
+        cuts = tuple(self.cut(entry, tensor, engine) for engine in engines)
+        if (entry.expert, entry.is_mtp, cuts) not in self._said:
             said: dict[str, list[int]] = {}
-            for engine, cut in zip(self._engines, cuts, strict=True):
+            for engine, cut in zip(engines, cuts, strict=True):
                 words = ("all" if cut == 1 else f"1/{cut}") + f"@{ranges(self._ranks(entry, engine))}"
                 words += " of a pipeline stage" if engine.pp_size > 1 else ""
                 said.setdefault(words, []).append(engine.engine_id)
-            self._said[entry.expert, cuts] = ";".join(f"{ranges(ids)}:{words}" for words, ids in said.items())
-        return self._said[entry.expert, cuts]
+            self._said[entry.expert, entry.is_mtp, cuts] = ";".join(f"{ranges(ids)}:{words}" for words, ids in said.items())
+        return self._said[entry.expert, entry.is_mtp, cuts]
 
     def _ranks(self, entry: Entry, engine: EngineSpec) -> range:
         if entry.expert is None:

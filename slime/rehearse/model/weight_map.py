@@ -1,26 +1,26 @@
-"""Where every Hugging Face tensor lives in the trainer, how it travels, and which engine ranks keep it. Pure arithmetic.
+"""Where every Hugging Face tensor lives in the trainer, which ranks make it for the engines and when, and who keeps it.
 
-One row per tensor, in the order in which the weight stream sends it. The stream's rules are those of `slime.ray.weight_stream`:
-first the dense weights, one source rank per pipeline stage, then the routed experts, one source per stage and expert shard;
-inside a source the model's own order of parameters, buffers last; tensors that an engine fuses travel together; buckets are
-filled up to --update-weight-buffer-size. A test compares rows and buckets with the real stream of a small model.
+One row per tensor. Holders come from the grid alone; makers and rounds are those of the plan that a run carries out
+(`slime.weights.plan`), and the map is a proof when both agree: nobody makes what it does not hold, everything that engines keep
+reaches every GPU that keeps it once, from a GPU that has it by then.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from slime.config.stages import Chunk
 from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
 from slime.model.names import Entry, HfTensor, NameTable
 from slime.model.order import model_order
-from slime.model.placement import Grid, Holders, Places, faults, fp8_block_is_local, holders_of
+from slime.model.placement import Grid, Holders, Places, faults, fp8_block_is_local, holders_of, ranges
 from slime.rehearse.model.keepers import Keepers
-from slime.weights.wire import fp8_format, partners_of, update_groups, wire_bytes
+from slime.weights.lanes import Trainer
+from slime.weights.plan import Delivery, SyncPlan
+from slime.weights.wire import fp8_format, wire_bytes
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Row:
     stage: int
     holders: Holders
     """Which trainer ranks hold which part of it."""
-    source: int
-    """Global rank that sends it."""
-    bucket: int
-    """Number of its bucket in the whole stream."""
+    makers: tuple[int, ...]
+    """Ranks that export it, each the part that it holds; empty where no engine takes it."""
+    round: int | None
+    """Of the plan; None where no engine takes it."""
     engines: str
     """Which ranks of which engines keep it: `0-3:all@0-63`."""
     block: str
-    """FP8: "shard" when every block lies in one shard, "gather" when the source gathers the tensor first; else "-"."""
+    """FP8: "shard" when every block lies in one shard, "gather" when the ranks that share it gather it first; else "-"."""
     nbytes: int
 
     @property
@@ -50,15 +50,17 @@ class Row:
 
     def canonical(self) -> str:
         shape, fp8 = "x".join(map(str, self.shape)), "fp8" if self.fp8 else "-"
-        trainer = f"{self.name}\t{shape}\t{fp8}\t{self.stage}\t{self.holders.text}\t{self.source}"
-        return f"{trainer}\t{self.bucket}\t{self.engines}\t{self.block}\t{self.nbytes}"
+        makers, number = ranges(self.makers) or "-", "-" if self.round is None else self.round
+        trainer = f"{self.name}\t{shape}\t{fp8}\t{self.stage}\t{self.holders.text}\t{makers}"
+        return f"{trainer}\t{number}\t{self.engines or '-'}\t{self.block}\t{self.nbytes}"
 
 
 @dataclass(frozen=True)
 class WeightMap:
     rows: tuple[Row, ...]
-    bucket_bytes: tuple[int, ...]
-    source_bytes: dict[int, int]
+    """By round; what no engine takes comes last."""
+    made_bytes: Mapping[int, int]
+    """Rank -> bytes that it exports."""
     problems: tuple[str, ...]
     """Orphaned, doubled or separated tensors, parts that some replica has not just once; empty when the map is a proof."""
 
@@ -86,97 +88,96 @@ def checkpoint_bytes(table: NameTable, *, fp8: bool) -> int:
 
 
 def build_weight_map(
-    table: NameTable,
-    hf: HfConfig,
-    grid: Grid,
-    chunks: Sequence[Chunk],
-    engines: Sequence[EngineSpec],
-    *,
-    limit_bytes: int,
-    mtp: bool = False,
-    padded_vocab: int | None = None,
+    table: NameTable, hf: HfConfig, trainer: Trainer, engines: Sequence[EngineSpec], plan: SyncPlan | None
 ) -> WeightMap:
-    """mtp: the MTP layer is trained and travels too; else engines keep the checkpoint's. padded_vocab: the embedding's rows."""
-    block, kept = fp8_format(hf)
-    receivers = [engine for engine in engines if engine.update_weights]
-    places = Places(table, grid, chunks, mtp, padded_vocab)
-    describe = _Describer(grid, hf, receivers, block, places)
-    rows: list[Row] = []
-    buckets: list[int] = []
-    source_bytes: Counter[int] = Counter()
-    partners = partners_of(table)
-    for source, stage, entries in _sources(table, grid, places, mtp):
-        for bucket in _bucketed(update_groups(entries, partners), limit_bytes, block, kept):
-            number = len(buckets)
-            buckets.append(sum(nbytes for _, _, nbytes, _ in bucket))
-            source_bytes[source] += buckets[-1]
-            rows += [describe.row(entry, tensor, nbytes, fp8, stage, source, number) for entry, tensor, nbytes, fp8 in bucket]
-    return WeightMap(tuple(rows), tuple(buckets), dict(source_bytes), tuple(problems(table, rows, grid, places, mtp=mtp)))
-
-
-def _sources(table: NameTable, grid: Grid, places: Places, mtp: bool) -> Iterator[tuple[int, int, list[Entry]]]:
-    """(rank, stage, its entries in the model's order): dense sources of all stages, then the experts' sources, by rank."""
-    dense: dict[int, list[Entry]] = {stage: [] for stage in range(grid.pp)}
-    experts: dict[tuple[int, int], list[Entry]] = {(stage, ep): [] for stage in range(grid.pp) for ep in range(grid.ep)}
+    """plan: of the sync to `engines`; None where none takes weights."""
+    places = Places(table, trainer.grid, trainer.chunks, trainer.mtp, trainer.padded_vocab)
+    describe = _Describer(trainer.grid, hf, [engine for engine in engines if engine.update_weights], places)
+    when, made_bytes = _when(plan) if plan is not None else ({}, Counter())
+    rows = []
     for entry in table.entries:
-        if entry.is_mtp and not mtp:
-            continue
-        stage, shard = places.stages(entry)[0], places.expert_shard(entry)
-        if shard is None:
-            dense[stage].append(entry)
-        else:
-            experts[stage, shard].append(entry)
-    for stage, entries in dense.items():
-        yield stage * grid.ranks_per_stage, stage, sorted(entries, key=model_order)
-    for (stage, ep), entries in experts.items():
-        if entries:
-            yield stage * grid.ranks_per_stage + ep * grid.etp, stage, sorted(entries, key=model_order)
+        if not entry.is_mtp or trainer.mtp:
+            number, makers = when.get(entry.name, (None, ()))
+            rows += [(number, entry, describe.row(entry, tensor, makers, number)) for tensor in entry.hf]
+    last = 0 if plan is None else plan.rounds
+    rows.sort(key=lambda one: (last if one[0] is None else one[0], places.stages(one[1])[0], model_order(one[1])))
+    ordered = tuple(row for _, _, row in rows)
+    found = problems(table, ordered, trainer.grid, places, mtp=trainer.mtp)
+    if plan is not None:
+        found += [f"{name} is in no round" for name in _untaken(table, trainer, plan, when)]
+        found += [line for delivery in plan.deliveries for line in undelivered(plan, delivery)]
+    return WeightMap(ordered, dict(made_bytes), tuple(found))
 
 
-Sized = tuple[Entry, HfTensor, int, bool]
+def _when(plan: SyncPlan) -> tuple[dict[str, tuple[int, tuple[int, ...]]], Counter[int]]:
+    """(Megatron name -> (round, ranks that make a part of it), rank -> bytes that it exports)"""
+    makers: dict[tuple[int, int], set[int]] = {}
+    rounds: dict[tuple[int, int], int] = {}
+    made: Counter[int] = Counter()
+    for delivery in plan.deliveries:
+        for rank in delivery.makers:
+            made[rank] += delivery.nbytes
+        for unit in delivery.units:
+            key = delivery.lane, unit
+            assert rounds.setdefault(key, delivery.round) == delivery.round, f"parts of unit {key} are in two rounds"
+            makers.setdefault(key, set()).update(delivery.makers)
+    alike: dict[frozenset[int], tuple[int, ...]] = {}
+    found = {}
+    for (lane, unit), ranks in makers.items():
+        sorted_ranks = alike.setdefault(frozenset(ranks), tuple(sorted(ranks)))
+        for entry in plan.lanes[lane].units[unit].entries:
+            found[entry.name] = rounds[lane, unit], sorted_ranks
+    return found, made
 
 
-def _bucketed(
-    groups: Iterable[tuple[Entry, ...]], limit: int, block: int | None, kept: frozenset[str]
-) -> Iterator[list[Sized]]:
-    """The rule of `slime.weights.buckets.fill_buckets`, on sizes alone."""
-    waiting: list[Sized] = []
-    waiting_bytes = 0
-    for group in groups:
-        sized = []
-        for entry, tensor in ((one, tensor) for one in group for tensor in one.hf):
-            fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
-            sized.append((entry, tensor, wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32), fp8))
-        nbytes = sum(row[2] for row in sized)
-        if waiting and waiting_bytes + nbytes > limit:
-            yield waiting
-            waiting, waiting_bytes = [], 0
-        waiting += sized
-        waiting_bytes += nbytes
-    if waiting:
-        yield waiting
+def _untaken(table: NameTable, trainer: Trainer, plan: SyncPlan, when: Mapping[str, object]) -> Iterator[str]:
+    """Tensors that some engine takes, and no round brings."""
+    drafts = any(entry.is_mtp for lane in plan.lanes for unit in lane.units for entry in unit.entries)
+    for entry in table.entries:
+        if entry.name not in when and (not entry.is_mtp or (trainer.mtp and drafts)):
+            yield from (tensor.name for tensor in entry.hf)
+
+
+def undelivered(plan: SyncPlan, delivery: Delivery) -> Iterator[str]:
+    """What is wrong with a delivery: a GPU that keeps it and gets it not just once, a sender that has not got it yet."""
+    lane = plan.lanes[delivery.lane]
+    arrives = dict.fromkeys(delivery.makers, 0)
+    got = [gpu for gpu in delivery.makers if gpu in lane.gpus]
+    for hop, _, target in delivery.legs:
+        arrives[target] = hop + 1
+        got.append(target)
+    if sorted(got) != list(lane.gpus):
+        wrong = sorted((Counter(got) - Counter(lane.gpus)) | (Counter(lane.gpus) - Counter(got)))[0]
+        yield f"delivery {delivery.number} of round {delivery.round} reaches GPU {wrong} {got.count(wrong)} times"
+    for hop, source, _ in delivery.legs:
+        if arrives.get(source, hop + 1) > hop:
+            yield f"delivery {delivery.number} of round {delivery.round} leaves GPU {source} in hop {hop} before it is there"
+    if not set(delivery.makers) <= set(lane.holders[delivery.part]):
+        yield f"delivery {delivery.number} of round {delivery.round} is made on ranks that do not hold it"
 
 
 class _Describer:
     """Rows with their words; what is alike for many is made once."""
 
-    def __init__(self, grid: Grid, hf: HfConfig, engines: Sequence[EngineSpec], block: int | None, places: Places):
-        self._grid, self._block, self._places = grid, block, places
+    def __init__(self, grid: Grid, hf: HfConfig, engines: Sequence[EngineSpec], places: Places):
+        self._grid, self._places = grid, places
+        self._block, self._kept = fp8_format(hf)
         self._keepers = Keepers(engines, hf.num_experts)
         self._holders: dict[tuple, Holders] = {}
 
-    def row(self, entry: Entry, tensor: HfTensor, nbytes: int, fp8: bool, stage: int, source: int, bucket: int) -> Row:
+    def row(self, entry: Entry, tensor: HfTensor, makers: tuple[int, ...], number: int | None) -> Row:
+        fp8 = self._block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in self._kept
         return Row(
             tensor.name,
             tensor.shape,
             fp8,
-            stage,
+            self._places.stages(entry)[0],
             self._held(entry, tensor),
-            source,
-            bucket,
+            makers,
+            number,
             self._keepers.text(entry, tensor),
             self._blocks(entry, fp8),
-            nbytes,
+            wire_bytes(tensor, fp8=fp8, block=self._block or 0, float32=entry.float32),
         )
 
     def _held(self, entry: Entry, tensor: HfTensor) -> Holders:
@@ -198,19 +199,19 @@ def problems(table: NameTable, rows: Sequence[Row], grid: Grid, places: Places, 
     """What would make the map no proof: a tensor that is not sent, sent twice, away from its partner, or not whole on ranks."""
     wanted = {tensor.name: entry for entry in table.entries if mtp or not entry.is_mtp for tensor in entry.hf}
     sent = Counter(row.name for row in rows)
-    found = [f"{name} is in no bucket" for name in wanted if name not in sent]
+    found = [f"{name} is in no row" for name in wanted if name not in sent]
     found += [f"{name} is sent {count} times" for name, count in sent.items() if count != 1]
     found += [f"{name} is sent and not in the model" for name in sent if name not in wanted]
-    bucket_of: dict[str, int] = {}
+    round_of: dict[str, int | None] = {}
     for row in rows:
         together = wanted[row.name].together if row.name in wanted else ""
-        if together and bucket_of.setdefault(together, row.bucket) != row.bucket:
-            found.append(f"{row.name} is not in the bucket of the tensor that engines fuse it with")
+        if together and round_of.setdefault(together, row.round) != row.round:
+            found.append(f"{row.name} is not in the round of the tensor that engines fuse it with")
     return found + _misplaced(wanted, rows, grid, places)
 
 
 def _misplaced(wanted: Mapping[str, Entry], rows: Sequence[Row], grid: Grid, places: Places) -> list[str]:
-    """Tensors whose parts are not on ranks exactly once per replica, or that a rank sends which does not hold them."""
+    """Tensors whose parts are not on ranks exactly once per replica, or that a rank makes which does not hold them."""
     told: dict[tuple, list[str]] = {}
     found = []
     for row in rows:
@@ -218,10 +219,19 @@ def _misplaced(wanted: Mapping[str, Entry], rows: Sequence[Row], grid: Grid, pla
         if entry is None:
             continue
         stages, shard = places.stages(entry), places.expert_shard(entry)
-        kind = id(row.holders), row.length, stages, shard, row.source
+        kind = id(row.holders), row.length, stages, shard, row.makers
         if kind not in told:
-            told[kind] = list(faults(row.holders, row.length, grid, stages=stages, expert_shard=shard))
-            if row.source not in row.holders.parts[0].ranks:
-                told[kind].append(f"rank {row.source} sends it and does not hold its first part")
+            wrong = list(faults(row.holders, row.length, grid, stages=stages, expert_shard=shard))
+            told[kind] = wrong or list(_unmade(row))
         found += [f"{row.name}: {fault}" for fault in told[kind]]
     return found
+
+
+def _unmade(row: Row) -> Iterator[str]:
+    """Where a tensor travels, each part that is not empty has a maker, and each maker a part."""
+    makers = set(row.makers)
+    for rank in sorted(makers.difference(*(part.ranks for part in row.holders.parts))):
+        yield f"rank {rank} makes it and does not hold a part of it"
+    for number, part in enumerate(row.holders.parts):
+        if makers and row.block != "gather" and part.start < part.stop and makers.isdisjoint(part.ranks):
+            yield f"no rank that holds part {number} makes it"

@@ -28,7 +28,7 @@ def weight_flow(done: Rehearsal) -> str:
     body, point = [_text(0, 16, "trainer stages", soft=True)], top
     for stage, (rest, experts) in enumerate(by_stage):
         y = 30 + stage * (height - 44) / grid.pp
-        sources = sum(1 for rank in weights.source_bytes if rank // grid.ranks_per_stage == stage)
+        sources = sum(1 for rank in weights.made_bytes if rank // grid.ranks_per_stage == stage)
         body.append(_box(0, y, LEFT, STAGE_HEIGHT - 6, f"dense {rest / 1e9:.2f} GB, experts {experts / 1e9:.2f} GB"))
         body.append(_text(8, y + 14, f"stage {stage}: {amount((rest + experts) / 1e9)} GB"))
         body.append(_text(8, y + 28, f"from {sources} {'rank' if sources == 1 else 'ranks'}", soft=True))
@@ -38,7 +38,8 @@ def weight_flow(done: Rehearsal) -> str:
     deep, centre = weights.nbytes * flow, sum(MIDDLE) / 2
     half = top + deep / 2
     body.append(_box(MIDDLE[0], top, MIDDLE[1] - MIDDLE[0], deep, f"digest {weights.digest}"))
-    for place, words in enumerate((f"{len(weights.bucket_bytes):,} buckets", f"{amount(weights.nbytes / 1e9)} GB")):
+    rounds = done.sync.carried_out.rounds if done.sync else 0
+    for place, words in enumerate((f"{rounds:,} rounds", f"{amount(weights.nbytes / 1e9)} GB")):
         body.append(_text(centre, half - 2 + 18 * place, words, middle=True))
     body.append(_text(RIGHT, 16, "engines: what each rank serves", soft=True))
     per_gpu = done.cost.sync.lands_per_gpu if done.cost and done.cost.sync else 0

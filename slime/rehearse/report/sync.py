@@ -17,7 +17,8 @@ def sync_lines(sync: PlannedSync) -> list[str]:
     """What moves, how long it takes, and one bar per round: `#` over links, `.` loading."""
     found, plan = sync.price, sync.plan
     largest = max(one.bucket for one in found.rounds)
-    lines = [
+    lines = ["engines elsewhere get a broadcast; this is what the plan would take"] if sync.broadcasts else []
+    lines += [
         f"{plan.rounds} rounds of at most {amount(largest / 1e9)} GB on a GPU, {plan.hops} hops each: "
         f"{found.wire_seconds:.2f} s on the wire, {found.seconds:.2f} s with loading",
         f"into an engine's GPU {_range(found.received)} over links; out of a GPU to other nodes {_range(found.network_out)}; "

@@ -239,24 +239,23 @@ def _weights_json(weights: WeightMap, sync: PlannedSync | None, engines: Sequenc
     """`places`: each different set of ranks once, with how many tensors lie there."""
     key, digest = os.environ.get(KEY_VARIABLE), sync.digest if sync is not None else ""
     alike = Counter((row.stage, row.holders.text, row.engines) for row in weights.rows)
-    of_bucket = Counter(row.bucket for row in weights.rows)
-    sources = {row.bucket: row.source for row in weights.rows}
+    sent: dict[int, list[int]] = {}
+    for row in weights.rows:
+        if row.round is not None:
+            sent.setdefault(row.round, []).append(row.nbytes)
     return {
         "tensors": len(weights.rows),
-        "buckets": len(weights.bucket_bytes),
+        "rounds": len(sent),
         "bytes": weights.nbytes,
         "digest": weights.digest,
         "stream_digest": digest,
         "signature": sign(digest, key) if key else None,
-        "bytes_per_source": {str(rank): count for rank, count in weights.source_bytes.items()},
+        "bytes_per_maker": {str(rank): count for rank, count in sorted(weights.made_bytes.items())},
         "places": [
             {"stage": stage, "holders": holders, "kept_by": kept, "tensors": count}
             for (stage, holders, kept), count in alike.items()
         ],
-        "sent": [
-            {"bucket": number, "source": sources[number], "tensors": of_bucket[number], "bytes": nbytes}
-            for number, nbytes in enumerate(weights.bucket_bytes)
-        ],
+        "sent": [{"round": number, "tensors": len(sizes), "bytes": sum(sizes)} for number, sizes in sent.items()],
         "received_by": {engine.label: f"0-{engine.num_gpus - 1}" for engine in engines if engine.update_weights},
     }
 
