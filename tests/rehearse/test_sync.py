@@ -1,0 +1,47 @@
+"""What a weight sync of given flags takes: by the plan on shared GPUs, by a broadcast to engines elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+from rehearse.recipes import one_node
+
+from slime.rehearse.options import Options
+from slime.rehearse.report.sync import sync_lines
+from slime.rehearse.report.text import as_json
+from slime.rehearse.result import Rehearsal, rehearse
+
+EMBEDDING, LAYERS = 151_936 * 2560, 36
+ATTENTION, MLP, NORMS = 2560 * 128 * (2 * 32 + 2 * 8), 3 * 2560 * 9728, 2 * 2560 + 2 * 128
+MODEL = 2 * (EMBEDDING + LAYERS * (ATTENTION + MLP + NORMS) + 2560)
+"""Bytes of Qwen3-4B in bf16, the output layer being the embedding."""
+
+
+def _rehearsed(*more: str) -> Rehearsal:
+    argv = [word for word in one_node("qwen3-4B", "Qwen3-4B", tp="2", ep="1") if word != "--colocate" or not more]
+    return rehearse([*argv, *more], Options(engine_version="0.5.23", build_ranks=False))
+
+
+def test_engines_on_the_trainers_gpus_are_given_what_the_plan_says() -> None:
+    """Four engines of two: every rank loads whole tensors and cuts its own share, so each GPU takes the whole model in."""
+    done = _rehearsed()
+    assert done.sync is not None and not done.sync.broadcasts and done.sync.plan is done.sync.carried_out
+    found = done.sync.price
+    # Half of what tensor parallelism cuts is made on the GPU itself, and all of the rest; no byte leaves the node. The first
+    # half of the vocabulary is 76,032 rows of 151,936, for it is padded at its end.
+    half, rows = (MODEL - 2 * (LAYERS * NORMS + 2560)) // 2, 76_032 - 151_936 // 2
+    assert found.received == (half - rows * 2560 * 2, half + rows * 2560 * 2) and found.network_out == (0, 0)
+    assert found.load_seconds == pytest.approx(MODEL / 50e9, rel=1e-6)
+    phase = next(phase for phase in done.cost.phases if phase.name == "weight sync")
+    assert phase.seconds == found.seconds and as_json(done)["weights"]["stream_digest"] == done.sync.digest
+
+
+def test_engines_on_gpus_of_their_own_get_a_broadcast_which_is_what_the_rehearsal_counts() -> None:
+    done = _rehearsed("--rollout-num-gpus", "8")
+    assert done.sync is not None and done.sync.broadcasts
+    assert {gpu for lane in done.sync.plan.lanes for gpu in lane.gpus} == set(range(8, 16))
+    assert {gpu for lane in done.sync.carried_out.lanes for gpu in lane.gpus} == {16}, "one stands for all of them"
+    phase = next(phase for phase in done.cost.phases if phase.name == "weight sync")
+    assert phase.seconds == pytest.approx(MODEL / 50e9, rel=1e-6) and "gathered on one rank" in phase.why
+    assert done.sync.price.wire_seconds < phase.seconds / 3, "the plan would use all eight ports of the node"
+    assert "engines elsewhere get a broadcast" in sync_lines(done.sync)[0]
+    assert all(row.round is not None and row.makers for row in done.weights.rows) and not done.weights.problems
