@@ -61,7 +61,9 @@ def assess(
     budget = check_memory(reading, shares, shapes, ranks, options, findings, longest=longest, node_counts=node_counts)
     engines = _engines(plan.specs, ranks, budget.caches)
     work = model_work(reading.table, hf, min(length, mean), mtp=reading.trains_mtp)
-    cost = _cost(reading, plan, rates, budget, shares, shapes, engines, work, longest, length, prompt)
+    shape = _shape(reading, shapes, mean=mean, longest=longest)
+    arithmetic = {"budget": budget, "shares": shares, "shapes": shapes, "engines": engines, "work": work, "shape": shape}
+    cost = _cost(reading, plan, rates, length=length, prompt=prompt, **arithmetic)
     return Assessment(reading, plan, shares, budget, cost, engines)
 
 
@@ -98,25 +100,13 @@ def _engines(specs: Sequence[EngineSpec], ranks: Sequence[EngineRank], caches: S
     )
 
 
-def _cost(
-    reading: Reading,
-    plan: EnginePlan,
-    rates: Rates,
-    budget: Budget,
-    shares: tuple[StageShare, ...],
-    shapes: TrainShapes,
-    engines: Engines,
-    work: ModelWork,
-    longest: int | None,
-    length: int,
-    prompt: int,
-) -> Cost:
-    config, grid, hf = reading.config, reading.grid, reading.hf
-    algorithm, per_node = config.algorithm, config.cluster.num_gpus_per_node
-    shape = Shape(
+def _shape(reading: Reading, shapes: TrainShapes, *, mean: int, longest: int | None) -> Shape:
+    """mean, longest: tokens of a sample."""
+    config, algorithm = reading.config, reading.config.algorithm
+    return Shape(
         samples=num_samples(config),
-        mean_tokens=mean_sample(longest, prompt=prompt, share=rates.mean_response_share),
-        trainer_gpus=grid.world,
+        mean_tokens=mean,
+        trainer_gpus=reading.grid.world,
         rollout_gpus=config.cluster.rollout_num_gpus or 0,
         micro_batches=shapes.micro_batches,
         steps=num_steps(config),
@@ -128,6 +118,23 @@ def _cost(
         vpp=shapes.vpp,
         longest_sample=longest or 0,
     )
+
+
+def _cost(
+    reading: Reading,
+    plan: EnginePlan,
+    rates: Rates,
+    *,
+    budget: Budget,
+    shares: tuple[StageShare, ...],
+    shapes: TrainShapes,
+    engines: Engines,
+    work: ModelWork,
+    shape: Shape,
+    length: int,
+    prompt: int,
+) -> Cost:
+    config, grid, hf, per_node = reading.config, reading.grid, reading.hf, reading.config.cluster.num_gpus_per_node
     generates: Generation | None = None
     prefill = 0.0
     if engines.decode and engines.prefill and shape.samples:

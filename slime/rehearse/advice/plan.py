@@ -77,8 +77,8 @@ Judge = Callable[[Sequence[str]], bool]
 class Planner:
     """Of one run. bench: its flags; those of the cluster, the layout, the engines and the batch do not matter."""
 
-    def __init__(self, bench: Bench, *, gpu: str):
-        self._bench, self._gpu = bench, gpu
+    def __init__(self, bench: Bench):
+        self._bench = bench
         self._reading, _ = bench.read(Variant())
         if self._reading.table is None or self._reading.hf is None:
             raise ValueError(
@@ -224,7 +224,7 @@ def _relaxations(reading: Reading) -> Iterator[Variant]:
 
 def make_plan(bench: Bench, *, nodes: int, gpu: str, judge: Judge) -> Planned:
     """judge: whether a plan's words pass the rehearsal; those that do not are left out."""
-    planner = Planner(bench, gpu=gpu)
+    planner = Planner(bench)
     memory = bench.options.gpu_memory_gb
     plans = tuple(plan for plan in planner.plans(nodes) if judge(bench.words(plan.variant)))
     if plans:
@@ -239,7 +239,7 @@ def _elsewhere(bench: Bench, nodes: int, gpu: str) -> Iterator[str]:
     for kind in (gpu, *(("h200",) if GPUS["h200"].memory_gb > bench.options.gpu_memory_gb else ())):
         options = bench.options if kind == gpu else replace(bench.options, gpu_memory_gb=GPUS[kind].memory_gb)
         rates = bench.rates if kind == gpu else with_rates(rates_of(kind), options.rates)
-        planner = Planner(replace(bench, options=options, rates=rates), gpu=kind)
+        planner = Planner(replace(bench, options=options, rates=rates))
         counts = [nodes << doubling for doubling in range(0 if kind != gpu else 1, 8) if nodes << doubling <= MOST_NODES]
         for count in counts:
             plan = planner.first(count)
