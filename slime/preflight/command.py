@@ -82,7 +82,7 @@ def with_plan(wanted: Wanted, argv: Sequence[str], *, env: Mapping[str, str] | N
     """What the plan takes of GPUs and main memory, where the flags make one; nothing for a run on CPUs."""
     if not wanted.gpus_per_node:
         return wanted
-    plan = rehearse(argv, Options(build_ranks=False, env=env))
+    plan = rehearse(argv, Options(build_ranks=False, curves=False, env=env))
     hf, budget = plan.reading.hf, plan.budget
     if hf is None or budget is None:
         return wanted
