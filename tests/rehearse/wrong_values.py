@@ -120,6 +120,12 @@ WRONG_VALUES: dict[str, tuple[Edit, str]] = {
         "quantization fp8, and the checkpoint that is served is bf16",
     ),
     "engines in fp16": (flags("--sglang-dtype", "float16"), "dtype float16, and the trainer computes in bf16"),
+    "parameters by half an expression": (flags("--freeze-params-name-list", "(router"), "(router is no regular expression"),
+    "other parameters by half": (flags("--only-train-params-name-list", "*a"), "*a is no regular expression"),
+    "a page of nothing": (
+        in_group("prefill", ("dp_size: 64", "dp_size: 64\n          page_size: 0")),
+        "page_size 0; a page holds",
+    ),
     # What the router is told by this project.
     "the router's engines": (flags("--router-worker-urls", "http://a"), "--router-worker-urls is set by slime itself"),
     "the router's kind": (flags("--router-pd-disaggregation"), "use worker_type in --sglang-config"),

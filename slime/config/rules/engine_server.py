@@ -27,7 +27,11 @@ def arguments(v: Values) -> None:
 
 def _chunks(v: Values, engine: EngineSizes) -> None:
     """Prompts go in chunks of whole pages; attention data parallelism shares a chunk among its ranks."""
-    chunk, page = engine.whole("chunked_prefill_size"), engine.whole("page_size") or 1
+    chunk, page = engine.whole("chunked_prefill_size"), engine.whole("page_size")
+    v.require(
+        page is None or page >= 1, f"{engine.where}: page_size {page}; a page holds one token at least, so give 1 or more"
+    )
+    page = max(page or 1, 1)
     if engine.role == "decode" or chunk is None or chunk <= 0:
         return
     own = chunk // engine.dp

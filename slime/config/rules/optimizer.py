@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ def numbers(v: Values) -> None:
         not (v["only_train_params_name_list"] and v["freeze_params_name_list"]),
         "--only-train-params-name-list and --freeze-params-name-list are two answers to one question; give one",
     )
+    for name in ("only_train_params_name_list", "freeze_params_name_list"):
+        for pattern in v[name] or ():
+            try:
+                re.compile(pattern)
+            except re.error as odd:
+                v.mistakes.append(f"--{name.replace('_', '-')} {pattern} is no regular expression ({odd}); correct it")
     v.require(
         not (v["override_opt_param_scheduler"] and v["use_checkpoint_opt_param_scheduler"]),
         "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler exclude each other",

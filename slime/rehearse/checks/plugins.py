@@ -10,15 +10,20 @@ from pathlib import Path
 from slime.config.config import Config
 from slime.rehearse.findings import Findings
 
+FILES = ("megatron_config_path",)
+"""Flags of this ending that name a file."""
+
 
 def check_plugins(config: Config, findings: Findings) -> None:
-    """Every *_path flag of rollout, evaluation and algorithm: module and name must exist where the package can be seen."""
+    """--spec and every *_path flag that names a function or class: module and name must exist where the package can be seen."""
     named = [
-        (f"--{field.name.replace('_', '-')}", getattr(section, field.name))
-        for section in (config.rollout, config.algorithm, config.evaluation)
+        (f"--{field.name.replace('_', '-')}", path)
+        for section in (config.model, config.data, config.rollout, config.algorithm, config.evaluation)
         for field in fields(section)
-        if field.name.endswith("_path") and isinstance(getattr(section, field.name), str)
+        if field.name.endswith("_path") and field.name not in FILES
+        for path in _said(getattr(section, field.name))
     ]
+    named += [("--spec", ".".join(config.model.spec))] if config.model.spec else []
     seen, unseen = 0, []
     for flag, path in named:
         if "." not in path:
@@ -38,6 +43,11 @@ def check_plugins(config: Config, findings: Findings) -> None:
         findings.ok("files", "functions that flags name are in their modules", f"{seen} flags")
     for words in unseen:
         findings.unchecked("files", f"{words}: the module is not on this machine's PYTHONPATH")
+
+
+def _said(value: object) -> tuple[str, ...]:
+    """Of a flag that is given once or several times."""
+    return value if isinstance(value, tuple) else (value,) if isinstance(value, str) else ()
 
 
 def _source_of(module: str) -> Path | None:

@@ -1,0 +1,38 @@
+"""A function or class that a flag names exists, whichever flag it is, as far as its package is on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slime.rehearse.result import Options, rehearse
+from tests.rehearse.recipes import Recipe
+
+NAMED = {
+    "a data source": (("--data-source-path", "slime.rollout.data_source.Nope"), "data_source.py defines no Nope"),
+    "a module": (("--rollout-function-path", "slime.rollout.nowhere.f"), "there is no module slime.rollout.nowhere"),
+    "one hook of two": (
+        ("--rollout-sample-hook-path", "slime.rollout.nowhere.f"),
+        "--rollout-sample-hook-path slime.rollout.nowhere.f: there is no module",
+    ),
+    "a layer spec": (("--spec", "slime_plugins.models.glm5.glm5", "get_spec"), "glm5.py defines no get_spec"),
+    "a provider": (("--custom-model-provider-path", "slime.model.build.my_model"), "build.py defines no my_model"),
+    "no path": (("--custom-rm-path", "grade"), "--custom-rm-path grade is no dotted path of a function"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_name_that_its_module_lacks_is_told(name: str, flagship: Recipe, tmp_path: Path) -> None:
+    words, message = NAMED[name]
+    recipe = flagship.with_flag(*words)
+    done = rehearse(recipe.written(tmp_path), Options(env=recipe.env, quick=True, build_ranks=False))
+    told = [finding.line() for finding in done.findings.of("violation")]
+    assert any(message in line for line in told), told
+
+
+def test_a_package_that_is_elsewhere_is_unchecked(flagship: Recipe, tmp_path: Path) -> None:
+    recipe = flagship.with_flag("--custom-rm-path", "rewards_of_mine.grade")
+    done = rehearse(recipe.written(tmp_path), Options(env=recipe.env, quick=True, build_ranks=False))
+    assert done.findings.verdict == "launchable"
+    assert any("--custom-rm-path rewards_of_mine.grade" in finding.what for finding in done.findings.of("unchecked"))
