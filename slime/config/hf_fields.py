@@ -14,7 +14,7 @@ from slime.config.hf_config import HfConfig
 
 NOTHING_COMPUTED = frozenset(
     # who wrote the file, and what generation, old transformers or a trainer kept in it
-    """transformers_version architectures auto_map _name_or_path _commit_hash use_cache dtype torch_dtype initializer_range
+    """transformers_version architectures auto_map _name_or_path _commit_hash use_cache initializer_range
     tokenizer_class task_specific_params id2label label2id problem_type finetuning_task return_dict return_dict_in_generate
     output_hidden_states output_attentions output_scores output_router_logits output_past chunk_size_feed_forward
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id cls_token_id mask_token_id
@@ -65,6 +65,8 @@ ASSUMED: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1.0, 1),
     "num_nextn_predict_layers": (0,),
     "quantization": (),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "torch_dtype": ("bfloat16", "float16", "float32"),
 }
 """Of every family: field -> the values that the code assumes; a field that is absent or null has the first one."""
 

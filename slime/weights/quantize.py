@@ -11,6 +11,7 @@ from torch import Tensor
 from slime.model.hf_config import HfConfig
 from slime.model.names import NameTable
 from slime.ops.fp8 import quantize_blockwise
+from slime.weights.wire import Format
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -33,7 +34,8 @@ class WireFormat:
         zai-org/GLM-5.2-FP8 names `indexers_proj`, which no tensor is called.
         """
         table = NameTable.for_model(hf_config)
-        dtype = _DTYPES[str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16")]
+        form = Format.of(hf_config)
+        dtype = _DTYPES[form.dtype]
         float32_names = frozenset(tensor.name for entry in table.entries if entry.float32 for tensor in entry.hf)
         quantization = hf_config.get("quantization_config")
         if not quantization:
@@ -45,10 +47,7 @@ class WireFormat:
                 "fp8 e4m3 in square blocks (quant_method fp8, weight_block_size [128, 128]). Serve the BF16 checkpoint by "
                 "pointing --hf-checkpoint at it."
             )
-        kept = hf_config.fp8_exceptions
-        fp8_names = frozenset(
-            tensor.name for tensor in table.hf_tensors() if tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
-        )
+        fp8_names = frozenset(tensor.name for tensor in table.hf_tensors() if form.is_fp8(tensor))
         return WireFormat(dtype, int(block[0]), fp8_names, float32_names)
 
     def encode(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

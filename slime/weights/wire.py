@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from math import prod
 
 from slime.model.hf_config import HfConfig
 from slime.model.names import Entry, HfTensor, NameTable
 from slime.model.placement import Holders, fp8_block_is_local
 
-SCALE_BYTES = 4
 ALIGNMENT = 16
 """Tensors start at multiples of it in a bucket: CUDA loads want aligned addresses, and float32 views a multiple of 4."""
 PIECES = 64
@@ -45,29 +45,20 @@ class Format:
 
     @staticmethod
     def of(hf: HfConfig) -> Format:
-        block, kept = fp8_format(hf)
-        return Format(str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch."), block, kept)
+        block = (hf.get("quantization_config") or {}).get("weight_block_size")
+        dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16")
+        return Format(dtype, int(block[0]) if block else None, frozenset(hf.fp8_exceptions))
 
     def is_fp8(self, tensor: HfTensor) -> bool:
         return self.block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in self.kept
 
-
-def fp8_format(hf: HfConfig) -> tuple[int | None, frozenset[str]]:
-    """(block, modules kept as they are) of the serving checkpoint; (None, ...) when it is not block FP8."""
-    section = hf.get("quantization_config") or {}
-    block = section.get("weight_block_size")
-    return (int(block[0]) if block else None), hf.fp8_exceptions
-
-
-def wire_bytes(tensor: HfTensor, *, fp8: bool, block: int, float32: bool, item_bytes: int = 2) -> int:
-    """Of one tensor, its FP8 scales included. item_bytes: of what is neither FP8 nor float32."""
-    numel = 1
-    for size in tensor.shape:
-        numel *= size
-    if fp8:
+    def nbytes(self, entry: Entry, tensor: HfTensor) -> int:
+        """Of one of the entry's tensors, its FP8 scales included."""
+        numel = prod(tensor.shape)
+        if not self.is_fp8(tensor):
+            return numel * _ITEM_BYTES["float32" if entry.float32 else self.dtype]
         rows, columns = tensor.shape
-        return numel + -(-rows // block) * -(-columns // block) * SCALE_BYTES
-    return numel * (4 if float32 else item_bytes)
+        return numel + -(-rows // self.block) * -(-columns // self.block) * _ITEM_BYTES["float32"]
 
 
 @dataclass(frozen=True)
@@ -143,8 +134,7 @@ def cuts_of(entry: Entry, size: int, form: Format, *, largest: int) -> int:
     tensor = entry.hf[0]
     if len(entry.hf) > 1 or form.is_fp8(tensor) or entry.split not in ("none", "rows", "vocab"):
         return 1
-    nbytes = wire_bytes(tensor, fp8=False, block=0, float32=entry.float32, item_bytes=_ITEM_BYTES[form.dtype])
-    return min(-(-nbytes // size // largest), tensor.shape[0] // size) or 1
+    return min(-(-form.nbytes(entry, tensor) // size // largest), tensor.shape[0] // size) or 1
 
 
 def is_gathered(entry: Entry, size: int, form: Format) -> bool:

@@ -73,6 +73,8 @@ def test_an_unknown_field_is_refused_with_the_nearest_known_one(base: dict) -> N
         (DEEPSEEK, {"qk_head_dim": 96}, "qk_head_dim 96 is not the sum of qk_nope_head_dim 32 and qk_rope_head_dim 16"),
         (GLM, {"index_topk": None}, "index_topk is missing"),
         (GLM, {"mlp_layer_types": ["sparse"] * 4}, "mlp_layer_types has 0 dense layers, first_k_dense_replace"),
+        (QWEN3, {"torch_dtype": "float64"}, "torch_dtype is 'float64', and what is trained here has 'bfloat16' or 'float16'"),
+        (GLM, {"dtype": "int8"}, "dtype is 'int8'"),
         (QWEN3, {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window is True"),
         (QWEN3, {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "layer_types is 'sliding_attention'"),
         ({**QWEN3, "model_type": "llama"}, {"sliding_window": 64}, "sliding_window is 64, and what is trained"),

@@ -23,7 +23,7 @@ from slime.rehearse.model.weight_map import build_weight_map
 from slime.weights.digest import plan_digest
 from slime.weights.plan import Receiver, Trainer, nodes_of, plan_sync
 from slime.weights.quantize import WireFormat
-from slime.weights.wire import fp8_format
+from slime.weights.wire import Format
 from slime_plugins.models.glm5.ops import hopper_ops
 from tests.rehearse.recipes import Recipe, one_node
 
@@ -96,10 +96,10 @@ def test_shards_have_the_sizes_of_the_models_own_rule() -> None:
 
 def test_fp8_tensors_are_those_of_the_wire_format() -> None:
     hf = known_config("/x/GLM-5.2-FP8")
-    block, kept = fp8_format(hf)
+    form, kept = Format.of(hf), hf.fp8_exceptions
     wire = WireFormat.of_checkpoint(hf)
     table = NameTable.for_model(hf)
-    assert block == wire.fp8_block
+    assert form.block == wire.fp8_block == 128
     assert {t.name for t in table.hf_tensors() if t.fp8 and t.name.removesuffix(".weight") not in kept} == set(wire.fp8_names)
 
 

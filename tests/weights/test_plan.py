@@ -31,7 +31,7 @@ MODELS = {
     "glm_moe_dsa": {**LATENT, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk_freq": 2},
     "qwen3_moe": {**PLAIN, "num_key_value_heads": 4, "head_dim": 4, "num_experts": 8, "moe_intermediate_size": 16},
     "qwen3": {**PLAIN, "num_key_value_heads": 4, "head_dim": 4, "tie_word_embeddings": True, "quantization_config": FP8},
-    "glm4": {**PLAIN, "num_key_value_heads": 4, "head_dim": 4},
+    "glm4": {**PLAIN, "num_key_value_heads": 4, "head_dim": 4, "torch_dtype": "float32"},
     # 24 rows of gate and up over 4 ranks: pieces of 3, which cut the blocks.
     "odd glm4": {**PLAIN, "num_key_value_heads": 4, "head_dim": 4, "intermediate_size": 12, "quantization_config": FP8},
 }

@@ -95,13 +95,16 @@ def test_the_rounds_of_a_small_plan_cost_what_is_worked_out_by_hand() -> None:
     sizes = {"vocab_size": 1024, "hidden_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 512}
     hf = HfConfig({**sizes, "model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 128})
     trainer = Trainer(Grid(world=1, tp=1, pp=1, cp=1, ep=1, etp=1), tuple(cut_layers(Cut(1, 1))))
-    plan = plan_sync(NameTable.for_model(hf), hf, trainer, [Receiver(0, (1, 2), tp=2)], nodes=(0, 0, 1), limit_bytes=2**30)
+    told = {"trainer": trainer, "receivers": [Receiver(0, (1, 2), tp=2)], "nodes": (0, 0, 1), "limit_bytes": 2**30}
+    plan = plan_sync(NameTable.for_model(hf), hf, **told)
     words, attention, mlp, norms = 2 * 1024 * 512, 4 * 512 * 512, 3 * 512 * 512, 2 * 512 + 512 + 2 * 128
     nbytes = 2 * (words + attention + mlp + norms)
     found = price(plan, Links(network=50, nvlink=450, load=25))
     assert len(found.rounds) == 1 and found.rounds[0].bucket == nbytes and found.received == (nbytes, nbytes)
     assert found.wire_seconds == pytest.approx(nbytes / 50e9) and found.busiest == "network out of GPU 0"
     assert found.seconds == pytest.approx(nbytes / 50e9 + nbytes / 25e9)
+    wide = plan_sync(NameTable.for_model(hf), HfConfig({**hf, "dtype": "float32"}), **told)
+    assert price(wide, Links()).received == (2 * nbytes, 2 * nbytes), "a checkpoint in float32 is served in float32"
     assert broadcast_seconds(plan, Links(network=25)) == pytest.approx(nbytes / 25e9)
 
 

@@ -11,7 +11,7 @@ from slime.model.names import NameTable
 from slime.model.placement import Places
 from slime.weights.lanes import Trainer
 from slime.weights.serving import Receiver, expert_ranks
-from slime.weights.wire import fp8_format, wire_bytes
+from slime.weights.wire import Format
 from tools.bench.link_model import Send
 
 
@@ -23,16 +23,14 @@ class Sizes:
 
     @staticmethod
     def of(table: NameTable, hf: HfConfig, trainer: Trainer) -> Sizes:
-        block, kept = fp8_format(hf)
+        form = Format.of(hf)
         places = Places(table, trainer.grid, trainer.chunks, trainer.mtp, trainer.padded_vocab)
         found: dict[tuple[int, int | None, int | None], int] = defaultdict(int)
         for entry in table.entries:
             if entry.is_mtp:
                 continue
             for tensor in entry.hf:
-                fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
-                size = wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32)
-                found[places.stages(entry)[0], entry.layer, entry.expert] += size
+                found[places.stages(entry)[0], entry.layer, entry.expert] += form.nbytes(entry, tensor)
         return Sizes(dict(found))
 
 

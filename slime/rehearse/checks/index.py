@@ -11,7 +11,7 @@ from slime.model.names import NameTable
 from slime.rehearse.findings import Findings
 from slime.rehearse.model.weight_map import checkpoint_bytes
 from slime.rehearse.reading import Reading
-from slime.weights.wire import fp8_format
+from slime.weights.wire import Format
 
 _SHOWN = 4
 
@@ -76,7 +76,7 @@ def _check_names(reading: Reading, findings: Findings, file: Path, present: set[
                 ", ".join(names[:6]) + (" ..." if len(names) > 6 else ""),
                 fix,
             )
-    block, _ = fp8_format(reading.hf)
+    block = Format.of(reading.hf).block
     if fp8 != (block is not None) and reading.basis == "file":
         findings.violation(
             "weights",

@@ -16,7 +16,7 @@ from slime.rehearse.model.flops import ModelWork
 from slime.rehearse.model.kinds import kinds
 from slime.rehearse.model.rates import Rates
 from slime.rehearse.model.stages import balance
-from slime.weights.wire import fp8_format, wire_bytes
+from slime.weights.wire import Format
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ def sync_bytes(
     receivers = [engine for engine in engines if engine.update_weights]
     if not receivers:
         return None
-    block, kept = fp8_format(hf)
-    nbytes = _on_the_wire(table, block, frozenset(kept))
+    nbytes = _on_the_wire(table, Format.of(hf))
     weights = {key: engine_weights(table, hf, engine) for key, engine in {alike(one): one for one in receivers}.items()}
     fullest = max(weights.values(), key=lambda kept: kept.main)
     of_engine = {key: kept.main + (kept.draft if mtp else 0) for key, kept in weights.items()}
@@ -126,14 +125,13 @@ def sync_bytes(
 
 
 @lru_cache(maxsize=8)
-def _on_the_wire(table: NameTable, block: int | None, kept: frozenset[str]) -> Mapping[tuple[bool, bool], int]:
+def _on_the_wire(table: NameTable, form: Format) -> Mapping[tuple[bool, bool], int]:
     """(of the MTP layer, of a routed expert) -> bytes."""
     nbytes = {(mtp, expert): 0 for mtp in (False, True) for expert in (False, True)}
     for entry, count in kinds(table):
         for tensor in entry.hf:
-            fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
             kind = entry.name.startswith("mtp."), entry.expert is not None
-            nbytes[kind] += wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32) * count
+            nbytes[kind] += form.nbytes(entry, tensor) * count
     return nbytes
 
 

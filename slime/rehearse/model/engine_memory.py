@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -15,7 +15,7 @@ from slime.model.names import NameTable
 from slime.rehearse.model.keepers import Keepers
 from slime.rehearse.model.kinds import kinds
 from slime.weights.serving import drafts_with_mtp
-from slime.weights.wire import fp8_format, wire_bytes
+from slime.weights.wire import Format
 
 
 @dataclass(frozen=True)
@@ -85,24 +85,21 @@ _KNOWN: WeakKeyDictionary[NameTable, dict[tuple, EngineWeights]] = WeakKeyDictio
 
 def engine_weights(table: NameTable, hf: HfConfig, spec: EngineSpec) -> EngineWeights:
     """What the fullest rank of an engine keeps of the checkpoint, tensor by tensor as SGLang cuts them."""
-    block, kept = fp8_format(hf)
-    known, key = _KNOWN.setdefault(table, {}), (alike(spec), block, frozenset(kept))
+    form = Format.of(hf)
+    known, key = _KNOWN.setdefault(table, {}), (alike(spec), form)
     if key not in known:
-        known[key] = _engine_weights(table, hf, spec, block, kept)
+        known[key] = _engine_weights(table, hf, spec, form)
     return known[key]
 
 
-def _engine_weights(
-    table: NameTable, hf: HfConfig, spec: EngineSpec, block: int | None, kept: Collection[str]
-) -> EngineWeights:
+def _engine_weights(table: NameTable, hf: HfConfig, spec: EngineSpec, form: Format) -> EngineWeights:
     totals = {False: 0, True: 0}
     whole_experts = {False: 0, True: 0}
     layers_of_a_stage = -(-hf.num_layers // spec.pp_size) / hf.num_layers
     for entry, count in kinds(table):
         draft = entry.name.startswith("mtp.")
         for tensor in entry.hf:
-            fp8 = block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in kept
-            nbytes = wire_bytes(tensor, fp8=fp8, block=block or 0, float32=entry.float32)
+            nbytes = form.nbytes(entry, tensor)
             if entry.expert is not None:
                 nbytes *= count
                 whole_experts[draft] += nbytes

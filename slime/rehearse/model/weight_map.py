@@ -20,7 +20,7 @@ from slime.model.placement import Grid, Holders, Places, faults, fp8_block_is_lo
 from slime.rehearse.model.keepers import Keepers
 from slime.weights.lanes import Trainer
 from slime.weights.plan import Delivery, SyncPlan
-from slime.weights.wire import fp8_format, wire_bytes
+from slime.weights.wire import Format
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,8 @@ class WeightMap:
 
 def checkpoint_bytes(table: NameTable, *, fp8: bool) -> int:
     """Sum of all tensors' bytes in a BF16 or block-FP8 checkpoint, MTP layer included."""
-    return sum(
-        wire_bytes(tensor, fp8=fp8 and tensor.fp8, block=128, float32=entry.float32)
-        for entry in table.entries
-        for tensor in entry.hf
-    )
+    form = Format("bfloat16", 128 if fp8 else None, frozenset())
+    return sum(form.nbytes(entry, tensor) for entry in table.entries for tensor in entry.hf)
 
 
 def build_weight_map(
@@ -161,12 +158,12 @@ class _Describer:
 
     def __init__(self, grid: Grid, hf: HfConfig, engines: Sequence[EngineSpec], places: Places):
         self._grid, self._places = grid, places
-        self._block, self._kept = fp8_format(hf)
+        self._form = Format.of(hf)
         self._keepers = Keepers(engines, hf.num_experts)
         self._holders: dict[tuple, Holders] = {}
 
     def row(self, entry: Entry, tensor: HfTensor, makers: tuple[int, ...], number: int | None) -> Row:
-        fp8 = self._block is not None and tensor.fp8 and tensor.name.removesuffix(".weight") not in self._kept
+        fp8 = self._form.is_fp8(tensor)
         return Row(
             tensor.name,
             tensor.shape,
@@ -177,7 +174,7 @@ class _Describer:
             number,
             self._keepers.text(entry, tensor),
             self._blocks(entry, fp8),
-            wire_bytes(tensor, fp8=fp8, block=self._block or 0, float32=entry.float32),
+            self._form.nbytes(entry, tensor),
         )
 
     def _held(self, entry: Entry, tensor: HfTensor) -> Holders:
@@ -192,7 +189,7 @@ class _Describer:
         if not fp8:
             return "-"
         size = self._grid.etp if entry.expert is not None else self._grid.tp
-        return "shard" if fp8_block_is_local(entry, size, self._block) else "gather"
+        return "shard" if fp8_block_is_local(entry, size, self._form.block) else "gather"
 
 
 def problems(table: NameTable, rows: Sequence[Row], grid: Grid, places: Places, *, mtp: bool) -> list[str]:
