@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slime.batch.plan import plan_steps
+from slime.batch.plan import _even_bins_with_room, plan_steps
 
 
 @dataclass(frozen=True)
@@ -170,3 +170,9 @@ def test_fewer_samples_than_ranks_leaves_empty_micro_batches_instead_of_a_hang()
 def test_dynamic_batches_need_a_capacity():
     with pytest.raises(ValueError, match="--max-tokens-per-gpu"):
         plan_steps([5], [0], [3], dp_size=1, cp_size=1, batch=Rules(max_tokens_per_gpu=None), per_token=False)
+
+
+def test_micro_batches_that_are_exactly_full_stay_so():
+    """5 + 3 and 4 + 4 tokens in room for 8: two bins, not three."""
+    lengths = np.array([5, 4, 4, 3])
+    assert sorted(map(sorted, _even_bins_with_room([0, 1, 2, 3], lengths, lengths.astype(float), 8))) == [[0, 3], [1, 2]]

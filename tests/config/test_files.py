@@ -143,6 +143,7 @@ def test_an_entry_wins_over_defaults_which_win_over_flags(tmp_path: Path):
     ("old", "new", "said"),
     [
         ("temperature: 0.5", "temprature: 0.5", "unknown key at eval.datasets[0]: 'temprature'; did you mean temperature?"),
+        ("  datasets:", "  data_sets:", "unknown key at eval: 'data_sets'; did you mean datasets?"),
         ("temperature: 1e-5", "top_kk: 1", "unknown key at eval.defaults: 'top_kk'; did you mean top_k?"),
         ("temperature: 0.5", "temperature: warm", "eval.datasets[0].temperature: 'warm' is no float"),
         ("path: /b.jsonl, ", "", "eval.datasets[1] needs path as text"),

@@ -60,6 +60,20 @@ def test_modules_that_stay_bf16_are_read_under_both_names_that_engines_know():
         assert f"{name}.weight" not in fp8 and "model.layers.1.self_attn.o_proj.weight" in fp8
 
 
+@pytest.mark.parametrize(
+    ("said", "dtype"),
+    [
+        ({"dtype": "float32"}, torch.float32),
+        ({"torch_dtype": "float32"}, torch.float32),
+        ({"dtype": "bfloat16", "torch_dtype": "float32"}, torch.bfloat16),
+        ({}, torch.bfloat16),
+    ],
+)
+def test_weights_travel_in_the_type_of_the_serving_checkpoint(said, dtype):
+    plain = {name: value for name, value in GLM.items() if name not in ("dtype", "torch_dtype", "quantization_config")}
+    assert WireFormat.of_checkpoint(HfConfig(plain | said)).dtype == dtype
+
+
 def test_a_bucket_size_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="--update-weight-buffer-size is 0"):
         list(fill_buckets([], limit_bytes=0))
