@@ -80,3 +80,9 @@ def test_the_readme_shows_as_many_packages_as_are_pinned():
 def test_the_readme_has_every_launcher():
     readme = (ROOT / "README.md").read_text()
     assert [file.name for file in sorted((ROOT / "scripts").glob("run-*.sh")) if f"`scripts/{file.name}`" not in readme] == []
+
+
+def test_files_of_tests_have_different_names():
+    """The folders are no packages: pytest takes two files of one name for the same module, and collects nothing."""
+    names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert sorted({name for name in names if names.count(name) > 1}) == []

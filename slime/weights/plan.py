@@ -25,10 +25,10 @@ forward need no copy. With several parts each piece's ranges are copied to their
 the tensor's first byte. `Lane.gathered` tensors are cut through FP8 blocks: before they are quantised, the tensor-parallel
 group of every maker gathers them, its members together in the order of the round's deliveries.
 
-Guarantees, which `tests/weights/test_plan.py` checks by a walk through the bytes: every part of every unit reaches each GPU
-that keeps it exactly once, from a GPU that has it by then; no bucket and no staging buffer exceeds the limit unless one unit
-alone does; a rank gets nothing that it does not keep. The same arguments give the same plan, on every rank and in the
-rehearsal.
+Guarantees, which `tests/weights/test_sync_plan.py` checks by a walk through the bytes: every part of every unit reaches
+each GPU that keeps it exactly once, from a GPU that has it by then; no bucket and no staging buffer exceeds the limit
+unless one unit alone does; a rank gets nothing that it does not keep. The same arguments give the same plan, on every rank
+and in the rehearsal.
 """
 
 from __future__ import annotations
