@@ -18,14 +18,15 @@ KEY_VARIABLE = "SLIME_REHEARSAL_KEY"
 
 
 def plan_digest(plan: SyncPlan) -> str:
-    """Of what reaches which GPU in which round and format. By which links is left out: a rehearsal may know fewer nodes."""
+    """Of what reaches which GPU in which round and format. By which links, and in which order within a round, is left out: both
+    depend on the nodes, which a rehearsal may not know."""
     sha = hashlib.sha256(f"{plan.rounds}\n".encode())
     for lane in plan.lanes:
         sha.update(f"{lane.gpus}\n".encode())
         for unit in lane.units:
             sha.update(f"{','.join(tensor.name for entry in unit.entries for tensor in entry.hf)}\t{unit.nbytes}\n".encode())
-    for delivery in plan.deliveries:
-        sha.update(f"{delivery.round}\t{delivery.lane}\t{delivery.part}\t{delivery.units}\n".encode())
+    for round, lane, part, units in sorted((one.round, one.lane, one.part, one.units) for one in plan.deliveries):
+        sha.update(f"{round}\t{lane}\t{part}\t{units}\n".encode())
     return sha.hexdigest()
 
 

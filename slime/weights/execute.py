@@ -104,7 +104,7 @@ class Execution:
 
     def _fly(self, leg: Leg, delivery: Delivery, buffers: Mapping[Key, Tensor], flying: list[dist.P2POp]) -> None:
         source, target = self.homes[leg.source], self.homes[leg.target]
-        if self.rank not in (source, target):
+        if self.rank not in (source, target) or delivery.nbytes == 0:
             return
         if self.rank == source:
             self.moved[leg.source, leg.target] += delivery.nbytes
