@@ -29,7 +29,7 @@ from slime.ray.cluster_watch import ClusterWatch
 from slime.ray.environment import QUIET
 from slime.ray.lease import FreeLease, Holder, Lease
 from slime.ray.leaving import Leaving
-from slime.ray.placement import Placement, place
+from slime.ray.placement import Placement, place, slot_counts
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
 from slime.ray.standstill import Patience
 from slime.ray.train_group import TrainGroup
@@ -112,7 +112,10 @@ class Run:
             ray.init(log_to_driver=True, logging_level=logging.WARNING)
             return
         # No cluster was named: a local one with as many logical device slots as the run wants.
-        slots = max(self._num_trainer_slots(), self._num_engine_slots(), 1)
+        total, _ = slot_counts(
+            num_trainer=self._num_trainer_slots(), num_engine=self._num_engine_slots(), colocate=self._config.cluster.colocate
+        )
+        slots = max(total, 1)
         logger.info("RAY_ADDRESS is not set: starting a local Ray with %d device slots", slots)
         # "local": without it Ray would join any cluster that runs on this machine, and refuse to change its size.
         ray.init("local", num_gpus=slots, num_cpus=slots + 4, include_dashboard=False, logging_level=logging.WARNING)
