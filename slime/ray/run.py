@@ -112,10 +112,7 @@ class Run:
             ray.init(log_to_driver=True, logging_level=logging.WARNING)
             return
         # No cluster was named: a local one with as many logical device slots as the run wants.
-        total, _ = slot_counts(
-            num_trainer=self._num_trainer_slots(), num_engine=self._num_engine_slots(), colocate=self._config.cluster.colocate
-        )
-        slots = max(total, 1)
+        slots = max(slot_counts(**self._slots())[0], 1)
         logger.info("RAY_ADDRESS is not set: starting a local Ray with %d device slots", slots)
         # "local": without it Ray would join any cluster that runs on this machine, and refuse to change its size.
         ray.init("local", num_gpus=slots, num_cpus=slots + 4, include_dashboard=False, logging_level=logging.WARNING)
@@ -152,21 +149,18 @@ class Run:
         if gone:
             logger.error("the last checkpoint is intact: run the same command again to resume from it")
 
-    def _num_trainer_slots(self) -> int:
+    def _slots(self) -> dict[str, int | bool]:
         cluster = self._config.cluster
-        return cluster.actor_num_nodes * cluster.actor_num_gpus_per_node if self._has_trainer else 0
-
-    def _num_engine_slots(self) -> int:
-        return (self._config.cluster.rollout_num_gpus or 0) if self._has_engines else 0
+        trainer = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node if self._has_trainer else 0
+        engines = (cluster.rollout_num_gpus or 0) if self._has_engines else 0
+        return {"num_trainer": trainer, "num_engine": engines, "colocate": cluster.colocate}
 
     def start(self) -> None:
         """Engines and trainer, one after another where they share GPUs; then the data position, and the first weights."""
         config, started = self._config, time.monotonic()
         if config.engine.rehearsed:  # before anything starts: the file may be wrong
             self._rehearsed = rehearsed_digest(config.engine.rehearsed, key=os.environ.get(KEY_VARIABLE))
-        self._placement = place(
-            num_trainer=self._num_trainer_slots(), num_engine=self._num_engine_slots(), colocate=config.cluster.colocate
-        )
+        self._placement = place(**self._slots())
         # It takes no CPU from the slots. Two threads: `stop` must get through while `start` still waits for engines.
         actor = RolloutActor.options(num_cpus=0, max_concurrency=2, runtime_env={"env_vars": QUIET}).remote(
             config, self._placement, _run_folder(config), os.environ.get(TOKEN_VARIABLE) or secrets.token_hex(16)
