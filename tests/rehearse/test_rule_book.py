@@ -274,6 +274,10 @@ def test_recommended_splits_pass_the_rehearsal_that_prints_them(flagship: Recipe
             again = rehearse(pasted.written(tmp_path), Options(env=recipe.env, quick=True))
             assert again.findings.verdict == "launchable", (words, again.findings.of("violation"))
         assert lists
+    wrong = flags("--decoder-first-pipeline-num-layers", "15", "--decoder-last-pipeline-num-layers", "15")(flagship)
+    found = rehearse(wrong.written(tmp_path), Options(env=wrong.env, quick=True)).findings
+    first = "--decoder-first-pipeline-num-layers 2 --decoder-last-pipeline-num-layers 4 (82%)"
+    assert any(f"append, best balanced first: {first}; or" in finding.line() for finding in found.items)
 
 
 def test_there_are_enough_of_both() -> None:
