@@ -19,6 +19,7 @@ OF_OTHER_PROGRAMS = {
     "--cubin",  # nvcc
     "--nodes", "--ntasks-per-node", "--gpus-per-node", "--exclusive", "--signal",  # sbatch
     "--pid",  # py-spy
+    "--max-children",  # mutmut
 }  # fmt: skip
 MEANT_WRONG = {"--rolout-batch-size", "--x", "--y", "--prompt", "--sglang-mem-fraction-statik"}
 """The answer to a typo, shown; and `--x`, `--y` for any flags."""
