@@ -267,11 +267,11 @@ class AlgorithmConfig:
     """Mask sequences that are far off-policy."""
     opsm_delta: float = flag(1e-4, low=0)
     """Its threshold."""
-    use_routing_replay: bool = flag(False, later="routing replay")
+    use_routing_replay: bool = False
     """Train with the expert choices of the log-prob pass."""
-    use_rollout_routing_replay: bool = flag(False, later="routing replay")
+    use_rollout_routing_replay: bool = False
     """Train with the engine's expert choices."""
-    keep_old_actor: bool = flag(False, later="a separate behaviour policy")
+    keep_old_actor: bool = False
     """Keep the weights that generated the data on the training side."""
     num_critic_only_steps: int = flag(0, low=0)
     """The first so many rollouts train the critic alone."""

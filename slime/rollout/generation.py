@@ -192,6 +192,8 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], *
         sample.status = Status.TRUNCATED
         return sample
     payload = {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True}
+    if args.use_rollout_routing_replay:
+        payload["return_routed_experts"] = True
     answer = await persistently(
         lambda: state.client.generate(payload, routing_key=sample.session_id), tries=_TRIES, stopped=lambda: state.aborted
     )

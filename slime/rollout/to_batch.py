@@ -48,6 +48,7 @@ def make_rollout_batch(groups: list[Group], *, rollout_id: int, config: Any) -> 
         truncated=np.array([sample.status is Status.TRUNCATED for sample in samples], dtype=bool),
         rollout_log_probs=_optional(samples, "rollout_log_probs"),
         teacher_log_probs=_optional(samples, "teacher_log_probs"),
+        routed_experts=_routed_experts(args, samples),
         weight_versions=tuple(tuple(sample.weight_versions) for sample in samples),
     )
 
@@ -125,6 +126,26 @@ def _optional(samples: list[Sample], name: str) -> tuple[np.ndarray, ...] | None
     return tuple(np.asarray(column, dtype=np.float32) for column in columns)
 
 
+def _routed_experts(args: Any, samples: list[Sample]) -> tuple[np.ndarray, ...] | None:
+    """What the engines said with --use-rollout-routing-replay; -1 where they said nothing: after the last request, and of
+    samples that train nothing."""
+    if not args.use_rollout_routing_replay:
+        return None
+    column = []
+    for sample in samples:
+        said = sample.rollout_routed_experts
+        if said is None and not sample.trains_nothing:
+            raise ValueError(
+                f"sample {sample.index} has no routed experts, which --use-rollout-routing-replay trains with; ask the engine "
+                "for them (return_routed_experts) and hand meta_info to append_response_tokens"
+            )
+        rows = np.full((len(sample.tokens) - 1, args.num_layers, args.moe_router_topk), -1, dtype=np.int16)
+        if said is not None:
+            rows[: len(said)] = said[: len(rows)]
+        column.append(rows)
+    return tuple(column)
+
+
 def raw_reward(args: Any, sample: Sample) -> float:
     """What the grader said; a plugin that shapes rewards leaves the original in metadata["raw_reward"]."""
     value = plain_reward(sample.metadata.get("raw_reward", None))
@@ -181,6 +202,7 @@ def _from_custom(args: Any, samples: list[Sample], groups: np.ndarray, rollout_i
     def per_token(key: str) -> tuple[np.ndarray, ...] | None:
         return tuple(np.asarray(row, dtype=np.float32) for row in data[key]) if data.get(key) is not None else None
 
+    experts = data.get("rollout_routed_experts")
     _, trajectories = np.unique(np.asarray(data["rollout_ids"]), return_inverse=True)
     return RolloutBatch(
         rollout_id=rollout_id,
@@ -195,4 +217,5 @@ def _from_custom(args: Any, samples: list[Sample], groups: np.ndarray, rollout_i
         truncated=np.asarray(data.get("truncated", np.zeros(n)), dtype=bool),
         rollout_log_probs=per_token("rollout_log_probs"),
         teacher_log_probs=per_token("teacher_log_probs"),
+        routed_experts=None if experts is None else tuple(np.asarray(row, dtype=np.int16) for row in experts),
     )

@@ -97,14 +97,14 @@ class Critic:
 
     def _of_rollout(self, continued: int) -> Path:
         paths = self.trainer.config.checkpoint
-        for place in dict.fromkeys(place for place in (paths.save, paths.load) if place):
+        for place in dict.fromkeys(place for place in (paths.load, paths.save) if place):
             folder = checkpoint.checkpoint_folder(place, str(continued))
             if folder.is_dir():
                 checkpoint.verify(folder, self.trainer.ranks, checkpoint.CRITIC)
                 return folder
         raise ValueError(
-            f"the run continues after rollout {continued + 1}, but no critic of that rollout is in --critic-save {paths.save} "
-            f"or --critic-load {paths.load}; name its folder, or begin with a new critic by --finetune"
+            f"the run continues after rollout {continued + 1}, but no critic of that rollout is in --critic-load {paths.load} "
+            f"or --critic-save {paths.save}; name its folder, or begin with a new critic by --finetune"
         )
 
     def save(self, rollout_id: int) -> None:

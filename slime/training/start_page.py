@@ -58,6 +58,8 @@ def start_page(shares: Sequence[RankShare], config: Config) -> list[str]:
             f"{_span(mine, 'weight_bytes', _bytes):>12}{_span(mine, 'gradient_bytes', _bytes):>12}"
             f"{_span(mine, 'optimizer_bytes', _bytes):>12}"
         )
+    if config.algorithm.advantage_estimator == "ppo":
+        lines.append("critic: once more as much on every rank; its output is one value a token")
     if first.optimizer_on_host:
         lines.append("       the optimizer's state is in main memory (--optimizer-cpu-offload)")
     return lines

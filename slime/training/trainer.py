@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from slime.training.optimizer import (
     make_scheduler,
     wrap_gradients,
 )
+from slime.training.routing_replay import RoutingReplay
 from slime.training.snapshots import Snapshots
 from slime.training.spikes import Spikes
 from slime.training.state import LoadedState
@@ -117,6 +119,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True, warn_only=True)
         _refuse_auxiliary_losses(self.model)
         _prepare_schedules(self.model, ranks)
+        self.replay = RoutingReplay(self.model) if config.algorithm.use_routing_replay and objective is None else None
         self.snapshots = Snapshots(self.model)
         self.pending_save: PendingSave | None = None
         rules = config.optimizer
@@ -166,12 +169,17 @@ class Trainer:
                 per_step = self.critic.learn(batch, steps, columns)
         if self.critic is None or batch.rollout_id >= self.config.algorithm.num_critic_only_steps:
             with clock("actor_train"), self.peaks("train"):
+                done = 0
                 for told, plan in zip(per_step, steps, strict=True):
-                    told |= self._act(batch, plan, columns)
+                    with self.replay.replaying(done) if self.replay else nullcontext():
+                        told |= self._act(batch, plan, columns)
+                    done += plan.num_micro_batches
         else:
             for told in per_step:  # a step of the run all the same: its metrics have a place on the axis
                 self.steps_done += 1
                 told["train/step"] = float(self.steps_done)
+        if self.replay is not None:
+            metrics["perf/routing_replay_bytes"] = float(self.replay.nbytes)
         metrics = self._from_last_stage(metrics)
         interval = self.config.checkpoint.ref_update_interval
         if interval and self.keeps_reference and (batch.rollout_id + 1) % interval == 0:
@@ -188,6 +196,8 @@ class Trainer:
         passes = passes_of(self.config, len(steps))
         mine = tuple(p for plan in steps for micro in plan.micro_batches[self.ranks.dp_rank] for p in micro)
         columns = Columns(positions=mine)
+        if self.config.algorithm.use_rollout_routing_replay:
+            self._fill_replay(batch, steps)
         if passes.ref:
             if "ref" not in self.snapshots:
                 raise ValueError("--kl-coef / --use-kl-loss compare with a reference model; give --ref-load")
@@ -202,7 +212,7 @@ class Trainer:
             with clock("values"), self.peaks("log-probs"):
                 columns.values = self.critic.values(batch, steps)
         if passes.old:
-            with clock("log_probs"), self.peaks("log-probs"):
+            with clock("log_probs"), self.peaks("log-probs"), self._experts_of_old():
                 columns.old_log_probs, columns.entropy = self._log_probs(batch, steps, "")
         rules = self.config.algorithm
         if not self.ranks.is_last_stage:
@@ -213,6 +223,19 @@ class Trainer:
             arguments = (self.config.args, batch.rollout_id)
             call_with_rollout_data(self._hooks["data"], columns, batch, *arguments, flag="--rollout-data-postprocess-path")
         return columns
+
+    def _fill_replay(self, batch: RolloutBatch, steps: Sequence[StepPlan]) -> None:
+        if batch.routed_experts is None:
+            raise ValueError("--use-rollout-routing-replay: this rollout has no routed experts; was it made without the flag?")
+        micro_batches = [micro for plan in steps for micro in self.pack(batch, plan, {})]
+        experts = [[batch.routed_experts[position] for position in micro.positions] for micro in micro_batches]
+        self.replay.fill(experts, [micro.layout for micro in micro_batches], self.ranks)
+
+    def _experts_of_old(self) -> AbstractContextManager[None]:
+        """During the pass of the old log-probs: the engines' experts, or the recording of the routers' own."""
+        if self.replay is None:
+            return nullcontext()
+        return self.replay.replaying(0) if self.config.algorithm.use_rollout_routing_replay else self.replay.recording()
 
     def _log_probs(self, batch: RolloutBatch, steps: Sequence[StepPlan], prefix: str) -> tuple[dict, dict]:
         """The micro-batches of the steps themselves, so that numerics of packing cancel in the ratio."""

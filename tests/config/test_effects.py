@@ -13,6 +13,7 @@ from tests.config.flags import MOE, config_of
     [
         ("--update-weight-disk-dir /w", "--update-weight-disk-dir changes nothing without --update-weight-transport disk"),
         ("--rollout-data-transport object-store", "--rollout-data-transport changes nothing: rollouts go through Ray's object"),
+        ("--keep-old-actor", "--keep-old-actor changes nothing: training starts from the weights that generated the rollout"),
         ("--train-backend megatron", "--train-backend changes nothing: there is one"),
         ("--update-weight-delta-encoding xor", "--update-weight-delta-encoding changes nothing without --update-weight-mode"),
         ("--attention-softmax-in-fp32", "--attention-softmax-in-fp32 changes nothing: attention here always sums in float32"),

@@ -25,6 +25,7 @@ USED_UP_BY_CONFIG = {
     "accumulate_allreduce_grads_in_fp32", "use_distributed_optimizer",  # always on
     "num_steps_per_rollout",  # global_batch_size
     "sglang_config", "prefill_num_servers",  # groups
+    "keep_old_actor",  # a note says why it changes nothing
     "critic", "critic_lr", "critic_lr_warmup_iters", "megatron_config_path",  # slime.config.roles
     "dump_details",  # save_debug_rollout_data
     "custom_config_path", "rollout_data_transport", "update_weight_mode", "update_weight_transport",  # one value is legal

@@ -318,3 +318,11 @@ TEACHER = "slime.rollout.on_policy_distillation"
 def test_a_teacher_behind_http_is_asked_by_the_grader_or_beside_it(words, grader, hooks) -> None:
     rules = config_of(*SERVER, *words).rollout
     assert (rules.custom_rm_path, rules.rollout_sample_hook_path) == (grader, hooks)
+
+
+def test_engines_are_asked_for_their_experts_where_training_takes_them() -> None:
+    config = config_of(*MOE, "--use-rollout-routing-replay")
+    assert config.algorithm.use_routing_replay and config.engine.sglang["enable_return_routed_experts"] is True
+    assert "enable_return_routed_experts" not in config_of(*MOE, "--use-routing-replay").engine.sglang
+    with pytest.raises(ConfigError, match="records which experts were chosen, and the model has none"):
+        config_of("--use-rollout-routing-replay")

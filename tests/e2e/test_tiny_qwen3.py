@@ -127,12 +127,15 @@ def test_a_tiny_qwen3_trains_on_two_tensor_parallel_ranks_and_feeds_two_engines(
         "--custom-generate-function-path", "example_plugins.calculator.generate",
         "--custom-tis-function-path", "example_plugins.mismatch.importance",
         "--custom-config-path", plugins / "mismatch.yaml",
+        "--use-opd", "--opd-type", "megatron", "--opd-teacher-load", checkpoint,
     )  # fmt: skip
     text = ended.stdout + ended.stderr
     assert ended.returncode == 0, text[-6000:]
     metrics = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
     [dropped] = [row["train/mis_dropped"] for row in metrics if "train/mis_dropped" in row]
     assert 0 <= dropped < 0.1, "trainer and engine nearly agree, so hardly a token leaves [1/2, 2]"
+    [divergence] = [row["rollout/opd_reverse_kl"] for row in metrics if "rollout/opd_reverse_kl" in row]
+    assert divergence == 0, "the teacher has the weights that the student begins with"
     [gap] = re.findall(r"rollout 1/1 \| reward .* \| gap ([\d.]+) ", text)
     # Float32 on both sides, weights cross as bf16: 8 mantissa bits move a log-prob by some thousandths.
     assert float(gap) < 0.05, gap
@@ -145,3 +148,26 @@ def test_a_tiny_qwen3_trains_on_two_tensor_parallel_ranks_and_feeds_two_engines(
         (a.float() - b.float()).abs().max().item() > 0 for a, b in zip(exported.parameters(), start.parameters(), strict=True)
     )
     assert moved == len(list(start.parameters())), "every parameter was trained and exported"
+
+
+def test_ppo_raises_the_reward_and_its_critic_learns_what_to_expect(checkpoint, tmp_path):
+    """Twelve rollouts, the first for the critic alone; the reward is the share of words from half the vocabulary."""
+    ended = run(
+        checkpoint, tmp_path,
+        "--advantage-estimator", "ppo", "--normalize-advantages", "--lr", 4e-3, "--critic-lr", 4e-3,
+        "--num-critic-only-steps", 1,
+        "--rm-type", "none", "--custom-rm-path", "tests.e2e.low_ids.reward",
+        "--num-rollout", 12, "--rollout-batch-size", 16, "--global-batch-size", 64, "--save-interval", 12,
+    )  # fmt: skip
+    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-6000:]
+    metrics = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+    def values(name: str) -> list[float]:
+        return [row[name] for row in metrics if name in row]
+
+    rewards, losses = values("rollout/raw_reward"), values("train/critic-value_loss")
+    assert len(rewards) == len(losses) == 12 and len(values("train/pg_loss")) == 11
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
+    assert sum(losses[-3:]) < sum(losses[:3]) / 2, losses
+    for folder in (tmp_path / "run", tmp_path / "run" / "critic"):
+        assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == "11"

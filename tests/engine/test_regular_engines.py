@@ -55,6 +55,7 @@ def served(tmp_path_factory, megatron_imports):
                 tp=ranks,
                 max_total_tokens=4096,
                 chunked_prefill_size=64,
+                **({"enable_return_routed_experts": True} if path is glm else {}),
             ),
             device_kind="host",
             token=TOKEN,
@@ -87,6 +88,34 @@ def update(engine, ranks: int, named: list[tuple[str, torch.Tensor]], version: s
     sync(client.update_weights_from_tensor([payload(named)] * ranks))
     sync(client.end_weight_update(version))
     sync(client.continue_generation())
+
+
+def test_an_engine_says_which_experts_it_chose_for_every_token_but_the_last(served):
+    """As --use-rollout-routing-replay asks, against the experts that transformers' model is called with; before any update."""
+    (glm, _), (checkpoint, _), folder = served
+    model = load_reference(checkpoint, read_weights(checkpoint), folder / "routing")
+    asked = request(prompt(21, 40), 8) | {"return_routed_experts": True}
+    answer = sync(EngineClient(glm.url, TOKEN).generate(asked, timeout=120))
+    layers, topk = model.config.num_hidden_layers, model.config.num_experts_per_tok
+    sample = Sample(tokens=list(asked["input_ids"]))
+    new = [int(item[1]) for item in answer["meta_info"]["output_token_logprobs"]]
+    sample.append_response_tokens(
+        SimpleNamespace(num_layers=layers, moe_router_topk=topk, sglang_speculative_algorithm=None),
+        tokens=new, log_probs=[0.0] * len(new), meta_info=answer["meta_info"],
+    )  # fmt: skip
+    chosen: dict[int, torch.Tensor] = {}
+    for number, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "experts"):
+            keep = lambda module, inputs, number=number: chosen.__setitem__(number, inputs[1])  # noqa: E731
+            layer.mlp.experts.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(torch.tensor(sample.tokens)[None])
+    said = torch.from_numpy(sample.rollout_routed_experts.copy()).long()
+    assert said.shape == (len(sample.tokens) - 1, layers, topk) and len(chosen) == layers - 3
+    for number, experts in chosen.items():
+        theirs = experts.reshape(-1, topk)[:-1].sort(-1).values
+        same = (said[:, number].sort(-1).values == theirs).all(-1).float().mean()
+        assert same > 0.97, (number, float(same))  # a near-tie may fall either way
 
 
 def test_two_ranks_with_chunked_prefill_equal_transformers_before_and_after_an_update(served):

@@ -96,4 +96,12 @@ WRONG_ALGORITHMS: dict[str, tuple[Edit, str]] = {
         all_of(without("--save", "--save-interval"), flags("--advantage-estimator", "ppo", "--critic-save", "/runs/c")),
         "--critic-save /runs/c writes along with --save; give it",
     ),
+    "experts of no pass": (
+        flags("--use-routing-replay", "--loss-type", "sft_loss"),
+        "--use-routing-replay takes experts from the pass of the old log-probs",
+    ),
+    "experts of an engine that did not see the prompt": (
+        flags("--use-rollout-routing-replay"),
+        "--use-rollout-routing-replay with decode and prefill engines: one that decodes does not know which experts",
+    ),
 }

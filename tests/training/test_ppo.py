@@ -183,7 +183,7 @@ def test_a_stopped_run_goes_on_with_the_critic_that_it_had(qwen3, tmp_path):
     assert run_ranks(1, resumed, qwen3, tmp_path / "cut", range(2, 4))[0] == rest
     for folder in (tmp_path / "cut" / "critic").glob("iter_*"):
         folder.rename(folder.with_name(folder.name.replace("iter", "was")))
-    with pytest.raises(RankFailed, match="continues after rollout 4, but no critic of that rollout is in --critic-save"):
+    with pytest.raises(RankFailed, match="continues after rollout 4, but no critic of that rollout is in --critic-load"):
         run_ranks(1, resumed, qwen3, tmp_path / "cut", range(4, 5))
 
 

@@ -82,7 +82,7 @@ STAGES: tuple[Stage, ...] = (
             effects.off_policy,
         )
     ),
-    Stage((engines.groups, engines.sizes, router.joined, router.options)),
+    Stage((engines.groups, engines.routing_replay, engines.sizes, router.joined, router.options)),
     Stage(
         (
             context.engine_context,

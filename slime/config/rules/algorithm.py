@@ -42,6 +42,18 @@ def algorithm(v: Values) -> None:
         f"--get-mismatch-metrics to measure alone, or remove it",
     )
     v.require(v["tis_clip_low"] <= v["tis_clip"], f"--tis-clip-low {v['tis_clip_low']} is above --tis-clip {v['tis_clip']}")
+    if v["use_rollout_routing_replay"]:
+        v.derive("use_routing_replay", True, "--use-rollout-routing-replay is one, with the engines' choices")
+    if v["use_routing_replay"]:
+        v.require(
+            "num_layers" not in v["model.megatron"] or v["model.megatron"].get("num_moe_experts"),
+            "--use-routing-replay records which experts were chosen, and the model has none; remove it",
+        )
+        v.require(
+            v["loss_type"] == "policy_loss" and v["compute_advantages_and_returns"],
+            "--use-routing-replay takes experts from the pass of the old log-probs, which "
+            f"--loss-type {v['loss_type']} does not make; remove it",
+        )
     _importance(v)
     _lengths(v)
     v.require(
