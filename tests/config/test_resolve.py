@@ -320,9 +320,11 @@ def test_a_teacher_behind_http_is_asked_by_the_grader_or_beside_it(words, grader
     assert (rules.custom_rm_path, rules.rollout_sample_hook_path) == (grader, hooks)
 
 
-def test_engines_are_asked_for_their_experts_where_training_takes_them() -> None:
-    config = config_of(*MOE, "--use-rollout-routing-replay")
-    assert config.algorithm.use_routing_replay and config.engine.sglang["enable_return_routed_experts"] is True
-    assert "enable_return_routed_experts" not in config_of(*MOE, "--use-routing-replay").engine.sglang
+def test_replay_of_experts_is_for_models_that_have_some() -> None:
+    assert config_of(*MOE, "--use-routing-replay").algorithm.use_routing_replay
     with pytest.raises(ConfigError, match="records which experts were chosen, and the model has none"):
-        config_of("--use-rollout-routing-replay")
+        config_of("--use-routing-replay")
+    with pytest.raises(
+        ConfigError, match="--use-rollout-routing-replay: this version does not have the engines' expert choices"
+    ):
+        config_of(*MOE, "--use-rollout-routing-replay")

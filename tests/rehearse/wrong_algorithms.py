@@ -100,8 +100,4 @@ WRONG_ALGORITHMS: dict[str, tuple[Edit, str]] = {
         flags("--use-routing-replay", "--loss-type", "sft_loss"),
         "--use-routing-replay takes experts from the pass of the old log-probs",
     ),
-    "experts of an engine that did not see the prompt": (
-        flags("--use-rollout-routing-replay"),
-        "--use-rollout-routing-replay with decode and prefill engines: one that decodes does not know which experts",
-    ),
 }
