@@ -89,7 +89,7 @@ MISTAKES: dict[str, tuple[Edit, str]] = {
     "mistyped flag": (flag("--tensor-model-paralel-size", "4"), "did you mean --tensor-model-parallel-size"),
     "text for a number": (flag("--rollout-batch-size", "eight"), "wants a whole number, got 'eight'"),
     "flag of a later version": (flag("--use-critic-lr", "1e-5"), "unknown flag --use-critic-lr"),
-    "weights by differences": (flag("--update-weight-mode", "delta"), "this version does not have it yet"),
+    "weights by differences": (flag("--update-weight-mode", "delta"), "--update-weight-mode delta travels in files alone"),
     "temperature 0": (flag("--rollout-temperature", "0"), "--rollout-temperature must be above 0"),
     "global batch 48": (flag("--global-batch-size", "48"), "64 samples (8 x 8) are no multiple of --global-batch-size 48"),
     "steps that do not divide": (flag("--num-steps-per-rollout", "3"), "do not divide into --num-steps-per-rollout 3"),
