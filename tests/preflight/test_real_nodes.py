@@ -1,4 +1,4 @@
-"""Real Ray nodes of this machine that lie about themselves, and a launcher's own."""
+"""Real Ray nodes of this machine: four that lie about themselves, a launcher's own, and one that is joined by hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -163,3 +164,53 @@ def test_a_launcher_asks_its_own_cluster_and_stops_it(tmp_path: Path) -> None:
     assert "the Ray cluster of this run is stopped" in child.stderr
     made = ["GLM-5.2-tiny", "GLM-5.2-tiny-FP8", "arithmetic", "report.json", "run"]
     assert sorted(path.name for path in tmp_path.iterdir()) == made, "nothing was converted, trained or saved"
+
+
+def _free_ports(count: int) -> list[str]:
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.bind(("", 0))
+    return [str(one.getsockname()[1]) for one in held]
+
+
+def _lines_until(stream, words: str) -> str:
+    """All that is said up to the line with `words`, which comes before the end."""
+    said = ""
+    for line in stream:
+        said += line
+        if words in line:
+            return said
+    raise AssertionError(f"{words!r} is not in:\n{said[-3000:]}")
+
+
+@pytest.mark.slow
+def test_a_node_that_is_joined_by_hand_is_waited_for(tmp_path: Path) -> None:
+    """The 744B launcher without a hostfile, for two nodes of 64 slots each: the second joins by the printed line, and late."""
+    report, ray_folder = tmp_path / "report.json", f"/tmp/slime-pj-{os.getpid()}"
+    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and k not in ("RAY_ADDRESS", "HOSTFILE")}
+    ports = _free_ports(2)
+    env |= {"BASE_DIR": str(tmp_path), "RUN_DIR": str(tmp_path / "run"), "MASTER_ADDR": "127.0.0.1", "PYTHON": sys.executable}
+    env |= {"NUM_NODES": "2", "NUM_GPUS": "64", "LOGICAL_GPUS": "1", "RAY_PORT": ports[0], "RAY_DASHBOARD_PORT": ports[1]}
+    command = ["bash", str(ROOT / "scripts" / "run-glm5.2-744B-A40B.sh"), "--preflight", "--json", str(report)]
+    launcher = subprocess.Popen(
+        command, env=env | {"RAY_TEMP_DIR": ray_folder}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    node = None
+    try:
+        said = _lines_until(launcher.stdout, "preflight: 1 of 2 nodes have joined (0 s, at most 1800)")
+        line = re.search(r"on each of the other 1 nodes: (bash .*)", said)[1]
+        node = subprocess.Popen(
+            ["bash", "-c", line], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        said += launcher.communicate(timeout=300)[0]
+    finally:
+        launcher.kill()
+        if node is not None:
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+        shutil.rmtree(ray_folder, ignore_errors=True)
+    told = json.loads(report.read_text())
+    found = {one["what"]: one["severity"] for one in told["findings"]}
+    assert found["2 nodes are in the Ray cluster"] == found["every node answers"] == "ok", said[-3000:]
+    assert found["every node reaches every other"] == "ok" and len(told["nodes"]) == 2
+    assert not (tmp_path / "run" / "join.sh").exists() and "the Ray cluster of this run is stopped" in said
