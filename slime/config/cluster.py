@@ -29,9 +29,9 @@ class ClusterConfig:
     offload: bool = False
     """Short for --offload-train --offload-rollout."""
     offload_train: bool | None = None
-    """The trainer gives its memory back while engines generate."""
+    """With --colocate, the trainer gives its memory back while engines generate."""
     offload_rollout: bool | None = None
-    """The engines give their memory back while the trainer trains."""
+    """With --colocate, the engines give their memory back while the trainer trains."""
     distributed_backend: Literal["nccl", "gloo"] = "nccl"
     """Collectives of the training ranks; a machine without CUDA always uses gloo."""
     train_backend: Literal["megatron"] = "megatron"

@@ -36,6 +36,16 @@ class TrainerMemory(Protocol):
     def wake(self) -> None: ...
 
 
+class Awake:
+    """A trainer that keeps its memory while engines hold the devices (--no-offload-train)."""
+
+    def sleep(self, what: str) -> None:
+        pass
+
+    def wake(self) -> None:
+        pass
+
+
 Revive = Callable[[Callable[[], None]], list[str]]
 """Starts dead engines again, after a call of its argument, and says which; [] where none is dead or may be started."""
 

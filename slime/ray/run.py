@@ -27,7 +27,7 @@ from slime.observability.report import RolloutLine, evaluation_line
 from slime.observability.tracking import Axis, JsonLinesSink, Sink, Start, TensorBoardSink, Tracker, tensorboard_directory
 from slime.ray.cluster_watch import ClusterWatch
 from slime.ray.environment import QUIET
-from slime.ray.lease import FreeLease, Holder, Lease
+from slime.ray.lease import Awake, FreeLease, Holder, Lease
 from slime.ray.leaving import Leaving
 from slime.ray.placement import Placement, place, slot_counts
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
@@ -202,7 +202,7 @@ class Run:
         if self._config.cluster.colocate:
             lease = Lease(
                 self._rollout,
-                self._trainers,
+                self._trainers if self._config.cluster.offload_train else Awake(),
                 holder=Holder.TRAINER,
                 revive=self._revive,
                 died_lately=self._died_lately,

@@ -33,6 +33,7 @@ TP2PP2CP2 = [
         ([], "cluster", "offload_train", True, "--colocate"),
         ([], "cluster", "offload_rollout", True, "--colocate"),
         (["--no-offload-rollout"], "cluster", "offload_rollout", False, None),
+        (["--no-offload-train"], "cluster", "offload_train", False, None),
         ([], "batch", "global_batch_size", 8, "all 4 x 2 samples"),
         (["--num-steps-per-rollout", "4"], "batch", "global_batch_size", 2, "in 4 steps"),
         (["--max-tokens-per-gpu", "128"], "batch", "log_probs_max_tokens_per_gpu", 128, "--max-tokens-per-gpu"),
@@ -190,6 +191,10 @@ def test_separate_gpus_keep_their_memory():
     words = [word for word in MINIMAL if word != "--colocate"]
     config = parse([*words, "--rollout-num-gpus", "4"], facts=Facts())
     assert (config.cluster.offload_train, config.cluster.offload_rollout, config.cluster.rollout_num_gpus) == (False, False, 4)
+    said = parse([*words, "--rollout-num-gpus", "4", "--offload-train"], facts=Facts())
+    assert not said.cluster.offload_train and any(
+        note.startswith("offload_train = False, because training and rollout have GPUs of their own") for note in said.notes
+    )
 
 
 def test_rollout_only_needs_no_model_flags():

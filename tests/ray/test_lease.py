@@ -1,6 +1,6 @@
 import pytest
 
-from slime.ray.lease import FreeLease, Holder, Lease
+from slime.ray.lease import Awake, FreeLease, Holder, Lease
 from slime.ray.placement import slot_counts
 
 
@@ -41,6 +41,17 @@ def test_one_iteration_hands_the_devices_over_in_the_legal_order():
         "engines resume kv_cache",
     ]
     assert lease.holder is Holder.ENGINES
+
+
+def test_a_trainer_that_keeps_its_memory_never_sleeps():
+    """--no-offload-train: the engines still give theirs and take it back."""
+    both = Recorder()
+    lease = Lease(both, Awake(), holder=Holder.ENGINES)
+    with lease.training():
+        pass
+    with lease.syncing():
+        pass
+    assert both.events == ["engines release", "engines resume weights", "engines resume kv_cache"]
 
 
 class Mortal(Recorder):

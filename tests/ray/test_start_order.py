@@ -60,6 +60,7 @@ def started(monkeypatch):
             rollout_num_gpus=1,
             colocate=colocate,
             offload_rollout=colocate,
+            offload_train=colocate,
         )
         debug = SimpleNamespace(debug_rollout_only=False, debug_train_only=False)
         config = SimpleNamespace(

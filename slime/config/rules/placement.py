@@ -78,8 +78,9 @@ def placement(v: Values) -> None:
             v.notes.append(
                 f"{actor - v['rollout_num_gpus']} training GPUs idle during rollout: --rollout-num-gpus {v['rollout_num_gpus']}"
             )
-    v.derive("offload_train", bool(v["offload_train"]), "training and rollout have GPUs of their own")
-    v.derive("offload_rollout", bool(v["offload_rollout"]), "training and rollout have GPUs of their own")
+    else:
+        for name in ("offload_train", "offload_rollout"):
+            v.derive(name, False, "training and rollout have GPUs of their own, so nobody gives memory back")
 
 
 def _rollout_only(v: Values, actor: int) -> None:
