@@ -7,47 +7,22 @@ import dataclasses
 import re
 from pathlib import Path
 
+from readers import FOR_PLUGINS, SPENT, accepted, read_by_attribute, read_by_rules
+
 from slime.config.command_line import SECTIONS
 from slime.config.config import SECTION_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-USED_UP_BY_CONFIG = {
-    "offload", "train_backend", "distributed_backend",  # become or contradict other fields; notes say so
-    "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank",  # virtual_pipeline_model_parallel_size
-    "use_rotary_position_embeddings", "add_position_embedding", "position_embedding_type",  # one answer is left: rotary
-    "rotary_percent", "rotary_base", "max_position_embeddings", "seq_length",  # checked, or in Megatron's fields
-    "group_query_attention", "multi_latent_attention", "swiglu", "untie_embeddings_and_output_weights", "bf16",
-    "post_self_attn_layernorm", "post_mlp_layernorm", "make_vocab_size_divisible_by", "vocab_size",
-    "enable_mtp_training",  # mtp_num_layers
-    "rollouts_done",  # Config.nothing_to_train
-    "enable_experimental", "freeze_indexer",  # consents to what is on anyway; a note says so
-    "accumulate_allreduce_grads_in_fp32", "use_distributed_optimizer",  # always on
-    "num_steps_per_rollout",  # global_batch_size
-    "sglang_config", "prefill_num_servers",  # groups
-    "keep_old_actor",  # a note says why it changes nothing
-    "critic", "critic_lr", "critic_lr_warmup_iters", "megatron_config_path",  # slime.config.roles
-    "dump_details",  # save_debug_rollout_data
-    "custom_config_path", "rollout_data_transport", "update_weight_mode", "update_weight_transport",  # one value is legal
-    "eval_prompt_data", "eval_config", "eval_input_key", "eval_label_key", "eval_tool_key", "eval_temperature", "eval_top_p",
-    "eval_top_k", "eval_max_response_len", "eval_max_prompt_len", "eval_min_new_tokens", "eval_max_context_len",  # datasets
-}  # fmt: skip
-"""Attributes whose meaning resolve() carries on, mostly into another field."""
 
-
-def test_every_accepted_flag_is_read_outside_the_config():
-    files = [*(ROOT / "slime").rglob("*.py"), *(ROOT / "slime_plugins").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
-    text = "\n".join(file.read_text() for file in files if "config" not in file.relative_to(ROOT).parts[:2])
-    words = set(re.findall(r"\w+", text))
-    words |= {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z0-9-]+)", text)}  # plugins are looked up by flag
-    assert "rollout_batch_size" in words
-    ignored = [
-        f"{section}.{item.name}"
-        for section, cls in SECTIONS.items()
-        for item in dataclasses.fields(cls)
-        if not item.metadata.get("flag", {}).get("later") and item.name not in words and item.name not in USED_UP_BY_CONFIG
-    ]
-    assert ignored == [], "implement these flags or refuse them with flag(..., later='what is missing')"
+def test_every_accepted_flag_is_read_by_attribute_in_a_run_or_spent_before():
+    """What two whole runs read is recorded in tests/e2e/test_what_is_read.py."""
+    fields = set(accepted())
+    assert {"data.rollout_batch_size", "cluster.offload_train"} <= read_by_attribute()
+    ignored = fields - read_by_attribute() - SPENT - FOR_PLUGINS
+    assert ignored == set(), "implement these flags or refuse them with flag(..., later='what is missing')"
+    assert (SPENT | FOR_PLUGINS) - fields == set()
+    assert {name.partition(".")[2] for name in SPENT} - read_by_rules() == set(), "no rule takes their value"
 
 
 def test_no_room_reads_a_setting_that_does_not_exist():

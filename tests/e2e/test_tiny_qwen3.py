@@ -99,7 +99,7 @@ def run(checkpoint: Path, tmp_path: Path, *more: object, devices: tuple = SHARED
     ]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {
         "SLIME_RUN_DIR": str(tmp_path / "logs"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "rollout")]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests/rollout"), os.environ.get("PYTHONPATH")])),
     }
     return subprocess.run(
         [sys.executable, "-m", "slime.train", *map(str, flags)],
@@ -119,6 +119,7 @@ def test_a_wrong_function_of_the_trainers_ends_the_run_before_engines_come_up(ch
     assert not list((tmp_path / "logs").rglob("*engine*")), "no engine was started"
 
 
+@pytest.mark.usefixtures("recorded_run")
 def test_a_tiny_qwen3_trains_on_two_tensor_parallel_ranks_and_feeds_two_engines(checkpoint, tmp_path):
     """With plugins as they are written for slime: one generates through the router by `post`, one weighs the loss."""
     plugins = ROOT / "tests" / "rollout" / "example_plugins"

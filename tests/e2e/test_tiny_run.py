@@ -24,7 +24,8 @@ class Launch:
     """One run of the launcher, its output read while it runs."""
 
     def __init__(self, base: Path, *flags: str, **environment: str):
-        environment = os.environ | {"BASE_DIR": str(base), "SFT_STEPS": "3", "PASS_ENV": "RAY_worker_niceness"} | environment
+        passed = " ".join(name for name in ("RAY_worker_niceness", "RECORD_READS") if name in os.environ)
+        environment = os.environ | {"BASE_DIR": str(base), "SFT_STEPS": "3", "PASS_ENV": passed} | environment
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *flags],
@@ -102,6 +103,7 @@ def _dumped_prompts(folder: Path, rollout_id: int) -> list[str]:
     return [sample["prompt"] for sample in samples]
 
 
+@pytest.mark.usefixtures("recorded_run")
 def test_the_launcher_trains_saves_evaluates_outlives_an_engine_and_stops_only_what_it_started(base):
     dumps = ("--save-debug-rollout-data", str(base / "dumps" / "{rollout_id}.pt"))
     flags = ("--check-weight-update-equal", "--num-rollout", "2", "--save-interval", "1", "--eval-interval", "2")
