@@ -50,8 +50,6 @@ def placement(v: Values) -> None:
         actor >= 1,
         f"--actor-num-nodes {v['actor_num_nodes']} times --actor-num-gpus-per-node {v['actor_num_gpus_per_node']} is no GPU",
     )
-    if "distributed_backend" in v.given:
-        v.notes.append("--distributed-backend changes nothing: collectives are the device's (NCCL on CUDA, gloo elsewhere)")
     if v["offload"]:
         v.require(
             v["offload_train"] is not False and v["offload_rollout"] is not False,
