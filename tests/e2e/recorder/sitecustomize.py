@@ -17,8 +17,8 @@ from types import FrameType, ModuleType
 FOLDER = os.environ.get("RECORD_READS", "")
 WATCHED = "slime.config.config"
 OURS = ("slime.", "slime_plugins.")
-NO_READERS = ("slime.config.loader", "slime.config.resolve", "slime.config.rules", "slime.rehearse.", "slime.preflight.")
-"""Parsing and what comes before a run touch everything."""
+NO_READERS = ("slime.config.loader", "slime.config.resolve", "slime.config.rules")
+"""They touch everything, as rehearsal and preflight do, whose processes are not recorded."""
 TAKE_ALL = ("__dict__", "__iter__", "__repr__", "__eq__", "__hash__")
 
 
@@ -76,5 +76,5 @@ def note(row: dict) -> None:
         file.write(json.dumps(row, default=repr) + "\n")
 
 
-if os.path.isdir(FOLDER):
+if os.path.isdir(FOLDER) and not {"slime.rehearse", "slime.preflight"} & set(sys.orig_argv):
     sys.meta_path.insert(0, Hook())
