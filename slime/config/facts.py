@@ -27,6 +27,10 @@ def _nothing_known(path: str) -> str:
     return ""
 
 
+def _no_file(path: str | None) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Facts:
     """Answers from the disk and the environment."""
@@ -42,6 +46,8 @@ class Facts:
     prompt_file_problem: Callable[[str], str] = _nothing_known
     """A prompt file as a flag or YAML names it -> why nothing can be read from it, empty when it can. A question, not an
     answer: which files there are is known only once the YAML of the evaluation has been read."""
+    is_file: Callable[[str | None], bool] = _no_file
+    """Is the path a file of this machine?"""
     load_step: int | None = None
     """Rollout after which the newest checkpoint in --load was saved, from 0; None where it holds none."""
     num_prompts: int | None = None
@@ -119,6 +125,7 @@ def gather_facts(
         hf_config=read_hf_config(hf_checkpoint),
         tensorboard_dir=os.environ.get("TENSORBOARD_DIR"),
         prompt_file_problem=file_problem,
+        is_file=lambda path: bool(path) and os.path.isfile(path),
         load_step=step_of(load),
         num_prompts=count_prompts(prompt_data),
     )

@@ -245,6 +245,8 @@ def _router_faults(hf: HfConfig) -> Iterator[str]:
         yield f"{shown} is {topk}, and a single expert's weight is not normalised here; 2 or more can be trained"
     if hf.model_type == "qwen3_moe" and not hf.get("norm_topk_prob", False):
         yield "norm_topk_prob is false, and what is trained here normalises the weights of the chosen experts"
+    if (hf.get("topk_group") or 1) > (hf.get("n_group") or 1):
+        yield f"topk_group is {hf.get('topk_group')}, more than the {hf.get('n_group') or 1} groups of n_group"
     if hf.get("n_group", 1) > 1 and topk != 2 * hf.get("topk_group", 1):
         # megatron-core ranks groups by their best topk // topk_group experts, DeepSeek by their best two.
         groups = hf.get("topk_group")

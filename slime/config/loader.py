@@ -69,7 +69,8 @@ def apply_yaml(start: dict[str, Any], words: CommandLine) -> list[str]:
     file = words.given.get("custom_config_path")
     if file is None:
         return []
-    content = load_yaml(str(file), flag="--custom-config-path") or {}
+    content = load_yaml(str(file), flag="--custom-config-path")
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: the top must be a mapping of attributes, found {type(content).__name__}")
     rows = attribute_rows()

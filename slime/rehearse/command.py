@@ -28,12 +28,15 @@ from slime.rehearse.report.plan import plan_as_json, plan_as_text
 from slime.rehearse.report.text import as_json, as_text
 from slime.rehearse.result import Rehearsal, rehearse
 
+MOST_PLANNED = 1024
+"""Nodes of a plan: beyond, the search over layouts takes minutes."""
+
 OWN = {
     "--json": ("FILE", "write everything as JSON"),
     "--html": ("FILE", "write the report with its pictures, one self-contained file"),
     "--weight-map": ("FILE", "write the weight map, one line per tensor"),
     "--plan": ("", "search layouts, engines and batch for a cluster, and print the best with the lines to paste"),
-    "--nodes": ("N", "nodes of the plan (default: those of the flags)"),
+    "--nodes": ("N", f"nodes of the plan, at most {MOST_PLANNED:,} (default: those of the flags)"),
     "--gpu": ("KIND", f"kind of the GPUs, whose memory and rates are taken: {', '.join(GPUS)} (default h100)"),
     "--gpu-memory": ("GB", "memory of one GPU, where it is not its kind's"),
     "--host-memory": ("GB", "main memory of one node (2000)"),
@@ -120,7 +123,7 @@ def _plan(flags: Sequence[str], own: dict[str, list[str]], options: Options) -> 
         bench = Bench(tuple(flags), options, with_rates(rates_of(options.gpu), options.rates), version, Path(folder))
         found = make_plan(
             bench,
-            nodes=number(own, "--nodes", int) or bench.read(Variant())[0].config.cluster.actor_num_nodes,
+            nodes=number(own, "--nodes", int, most=MOST_PLANNED) or bench.read(Variant())[0].config.cluster.actor_num_nodes,
             gpu=options.gpu or "h100",
             judge=lambda words: rehearse(words, options).findings.verdict != "not launchable",
         )

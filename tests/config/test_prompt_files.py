@@ -71,6 +71,7 @@ def test_a_file_without_permission_is_said(disk, monkeypatch):
     assert file_problem(f"{folder}/p.jsonl").endswith("cannot be read by this user; change its permissions")
 
 
+REPLAY = ("--debug-train-only", "--load-debug-rollout-data", "/d/{rollout_id}.pt")
 QWEN = {"max_position_embeddings": 4096}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 RESPONSE = ["--rollout-max-response-len"]
@@ -92,7 +93,7 @@ RESPONSE = ["--rollout-max-response-len"]
         ({}, ["--rollout-max-response-len", "1000000"], ""),
         (QWEN, ["--sglang-context-length", "1Ki", "--rollout-max-response-len", "1024"], "1024 (--sglang-context-length)"),
         (QWEN, ["--sglang-context-length", "8192", "--rollout-max-response-len", "8191"], ""),
-        (QWEN, ["--debug-train-only", "--rollout-max-response-len", "9000"], ""),
+        (QWEN, [*REPLAY, "--rollout-max-response-len", "9000"], ""),
     ],
 )
 def test_what_is_asked_of_an_engine_fits_its_context(config, flags, wrong):

@@ -135,6 +135,7 @@ def test_engines_may_have_gpus_of_their_own(tmp_path: Path) -> None:
     "own, message",
     [
         (["--plan", "--gpu", "a100"], "--gpu a100 is not known; it is one of h100"),
+        (["--plan", "--nodes", "100000"], "--nodes may be 1,024 at most, got 100000"),
         (["--nodes", "4"], "--nodes is of --plan"),
         (["--plan", "--html", "plan.html"], "--html is not of --plan"),
         (["--plan", "--nodes", "none"], "--nodes wants a number"),

@@ -15,16 +15,18 @@ import pytest
 from slime.rehearse.checks.engines import check_engines
 from slime.rehearse.checks.layout import paste
 from slime.rehearse.findings import EXIT_STATUS, Findings
+from slime.rehearse.known_models import known_config
 from slime.rehearse.reading import read
 from slime.rehearse.report.text import as_text
 from slime.rehearse.result import Options, rehearse
 from tests.rehearse.edits import DISPATCH, SPECULATIVE, Edit, all_of, env, flags, in_group, unset, without
 from tests.rehearse.recipes import ROOT, Recipe, one_node, recorded
 from tests.rehearse.wrong_algorithms import WRONG_ALGORITHMS
+from tests.rehearse.wrong_engines import WRONG_ENGINES
 from tests.rehearse.wrong_recipes import WRONG as WRONG_RECIPES
 from tests.rehearse.wrong_values import WRONG_VALUES
 
-WRONG = WRONG_RECIPES | WRONG_ALGORITHMS | WRONG_VALUES
+WRONG = WRONG_RECIPES | WRONG_ALGORITHMS | WRONG_ENGINES | WRONG_VALUES
 
 
 def judged(recipe: Recipe, folder: Path) -> Findings:
@@ -154,6 +156,18 @@ LEGAL: dict[str, Edit] = {
     "the checkpoint's own format named": flags("--sglang-quantization", "fp8", "--sglang-dtype", "bfloat16"),
     "a reward server": flags("--rm-type", "remote_rm", "--rm-url", "https://rewards.example:8443/score"),
     "interfaces by exclusion": env(NCCL_SOCKET_IFNAME="^docker0,lo", GLOO_SOCKET_IFNAME="", TP_SOCKET_IFNAME=""),
+    "a prefix cache on the host where prefixes are kept": in_group(
+        "prefill", ("dp_size: 64", "dp_size: 64\n          enable_hierarchical_cache: true")
+    ),
+    "spare experts for every rank": flags("--sglang-ep-num-redundant-experts", "64"),
+    "supervised training alone": all_of(
+        flags("--debug-train-only", "--rollout-function-path", "slime.rollout.sft_rollout.generate_rollout"),
+        flags("--loss-type", "sft_loss", "--n-samples-per-prompt", "1", "--global-batch-size", "8"),
+        without("--apply-chat-template", "--use-tis", "--tis-clip-low", "--tis-clip"),
+    ),
+    "a replay": flags("--load-debug-rollout-data", "/d/{rollout_id}.pt"),
+    "slices": flags("--prompt-data", "/p.jsonl@[-500:]"),
+    "slices from both ends": flags("--prompt-data", "/p.jsonl@[10:-10]"),
     "flags that change nothing": flags(
         "--moe-router-fusion",
         "--moe-router-padding-for-fp8",
@@ -228,6 +242,47 @@ def test_a_family_without_a_name_table_cannot_be_launched(family: str, flagship:
     (checkpoint / "config.json").write_text(json.dumps(config))
     found = judged(flagship.with_flag("--hf-checkpoint", str(checkpoint)), tmp_path)
     assert any(family in finding.what for finding in found.of("violation")), [finding.line() for finding in found.items]
+
+
+READ_OTHERWISE: dict[str, tuple[dict, str]] = {
+    "another class": (
+        {"architectures": ["DeepseekV32ForCausalLM"]},
+        "model_type glm_moe_dsa is trained as GlmMoeDsaForCausalLM",
+    ),
+    "no class": ({"architectures": []}, "architectures of config.json is [], by which SGLang chooses"),
+    "half precision": ({"dtype": "float16"}, "dtype of config.json is float16, which SGLang serves in float16"),
+    "float32, which SGLang halves": ({"torch_dtype": "float32"}, "pass --sglang-dtype bfloat16"),
+    "more groups than there are": ({"topk_group": 2}, "topk_group is 2, more than the 1 groups of n_group"),
+}
+
+
+@pytest.mark.parametrize("name", READ_OTHERWISE)
+def test_a_field_of_the_config_that_engines_read_otherwise(name: str, flagship: Recipe, tmp_path: Path) -> None:
+    changes, message = READ_OTHERWISE[name]
+    (checkpoint := tmp_path / "GLM-5.2-FP8").mkdir()
+    (checkpoint / "config.json").write_text(json.dumps({**known_config("/x/GLM-5.2-FP8"), **changes}))
+    recipe = flagship.with_flag("--hf-checkpoint", str(checkpoint))
+    lines = [finding.line() for finding in judged(recipe, tmp_path).of("violation")]
+    assert any(message in line for line in lines), lines
+    if "dtype" in message:
+        assert judged(recipe.with_flag("--sglang-dtype", "bfloat16"), tmp_path).verdict == "launchable"
+
+
+def test_an_evaluation_names_a_grader_that_is_there(flagship: Recipe, tmp_path: Path) -> None:
+    (file := tmp_path / "eval.yaml").write_text("datasets:\n- {name: a, path: /a.jsonl, rm_type: gpaq}\n")
+    recipe = flagship.with_flag("--eval-config", str(file)).with_flag("--eval-interval", "1")
+    lines = [finding.line() for finding in judged(recipe, tmp_path).of("violation")]
+    assert any("evaluation a: rm-type 'gpaq' is no grader; did you mean gpqa?" in line for line in lines), lines
+    file.write_text(file.read_text().replace("gpaq", "boxed_gpqa"))
+    assert judged(recipe, tmp_path).verdict == "launchable"
+
+
+def test_a_yaml_of_attributes_is_a_mapping(flagship: Recipe, tmp_path: Path) -> None:
+    (file := tmp_path / "own.yaml").write_text("[]\n")
+    recipe = flagship.with_flag("--custom-config-path", str(file))
+    assert any("the top must be a mapping" in finding.what for finding in judged(recipe, tmp_path).of("violation"))
+    file.write_text("")
+    assert judged(recipe, tmp_path).verdict == "launchable"
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "scripts").glob("run-*.sh")))

@@ -3,9 +3,12 @@ rule book must say of it)."""
 
 from __future__ import annotations
 
+import sys
+
 from tests.rehearse.edits import Edit, all_of, env, flags, in_group, without
 
 SELECTIVE = all_of(without("--recompute-method", "--recompute-num-layers"), flags("--recompute-granularity", "selective"))
+PAIR = without("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")
 EVAL = ("--eval-interval", "1", "--eval-prompt-data", "a", "a.jsonl")
 
 WRONG_VALUES: dict[str, tuple[Edit, str]] = {
@@ -125,6 +128,50 @@ WRONG_VALUES: dict[str, tuple[Edit, str]] = {
     "a page of nothing": (
         in_group("prefill", ("dp_size: 64", "dp_size: 64\n          page_size: 0")),
         "page_size 0; a page holds",
+    ),
+    # Nobody generates, nobody can be asked, nothing is read.
+    "training alone on nothing": (flags("--debug-train-only"), "--debug-train-only starts no engine, and --rollout-function"),
+    "a teacher of no scheme": (
+        flags("--use-opd", "--opd-type", "sglang", "--rm-url", "teacher:30000/generate"),
+        "--rm-url teacher:30000/generate is no address of a server",
+    ),
+    "a slice of nothing": (flags("--prompt-data", "/p.jsonl@[300:100]"), "@[300:100]: the slice takes no row"),
+    "a slice from the end of nothing": (flags("--prompt-data", "/p.jsonl@[-1:-5]"), "@[-1:-5]: the slice takes no row"),
+    "an evaluation of no row": (
+        flags("--eval-interval", "1", "--eval-prompt-data", "a", "a.jsonl@[:0]"),
+        "evaluation a: a.jsonl@[:0]: the slice takes no row",
+    ),
+    "an end in every response": (flags("--rollout-stop", ""), "--rollout-stop has an empty text"),
+    "an end beyond the vocabulary": (
+        flags("--rollout-stop-token-ids", "154820", "154880"),
+        "--rollout-stop-token-ids 154880: the vocabulary ends at 154879",
+    ),
+    "a variable of two": (flags("--train-env-vars", '{"A=B": "1"}'), "--train-env-vars 'A=B' is no name of a variable"),
+    "a variable of no name": (flags("--train-env-vars", '{"": "1"}'), "--train-env-vars '' is no name of a variable"),
+    # Folders that are files, or that two write.
+    "saving into a program": (flags("--save", sys.executable), f"--save {sys.executable} is a file; name a folder"),
+    "kernels in a program": (flags("--kernel-cache", sys.executable), "is a file; name a folder"),
+    "a reference of a program": (flags("--ref-load", sys.executable), f"--ref-load {sys.executable} is a file"),
+    "saving over the teacher": (
+        flags("--use-opd", "--opd-type", "megatron", "--opd-teacher-load", "/t", "--save", "/t/"),
+        "--save /t/ is --opd-teacher-load, which a checkpoint would overwrite",
+    ),
+    "published over an export": (
+        flags("--update-weight-transport", "disk", "--update-weight-disk-dir", "/w", "--save-hf", "/w"),
+        "--update-weight-disk-dir /w is --save-hf, which would be overwritten",
+    ),
+    # A layout with a layer that nobody builds, and without one that trains.
+    "a draft layer that is not built": (
+        all_of(PAIR, flags("--pipeline-model-parallel-layout", "Et*10|t*12|t*12|t*12|t*8|t*8|t*8|t*8mL")),
+        "places 1 multi-token-prediction layers (m), and 0 are trained; remove m",
+    ),
+    "a draft layer without a place": (
+        all_of(
+            PAIR,
+            flags("--mtp-num-layers", "1", "--enable-mtp-training"),
+            flags("--pipeline-model-parallel-layout", "Et*10|t*12|t*12|t*12|t*8|t*8|t*8|t*8L"),
+        ),
+        "places 0 multi-token-prediction layers (m), and 1 are trained; write m before L",
     ),
     # What the router is told by this project.
     "the router's engines": (flags("--router-worker-urls", "http://a"), "--router-worker-urls is set by slime itself"),

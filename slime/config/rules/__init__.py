@@ -26,6 +26,7 @@ from slime.config.rules import (
     distillation,
     effects,
     engine_model,
+    engine_options,
     engine_server,
     engines,
     environment,
@@ -75,6 +76,7 @@ STAGES: tuple[Stage, ...] = (
             training.schedule,
             training.offloading,
             saving.saving,
+            saving.folders,
             saving.initial_weights,
             weight_sync.weight_sync,
             lengths.what_is_left,
@@ -94,6 +96,7 @@ STAGES: tuple[Stage, ...] = (
             engine_model.fractions,
             engine_model.pairs,
             engine_server.arguments,
+            engine_options.options,
             dispatch.deepep,
         )
     ),

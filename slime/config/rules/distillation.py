@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from slime.config.rules.rewards import address
+
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
 
@@ -60,6 +62,8 @@ def _asked_by_http(v: Values) -> None:
     if v["custom_reward_post_process_path"] and not v["custom_reward_post_process_path"].startswith(MODULE):
         return  # a recipe that asks the teacher by functions of its own
     v.require(v["rm_url"], "--opd-type sglang asks the teacher at --rm-url, which is not given; give http://HOST:PORT/generate")
+    if v["rm_url"]:
+        address(v)
     if not _is_graded(v):
         v.derive("custom_rm_path", f"{MODULE}.reward_func", "the teacher is the only one who grades")
     elif own is None or not own.startswith(MODULE):

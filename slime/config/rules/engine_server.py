@@ -15,10 +15,27 @@ if TYPE_CHECKING:
 LONGER = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
 """With it SGLang takes a --sglang-context-length beyond the model's positions."""
 
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mimo": "MiMoForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+}
+"""model_type -> SGLang's class of the model that is trained for it."""
+
 
 def arguments(v: Values) -> None:
     for engine in served(v):
         _formats(v, engine)
+        _architecture(v, engine)
     for engine in engines_of(v):
         _chunks(v, engine)
         _shares(v, engine)
@@ -69,6 +86,23 @@ def _formats(v: Values, engine: EngineSizes) -> None:
     v.require(
         dtype not in ("half", "float16"),
         f"{engine.where}: dtype {dtype}, and the trainer computes in bf16; leave the option out",
+    )
+    stored = v.hf.get("dtype") or v.hf.get("torch_dtype") if v.hf is not None else None
+    v.require(
+        dtype not in (None, "auto") or stored not in ("float16", "float32"),
+        f"{engine.where}: dtype of config.json is {stored}, which SGLang serves in float16, and the trainer computes in bf16; "
+        "pass --sglang-dtype bfloat16",
+    )
+
+
+def _architecture(v: Values, engine: EngineSizes) -> None:
+    """SGLang chooses the model's class by `architectures`, the trainer by `model_type`."""
+    kind, named = (v.hf.get(name) for name in ("model_type", "architectures")) if v.hf is not None else (None, None)
+    wanted = ARCHITECTURES.get(str(kind))
+    v.require(
+        wanted is None or named is None or list(named)[:1] == [wanted],
+        f"{engine.where}: architectures of config.json is {named!r:.60}, by which SGLang chooses the model's class, and "
+        f"model_type {kind} is trained as {wanted}; correct the one that is wrong",
     )
 
 

@@ -38,6 +38,7 @@ def trainers_own(v: Values) -> None:
             isinstance(value, str | int | float) and not isinstance(value, bool),
             f"--train-env-vars {name} is {value!r}; an environment variable is a text or a number, so write it as one",
         )
+        v.require(name and "=" not in name, f"--train-env-vars {name!r} is no name of a variable; it has a letter and no =")
         v.require(
             not name.startswith("SGLANG_"),
             f"--train-env-vars {name}: engines read it, and these variables reach the trainer alone; set it in the launcher's "

@@ -217,5 +217,11 @@ def _layout(v: Values, layers: int | None, pp: int) -> None:
     except ValueError as error:
         v.mistakes.append(str(error))
         return
+    drawn, built = unrolled_layout(text).count("m"), v["mtp_num_layers"] or 0
+    v.require(
+        drawn == built,
+        f"--pipeline-model-parallel-layout places {drawn} multi-token-prediction layers (m), and {built} are trained; "
+        + ("write m before L" if built else "remove m, or pass --mtp-num-layers 1 --enable-mtp-training"),
+    )
     if stages > pp:
         v.derive("virtual_pipeline_model_parallel_size", stages // pp, f"the layout has {stages} stages for {pp} ranks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from slime.config.facts import MOST_LINES
+from slime.config.prompt_files import split_slice
 
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
@@ -57,6 +58,7 @@ def lengths(v: Values) -> None:
         not needs_prompts or v["prompt_data"],
         "--prompt-data is needed (or --disable-rollout-global-dataset with a rollout function of your own)",
     )
+    takes_rows(v, "--prompt-data", v["prompt_data"])
     _prompt_file(v)
     context = v["rollout_max_context_len"]
     if context is not None:
@@ -68,6 +70,16 @@ def lengths(v: Values) -> None:
         )
         if v["eval_max_context_len"] is None:
             v.derive("eval_max_context_len", context, "it defaults to --rollout-max-context-len")
+
+
+def takes_rows(v: Values, where: str, path: str | None) -> None:
+    """A slice that is empty whatever the file holds."""
+    part = split_slice(path)[1] if path else slice(None)
+    same_end = None not in (part.start, part.stop) and (part.start < 0) == (part.stop < 0)
+    v.require(
+        part.stop != 0 and not (same_end and part.start >= part.stop),
+        f"{where} {path}: the slice takes no row; write @[start:end] with start below end",
+    )
 
 
 def _prompt_file(v: Values) -> None:

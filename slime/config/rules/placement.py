@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
 
+ASKS_ENGINES = ("slime.rollout.sglang_rollout.", "slime.rollout.fully_async_rollout.")
+"""Rollout functions of the project that send requests to engines."""
+
 
 def debug_modes(v: Values) -> None:
     if v["load_debug_rollout_data"] is not None:
@@ -15,6 +18,13 @@ def debug_modes(v: Values) -> None:
     v.require(
         not (v["debug_train_only"] and v["debug_rollout_only"]),
         "--debug-rollout-only and --debug-train-only (which --load-debug-rollout-data implies) exclude each other",
+    )
+    replays = v["load_debug_rollout_data"] is not None or v["num_rollout"] == 0
+    asks = v["rollout_function_path"].startswith(ASKS_ENGINES) and not v["custom_generate_function_path"]
+    v.require(
+        not v["debug_train_only"] or replays or not asks,
+        f"--debug-train-only starts no engine, and --rollout-function-path {v['rollout_function_path']} asks one; give "
+        "--load-debug-rollout-data, or a function that generates nothing (slime.rollout.sft_rollout.generate_rollout)",
     )
     if v["dump_details"] is not None:
         v.derive(

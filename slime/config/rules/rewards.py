@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from slime.config.graders import GRADERS, grader_facts
+from slime.config.graders import GRADERS, grader_facts, unknown_grader
 
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
@@ -33,7 +33,13 @@ def grading(v: Values) -> None:
             own or one.custom_rm_path or one.custom_generate_function_path or name or "metadata_key" in v.given,
             f"evaluation {one.name}: nothing grades the samples; pass --rm-type or --custom-rm-path",
         )
-        if not one.custom_rm_path and one.rm_type not in (None, v["rm_type"]):
+        if own or one.custom_rm_path or one.custom_generate_function_path:
+            continue
+        v.require(
+            one.rm_type is None or grader_facts(one.rm_type),
+            f"evaluation {one.name}: {unknown_grader(one.rm_type or '').removeprefix('--')}",
+        )
+        if one.rm_type not in (None, v["rm_type"]):
             _needs(
                 v,
                 one.rm_type,
@@ -61,7 +67,12 @@ def _needs(v: Values, name: str | None, where: str, *, label: str | None, key: s
     if facts.name != "remote_rm":
         return
     if v.require(v["rm_url"], f"{where} remote_rm asks a server; give its address with --rm-url"):
-        v.require(
-            re.match(r"https?://[^/\s]+", v["rm_url"]),
-            f"--rm-url {v['rm_url']} is no address of a server; write it as http://HOST:PORT/PATH",
-        )
+        address(v)
+
+
+def address(v: Values) -> None:
+    """--rm-url, which is given, can be asked."""
+    v.require(
+        re.match(r"https?://[^/\s]+", v["rm_url"]),
+        f"--rm-url {v['rm_url']} is no address of a server; write it as http://HOST:PORT/PATH",
+    )

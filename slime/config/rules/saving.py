@@ -36,7 +36,7 @@ def saving(v: Values) -> None:
         )
         if not (v["use_kl_loss"] or v["kl_coef"]):
             v.notes.append("--ref-update-interval changes nothing: without --use-kl-loss and --kl-coef there is no reference")
-    for name in ("hf_checkpoint", "ref_load", "prompt_data"):
+    for name in ("hf_checkpoint", "ref_load", "opd_teacher_load", "prompt_data"):
         source = v[name]
         v.require(
             not source or not v["save"] or os.path.normpath(source) != os.path.normpath(v["save"]),
@@ -45,7 +45,7 @@ def saving(v: Values) -> None:
     if v["save_hf"] is not None:
         _template(v, "save_hf", ("rollout_id",))
         folder = os.path.normpath(v["save_hf"])
-        for name in ("hf_checkpoint", "save", "load", "ref_load"):
+        for name in ("hf_checkpoint", "save", "load", "ref_load", "opd_teacher_load", "prompt_data"):
             v.require(
                 not v[name] or os.path.normpath(v[name]) != folder,
                 f"--save-hf {v['save_hf']} is --{name.replace('_', '-')}; name another folder",
@@ -55,6 +55,22 @@ def saving(v: Values) -> None:
         not v["use_tensorboard"] or v["tb_project_name"] or v.facts.tensorboard_dir,
         "--use-tensorboard needs --tb-project-name or the environment variable TENSORBOARD_DIR",
     )
+
+
+FOLDERS = (
+    "hf_checkpoint", "load", "ref_load", "save", "critic_load", "critic_save", "opd_teacher_load", "update_weight_disk_dir",
+    "update_weight_local_checkpoint_dir", "kernel_cache", "dump_details",
+)  # fmt: skip
+"""Attributes that name a folder, which may not be there yet."""
+
+
+def folders(v: Values) -> None:
+    """What is to be a folder is no file."""
+    for name in FOLDERS:
+        v.require(
+            not v.facts.is_file(v[name]),
+            f"--{name.replace('_', '-')} {v[name]} is a file; name a folder",
+        )
 
 
 def _template(v: Values, name: str, fields: tuple[str, ...]) -> None:

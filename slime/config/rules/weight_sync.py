@@ -11,6 +11,11 @@ if TYPE_CHECKING:
 DISK = ("update_weight_disk_dir", "update_weight_disk_keep_files", "update_weight_delta_checksum")
 DELTA = ("update_weight_delta_encoding", "update_weight_local_checkpoint_dir")
 
+OTHERS = (
+    "hf_checkpoint", "save", "load", "ref_load", "save_hf", "opd_teacher_load", "critic_load", "critic_save", "prompt_data",
+)  # fmt: skip
+"""Folders and files that a run reads or writes for another reason."""
+
 
 def weight_sync(v: Values) -> None:
     on_disk, is_delta = v["update_weight_transport"] == "disk", v["update_weight_mode"] == "delta"
@@ -42,7 +47,7 @@ def weight_sync(v: Values) -> None:
     v.notes += [
         f"--{name.replace('_', '-')} changes nothing without {flag}" for name, flag in needed.items() if name in v.given
     ]
-    folders = {"hf_checkpoint": v["hf_checkpoint"], "save": v["save"], "load": v["load"], "ref_load": v["ref_load"]}
+    folders = {name: v[name] for name in OTHERS}
     for name, folder in (("update_weight_disk_dir", root), ("update_weight_local_checkpoint_dir", local)):
         for other, path in folders.items():
             v.require(

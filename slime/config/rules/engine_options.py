@@ -1,0 +1,93 @@
+"""Options of SGLang that its own checks refuse once the processes are up, alone or beside others of the same engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slime.config.engine_sizes import EngineSizes
+from slime.config.rules.engine_model import served
+from slime.config.rules.engines import engines_of
+
+if TYPE_CHECKING:
+    from slime.config.rules.book import Values
+
+AT_LEAST_ONE = (
+    "tokenizer_worker_num", "max_total_tokens", "max_prefill_tokens", "stream_interval", "speculative_num_steps",
+    "speculative_eagle_topk", "speculative_num_draft_tokens",
+)  # fmt: skip
+LEVELS = ("debug", "info", "warning", "error", "critical")
+"""Words that Python's logging, by which SGLang says things, and its web server both know."""
+
+
+def options(v: Values) -> None:
+    for engine in engines_of(v):
+        _ranges(v, engine)
+        _together(v, engine)
+    for engine in served(v):
+        _cache_of_a_sample(v, engine)
+        _of_the_model(v, engine)
+
+
+def _ranges(v: Values, engine: EngineSizes) -> None:
+    for name in AT_LEAST_ONE:
+        said = engine.whole(name)
+        v.require(said is None or said >= 1, f"{engine.where}: {name} {said}; give 1 or more, or leave the option out")
+    for name in ("log_level", "log_level_http"):
+        said = engine.text(name)
+        v.require(
+            said is None or said.lower() in LEVELS,
+            f"{engine.where}: {name} {said} is no level; write one of {', '.join(LEVELS)}",
+        )
+
+
+def _together(v: Values, engine: EngineSizes) -> None:
+    """SGLang keeps no prefix cache in a decode engine unless told, and drafts over pipeline stages only while prefilling."""
+    prefixes = not engine.on("disable_radix_cache") and (
+        engine.role != "decode" or engine.on("disaggregation_decode_enable_radix_cache")
+    )
+    v.require(
+        prefixes or not engine.on("enable_hierarchical_cache"),
+        f"{engine.where}: enable_hierarchical_cache keeps prefixes, and this engine has no prefix cache"
+        + (" (disable_radix_cache)" if engine.on("disable_radix_cache") else " (it decodes what others prefill)")
+        + "; remove enable_hierarchical_cache here",
+    )
+    algorithm = engine.text("speculative_algorithm")
+    v.require(
+        engine.pp == 1 or algorithm is None or engine.role == "prefill",
+        f"{engine.where}: pp_size {engine.pp} with speculative_algorithm {algorithm}, which SGLang takes in prefill engines "
+        "alone; remove pp_size or the speculative options",
+    )
+    v.require(
+        not engine.on("enable_lora")
+        or engine.text("lora_paths")
+        or (engine.whole("max_lora_rank") and engine.text("lora_target_modules")),
+        f"{engine.where}: enable_lora wants lora_paths, or max_lora_rank and lora_target_modules; adapters are not trained "
+        "here: remove enable_lora",
+    )
+
+
+def _cache_of_a_sample(v: Values, engine: EngineSizes) -> None:
+    """A cap of the KV cache that is below the longest response."""
+    cap, longest = engine.whole("max_total_tokens"), v["rollout_max_response_len"]
+    v.require(
+        cap is None or cap < 1 or longest is None or cap > longest,
+        f"{engine.where}: a KV cache of max_total_tokens {cap} holds no response of --rollout-max-response-len {longest} with "
+        "its prompt; raise it, or leave the option out",
+    )
+
+
+def _of_the_model(v: Values, engine: EngineSizes) -> None:
+    hf = v.hf
+    if hf is None:
+        return
+    spare = engine.whole("ep_num_redundant_experts") or 0
+    v.require(
+        spare == 0 or (hf.num_experts or 0) and (hf.num_experts + spare) % engine.ep == 0,
+        f"{engine.where}: {hf.num_experts or 0} experts and {spare} redundant ones (ep_num_redundant_experts) do not divide "
+        f"over ep_size {engine.ep}; give a multiple of {engine.ep}",
+    )
+    v.require(
+        not hf.has_indexer or not engine.on("enable_deterministic_inference"),
+        f"{engine.where}: enable_deterministic_inference with sparse attention, which has no deterministic kernel in SGLang; "
+        "remove the option",
+    )

@@ -1,0 +1,49 @@
+"""Single mistakes in SGLang's options that its own checks find once the processes are up: name -> (the edit, what the rule book
+must say of it)."""
+
+from __future__ import annotations
+
+from tests.rehearse.edits import Edit, flags, in_group
+
+
+def option(role: str, text: str) -> Edit:
+    """One more override of a group."""
+    return in_group(role, ("dp_size: 64", f"dp_size: 64\n          {text}"))
+
+
+WRONG_ENGINES: dict[str, tuple[Edit, str]] = {
+    "nobody reads the text": (flags("--sglang-tokenizer-worker-num", "0"), "tokenizer_worker_num 0; give 1 or more"),
+    "a stream of nothing": (option("decode", "stream_interval: 0"), "default decode: stream_interval 0"),
+    "a prefill of nothing": (option("prefill", "max_prefill_tokens: 0"), "default prefill: max_prefill_tokens 0"),
+    "a chain of no steps": (
+        flags("--sglang-speculative-num-steps", "0", "--sglang-speculative-num-draft-tokens", "1"),
+        "speculative_num_steps 0; give 1 or more",
+    ),
+    "a level of no name": (flags("--sglang-log-level", "verbose"), "log_level verbose is no level; write one of debug, info"),
+    "a cache of no token": (option("decode", "max_total_tokens: 0"), "default decode: max_total_tokens 0"),
+    "a cache below a response": (
+        option("decode", "max_total_tokens: 30000"),
+        "max_total_tokens 30000 holds no response of --rollout-max-response-len 65536",
+    ),
+    "prefixes where none are kept": (
+        flags("--sglang-enable-hierarchical-cache"),
+        "default decode: enable_hierarchical_cache keeps prefixes, and this engine has no prefix cache (it decodes",
+    ),
+    "prefixes that are off": (
+        option("prefill", "enable_hierarchical_cache: true\n          disable_radix_cache: true"),
+        "default prefill: enable_hierarchical_cache keeps prefixes, and this engine has no prefix cache (disable_radix_cache)",
+    ),
+    "drafts over pipeline stages": (
+        in_group("decode", ("dp_size: 64", "dp_size: 32\n          pp_size: 2"), ("ep_size: 64", "ep_size: 32")),
+        "default decode: pp_size 2 with speculative_algorithm EAGLE, which SGLang takes in prefill engines alone",
+    ),
+    "adapters of no rank": (flags("--sglang-enable-lora"), "enable_lora wants lora_paths, or max_lora_rank"),
+    "spare experts that do not divide": (
+        flags("--sglang-ep-num-redundant-experts", "32"),
+        "256 experts and 32 redundant ones (ep_num_redundant_experts) do not divide over ep_size 64; give a multiple of 64",
+    ),
+    "sparse attention that repeats itself": (
+        flags("--sglang-enable-deterministic-inference"),
+        "enable_deterministic_inference with sparse attention",
+    ),
+}
