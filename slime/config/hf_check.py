@@ -148,6 +148,8 @@ def _fields(hf: HfConfig, megatron: Mapping[str, object]) -> Iterator[str]:
         given, other = ("given", "grouped-query") if not hf.is_mla else ("not given", "multi-latent")
         yield f"the checkpoint has {other} attention, --multi-latent-attention is {given} here"
         wanted = {name: value for name, value in wanted.items() if name not in {*_NEITHER, "multi_latent_attention"}}
+    if not hf.num_experts and megatron.get("num_moe_experts") is not None:
+        yield f"the checkpoint has no experts, --num-experts is {megatron['num_moe_experts']} here; leave it out"
     if hf.num_experts and megatron.get("num_moe_experts") is None:
         yield f"the checkpoint has {hf.num_experts} experts, --num-experts is not given here"
         wanted = {name: value for name, value in wanted.items() if "moe" not in name}

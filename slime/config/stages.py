@@ -111,8 +111,15 @@ def layout_string(sizes: Sequence[int], *, mtp: int = 0) -> str:
     return "E" + "|".join(f"t*{size}" for size in sizes) + "m" * mtp + "L"
 
 
+MOST_REPEATED = 1000
+"""Times that a layout string repeats a part; no model has as many layers."""
+
+
 def unrolled_layout(text: str) -> str:
-    """The layout string with its multiplications written out, as megatron-core reads them."""
+    """The layout string with its multiplications written out, as megatron-core reads them. Raises ValueError."""
+    if most := max((int(count) for count in re.findall(r"\*(\d{1,20})", text)), default=0):
+        if most > MOST_REPEATED:
+            raise ValueError(f"--pipeline-model-parallel-layout repeats {most} times; {MOST_REPEATED} are the most")
     for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
         text = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), text)
     return text

@@ -212,6 +212,7 @@ OTHER_MODELS: dict[str, tuple[tuple[str, str, str, str], str, str]] = {
         "--sglang-speculative-algorithm NEXTN",
         "NEXTN without a draft model needs an MTP layer",
     ),
+    "experts in a dense model": (QWEN3_4B, "--num-experts 8", "has no experts, --num-experts is 8 here; leave it out"),
     "sparse attention's kernel": (QWEN3_4B, "--sglang-nsa-decode-backend fa3", "is for sparse-attention models"),
     "contiguous shards": (
         QWEN3_4B,

@@ -42,6 +42,10 @@ WRONG_ENGINES: dict[str, tuple[Edit, str]] = {
         flags("--sglang-ep-num-redundant-experts", "32"),
         "256 experts and 32 redundant ones (ep_num_redundant_experts) do not divide over ep_size 64; give a multiple of 64",
     ),
+    "another model in the engines": (
+        flags("--sglang-json-model-override-args", '{"num_hidden_layers": 4}'),
+        'json_model_override_args {"num_hidden_layers": 4} would serve another model',
+    ),
     "sparse attention that repeats itself": (
         flags("--sglang-enable-deterministic-inference"),
         "enable_deterministic_inference with sparse attention",

@@ -165,6 +165,10 @@ WRONG_VALUES: dict[str, tuple[Edit, str]] = {
         all_of(PAIR, flags("--pipeline-model-parallel-layout", "Et*10|t*12|t*12|t*12|t*8|t*8|t*8|t*8mL")),
         "places 1 multi-token-prediction layers (m), and 0 are trained; remove m",
     ),
+    "a layout of ten thousand million layers": (
+        all_of(PAIR, flags("--pipeline-model-parallel-layout", "Et*9999999999|tL")),
+        "--pipeline-model-parallel-layout repeats 9999999999 times; 1000 are the most",
+    ),
     "a draft layer without a place": (
         all_of(
             PAIR,

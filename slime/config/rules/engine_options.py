@@ -77,6 +77,12 @@ def _cache_of_a_sample(v: Values, engine: EngineSizes) -> None:
 
 
 def _of_the_model(v: Values, engine: EngineSizes) -> None:
+    other = engine.text("json_model_override_args")
+    v.require(
+        other is None or other.strip() in ("", "{}"),
+        f"{engine.where}: json_model_override_args {other!s:.60} would serve another model than the one that is trained; write "
+        "its fields into config.json, or leave it out",
+    )
     hf = v.hf
     if hf is None:
         return

@@ -211,8 +211,8 @@ def _layout(v: Values, layers: int | None, pp: int) -> None:
         v.require(0 not in sizes, f"--pipeline-model-parallel-layout {text} has a stage without layers")
         text = layout_string(sizes, mtp=v["mtp_num_layers"] or 0)
         v.derive("pipeline_model_parallel_layout", text, "Megatron's spelling of the listed layers per stage")
-    stages = len(unrolled_layout(text).split("|"))
     try:
+        stages = len(unrolled_layout(text).split("|"))
         cut_layers(Cut(layers or unrolled_layout(text).count("t"), pp, layout=text))
     except ValueError as error:
         v.mistakes.append(str(error))
