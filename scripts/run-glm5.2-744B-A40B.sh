@@ -242,10 +242,14 @@ MISC_ARGS=(
    --tb-project-name glm5.2-744B-A40B
 )
 
+# The engines count nodes of 8 unless they are told.
+NODE_ARGS=()
+[[ ${NUM_GPUS} == 8 ]] || NODE_ARGS=(--num-gpus-per-node "${NUM_GPUS}")
+
 FLAGS=(
    --actor-num-nodes "${NUM_NODES}"
    --actor-num-gpus-per-node "${NUM_GPUS}"
-   --num-gpus-per-node "${NUM_GPUS}"
+   "${NODE_ARGS[@]}"
    --colocate
    "${MODEL_ARGS[@]}"
    "${CKPT_ARGS[@]}"

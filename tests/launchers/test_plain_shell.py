@@ -24,6 +24,11 @@ from tests.launchers.test_launchers import FAKE_RAY, FAKE_SSH, pairs
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def hears_interrupts() -> None:
+    """A shell cannot trap what it inherits as ignored, and a job in the background of a script inherits SIGINT so."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(frozen=True)
 class Shell:
     """A plain shell on a machine with this project, its environment, and a BASE_DIR with checkpoints and data."""
@@ -46,7 +51,7 @@ class Shell:
         (self.folder / "calls").unlink(missing_ok=True)
         return subprocess.Popen(
             ["bash", "-c", command], cwd=cwd or self.folder, env=self.environment | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_interrupts,
         )  # fmt: skip
 
     def run(self, command: str, *, cwd: Path | None = None, status: int = 0, **environment: str) -> str:

@@ -196,7 +196,8 @@ def reference(folder, batch, config) -> tuple[float, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_tied"])
 def test_gradients_are_those_of_a_program_written_with_transformers_alone(kind, request):
     folder = request.getfixturevalue(kind)
-    config = config_for(folder, use_tis=True, tis_clip=2.0, tis_clip_low=0.5, clip_grad=0.0)
+    bounds = {"tis_clip": 2.0, "tis_clip_low": 0.5, "tis_upper_bound": 2.0, "tis_lower_bound": 0.5}
+    config = config_for(folder, use_tis=True, clip_grad=0.0, **bounds)
     batch = rollout(seed=5)
 
     def ours(rank: int):
