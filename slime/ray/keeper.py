@@ -24,7 +24,8 @@ def keep(pid: int, file: str) -> None:
 
     command = [sys.executable, "-I", "-S", __file__, str(pid), file]
     nothing = subprocess.DEVNULL
-    subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+    keeper = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+    keeper.returncode = 0  # it outlives us, so nobody waits for it, and what deletes the object has nothing to look after
 
 
 def wait(pid: int) -> int | None:
