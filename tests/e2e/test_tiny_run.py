@@ -142,7 +142,9 @@ def test_the_launcher_trains_saves_evaluates_outlives_an_engine_and_stops_only_w
     assert not_listed({name for line in lines for name in line} - {"rollout", "train_step", "time"}) == []
     assert re.search(r"to continue from the newest checkpoint.*run-glm5.2-tiny.sh", run.text)
     # What is for files stays in files, and Ray's folder under /tmp goes after a run that ended well.
-    assert [line for line in run.lines if re.search(r"UserWarning|cli\.py|job_manager|\] config: |is called |pid=", line)] == [], run.text[-9000:]
+    assert [
+        line for line in run.lines if re.search(r"UserWarning|cli\.py|job_manager|\] config: |is called |pid=", line)
+    ] == [], run.text[-9000:]
     assert "config: " in (base / "run" / "driver.log").read_text() and (base / "run" / "console.log").is_file()
     assert not Path(re.search(r"logs (/tmp/slime-ray-\w+)", run.text)[1]).exists()
     assert _processes_mentioning(str(base)) == []
