@@ -73,6 +73,16 @@ def check_start(path: Path) -> tuple[int, int]:
 
 def read_header(path: Path) -> list[TensorInfo]:
     """What one safetensors file holds. Raises ValueError naming the file, and the tensor, where it is not whole."""
+    return _read(path)[0]
+
+
+def places(path: Path) -> dict[str, tuple[int, int]]:
+    """Tensor -> (first byte, byte behind it) in the file. Raises ValueError as `read_header` does."""
+    found, spans = _read(path)
+    return {tensor.name: span for tensor, span in zip(found, spans, strict=True)}
+
+
+def _read(path: Path) -> tuple[list[TensorInfo], list[tuple[int, int]]]:
     size, length = check_start(path)
     with open(path, "rb") as file:
         file.seek(8)
@@ -81,11 +91,11 @@ def read_header(path: Path) -> list[TensorInfo]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         found = [TensorInfo(name, str(one["dtype"]), tuple(one["shape"]), path.name) for name, one in header.items()]
-        places = [tuple(one["data_offsets"]) for one in header.values()]
-        end = max((last for _, last in places), default=0)
+        spans = [tuple(one["data_offsets"]) for one in header.values()]
+        end = max((last for _, last in spans), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: its header is damaged; download it again") from None
-    for tensor, (first, last) in zip(found, places, strict=True):
+    for tensor, (first, last) in zip(found, spans, strict=True):
         if tensor.dtype in BYTES and last - first != tensor.num_bytes:
             raise ValueError(
                 f"{path}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, {tensor.num_bytes} bytes, and has a place of "
@@ -94,7 +104,7 @@ def read_header(path: Path) -> list[TensorInfo]:
     if size != 8 + length + end:
         what = "is cut short" if size < 8 + length + end else "has more than its header says"
         raise ValueError(f"{path} {what}: {size} bytes, its header needs {8 + length + end}; download it again")
-    return found
+    return found, [(8 + length + first, 8 + length + last) for first, last in spans]
 
 
 def read_index(folder: Path) -> Mapping[str, str] | None:

@@ -119,6 +119,21 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
+def make_groups(sizes: ParallelSizes, **others: object) -> None:
+    """Megatron-core's process groups of these sizes. others: its arguments beside the sizes. A collective."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_model_parallel_size,
+        context_parallel_size=sizes.context_parallel_size,
+        expert_model_parallel_size=sizes.expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tp(sizes),
+        **others,
+    )
+
+
 def init_ranks(
     sizes: ParallelSizes, *, rank: int, world_size: int, device: HasBackend, seed: int = 1234, init_method: str = "env://"
 ) -> Ranks:
@@ -136,15 +151,7 @@ def init_ranks(
     if not dist.is_initialized():
         dist.init_process_group(device.backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=sizes.tensor_model_parallel_size,
-            pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_model_parallel_size,
-            context_parallel_size=sizes.context_parallel_size,
-            expert_model_parallel_size=sizes.expert_model_parallel_size,
-            expert_tensor_parallel_size=expert_tp(sizes),
-            distributed_timeout_minutes=sizes.distributed_timeout_minutes,
-        )
+        make_groups(sizes, distributed_timeout_minutes=sizes.distributed_timeout_minutes)
         _seed(seed)
     return _read(rank, world_size)
 

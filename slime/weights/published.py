@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from slime.model.hf_headers import places
 from slime.model.hf_io import SafetensorsReader, copy_assets, write_tensors
 from slime.weights.delta import Checksum, Encoding, decode, digest, encode
 
@@ -87,7 +89,7 @@ class PartWriter:
         files: list[tuple[str, tuple[str, ...]]] = []
         digests: dict[str, str] = {}
         waiting: dict[str, Tensor] = {}
-        nbytes = tensors = 0
+        nbytes = tensors = held = 0
 
         def flush() -> None:
             if waiting:
@@ -103,8 +105,10 @@ class PartWriter:
                 continue
             waiting[name], digests[name] = piece, digest(data, self._checksum)
             nbytes += piece.nbytes
-            if sum(value.nbytes for value in waiting.values()) > max_bytes:
+            held += piece.nbytes
+            if held > max_bytes:
                 flush()
+                held = 0
         flush()
         return Written(tuple(files), digests, nbytes, tensors)
 
@@ -122,8 +126,13 @@ class PartWriter:
             return None
         return torch.frombuffer(bytearray(encode(old, data, self._encoding)), dtype=torch.uint8)
 
+    @cached_property
+    def _served(self) -> SafetensorsReader:
+        """Reads every header of the serving checkpoint, so it is made once, and only where a difference asks for it."""
+        return SafetensorsReader(self._origin)
+
     def _of_origin(self, name: str, tensor: Tensor) -> np.ndarray:
-        stored = SafetensorsReader(self._origin).raw(name)
+        stored = self._served.raw(name)
         if stored.dtype != tensor.dtype or stored.shape != tensor.shape:
             raise ValueError(
                 f"{self._origin} has {name} as {stored.dtype} {list(stored.shape)}, the trainer sends {tensor.dtype} "
@@ -279,14 +288,5 @@ class LocalCopy:
 
 
 def _places(folder: Path) -> dict[str, tuple[Path, int, int]]:
-    """Tensor -> (file, first byte, byte behind it). A safetensors file is u8 length, a JSON header of that length, bytes."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        for name, told in header.items():
-            if name != "__metadata__":
-                start, stop = told["data_offsets"]
-                found[name] = path, 8 + length + start, 8 + length + stop
-    return found
+    """Tensor -> (file, first byte, byte behind it)."""
+    return {name: (path, *place) for path in sorted(folder.glob("*.safetensors")) for name, place in places(path).items()}

@@ -129,20 +129,12 @@ def build_rank(job: Job, rank: int) -> dict[str, object]:
     from slime.device.host import HostDevice
     from slime.model.build import build_model
     from slime.parallel import init_ranks
-    from slime.parallel.ranks import expert_tp
+    from slime.parallel.ranks import make_groups
 
     started, sizes = time.monotonic(), job.config.parallel
     dist.init_process_group("fake", rank=rank, world_size=job.world, store=FakeStore())
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=sizes.tensor_model_parallel_size,
-            pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_model_parallel_size,
-            context_parallel_size=sizes.context_parallel_size,
-            expert_model_parallel_size=sizes.expert_model_parallel_size,
-            expert_tensor_parallel_size=expert_tp(sizes),
-            create_gloo_process_groups=False,
-        )
+        make_groups(sizes, create_gloo_process_groups=False)
         place = init_ranks(sizes, rank=rank, world_size=job.world, device=HostDevice())
         with torch.device("meta"):
             chunks = build_model(job.config, job.hf, place, HostDevice())
