@@ -103,6 +103,9 @@ def _cuda(spec, place, column, asked, common, env) -> tuple[dict[str, object], d
         "enable_metrics": True,
     }
     common["ep_size"] = spec.ep_size
+    if spec.update_weights:
+        # The trainer computes in bf16; SGLang's "auto" makes float16 of a config.json that says float32, or nothing.
+        common["dtype"] = "bfloat16"
     if asked.get("speculative_algorithm"):
         common["enable_draft_weights_cpu_backup"] = True
     notes = _override_notes(common, asked)

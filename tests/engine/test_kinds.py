@@ -60,6 +60,13 @@ def test_an_engine_that_is_never_paused_runs_without_the_memory_saver(glm):
     assert "PYTORCH_CUDA_ALLOC_CONF" not in plan.env
 
 
+def test_an_engine_on_a_gpu_serves_in_the_trainers_precision_whatever_config_json_says(glm):
+    engine = spec("regular", 0, glm)
+    assert command("cuda", engine, HERE, PORTS, capabilities("0.5.23"), base_env={}).settings["dtype"] == "bfloat16"
+    fixed = dataclasses.replace(engine, update_weights=False)
+    assert "dtype" not in command("cuda", fixed, HERE, PORTS, capabilities("0.5.23"), base_env={}).settings
+
+
 def test_an_engine_that_gives_its_memory_back_captures_no_prefill_graphs(glm):
     """They would keep addresses that the memory saver takes away; whoever asks for graphs by name gets them."""
     paused = dataclasses.replace(spec("prefill", 0, glm), needs_offload=True)

@@ -251,8 +251,6 @@ READ_OTHERWISE: dict[str, tuple[dict, str]] = {
         "model_type glm_moe_dsa is trained as GlmMoeDsaForCausalLM",
     ),
     "no class": ({"architectures": []}, "architectures of config.json is [], by which SGLang chooses"),
-    "half precision": ({"dtype": "float16"}, "dtype of config.json is float16, which SGLang serves in float16"),
-    "float32, which SGLang halves": ({"torch_dtype": "float32"}, "pass --sglang-dtype bfloat16"),
     "more groups than there are": ({"topk_group": 2}, "topk_group is 2, more than the 1 groups of n_group"),
 }
 
@@ -265,8 +263,16 @@ def test_a_field_of_the_config_that_engines_read_otherwise(name: str, flagship: 
     recipe = flagship.with_flag("--hf-checkpoint", str(checkpoint))
     lines = [finding.line() for finding in judged(recipe, tmp_path).of("violation")]
     assert any(message in line for line in lines), lines
-    if "dtype" in message:
-        assert judged(recipe.with_flag("--sglang-dtype", "bfloat16"), tmp_path).verdict == "launchable"
+
+
+@pytest.mark.parametrize("stored", [{"dtype": "float16"}, {"torch_dtype": "float32"}])
+def test_a_checkpoint_of_another_precision_is_served_in_bf16(stored: dict, flagship: Recipe, tmp_path: Path) -> None:
+    (checkpoint := tmp_path / "GLM-5.2-FP8").mkdir()
+    (checkpoint / "config.json").write_text(json.dumps({**known_config("/x/GLM-5.2-FP8"), **stored}))
+    recipe = flagship.with_flag("--hf-checkpoint", str(checkpoint))
+    assert judged(recipe, tmp_path).verdict == "launchable", "a CPU engine computes in float32, a GPU's in bf16"
+    lines = [finding.line() for finding in judged(recipe.with_flag("--sglang-dtype", "auto"), tmp_path).of("violation")]
+    assert any("dtype auto serves" in line and "in float16" in line for line in lines), lines
 
 
 def test_an_evaluation_names_a_grader_that_is_there(flagship: Recipe, tmp_path: Path) -> None:

@@ -89,9 +89,9 @@ def _formats(v: Values, engine: EngineSizes) -> None:
     )
     stored = v.hf.get("dtype") or v.hf.get("torch_dtype") if v.hf is not None else None
     v.require(
-        dtype not in (None, "auto") or stored not in ("float16", "float32"),
-        f"{engine.where}: dtype of config.json is {stored}, which SGLang serves in float16, and the trainer computes in bf16; "
-        "pass --sglang-dtype bfloat16",
+        dtype != "auto" or stored not in ("float16", "float32"),
+        f"{engine.where}: dtype auto serves {stored} of config.json in float16, and the trainer computes in bf16; leave the "
+        "option out",
     )
 
 
