@@ -10,6 +10,7 @@ from pathlib import Path
 
 from slime.config.command_line import SECTIONS
 from slime.config.eval_datasets import FROM_FLAGS
+from slime.config.front_end import WHY
 from slime.config.rules.effects import ONE_ANSWER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,8 +31,9 @@ SPENT: frozenset[str] = frozenset(
     evaluation.eval_tool_key evaluation.eval_temperature evaluation.eval_top_p evaluation.eval_top_k
     evaluation.eval_max_response_len evaluation.eval_max_prompt_len evaluation.eval_min_new_tokens
     evaluation.eval_max_context_len algorithm.tis_clip algorithm.tis_clip_low algorithm.keep_old_actor
-    algorithm.megatron_config_path engine.sglang_config engine.prefill_num_servers debug.custom_config_path""".split()
-)
+    algorithm.megatron_config_path engine.sglang_config engine.prefill_num_servers debug.custom_config_path
+    model.model_name model.use_rope_scaling model.rope_scaling_factor model.recompute_activations""".split()
+) | {f"front_end.{name}" for name in WHY}
 """section.field that rules carry into other fields, compare with config.json or answer with a note: nothing is left to read."""
 FOR_PLUGINS = frozenset({"parallel.world_size"})
 """Derived, under Megatron's name."""

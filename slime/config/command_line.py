@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from slime.config.cluster import ClusterConfig, EngineConfig
 from slime.config.errors import ConfigError, nearest, one_edit_apart
 from slime.config.flags import Flag, flags_of
+from slime.config.front_end import FrontEndConfig
 from slime.config.megatron_flags import megatron_flags
 from slime.config.model import ModelConfig, ParallelConfig
 from slime.config.rollout import DataConfig, EvalConfig, RolloutConfig
@@ -31,6 +32,7 @@ SECTIONS: Mapping[str, type] = {
     "tracking": TrackingConfig,
     "debug": DebugConfig,
     "upkeep": UpkeepConfig,
+    "front_end": FrontEndConfig,
 }
 CONVERT_SECTIONS = ("model", "parallel", "checkpoint")
 

@@ -13,6 +13,7 @@ from slime.config import megatron_flags
 from slime.config.cluster import ClusterConfig, EngineConfig
 from slime.config.errors import nearest
 from slime.config.flags import FrozenMap
+from slime.config.front_end import FrontEndConfig
 from slime.config.model import ModelConfig, ParallelConfig
 from slime.config.rollout import DataConfig, EvalConfig, RolloutConfig
 from slime.config.run import DebugConfig, TrackingConfig
@@ -38,6 +39,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     upkeep: UpkeepConfig = field(default_factory=UpkeepConfig)
+    front_end: FrontEndConfig = field(default_factory=FrontEndConfig)
     notes: tuple[str, ...] = ()
     """One line per derived value, with the reason; start-up prints them."""
     door: str = "train"

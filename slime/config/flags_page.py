@@ -34,6 +34,7 @@ ACTS_IN = {
     "tracking": "`slime/observability`",
     "debug": "the driver, dumps and checks of a run",
     "upkeep": "the driver (`slime/ray/leaving.py`, `slime/ray/standstill.py`)",
+    "front_end": "nothing: a note at start says why",
 }
 """Section -> where its flags act."""
 

@@ -244,6 +244,13 @@ def _positions(hf: HfConfig, v: Mapping[str, object], megatron: Mapping[str, obj
         )
     if v["position_embedding_type"] == "yarn" and hf.rope_parameters["rope_type"] != "yarn":
         yield f"rope_type is {hf.rope_parameters['rope_type']} there, --position-embedding-type is yarn here; pass rope"
+    kind, factor = hf.rope_parameters["rope_type"], hf.rope_parameters.get("factor")
+    if v["use_rope_scaling"] and kind != "llama3":
+        yield f"rope_type is {kind} there, --use-rope-scaling asks for llama3 here; leave --use-rope-scaling out"
+    elif v["use_rope_scaling"] and not _same(factor, v["rope_scaling_factor"]):
+        asked = v["rope_scaling_factor"]
+        flag = "--rope-scaling-factor"
+        yield f"rope_parameters.factor is {factor} there, {flag} is {asked} here; pass {flag} {factor}"
     share = hf.partial_rotary_factor if not hf.is_mla else 1.0
     if not _same(share, v["rotary_percent"]):
         yield (

@@ -77,7 +77,7 @@ class ModelConfig:
     """MODULE FUNCTION that builds the layer spec from (args, config, vp_stage)."""
     custom_model_provider_path: str | None = None
     """Dotted path of a function that builds the whole model."""
-    model_name: str | None = flag(None, later="choosing a weight-name table by flag (the HF config's model_type does)")
+    model_name: str | None = None
     """Key of the weight-name table."""
     vocab_size: int | None = flag(None, low=1)
     """Rows of the tokenizer's vocabulary."""
@@ -99,10 +99,10 @@ class ModelConfig:
     """Share of the head that RoPE turns."""
     rotary_seq_len_interpolation_factor: int | None = flag(None, later=_ROPE)
     """Linear RoPE interpolation."""
-    use_rope_scaling: bool = flag(False, later=_ROPE)
-    """Llama 3's RoPE scaling."""
-    rope_scaling_factor: float = flag(8.0, later=_ROPE)
-    """Its factor."""
+    use_rope_scaling: bool = False
+    """Llama 3's stretched positions: config.json must say the same."""
+    rope_scaling_factor: float = flag(8.0, above=0)
+    """Their factor."""
     max_position_embeddings: int | None = flag(None, low=1)
     """Longest position; None takes seq_length. YaRN reads it as the original context."""
     seq_length: int = flag(4096, low=1)
@@ -123,6 +123,8 @@ class ModelConfig:
     """Same as --params-dtype bf16."""
     fp16: bool = flag(False, later="fp16 training")
     """Half precision."""
+    recompute_activations: bool = False
+    """Older spelling of --recompute-granularity selective."""
     seed: int = flag(1234, low=0, high=2**32 - 1)
     """Base of every random stream."""
     enable_experimental: bool = False

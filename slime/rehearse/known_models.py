@@ -80,6 +80,10 @@ def _from_flags(start: Mapping[str, object], mega: Mapping[str, object]) -> dict
     }
     if start["rotary_percent"] != 1.0:
         raw["partial_rotary_factor"] = start["rotary_percent"]
+    if start["use_rope_scaling"]:
+        # The bounds are those of every Llama 3 release; no flag names them.
+        ends = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        raw["rope_scaling"] = {"rope_type": "llama3", "factor": start["rope_scaling_factor"], **ends}
     if mla:
         raw |= {key: mega.get(name, default) for key, (name, default) in _LATENT.items()}
         raw |= _stretched(mega)

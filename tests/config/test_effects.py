@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from slime.config import ConfigError
+from slime.config.facts import Facts
+from slime.config.front_end import WHY, FrontEndConfig
 from tests.config.flags import MOE, config_of
 
 
@@ -16,6 +18,12 @@ from tests.config.flags import MOE, config_of
         ("--keep-old-actor", "--keep-old-actor changes nothing: training starts from the weights that generated the rollout"),
         ("--train-backend megatron", "--train-backend changes nothing: there is one"),
         ("--update-weight-delta-encoding xor", "--update-weight-delta-encoding changes nothing without --update-weight-mode"),
+        ("--ckpt-format torch_dist", "--ckpt-format changes nothing: checkpoints are torch_dist"),
+        ("--tokenizer-type HuggingFaceTokenizer", "--tokenizer-type changes nothing: the tokenizer is that of --hf-checkpoint"),
+        ("--manual-gc --manual-gc-interval 10", "--manual-gc-interval changes nothing: Python collects when it wants to"),
+        ("--use-flash-attn", "--use-flash-attn changes nothing"),
+        ("--log-throughput", "--log-throughput changes nothing: perf/tokens_per_sec is always there"),
+        ("--model-name qwen3", "--model-name changes nothing: model_type of config.json"),
         ("--attention-softmax-in-fp32", "--attention-softmax-in-fp32 changes nothing: attention here always sums in float32"),
         ("--init-method-std 0.01", "--init-method-std changes nothing: every parameter comes from a checkpoint"),
         ("--no-initialization", "--perform-initialization changes nothing"),
@@ -39,6 +47,61 @@ def test_experts_are_reached_by_all_to_all_whatever_is_asked(words: str) -> None
     assert config.model.megatron["moe_token_dispatcher_type"] == "alltoall"
     assert not {"moe_enable_deepep", "moe_flex_dispatcher_backend"} & config.model.megatron.keys()
     assert any("all-to-all" in note or "alltoall" in note for note in config.notes)
+
+
+def test_flags_of_the_front_end_and_their_reasons_are_the_same_list() -> None:
+    assert set(WHY) == set(FrontEndConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("words", ["--ckpt-format torch", "--tokenizer-type SentencePieceTokenizer"])
+def test_another_front_end_value_is_refused_with_the_one_that_holds(words: str) -> None:
+    with pytest.raises(ConfigError, match="wants one of (torch_dist|HuggingFaceTokenizer, NullTokenizer), got"):
+        config_of(*words.split())
+
+
+def test_the_older_spelling_of_selective_recomputation_means_the_same() -> None:
+    assert config_of("--recompute-activations").model.megatron["recompute_granularity"] == "selective"
+    full = config_of(
+        "--recompute-activations",
+        *"--recompute-granularity full --recompute-method uniform".split(),
+        "--recompute-num-layers",
+        "1",
+    )
+    assert full.model.megatron["recompute_granularity"] == "full"
+
+
+LLAMA = {
+    "model_type": "llama", "num_hidden_layers": 8, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "head_dim": 32, "intermediate_size": 512, "vocab_size": 320, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+}  # fmt: skip
+LLAMA_ARGS = (
+    "--ffn-hidden-size 512 --swiglu --disable-bias-linear --normalization RMSNorm --norm-epsilon 1e-5 --rotary-base 500000"
+)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words", "said"),
+    [
+        (LLAMA["rope_scaling"], "--use-rope-scaling --rope-scaling-factor 32.0", ""),
+        (LLAMA["rope_scaling"], "", ""),
+        (
+            LLAMA["rope_scaling"],
+            "--use-rope-scaling",
+            "rope_parameters.factor is 32.0 there, --rope-scaling-factor is 8.0 here",
+        ),
+        (None, "--use-rope-scaling", "rope_type is default there, --use-rope-scaling asks for llama3 here"),
+    ],
+)
+def test_stretched_positions_by_flag_must_be_those_of_config_json(scaling, words: str, said: str) -> None:
+    facts = Facts(hf_config={**LLAMA, "rope_scaling": scaling}, hf_source="config.json")
+    if not said:
+        config_of(*LLAMA_ARGS.split(), *words.split(), facts=facts)
+        return
+    with pytest.raises(ConfigError, match=said):
+        config_of(*LLAMA_ARGS.split(), *words.split(), facts=facts)
 
 
 def test_a_router_that_already_runs_has_a_port() -> None:

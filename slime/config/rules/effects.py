@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from slime.config import front_end
+
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
 
@@ -18,6 +20,8 @@ ONE_ANSWER: Mapping[str, str] = {
     "enable_experimental": "no experimental part of megatron-core is in use",
     "main_params_dtype": "master weights are float32",
     "add_position_embedding": "the model families here are rotary and have no such table",
+    "model_name": "model_type of config.json names the table of weight names",
+    **front_end.WHY,
 }
 """Attribute -> why its flag changes nothing."""
 

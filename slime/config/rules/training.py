@@ -160,6 +160,8 @@ def multi_token_prediction(v: Values) -> None:
 def recomputation(v: Values) -> None:
     """Uniform recomputation walks through a chunk in equal strides; the sizes of chunks are known from the layout."""
     mega: dict[str, Any] = v["model.megatron"]
+    if v["recompute_activations"]:
+        mega.setdefault("recompute_granularity", "selective")
     granularity, method = mega.get("recompute_granularity"), mega.get("recompute_method")
     stride = mega.get("recompute_num_layers")
     v.require(
