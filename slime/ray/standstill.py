@@ -66,6 +66,8 @@ class Wait:
     def __init__(self, patience: Patience, doing: str):
         self._patience, self._doing = patience, doing
         self._began, self._report = time.monotonic(), ""
+        # In driver.log alone: how far a run had come that ended without a word, and where a drill finds its phase.
+        logger.debug("waits for: %s", doing)
         self._report_after = patience.report_after(doing)
 
     def seconds_left(self) -> float:

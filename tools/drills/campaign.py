@@ -1,0 +1,190 @@
+"""One drill after another on one folder: whoever survives is drilled again, whoever ended is resumed by the next launch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from tools.drills import exact
+from tools.drills.draw import Drill
+from tools.drills.faults import inflict
+from tools.drills.judge import ENDS_WITHIN, Observed, judge
+from tools.drills.launch import NUM_ROLLOUT, ROOT, Launch, newest
+from tools.drills.scene import Seen, label_of
+from tools.drills.table import Row, read
+
+_READY_SECONDS = 300.0
+_PHASE_SECONDS = 60.0
+_CLEAN_SECONDS = 60.0
+"""From the end of a launcher to the end of what it had started: one that was killed leaves that to its keeper."""
+_ROLLOUTS_FOR_A_DRILL = 8
+_SURVIVED_ROLLOUTS = 2
+_TRIES = 5
+
+
+class Campaign:
+    """Keeps at most one launch alive between drills."""
+
+    def __init__(self, base: Path, results: Path, *, stop_seconds: float):
+        self._base, self._results, self._stop_seconds = base, results, stop_seconds
+        self._launch: Launch | None = None
+        self._kind: tuple[bool, bool] | None = None
+        self._disturbed = False
+        """A fault was inflicted on the launch that runs."""
+        self._revision = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+
+    def drill(self, drill: Drill) -> Row | None:
+        """None where the fault could not be placed: the process was never there in that phase."""
+        launch = self._launch_for(drill)
+        placed = self._place(launch, drill)
+        if placed is None:
+            self.leave()
+            return None
+        victim, at, hit, undo = placed
+        label = label_of(victim) if drill.process in ("scheduler", "engine-actor") else ""
+        deaf = self._stop_seconds if drill.fault == "stop" else 0.0
+        self._observe(launch, at + deaf)
+        undo()
+        went_on = self._went_on(launch, at + deaf)
+        ended = launch.process.poll() is not None
+        ended_at = time.monotonic() if ended else None
+        left = launch.left(seconds=_CLEAN_SECONDS) if ended else []
+        seen = Observed(
+            drill.process, victim.pid, label, at, list(launch.lines), ended_at, launch.process.poll(), went_on, left
+        )
+        verdict = judge(seen)
+        row = Row(
+            drill.seed, drill.number, drill.process, drill.fault, drill.phase, drill.tolerant, verdict.outcome, verdict.cause,
+            verdict.seconds_to_cause, verdict.seconds_to_end, verdict.left, verdict.faults, None, None, self._revision, hit,
+        )  # fmt: skip
+        self._keep_transcript(launch, drill, at)
+        if ended or verdict.outcome == "hung":
+            self._close()
+        self._write(row)  # after the others, which this launch resumed
+        return row
+
+    def _launch_for(self, drill: Drill) -> Launch:
+        kind = (drill.replays, drill.tolerant)
+        if self._launch is not None and (drill.phase == "start" or kind != self._kind or not self._has_room(self._launch)):
+            self.leave()
+        if self._launch is None:
+            folder = self._folder(drill.replays)
+            done = newest(folder)
+            if drill.replays and done is not None and done + 1 > NUM_ROLLOUT - _ROLLOUTS_FOR_A_DRILL:
+                self._finish(folder, drill.tolerant)
+            self._kind, self._disturbed = kind, False
+            self._launch = self._start(folder, drill.tolerant)
+        return self._launch
+
+    def _folder(self, replays: bool) -> Path:
+        return self._base / ("replayed" if replays else "generated")
+
+    def _has_room(self, launch: Launch) -> bool:
+        if launch.process.poll() is not None:
+            return False
+        done = launch.rollouts[-1][1] if launch.rollouts else 0
+        return not self._kind[0] or done <= NUM_ROLLOUT - _ROLLOUTS_FOR_A_DRILL
+
+    def _start(self, folder: Path, tolerant: bool) -> Launch:
+        replay = ["--load-debug-rollout-data", str(self._base / "dumps" / "{rollout_id}.pt"), "--num-rollout", str(NUM_ROLLOUT)]
+        flags = replay if folder.name == "replayed" else ["--num-rollout", "100000"]
+        return Launch(self._base, folder, [*flags, "--eval-interval", "1", *(["--use-fault-tolerance"] if tolerant else [])])
+
+    def _finish(self, folder: Path, tolerant: bool) -> None:
+        """Let a folder's run come to its end, and begin again."""
+        self._launch, self._kind = self._start(folder, tolerant), (True, tolerant)
+        if not self._launch.until(lambda: False, seconds=_READY_SECONDS) and self._launch.process.poll() is None:
+            print("the undisturbed end of a folder's run did not come", file=sys.stderr)
+        self.leave()
+        shutil.rmtree(folder)
+
+    def _place(self, launch: Launch, drill: Drill) -> tuple[Seen, float, str, Callable[[], None]] | None:
+        """(victim, moment, phase of that moment, how to undo it)."""
+        if drill.phase == "start":
+            if not launch.until(lambda: bool(launch.scene.of(drill.process)), seconds=_READY_SECONDS):
+                return None
+        else:
+            before = len(launch.rollouts)
+            if not launch.until(lambda: len(launch.rollouts) > before, seconds=_READY_SECONDS):
+                return None
+        for _ in range(1 if drill.phase == "start" else _TRIES):
+            if drill.phase != "start" and not launch.wait_for_phase(drill.phase, seconds=_PHASE_SECONDS):
+                return None
+            if drill.process != "writer":  # it lives for some hundredths of a second
+                time.sleep(drill.delay)
+            if found := self._victim(launch, drill):
+                at, hit = time.monotonic(), launch.phase
+                try:
+                    undo = inflict(drill.fault, found.pid, stop_seconds=self._stop_seconds)
+                    self._disturbed = True
+                    return found, at, hit, undo
+                except ProcessLookupError:
+                    continue
+        return None
+
+    @staticmethod
+    def _victim(launch: Launch, drill: Drill) -> Seen | None:
+        deadline = time.monotonic() + (1.0 if drill.process == "writer" else 0.0)
+        while not (found := launch.scene.of(drill.process)) and time.monotonic() < deadline:
+            pass
+        return found[drill.which % len(found)] if found else None
+
+    def _observe(self, launch: Launch, since: float) -> None:
+        """Until the launch has ended, or has gone on for two rollouts after the fault was over."""
+        seconds = max(0.0, since + ENDS_WITHIN - time.monotonic())
+        launch.until(lambda: launch.reported_since(since) >= _SURVIVED_ROLLOUTS, seconds=seconds)
+
+    @staticmethod
+    def _went_on(launch: Launch, since: float) -> bool:
+        return launch.reported_since(since) >= _SURVIVED_ROLLOUTS or launch.process.poll() == 0
+
+    def leave(self) -> None:
+        """End the launch that runs, if one does."""
+        if self._launch is not None:
+            self._launch.leave()
+            self._close()
+
+    def _close(self) -> None:
+        """After a launch: what it shows of those drills that wait for it."""
+        launch, self._launch = self._launch, None
+        launch.kill_all()
+        launch.close()
+        folder = launch.ray_folder()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._settle(launch)
+
+    def _settle(self, launch: Launch) -> None:
+        """What the launch, now over, shows of earlier drills: that it resumed them, and that they changed no bit."""
+        replays, waiting = self._kind[0], read(self._results) if self._results.exists() else []
+        same = exact.is_exact(self._base, launch.checkpoints) if replays else None
+        resumed = None
+        if launch.rollouts:
+            resumed = launch.rollouts[0][1] == (0 if launch.before is None else launch.before + 1) + 1
+        elif not self._disturbed and launch.process.poll() not in (0, -15, 143):
+            resumed = False
+        for row in waiting:
+            if (row.phase not in ("generate", "start")) != replays or row.resumed is not None:
+                continue
+            if row.outcome == "survived" and same is not None:
+                self._write(replace(row, resumed=True, exact=same))
+            elif row.outcome != "survived" and resumed is not None:
+                self._write(replace(row, resumed=resumed, exact=same))
+
+    def _write(self, row: Row) -> None:
+        with self._results.open("a") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+
+    def _keep_transcript(self, launch: Launch, drill: Drill, at: float) -> None:
+        folder = self._results.with_suffix("")
+        folder.mkdir(exist_ok=True)
+        text = [f"{line.at - at:8.1f} {line.text}\n" for line in launch.lines]
+        (folder / f"{drill.seed}-{drill.number}.log").write_text("".join(text))

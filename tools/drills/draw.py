@@ -1,0 +1,78 @@
+"""Which drill has which number: a function of the seed, so that one drill can be made again."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+PROCESSES = (
+    "launcher", "head", "raylet", "driver", "rollout", "engine-actor", "scheduler", "router", "trainer", "writer",
+    "nursery", "grader",
+)  # fmt: skip
+"""head: Ray's control process. scheduler: the engine's process that computes. A run has no worker that loads data: it reads
+prompts in the rollout actor. Its helpers are drilled instead: the writer, which a trainer rank forks for a
+checkpoint's file, and the nursery, which forks the graders."""
+FAULTS = ("kill", "stop", "term", "memory")
+"""SIGKILL; SIGSTOP and after some time SIGCONT; SIGTERM; no more address space than it has."""
+PHASES = ("start", "generate", "hand-over", "train", "save", "sync", "evaluate")
+
+
+@dataclass(frozen=True)
+class Drill:
+    seed: int
+    number: int
+    process: str
+    fault: str
+    phase: str
+    tolerant: bool
+    """--use-fault-tolerance."""
+    delay: float
+    """Seconds from the beginning of the phase to the fault."""
+    which: int
+    """Of several processes of the kind."""
+
+    @property
+    def replays(self) -> bool:
+        """Recorded rollouts, so that what is trained is known to the bit; only generation itself cannot be replayed."""
+        return self.phase not in ("generate", "start")
+
+    def __str__(self) -> str:
+        return f"{self.seed}/{self.number}: {self.fault} of {self.process} in {self.phase}"
+
+
+def exists(process: str, phase: str) -> bool:
+    """Whether the run has such a process in that phase. Graders come with the first answers, writers with a save."""
+    if process == "writer":
+        return phase == "save"
+    return not (phase == "start" and process in ("grader", "nursery", "router"))
+
+
+def draw(seed: int, number: int) -> Drill:
+    """Drill `number` (from 0) of a seed. The first twelve have every process, fault and phase; the others are random."""
+    assert number >= 0, f"drills are numbered from 0, not {number}"
+    chance = random.Random(f"{seed} {number}")
+    if number < len(PROCESSES):
+        process, fault, phase = _first(seed)[number]
+    else:
+        process, fault = chance.choice(PROCESSES), chance.choice(FAULTS)
+        phase = chance.choice([one for one in PHASES if exists(process, one)])
+    tolerant = chance.random() < 0.75
+    delay = chance.uniform(0.0, {"start": 6.0, "train": 0.2}.get(phase, 0.05))
+    return Drill(seed, number, process, fault, phase, tolerant, round(delay, 3), chance.randrange(2))
+
+
+def _first(seed: int) -> list[tuple[str, str, str]]:
+    """Each process once, faults and phases dealt out as from shuffled decks."""
+    chance = random.Random(f"first {seed}")
+    while True:
+        processes = chance.sample(PROCESSES, len(PROCESSES))
+        faults, phases = (_dealt(chance, deck, len(processes)) for deck in (FAULTS, PHASES))
+        if all(exists(process, phase) for process, phase in zip(processes, phases, strict=True)):
+            return list(zip(processes, faults, phases, strict=True))
+
+
+def _dealt(chance: random.Random, deck: tuple[str, ...], count: int) -> list[str]:
+    cards: list[str] = []
+    while len(cards) < count:
+        cards += chance.sample(deck, len(deck))
+    return cards[:count]

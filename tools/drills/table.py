@@ -1,0 +1,90 @@
+"""Verdicts of many drills as markdown: counts, the longest times, and a row for each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """A drill and its verdict, as in a line of the results file."""
+
+    seed: int
+    number: int
+    process: str
+    fault: str
+    phase: str
+    tolerant: bool
+    outcome: str
+    cause: str
+    seconds_to_cause: float | None
+    seconds_to_end: float | None
+    left: Sequence[str]
+    faults: Sequence[str]
+    resumed: bool | None
+    """The next run of the same folder began with the rollout behind the newest checkpoint; None: not asked."""
+    exact: bool | None
+    """Its checkpoints were those of the undisturbed run, to the bit; None where rollouts were not replayed."""
+    revision: str = ""
+    """Of the project, when the drill was made."""
+    hit: str = ""
+    """The phase in which the fault came, where the drawn one was over by then."""
+
+
+def read(file: Path) -> list[Row]:
+    """The last verdict of each drill: one that was made again counts once."""
+    rows: dict[tuple[int, int], Row] = {}
+    for line in file.read_text().splitlines():
+        row = Row(**json.loads(line))
+        rows[row.seed, row.number] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def counts(rows: Sequence[Row]) -> dict[str, int]:
+    tally = {"drawn": len(rows)}
+    for outcome in ("survived", "named", "unnamed", "hung"):
+        tally[outcome] = sum(row.outcome == outcome for row in rows)
+    tally["leaked"] = sum(bool(row.left) for row in rows)
+    tally["not resumed"] = sum(row.resumed is False for row in rows)
+    tally["not equal"] = sum(row.exact is False for row in rows)
+    return tally
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    tally = counts(rows)
+    head = _table([tuple(tally), tuple(map(str, tally.values()))])
+    lines = [head, "", *_longest(rows), ""]
+    told = [("drill", "fault", "process", "phase", "ft", "outcome", "cause after", "end after", "resumed", "equal", "left")]
+    for row in rows:
+        told.append((
+            f"{row.seed}/{row.number}", row.fault, row.process, row.hit or row.phase,
+            "yes" if row.tolerant else "no", row.outcome,
+            _seconds(row.seconds_to_cause), _seconds(row.seconds_to_end), _yes(row.resumed), _yes(row.exact),
+            ", ".join(row.left) or "-",
+        ))  # fmt: skip
+    return "\n".join([*lines, _table(told)]) + "\n"
+
+
+def _longest(rows: Sequence[Row]) -> Iterable[str]:
+    for title, field in (("named cause", "seconds_to_cause"), ("end of the run", "seconds_to_end")):
+        ended = [row for row in rows if getattr(row, field) is not None and row.outcome != "survived"]
+        if ended:
+            row = max(ended, key=lambda one: getattr(one, field))
+            what = f"{row.fault} of {row.process} in {row.phase}"
+            yield f"Longest time from a fault to the {title}: {getattr(row, field):.0f} s ({row.seed}/{row.number}, {what})."
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} s"
+
+
+def _yes(value: bool | None) -> str:
+    return "-" if value is None else "yes" if value else "**no**"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    first, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (first, ["---"] * len(first), *others))
