@@ -106,6 +106,8 @@ def _cuda(spec, place, column, asked, common, env) -> tuple[dict[str, object], d
     if spec.update_weights:
         # The trainer computes in bf16; SGLang's "auto" makes float16 of a config.json that says float32, or nothing.
         common["dtype"] = "bfloat16"
+    elif spec.needs_offload:
+        common["enable_weights_cpu_backup"] = True  # nobody sends them again
     if asked.get("speculative_algorithm"):
         common["enable_draft_weights_cpu_backup"] = True
     notes = _override_notes(common, asked)

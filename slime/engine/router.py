@@ -74,9 +74,9 @@ class RouterProcess:
 
     def __init__(
         self, workers: Sequence[Worker], *, token: str, log_path: str | Path, host: str = "127.0.0.1", port: int | None = None,
-        options: Mapping[str, object] | None = None, report: Callable[[str], None] = lambda line: None,
+        options: Mapping[str, object] | None = None, report: Callable[[str], None] = lambda line: None, name: str = "router",
     ):  # fmt: skip
-        self.workers, self.token, self.host, self.report = tuple(workers), token, host, report
+        self.workers, self.token, self.host, self.report, self.name = tuple(workers), token, host, report, name
         # Its metrics ask for no token, so they are for this node.
         self._book, self._metrics_book = PortBook(host, ROUTER_FIRST_PORT), PortBook("127.0.0.1", ROUTER_FIRST_PORT)
         if port is None:
@@ -87,7 +87,7 @@ class RouterProcess:
         self._argv = router_argv(
             workers, host=host, port=self.port, prometheus_port=self._metrics_book.take(), options=dict(options or {})
         )
-        self.child = ChildProcess("router", Path(log_path))
+        self.child = ChildProcess(name, Path(log_path))
 
     @property
     def url(self) -> str:
@@ -105,7 +105,7 @@ class RouterProcess:
         took = self.child.wait(self._answers, timeout=timeout, phase=lambda: "registering engines", report=self.report)
         self._book.release()
         self._metrics_book.release()
-        self.report(f"router: ready at {self.url} after {took:.1f} s, {len(self.workers)} engines")
+        self.report(f"{self.name}: ready at {self.url} after {took:.1f} s, {len(self.workers)} engines")
         return took
 
     def _answers(self) -> bool:

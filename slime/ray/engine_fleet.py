@@ -13,6 +13,7 @@ import ray
 
 from slime.compat.peers import peers_of
 from slime.config import Config
+from slime.config.engine_groups import SglangModel
 from slime.engine.client import UPDATE_SECONDS, EngineClient, EngineError
 from slime.engine.plan import plan_engines, slots_of
 from slime.engine.ports import EnginePorts
@@ -56,16 +57,17 @@ class EngineFleet:
         self._config, self._placement, self._log_folder, self._token = config, placement, log_folder, token
         self.engines: list[Engine] = []
         self._known_dead: frozenset[str] = frozenset()
-        self.router: RouterProcess | JoinedRouter | None = None
+        self.routers: dict[str, RouterProcess | JoinedRouter] = {}
+        """By the name of the model, the trained one first."""
+
+    @property
+    def router(self) -> RouterProcess | JoinedRouter | None:
+        """In front of the engines of the trained model."""
+        return next(iter(self.routers.values()), None)
 
     def start(self) -> None:
         """Start every engine process, node 0 of each first: the other nodes need the address where its ranks meet."""
         specs = plan_engines(self._config)
-        models = sorted({spec.model for spec in specs})
-        if len(models) > 1:
-            raise ValueError(
-                f"--sglang-config serves {len(models)} models ({', '.join(models)}); this version runs one model and its router"
-            )
         heads = [self._node(spec, 0) for spec in specs]
         for spec, (head, address) in zip(specs, self._started(heads), strict=True):
             others = [self._node(spec, number, address.dist_init_addr) for number in range(1, spec.num_nodes)]
@@ -77,22 +79,31 @@ class EngineFleet:
     def wait_ready(self) -> None:
         heads = [engine.nodes[0] for engine in self.engines]
         gather({head.name: head.actor.wait_ready.remote() for head in heads}, doing="coming up")
-        self.router = self._make_router()
-        self.router.start()
-        self.router.wait_ready()
+        self.routers = {model.name: self._make_router(model.name, number) for number, model in enumerate(self._models())}
+        for router in self.routers.values():
+            router.start()
+        for router in self.routers.values():
+            router.wait_ready()
 
-    def _make_router(self) -> RouterProcess | JoinedRouter:
+    def _models(self) -> Sequence[SglangModel]:
+        return self._config.engine.groups
+
+    def _make_router(self, model: str, number: int) -> RouterProcess | JoinedRouter:
+        """number: 0 for the model whose address the flags give; a router of another takes a free port."""
         engine = self._config.engine
-        workers = [Worker(served.url, served.spec.role, served.bootstrap_port) for served in self.updated()]
-        if engine.sglang_router_ip is not None:
+        served = [one for one in self.engines if one.spec.model == model]
+        workers = [Worker(one.url, one.spec.role, one.bootstrap_port) for one in served]
+        if number == 0 and engine.sglang_router_ip is not None:
             host, port = engine.sglang_router_ip, engine.sglang_router_port
             return JoinedRouter(workers, host=host, port=port, token=self._token, report=logger.info)
+        name = "router" if number == 0 else f"router of {model}"
         return RouterProcess(
             workers,
             token=self._token,
-            log_path=self._log_folder / "router.log",
+            log_path=self._log_folder / f"{name.replace(' of ', '-')}.log",
+            name=name,
             host=self._host(),
-            port=engine.sglang_router_port,
+            port=engine.sglang_router_port if number == 0 else None,
             options={"request_timeout_secs": engine.sglang_router_request_timeout_secs, **engine.router},
             report=logger.info,
         )
@@ -218,7 +229,7 @@ class EngineFleet:
 
     def obituaries(self) -> list[str]:
         """Why engines or the router are gone; empty while all live."""
-        return [death.why for death in self._deaths().values()] + self._dead_router()
+        return [death.why for death in self._deaths().values()] + list(self._dead_routers().values())
 
     def _nodes(self, engines: Sequence[Engine] | None = None) -> dict[str, EngineNode]:
         return {node.name: node for engine in (self.engines if engines is None else engines) for node in engine.nodes}
@@ -232,28 +243,33 @@ class EngineFleet:
         broken = [engine for engine in self.engines if any(node.name in dead for node in engine.nodes)]
         return [engine for engine in self.engines if engine not in broken], broken
 
-    def _dead_router(self) -> list[str]:
-        """Why the router is gone; empty while it lives."""
-        if self.router is not None:
+    def _dead_routers(self) -> dict[str, str]:
+        """Model -> why its router is gone; empty while all live."""
+        found = {}
+        for model, router in self.routers.items():
             try:
-                self.router.check()
+                router.check()
             except EngineDied as died:
-                return [str(died)]
-        return []
+                found[model] = str(died)
+        return found
 
     def end_hopeless_requests(self) -> None:
-        """Stop the router when nobody will end some requests: the last engine of a kind has died, whose partner would keep each
-        for minutes, or one is out of reach, whose connections do not break."""
+        """Stop a model's router when nobody will end some requests: its last engine of a kind has died, whose partner would
+        keep each for minutes, or one is out of reach, whose connections do not break."""
         dead = self._deaths()
         whole, broken = self._without(dead)
         self._known_dead = frozenset(engine.label for engine in broken)
-        alive = {(engine.spec.model, engine.spec.role) for engine in whole}
-        lost = [e.label for e in broken if (e.spec.model, e.spec.role) not in alive]
-        hanging = [name for name, death in dead.items() if death.hangs]
-        if (lost or hanging) and self.router is not None and self.router.is_alive():
-            why = f"{', '.join(lost)} died and nobody can take its place" if lost else f"{', '.join(hanging)} is out of reach"
-            logger.error("%s: ending all requests", why)
-            self.router.stop()
+        for model, router in self.routers.items():
+            alive = {engine.spec.role for engine in whole if engine.spec.model == model}
+            ours = [engine for engine in broken if engine.spec.model == model]
+            lost = [engine.label for engine in ours if engine.spec.role not in alive]
+            hanging = [node.name for engine in ours for node in engine.nodes if node.name in dead and dead[node.name].hangs]
+            if (lost or hanging) and router.is_alive():
+                why = (
+                    f"{', '.join(lost)} died and nobody can take its place" if lost else f"{', '.join(hanging)} is out of reach"
+                )
+                logger.error("%s: ending all requests", why)
+                router.stop()
 
     def missed_checks(self, timeout: float) -> dict[str, str | None]:
         """Asks every engine that lived at the last look to generate a token: label -> why it did not within `timeout` seconds,
@@ -285,10 +301,10 @@ class EngineFleet:
         A restarted engine holds the checkpoint's weights. Requests that wait for a dead partner are aborted on the others.
         Raises RuntimeError where the machine of an engine is gone.
         """
-        dead, router_died = self._deaths(), self._dead_router()
-        for text in (*(death.why for death in dead.values()), *router_died):
+        dead, routers_died = self._deaths(), self._dead_routers()
+        for text in (*(death.why for death in dead.values()), *routers_died.values()):
             logger.error("%s", text)
-        if not dead and not router_died:
+        if not dead and not routers_died:
             return []
         engine_nodes.refuse_lost_nodes(self._nodes(), dead)
         whole, broken = self._without(dead)
@@ -299,13 +315,19 @@ class EngineFleet:
         labels = [engine.label for engine in broken]
         heads = [engine.nodes[0] for engine in self.engines if engine.label in labels]
         gather({head.name: head.actor.wait_ready.remote() for head in heads}, doing="coming up again")
-        if router_died:
-            self.router.stop()
-        if router_died or isinstance(self.router, JoinedRouter):  # one that runs on may have lost its workers meanwhile
-            self.router.start()
-            self.router.wait_ready()
+        for model, router in self.routers.items():
+            if model in routers_died:
+                router.stop()
+            if model in routers_died or isinstance(
+                router, JoinedRouter
+            ):  # one that runs on may have lost its workers meanwhile
+                router.start()
+                router.wait_ready()
         self._known_dead = frozenset()
-        return [*labels, *(["router"] if router_died else [])]
+        return [*labels, *(self._router_name(model) for model in routers_died)]
+
+    def _router_name(self, model: str) -> str:
+        return "router" if model == next(iter(self.routers)) else f"router of {model}"
 
     def _abort_on(self, engines: list[Engine]) -> None:
         async def abort(client: EngineClient) -> None:
@@ -328,8 +350,8 @@ class EngineFleet:
         self.engines[self.engines.index(engine)] = replace(engine, nodes=tuple(nodes), starts=engine.starts + 1)
 
     def stop(self) -> None:
-        if self.router is not None:
-            self.router.stop()
+        for router in self.routers.values():
+            router.stop()
         nodes = list(self._nodes().values())
         engine_nodes.stop(nodes)
         for node in nodes:

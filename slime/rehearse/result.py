@@ -14,7 +14,7 @@ from slime.rehearse.advice.curves import Curve, curves
 from slime.rehearse.advice.remedies import Accepts, Remedy, remedies
 from slime.rehearse.advice.variants import Bench
 from slime.rehearse.assess import Assessment, assess
-from slime.rehearse.checks.engines import EnginePlan, check_engines
+from slime.rehearse.checks.engines import EnginePlan, check_engines, check_fixed_models
 from slime.rehearse.checks.files import check_files
 from slime.rehearse.checks.layout import Balance, check_layout, longest_sample, paste
 from slime.rehearse.checks.memory import DEFAULT_LENGTH, Budget, assumed_of
@@ -84,6 +84,9 @@ def _rehearsed(argv: Sequence[str], options: Options, folder: Path) -> Rehearsal
         findings.unchecked("memory", "memory, cost, weight map and ranks were left out (--quick)")
         done.seconds = clock
         return done
+    with _part(findings, "memory"):
+        fraction = assumed_of(options.assume).mem_fraction_static
+        check_fixed_models(done.engines.specs, findings, gpu_gb=options.gpu_memory_gb, mem_fraction=fraction)
     if reading.table is not None and reading.grid is not None and reading.chunks is not None and _divides(reading):
         with _part(findings, "memory"):
             _arithmetic(done, length, longest)

@@ -34,6 +34,10 @@ def router_url(args: Any) -> str:
     host, port = getattr(args, "sglang_router_ip", None), getattr(args, "sglang_router_port", None)
     if not host or not port:
         raise ValueError(f"the router's address is not known: host {host!r}, port {port!r}")
+    return address_of(host, port)
+
+
+def address_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"http://{host}:{port}"
 
 
@@ -41,21 +45,22 @@ def router_url(args: Any) -> str:
 class OwnServers:
     """The servers of one run that take its token."""
 
-    router: str
+    routers: tuple[str, ...]
     token: str
     engines: dict[str, bool] = field(default_factory=dict, compare=False)
-    """Origin -> whether it is one of the router's workers; filled as origins are asked for."""
+    """Origin -> whether it is a worker of one of them; filled as origins are asked for."""
 
     async def token_for(self, origin: str) -> str:
         """The run's token for its router and its engines, "" for anybody else."""
-        if origin == self.router:
+        if origin in self.routers:
             return self.token
         if origin not in self.engines:
-            try:
-                listed = await _client(self.router, self.token).call("GET", "/workers", timeout=CONTROL_SECONDS)
-            except EngineError:
-                return ""  # asked again next time: the router may only be busy
-            self.engines.update({_origin(worker["url"]): True for worker in listed.json()["workers"]})
+            for router in self.routers:
+                try:
+                    listed = await _client(router, self.token).call("GET", "/workers", timeout=CONTROL_SECONDS)
+                except EngineError:
+                    return ""  # asked again next time: the router may only be busy
+                self.engines.update({_origin(worker["url"]): True for worker in listed.json()["workers"]})
             self.engines.setdefault(origin, False)
         return self.token if self.engines[origin] else ""
 
@@ -65,12 +70,14 @@ _last: OwnServers | None = None
 
 
 def servers_of(args: Any) -> OwnServers:
-    return _own_servers(_origin(router_url(args)), getattr(args, "engine_token", None) or "")
+    others = (address_of(*place) for place in (getattr(args, "sglang_model_routers", None) or {}).values())
+    routers = dict.fromkeys(_origin(url) for url in (router_url(args), *others))
+    return _own_servers(tuple(routers), getattr(args, "engine_token", None) or "")
 
 
 @lru_cache(maxsize=8)
-def _own_servers(router: str, token: str) -> OwnServers:
-    return OwnServers(router, token)
+def _own_servers(routers: tuple[str, ...], token: str) -> OwnServers:
+    return OwnServers(routers, token)
 
 
 def enter_servers(args: Any) -> None:

@@ -31,7 +31,7 @@ from slime.rollout.generation import (
     generate_and_rm_group,
     state_for,
 )
-from slime.rollout.http import router_url
+from slime.rollout.http import address_of, router_url
 from slime.rollout.plugins import load_function
 from slime.rollout.watch import Watch
 from slime.types.sample import Status
@@ -67,9 +67,9 @@ async def eval_rollout(args: Any, rollout_id: int) -> tuple[RolloutFnEvalOutput,
 
 
 def get_model_url(args: Any, model_name: str, endpoint: str = "/generate") -> str:
-    """The address of the router of a model of --sglang-config; this version serves one model, so it is the same for each."""
+    """The address of the router of a model of --sglang-config, by its name there; an unknown one is the trained."""
     host, port = (getattr(args, "sglang_model_routers", None) or {}).get(model_name, (None, None))
-    return f"http://{host}:{port}{endpoint}" if host else f"{router_url(args)}{endpoint}"
+    return f"{address_of(host, port) if host else router_url(args)}{endpoint}"
 
 
 @dataclass

@@ -32,6 +32,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 SHARED = ("--colocate", "--actor-num-gpus-per-node", 2, "--num-gpus-per-node", 2, "--tensor-model-parallel-size", 2,
           "--sequence-parallel")  # fmt: skip
+WITH_A_JUDGE = ("--actor-num-gpus-per-node", 1, "--num-gpus-per-node", 3, "--rollout-num-gpus", 2)
 APART = ("--actor-num-gpus-per-node", 1, "--num-gpus-per-node", 2, "--rollout-num-gpus", 1)
 
 
@@ -148,23 +149,34 @@ def test_a_tiny_qwen3_trains_on_two_tensor_parallel_ranks_and_feeds_two_engines(
     assert moved == len(list(start.parameters())), "every parameter was trained and exported"
 
 
+def _judged(folder: Path, checkpoint: Path) -> tuple:
+    """A second model behind a router of its own, which the reward asks by its name."""
+    (folder / "engines.yaml").write_text(
+        "sglang:\n  - {name: policy, server_groups: [{num_gpus: 1}]}\n"
+        f"  - {{name: judge, model_path: {checkpoint}, update_weights: false, server_groups: [{{num_gpus: 1}}]}}\n"
+    )
+    return "--sglang-config", folder / "engines.yaml", "--custom-rm-path", "example_plugins.judge.reward"
+
+
 @pytest.mark.parametrize("way", ["nccl", "disk"])
 def test_an_engine_on_a_device_of_its_own_gets_the_trained_weights(checkpoint, tmp_path, way):
     """By a broadcast, or as differences in files; SGLang gives none of this model's tensors back by name."""
     files = ("--update-weight-transport", "disk", "--update-weight-mode", "delta", "--update-weight-disk-dir", tmp_path / "w",
              "--update-weight-local-checkpoint-dir", tmp_path / "local")  # fmt: skip
-    more = files if way == "disk" else ("--update-weight-transport", "nccl")
-    ended = run(checkpoint, tmp_path, "--check-weight-update-equal", *more, devices=APART)
+    more = files if way == "disk" else ("--update-weight-transport", "nccl", *_judged(tmp_path, checkpoint))
+    ended = run(checkpoint, tmp_path, "--check-weight-update-equal", *more, devices=APART if way == "disk" else WITH_A_JUDGE)
     text = ended.stdout + ended.stderr
     assert ended.returncode == 0, text[-6000:]
     # Of each of 4 layers two norms and two matrices of attention, two norms, two matrices of the MLP; and three more.
-    same = r"weights v(\d): 35 parameters of default-regular-0 stay as they are when all is sent again"
+    same = r"weights v(\d): 35 parameters of (?:default|policy)-regular-0 stay as they are when all is sent again"
     assert re.findall(same, text) == ["1", "2"], text[-6000:]
     [gap] = re.findall(r"rollout 1/1 \| reward .* \| gap ([\d.]+) ", text)
     assert float(gap) < 0.05, gap
     if way == "nccl":
         logs = "".join(file.read_text() for file in (tmp_path / "logs").rglob("trainer*.log"))
-        assert logs.count("1 ranks of 1 engines joined") == 1, "once, for both syncs"
+        assert logs.count("1 ranks of 1 engines joined") == 1, "once, for both syncs, without the judge"
+        asked = (tmp_path / "logs" / "judge-regular-1-0.log").read_text().count('"POST /generate HTTP/1.1" 200')
+        assert asked == 16, "by the reward of each of 4 x 4 samples"
         return
     headers = [json.loads((tmp_path / "w" / f"weight_v00000{v}" / "version.json").read_text()) for v in (1, 2)]
     assert [header["base"] for header in headers] == [0, 1]

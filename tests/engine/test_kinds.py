@@ -63,8 +63,9 @@ def test_an_engine_that_is_never_paused_runs_without_the_memory_saver(glm):
 def test_an_engine_on_a_gpu_serves_in_the_trainers_precision_whatever_config_json_says(glm):
     engine = spec("regular", 0, glm)
     assert command("cuda", engine, HERE, PORTS, capabilities("0.5.23"), base_env={}).settings["dtype"] == "bfloat16"
-    fixed = dataclasses.replace(engine, update_weights=False)
-    assert "dtype" not in command("cuda", fixed, HERE, PORTS, capabilities("0.5.23"), base_env={}).settings
+    fixed = dataclasses.replace(engine, update_weights=False, needs_offload=True)
+    settings = command("cuda", fixed, HERE, PORTS, capabilities("0.5.23"), base_env={}).settings
+    assert "dtype" not in settings and settings["enable_weights_cpu_backup"] is True, "nobody sends them again"
 
 
 def test_an_engine_that_gives_its_memory_back_captures_no_prefill_graphs(glm):

@@ -8,6 +8,7 @@ from tests.rehearse.edits import DISPATCH, Edit, all_of, env, flags, in_group, u
 
 SFT = ("--rollout-function-path", "slime.rollout.sft_rollout.generate_rollout", "--loss-type", "sft_loss")
 
+JUDGE = "  - name: judge\n    model_path: /models/j\n    server_groups: [{num_gpus: 64, num_gpus_per_engine: 8}]\n"
 DISK = ("--update-weight-transport", "disk", "--update-weight-disk-dir", "/weights")
 
 WRONG: dict[str, tuple[Edit, str]] = {
@@ -179,13 +180,22 @@ WRONG: dict[str, tuple[Edit, str]] = {
         ),
         "84 GPUs do not fill",
     ),
-    "two models": (
+    "two models, the trained one second": (
         lambda r: replace(
             r,
-            yaml=r.yaml.replace("num_gpus: 192", "num_gpus: 128")
-            + "  - name: judge\n    model_path: /models/j\n    server_groups: [{num_gpus: 64, num_gpus_per_engine: 8}]\n",
+            yaml="sglang:\n" + JUDGE + r.yaml.replace("num_gpus: 192", "num_gpus: 128").replace("sglang:\n", ""),
         ),
-        "serves 2 models (default, judge)",
+        "judge stands first, so prompts would go to it, and default is the model that is trained",
+    ),
+    "two models of which none is trained": (
+        lambda r: replace(
+            r,
+            yaml=r.yaml.replace("num_gpus: 192", "num_gpus: 128").replace(
+                "  - name: default\n", "  - name: default\n    update_weights: false\n"
+            )
+            + JUDGE,
+        ),
+        "update_weights is false for default, judge, so no engine",
     ),
     "placeholders alone": (
         lambda r: replace(
@@ -196,7 +206,7 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "no group": (lambda r: replace(r, yaml="sglang:\n  - name: default\n    server_groups: []\n"), "= 0, but rollout has 256"),
     "a model without weights": (
         lambda r: r.with_yaml("  - name: default\n", "  - name: default\n    update_weights: false\n"),
-        "would have no engine",
+        "no engine would get what is trained",
     ),
     "regular beside prefill": (
         lambda r: r.with_yaml("num_gpus: 192", "num_gpus: 128").with_yaml(

@@ -11,6 +11,7 @@ from rollout_helpers import FakeRouter
 from slime.engine.client import EngineError
 from slime.rollout import http
 from slime.rollout.generation import GenerateState, enter
+from slime.rollout.sglang_rollout import get_model_url
 from slime.utils.async_utils import run
 from slime.utils.http_utils import get, init_http_client, post
 
@@ -43,6 +44,22 @@ def test_the_token_goes_to_router_and_engines_and_to_nobody_else(servers):
     assert token_seen_by(router) == token_seen_by(engine) == ["Bearer t0ken"]
     assert token_seen_by(foreign) == [None] and foreign.requests[0][1]["X-Mine"] == "1"
     assert run(get(f"{router.url}/workers"))["workers"][1] == {"url": engine.url}
+
+
+def test_the_token_goes_to_the_router_of_every_model_of_the_run(servers):
+    router, engine, judge = servers
+    args = args_for(router)
+    args.sglang_model_routers = {
+        "default": ("127.0.0.1", args.sglang_router_port),
+        "judge": ("127.0.0.1", judge.server.server_port),
+    }
+    init_http_client(args)
+    assert (
+        get_model_url(args, "judge", "/score") == f"{judge.url}/score" and get_model_url(args, "x") == f"{router.url}/generate"
+    )
+    asyncio.run(post(get_model_url(args, "judge", "/score"), {}))
+    asyncio.run(post(f"{engine.url}/score", {}))
+    assert token_seen_by(judge) == token_seen_by(engine) == ["Bearer t0ken"]
 
 
 def test_an_engine_that_comes_up_later_is_known_by_then(servers):

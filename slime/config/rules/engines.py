@@ -71,15 +71,16 @@ def _from_yaml(v: Values, per_engine: int) -> None:
         holds=f"the groups take all {total} rollout GPUs",
         values=" + ".join(f"{group.num_gpus} {group.worker_type}" for group in listed),
     )
+    trained = [model.name for model in models if model.update_weights]
     v.require(
-        len(models) == 1,
-        f"{file} serves {len(models)} models ({', '.join(model.name for model in models)}); this version runs one "
-        "model and its "
-        "router: keep one",
+        trained,
+        f"{file}: update_weights is false for {', '.join(model.name for model in models)}, so no engine would get what is "
+        "trained; leave the line out for one",
     )
     v.require(
-        any(model.update_weights for model in models),
-        f"{file}: {models[0].name} has update_weights false, so its router would have no engine; remove the line",
+        not trained or trained[0] == models[0].name,
+        f"{file}: {models[0].name} stands first, so prompts would go to it, and {''.join(trained[:1])} is the model that is "
+        "trained; write that first",
     )
     v.require(
         any(group.num_engines for group in listed),

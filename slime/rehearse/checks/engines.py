@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from slime.engine.plan import lay_out, slots_of
 from slime.engine.spec import EngineSpec
@@ -42,6 +44,39 @@ def check_engines(reading: Reading, findings: Findings, *, version: str | None) 
     for spec in {(spec.model, spec.role, repr(spec.settings)): spec for spec in specs}.values():
         renames += _check_options(spec, found, column, findings)
     return EnginePlan(tuple(specs), found, tuple(dict.fromkeys(renames)))
+
+
+def check_fixed_models(specs: Sequence[EngineSpec], findings: Findings, *, gpu_gb: float, mem_fraction: float) -> None:
+    """A model that is not trained is not taken apart here: its weights, by their files, have to fit its GPUs. mem_fraction:
+    where no option says one."""
+    for spec in {spec.model: spec for spec in specs if not spec.update_weights}.values():
+        _check_fixed(spec, findings, gpu_gb=gpu_gb, mem_fraction=mem_fraction)
+
+
+def _check_fixed(spec: EngineSpec, findings: Findings, *, gpu_gb: float, mem_fraction: float) -> None:
+    files = list(Path(spec.model_path).glob("*.safetensors"))
+    if not files:
+        findings.unchecked(
+            "memory",
+            f"engines of {spec.model}: whether the weights of {spec.model_path} fit {spec.num_gpus} GPUs; the folder is not "
+            "at hand",
+            "",
+            "rehearse where it is",
+            decides=True,
+        )
+        return
+    weights = sum(file.stat().st_size for file in files) / 1e9
+    fraction = float(str(spec.settings.get("mem_fraction_static", mem_fraction)))
+    room = spec.num_gpus * gpu_gb * fraction
+    findings.check(
+        weights < room,
+        "memory",
+        f"engines of {spec.model}: {weights:.1f} GB of weights fit {spec.num_gpus} GPUs",
+        values=f"{room:.0f} GB at mem_fraction_static {fraction:g}",
+        wrong=f"engines of {spec.model}: {weights:.1f} GB of weights, and {spec.num_gpus} GPUs of {gpu_gb:g} GB leave "
+        f"{room:.0f} at mem_fraction_static {fraction:g}",
+        fix="more GPUs for each engine (num_gpus_per_engine)",
+    )
 
 
 def _installed(findings: Findings) -> str:
