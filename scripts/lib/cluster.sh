@@ -43,6 +43,14 @@ make_temp_folder() {
     export TMPDIR="$RAY_TEMP_DIR/tmp"
 }
 
+# Ray's token is in a file of the run's folder: an environment is printed by much that runs in it, and handed to every child.
+keep_token() {
+    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$RAY_TEMP_DIR/token"
+    rm -f -- "$RAY_AUTH_TOKEN_PATH"
+    (umask 077 && printf '%s' "${RAY_AUTH_TOKEN:-$("$PYTHON" -I -c 'import secrets; print(secrets.token_hex(32))')}" >"$RAY_AUTH_TOKEN_PATH")
+    unset RAY_AUTH_TOKEN
+}
+
 # Ray writes its interpreter and its own library into command lines without quotes, so a path with a space breaks it: it is run through a
 # link whose path has none. The entry point that pip made names the real path, so there is one of ours beside the link.
 hide_spaces_from_ray() {
@@ -77,7 +85,7 @@ start_ray_head() {
     RAY_PORT="${RAY_PORT:-${free[0]}}" RAY_DASHBOARD_PORT="${RAY_DASHBOARD_PORT:-${free[1]}}"
     make_temp_folder
     hide_spaces_from_ray
-    export RAY_AUTH_MODE=token RAY_AUTH_TOKEN="${RAY_AUTH_TOKEN:-$("$PYTHON" -I -c 'import secrets; print(secrets.token_hex(32))')}"
+    keep_token
     export RAY_USAGE_STATS_ENABLED=0
     # Ray's three metrics ports ask for no secret and listen on every interface: the agents' is not opened, and by a number that is no
     # port neither are those of the autoscaler and the dashboard.
@@ -146,15 +154,18 @@ node_preamble() {
     # shellcheck disable=SC2016  # expanded on the node
     printf '%s\n' 'for name in ${!RAY_@}; do unset "$name"; done'
     printf 'export %s=%q\n' PATH "$PATH" LD_LIBRARY_PATH "${LD_LIBRARY_PATH:-}" no_proxy "$NO_PROXY" NO_PROXY "$NO_PROXY" \
-        SLIME_LAUNCH "$SLIME_LAUNCH" RAY_AUTH_MODE token RAY_AUTH_TOKEN "$RAY_AUTH_TOKEN" RAY_DEDUP_LOGS "$RAY_DEDUP_LOGS" \
+        SLIME_LAUNCH "$SLIME_LAUNCH" RAY_AUTH_MODE token RAY_AUTH_TOKEN_PATH "$RAY_AUTH_TOKEN_PATH" RAY_DEDUP_LOGS "$RAY_DEDUP_LOGS" \
         RAY_enable_metrics_collection 0 TMPDIR "$TMPDIR"
     local word
     for word in "${PASSED[@]}"; do
-        [[ $word != RAY_* ]] || printf 'export %q\n' "$word"
+        ! goes_by_environment "${word%%=*}" || printf 'export %q\n' "$word"
     done
     # shellcheck disable=SC2016
     printf 'folder=%q\n%s\n' "$RAY_TEMP_DIR" \
         'mkdir -p -m 700 "$folder" && mkdir -p "$folder/tmp" && [[ -O $folder ]] && chmod 700 "$folder" || { echo "no folder $folder can be made for this user alone" >&2; exit 1; }'
+    # Whole at once: a folder on a shared disk is the head's own.
+    # shellcheck disable=SC2016
+    printf '(umask 077 && printf %%s %q >"$folder/token.$$" && mv -f "$folder/token.$$" "$folder/token")\n' "$(<"$RAY_AUTH_TOKEN_PATH")"
 }
 
 join_command() { # OPTIONS... -> what joins a node to this cluster
@@ -253,6 +264,7 @@ for second in {1..15}; do
     ((second < 10)) || kill -KILL \$left 2>/dev/null
     sleep 1
 done
+rm -f $(printf %q "$RAY_TEMP_DIR/token")
 [[ -z '${RAY_TEMP_IS_OURS}' || $3 != 0 ]] || rm -rf $(printf %q "$RAY_TEMP_DIR")
 NODE
 }
@@ -284,7 +296,7 @@ stop_cluster() { # STATUS-OF-THE-LAUNCH
     # shellcheck disable=SC2086
     [[ -z $shared ]] || rm -f -- $shared
     [[ -z ${JOIN_SCRIPT:-} ]] || rm -f -- "$JOIN_SCRIPT"
-    rm -rf -- "${RAY_TEMP_DIR:?}/tmp"
+    rm -rf -- "${RAY_TEMP_DIR:?}/tmp" "$RAY_TEMP_DIR/token"
     if [[ -n $RAY_TEMP_IS_OURS && $1 == 0 ]]; then
         rm -rf -- "$RAY_TEMP_DIR"
         say "the Ray cluster of this run is stopped"

@@ -18,6 +18,8 @@ DIAGNOSTICS=(
 )
 # Of these, one node alone must not have a value of its own.
 RANK_PREFIXES='^(NCCL|GLOO|TORCH_NCCL|NVSHMEM|UCX)_'
+# Names of variables that hold a secret (HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY; not TOKENIZERS_PARALLELISM).
+SECRET_NAME='(^|_)[A-Z]*(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)'
 PASSED=() # NAME=VALUE of every rank, from PASS_ENV and DIAGNOSTICS
 GIVEN=()  # NAME=VALUE of the settings that the caller gave
 
@@ -36,6 +38,25 @@ note_settings() {
             printf -v "$name" '%s' "$PWD/${!name}"
         fi
         GIVEN+=("$name=${!name}")
+    done
+    [[ -z ${PASS_ENV:-} ]] || without_secrets
+}
+
+is_secret() { [[ ${1^^} =~ $SECRET_NAME ]]; } # NAME
+
+# A secret goes to the ranks in the environment of Ray's own processes, which their user alone can read: arguments are everybody's, and
+# a job's description is kept and shown. So do settings of Ray's, which it reads when it starts.
+goes_by_environment() { [[ $1 == RAY_* ]] || is_secret "$1"; } # NAME
+
+# "to continue" repeats PASS_ENV: a secret by its name.
+without_secrets() {
+    local word told=() at
+    for word in $PASS_ENV; do
+        ! is_secret "${word%%=*}" || word=${word%%=*}
+        told+=("$word")
+    done
+    for at in "${!GIVEN[@]}"; do
+        [[ ${GIVEN[at]} != PASS_ENV=* ]] || GIVEN[at]="PASS_ENV=${told[*]}"
     done
 }
 
@@ -111,7 +132,7 @@ forget_other_clusters() {
     ((${#forgotten[@]} == 0)) || [[ $REHEARSE == 1 ]] ||
         say "not used: ${forgotten[*]} (a launcher has a cluster of its own; PASS_ENV passes a variable on)"
     for name in "${PASSED[@]}"; do
-        [[ $name != RAY_* ]] || export "${name?}"
+        ! goes_by_environment "${name%%=*}" || export "${name?}"
     done
 }
 

@@ -8,11 +8,14 @@ CONSOLE_PID=""
 LEAVING="" # the signal that asked the job to save and leave
 JOB_FLAGS=()
 
-runtime_env_json() { # NAME=VALUE... -> {"env_vars": {...}}; a later word wins, PASS_ENV over all
-    local ours=()
+runtime_env_json() { # NAME=VALUE... -> {"env_vars": {...}}; a later word wins, PASS_ENV over all; without its secrets
+    local ours=() shown=() word
+    for word in "${PASSED[@]}"; do
+        is_secret "${word%%=*}" || shown+=("$word")
+    done
     [[ -z ${RUN_DIR:-} ]] || ours=("SLIME_RUN_DIR=$RUN_DIR" "TENSORBOARD_DIR=${TENSORBOARD_DIR:-$RUN_DIR/tensorboard}")
     "$PYTHON" -I -S -c 'import json, sys; print(json.dumps({"env_vars": dict(word.split("=", 1) for word in sys.argv[1:])}))' \
-        "${ours[@]}" "$@" "${PASSED[@]}"
+        "${ours[@]}" "$@" "${shown[@]}"
 }
 
 # Runs the training command as a job of our cluster and follows its output; the status is the job's.

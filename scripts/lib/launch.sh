@@ -16,13 +16,14 @@
 #   PASS_ENV            "NAME NAME=VALUE ...": variables for every rank of every node, e.g. PASS_ENV="NCCL_DEBUG=INFO NCCL_IB_HCA";
 #                       they win over the launcher's own. An exported NCCL_DEBUG, NCCL_DEBUG_SUBSYS, TORCH_DISTRIBUTED_DEBUG or the
 #                       like (DIAGNOSTICS in environment.sh) needs no mention. No RAY_* that the shell inherited is used otherwise.
+#                       A name that says key, token, secret or password goes by environment alone: in no argument, no job's description
 #   MASTER_ADDR         address of this node in the cluster network     (default 127.0.0.1)
 #   HOSTFILE            one worker per line, first column, by address or name   (default: no other node is started)
 #   NUM_GPUS            slots that each node offers to Ray; on a machine without GPUs they are logical   (default 8)
 #   RAY_PORT, RAY_DASHBOARD_PORT     (default: free ports)              RAY_DASHBOARD_HOST  (default 127.0.0.1)
 #   RAY_TEMP_DIR        folder of the run's sockets and of Ray's logs on every node, for its owner alone   (default: a new one under
 #                       /tmp, removed after a run that ended well)
-#   RAY_AUTH_TOKEN      every Ray endpoint asks for it                  (default: drawn anew)
+#   RAY_AUTH_TOKEN      every Ray endpoint asks for it                  (default: drawn anew; kept in RAY_TEMP_DIR/token)
 #   SSH                 command that reaches a worker                   (default: ssh -o BatchMode=yes -o ConnectTimeout=10)
 #   SLIME_VENV          environment that scripts/setup.sh made          (default: .venv of this project)
 #   PYTHON              interpreter of the job, where SLIME_VENV is not used   (default: that of the environment)

@@ -64,7 +64,7 @@ class ChildProcess:
         if self.popen is not None:
             # The last words of the one that died stay readable beside its successor's.
             self.log_path.replace(self.log_path.with_suffix(f"{self.log_path.suffix}.{self.popen.pid}"))
-        # Servers print their options, keys included: the log is the owner's alone.
+        # What an engine was asked may be printed: the log is the owner's alone.
         descriptor = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self._log = os.fdopen(descriptor, "wb")
         self.started = time.monotonic()

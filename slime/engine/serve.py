@@ -8,6 +8,7 @@ long as the parent lives; when it closes, the whole process group is killed, so 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -54,9 +55,24 @@ def compile_ahead() -> None:
         subprocess.Popen([sys.executable, "-m", "slime.engine.kernels", *filter(None, lists)], stdin=subprocess.DEVNULL)
 
 
+def hide_in_logs(secret: str) -> None:
+    """Every record of this process, and of those that it forks, shows *** in the secret's place: SGLang logs its options."""
+    make = logging.getLogRecordFactory()
+
+    def masked(*args: object, **kwargs: object) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        if secret in f"{record.msg} {record.args}":
+            record.msg, record.args = record.getMessage().replace(secret, "***"), None
+        return record
+
+    logging.setLogRecordFactory(masked)
+
+
 def main() -> None:
     token = read_token()
     stop_with_parent()
+    if token:
+        hide_in_logs(token)
     keep_token(token)
     compile_ahead()
     from sglang.launch_server import run_server

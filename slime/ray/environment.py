@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
+import tempfile
 
 # Every failed call is answered where it is waited for (slime.ray.calls). Ray would print the same exception again, with a
 # traceback and as "Unhandled error", for each result of it that nobody took.
@@ -17,4 +19,19 @@ _ALONE = {"RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "-1", 
 def prepare() -> None:
     os.environ.update(QUIET)
     if not os.environ.get("RAY_ADDRESS"):
-        os.environ.update(_ALONE, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+        os.environ.update(_ALONE, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=_drawn_token())
+
+
+def _drawn_token() -> str:
+    """The file of a new secret, for this user alone; it goes with this process, whose children inherit its path alone."""
+    descriptor, path = tempfile.mkstemp(prefix="slime-ray-token-")
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    atexit.register(_forget, path, os.getpid())
+    return path
+
+
+def _forget(path: str, owner: int) -> None:
+    if os.getpid() == owner and os.path.exists(path):
+        os.unlink(path)

@@ -131,8 +131,10 @@ def test_every_control_endpoint_needs_the_token(pair):
         sync(EngineClient(pair.engines[0].url, "wrong").pause_generation())
 
 
-def test_the_token_is_in_no_argument_list_and_no_other_user_can_read_the_log(pair):
+def test_the_token_is_in_no_argument_list_and_no_log_which_no_other_user_can_read(pair):
+    assert all("'api_key': '***'" in engine.child.log_path.read_text() for engine in pair.engines), "SGLang logs its options"
     for process in (*pair.engines, pair.router):
+        assert TOKEN not in process.child.log_path.read_text(errors="replace")
         assert TOKEN not in Path(f"/proc/{process.child.pid}/cmdline").read_text()
         assert process.child.log_path.stat().st_mode & 0o077 == 0
 

@@ -26,9 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 # `ray start` stays, as with --block; everything else answers at once. Each call is one line of JSON.
 FAKE_RAY = f"""#!{sys.executable}
 import json, os, subprocess, sys, time
-keep = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+keep = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 with open(os.environ["CALLS"], "a") as out:
     call = {{"argv": sys.argv[1:], "pid": os.getpid(), "env": {{k: os.environ.get(k) for k in keep}}, "all": dict(os.environ)}}
+    if secret := call["env"]["RAY_AUTH_TOKEN_PATH"]:
+        call["token"], call["token_mode"] = open(secret).read(), os.stat(secret).st_mode & 0o777
     if "--temp-dir" in sys.argv:
         call["mode"] = os.stat(os.path.dirname(sys.argv[sys.argv.index("--temp-dir") + 1])).st_mode & 0o777
     out.write(json.dumps(call) + "\\n")
@@ -298,12 +300,17 @@ def test_the_flagship_flags_mean_one_copy_on_256_gpus(glm52: Outcome):
 def test_every_other_node_joins_with_the_token_on_standard_input(glm52: Outcome, free_ports: dict[str, str]):
     joined = [call for call in glm52.ssh if "ray start" in call["stdin"]]
     assert sorted(call["argv"][-3] for call in joined) == sorted(f"10.0.0.{n}" for n in range(2, 33))
-    token = glm52.ray_call("start", "--head")["env"]["RAY_AUTH_TOKEN"]
-    assert len(token) == 64
+    head = glm52.ray_call("start", "--head")
+    token = head["token"]
+    assert len(token) == 64 and head["token_mode"] == 0o600 and head["env"]["RAY_AUTH_TOKEN"] is None
     for call in joined:
-        assert f"RAY_AUTH_TOKEN={token}" in call["stdin"] and token not in " ".join(call["argv"])
+        assert f"umask 077 && printf %s {token} " in call["stdin"] and token not in " ".join(call["argv"])
         assert f"--address 10.0.0.1:{free_ports['RAY_PORT']} " in call["stdin"] and "--num-gpus 8" in call["stdin"]
-    assert glm52.ray_call("job", "submit")["env"] == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+        assert f"export RAY_AUTH_TOKEN_PATH={head['env']['RAY_AUTH_TOKEN_PATH']}\n" in call["stdin"]
+    assert glm52.ray_call("job", "submit")["env"] == head["env"]
+    # A token in the environment is printed and inherited; the file goes with the cluster.
+    assert [call for call in glm52.ray if token in "".join(call["all"].values())] == []
+    assert not Path(head["env"]["RAY_AUTH_TOKEN_PATH"]).exists()
 
 
 def test_the_dashboard_is_not_open_to_the_world(glm52: Outcome):

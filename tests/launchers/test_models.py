@@ -229,7 +229,9 @@ source "{ROOT}/scripts/lib/launch.sh"
 NUM_GPUS=2 NUM_CPUS=2 RAY_TEMP_DIR={temp}
 start_ray_head
 echo "head $RAY_HEAD_PID"
-RAY_AUTH_TOKEN={"0" * 64} ray job list --address "$RAY_JOBS_URL" >/dev/null 2>&1 && echo "open to strangers"
+export RAY_AUTH_TOKEN={"0" * 64}
+ray job list --address "$RAY_JOBS_URL" >/dev/null 2>&1 && echo "open to strangers"
+unset RAY_AUTH_TOKEN
 ray job submit --address "$RAY_JOBS_URL" --runtime-env-json "$(runtime_env_json WORD='a "b" $c')" -- "$JOB_PYTHON" -c "{job}"
 """
     environment = {**os.environ, "PYTHON": str(python), "PATH": f"{python.parent}:{os.environ['PATH']}"}

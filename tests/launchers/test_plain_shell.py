@@ -183,6 +183,23 @@ def test_variables_reach_every_rank_or_are_named(shell: Shell):
     assert re.findall(r"num_gpus: (\d+)", Path(pairs(flags)["--sglang-config"]).read_text()) == ["64", "64"]
 
 
+def test_a_secret_goes_to_every_rank_by_environment_alone(shell: Shell):
+    """Arguments are everybody's on the node, a job's description is kept by Ray, and "to continue" is printed."""
+    exported = {"HF_TOKEN": "of-the-hub", "OPENAI_APIKEY": "of-the-judge"}
+    said = shell.run(
+        QWEN, BASE_DIR="my base", PASS_ENV="HF_TOKEN OPENAI_APIKEY MY_PASSWORD=of-mine TOKENIZERS_PARALLELISM=true", **exported
+    )  # fmt: skip
+    secrets = exported | {"MY_PASSWORD": "of-mine"}
+    _, described = shell.job()
+    assert described["TOKENIZERS_PARALLELISM"] == "true" and not set(secrets) & set(described)
+    for call in shell.calls():
+        assert [value for value in secrets.values() if value in " ".join(call["argv"])] == []
+    # Ray's workers, the job among them, have the environment of the node's Ray.
+    assert shell.calls("start", "--head")[0]["all"].items() >= secrets.items()
+    assert "PASS_ENV=HF_TOKEN\\ OPENAI_APIKEY\\ MY_PASSWORD\\ TOKENIZERS_PARALLELISM=true" in said
+    assert [value for value in secrets.values() if value in said] == []
+
+
 def free_port() -> int:
     import socket
 
@@ -333,7 +350,8 @@ def test_a_node_is_joined_by_the_line_that_is_printed(shell: Shell):
     assert joined["argv"][joined["argv"].index("--address") + 1].startswith("127.0.0.1:")
     (head,) = shell.calls("start", "--head")
     assert joined["env"] == head["env"] and "RAY_ADDRESS" not in joined["all"]
-    assert head["env"]["RAY_AUTH_TOKEN"] not in " ".join(joined["argv"])
+    assert joined["token"] == head["token"] and len(head["token"]) == 64
+    assert head["token"] not in " ".join(joined["argv"])
     process.terminate()
     said = process.communicate(timeout=60)[1]
     node.wait(60)

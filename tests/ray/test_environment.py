@@ -51,13 +51,17 @@ sockets = [c.laddr for child in children for c in child.net_connections("tcp4") 
 gcs = ray.get_runtime_context().gcs_address
 code = f"import ray; ray.init({gcs!r}, log_to_driver=False); print('let in')"
 said = {}
-for name, token in (("stranger", "x" * 64), ("friend", os.environ["RAY_AUTH_TOKEN"])):
+secret = os.environ["RAY_AUTH_TOKEN_PATH"]
+token = open(secret).read()
+mode, inherited = os.stat(secret).st_mode & 0o777, token in "".join(os.environ.values())
+for name, drawn in (("stranger", {"RAY_AUTH_TOKEN": "x" * 64}), ("friend", {})):
     command = [sys.executable, "-c", code]
     try:
-        ran = subprocess.run(command, env=os.environ | {"RAY_AUTH_TOKEN": token}, capture_output=True, text=True, timeout=40)
+        ran = subprocess.run(command, env=os.environ | drawn, capture_output=True, text=True, timeout=40)
         said[name] = "let in" in ran.stdout
     except subprocess.TimeoutExpired:
         said[name] = False
+said |= {"secret": secret, "mode": mode, "inherited": inherited, "length": len(token)}
 print(json.dumps(said | {"sockets": len(sockets), "numbers": [a.port for a in sockets if answers_numbers(a)]}))
 """
 
@@ -70,4 +74,6 @@ def test_a_local_ray_asks_for_a_secret_answers_no_metrics_and_tells_an_error_onc
     said = json.loads(ran.stdout.splitlines()[-1])
     assert said["friend"] and not said["stranger"]
     assert said["sockets"] > 0 and said["numbers"] == []
+    assert (said["length"], said["mode"], said["inherited"]) == (64, 0o600, False)
+    assert not Path(said["secret"]).exists(), "it goes with the run"
     assert "Unhandled error" not in ran.stderr and "told once" not in ran.stderr
