@@ -269,7 +269,7 @@ class AlgorithmConfig:
     """Its threshold."""
     use_routing_replay: bool = False
     """Train with the expert choices of the log-prob pass."""
-    use_rollout_routing_replay: bool = flag(False, later="the engines' expert choices (the router drops the request for them)")
+    use_rollout_routing_replay: bool = False
     """Train with the engine's expert choices."""
     keep_old_actor: bool = False
     """Keep the weights that generated the data on the training side."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import os
 import threading
 import weakref
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from slime.compat.sglang.answers import ENCLOSED, LABEL
 from slime.engine.payload import LOAD_FORMAT
 from slime.types.weight_bucket import TensorMeta
 
@@ -26,6 +28,8 @@ UPDATE_SECONDS = 1800.0
 MEMORY_TAGS = ("weights", "kv_cache", "cuda_graph")
 INCOMPLETE = "incomplete:"
 """prefix of the version that an engine reports between its first bucket and the end of the update"""
+
+_UNKNOWN_TO_ROUTERS = ("return_routed_experts", "routed_experts_start_len")
 
 
 class EngineError(RuntimeError):
@@ -276,6 +280,26 @@ class EngineClient(HttpClient):
         await self.call("POST", "/resume_memory_occupation", {"tags": list(tags)} if tags else {}, timeout=CONTROL_SECONDS)
 
 
+def labelled(payload: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A request as the router hands it on whole: what it does not know of becomes a label, which our engines read."""
+    unknown = {name: value for name, value in payload.items() if name in _UNKNOWN_TO_ROUTERS}
+    if not any(unknown.values()):
+        return payload
+    known = {name: value for name, value in payload.items() if name not in unknown}
+    return known | {"custom_labels": {**(payload.get("custom_labels") or {}), LABEL: json.dumps(unknown)}}
+
+
+def opened(answer: Any) -> Any:
+    """An answer through the router, with what a prefill engine has enclosed in its log-probs as `prompt_...` of meta_info."""
+    meta_info = answer.get("meta_info") if isinstance(answer, dict) else None
+    entries = (meta_info or {}).get("input_token_logprobs") or []
+    enclosed = [entry for entry in entries if isinstance(entry, dict) and ENCLOSED in entry]
+    if enclosed:
+        meta_info["input_token_logprobs"] = [entry for entry in entries if entry not in enclosed]
+        meta_info.update({f"prompt_{name}": value for name, value in enclosed[0][ENCLOSED].items()})
+    return answer
+
+
 class RouterClient(HttpClient):
     """Generation through a router, which picks the engine (a prefill and a decode engine in PD mode)."""
 
@@ -284,7 +308,8 @@ class RouterClient(HttpClient):
     ) -> dict[str, Any]:
         """routing_key: requests with the same key go to the same engine under a hashing policy."""
         headers = {"X-SMG-Routing-Key": routing_key} if routing_key is not None else None
-        return (await self.call("POST", "/generate", payload, timeout=timeout, headers=headers)).json()
+        response = await self.call("POST", "/generate", labelled(payload), timeout=timeout, headers=headers)
+        return opened(response.json())
 
     async def workers(self) -> list[dict[str, Any]]:
         return (await self.call("GET", "/workers", timeout=CONTROL_SECONDS)).json()["workers"]

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from slime.compat.sglang import keep_token
+from slime.compat.sglang import answers, keep_token
 from slime.engine import kernels
 
 if __name__ in ("__main__", "__mp_main__"):
@@ -26,6 +26,9 @@ if __name__ in ("__main__", "__mp_main__"):
 
 if __name__ == "__mp_main__" and (recorded := os.environ.get(kernels.LISTS_VARIABLE, "").partition(os.pathsep)[0]):
     kernels.record(Path(recorded))
+
+if __name__ == "__mp_main__" and answers.wanted(sys.argv):
+    answers.install_in_ranks()
 
 
 def read_token() -> str:
@@ -81,6 +84,9 @@ def main() -> None:
 
     keys = [f"--api-key={token}", f"--admin-api-key={token}"] if token else []
     arguments = prepare_server_args([*sys.argv[1:], *keys])
+    if answers.wanted(sys.argv):
+        answers.install_in_server()
+        answers.install_in_ranks()
     try:
         run_server(arguments)
     finally:

@@ -193,7 +193,9 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], *
         return sample
     payload = {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True}
     if args.use_rollout_routing_replay:
-        payload["return_routed_experts"] = True
+        # Those of earlier turns are known, and a later answer would hold all of them again.
+        known = 0 if sample.rollout_routed_experts is None else min(len(sample.rollout_routed_experts), len(sample.tokens) - 1)
+        payload |= {"return_routed_experts": True, "routed_experts_start_len": known}
     answer = await persistently(
         lambda: state.client.generate(payload, routing_key=sample.session_id), tries=_TRIES, stopped=lambda: state.aborted
     )
@@ -201,6 +203,8 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], *
         sample.status = Status.ABORTED
         return sample
     meta_info = answer.get("meta_info") or {}
+    if "routed_experts_start_len" in payload:
+        meta_info["routed_experts_start_len"] = payload["routed_experts_start_len"]
     tokens, log_probs = read_output(meta_info)
     sample.append_response_tokens(args, tokens=tokens, log_probs=log_probs, meta_info=meta_info, text=answer.get("text", ""))
     return sample

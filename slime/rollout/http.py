@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from slime.engine.client import CONTROL_SECONDS, GENERATE_SECONDS, EngineError, HttpClient
+from slime.engine.client import CONTROL_SECONDS, GENERATE_SECONDS, EngineError, HttpClient, labelled, opened
 
 T = TypeVar("T")
 
@@ -113,13 +113,16 @@ async def _call(
     origin, own = _origin(url), _OWN.get(_last)
     token = await own.token_for(origin) if own is not None else ""
     client, path = _client(origin, token), httpx.URL(url).raw_path.decode()
+    through_router = own is not None and origin in own.routers and isinstance(body, Mapping)
+    if through_router:
+        body = labelled(body)
     response = await persistently(
         lambda: client.call(method, path, body, timeout=seconds, headers=headers),
         tries=tries,
         longest_pause=_LONGEST_PAUSE_OF_PLUGINS_SECONDS,
     )
     try:
-        return response.json()
+        return opened(response.json()) if through_router else response.json()
     except ValueError:
         return response.text
 

@@ -127,8 +127,8 @@ def _optional(samples: list[Sample], name: str) -> tuple[np.ndarray, ...] | None
 
 
 def _routed_experts(args: Any, samples: list[Sample]) -> tuple[np.ndarray, ...] | None:
-    """What the engines said with --use-rollout-routing-replay; -1 where they said nothing: after the last request, and of
-    samples that train nothing."""
+    """What the engines said with --use-rollout-routing-replay: nothing of tokens after the last request, nor of samples that
+    train nothing."""
     if not args.use_rollout_routing_replay:
         return None
     column = []
@@ -139,10 +139,9 @@ def _routed_experts(args: Any, samples: list[Sample]) -> tuple[np.ndarray, ...] 
                 f"sample {sample.index} has no routed experts, which --use-rollout-routing-replay trains with; ask the engine "
                 "for them (return_routed_experts) and hand meta_info to append_response_tokens"
             )
-        rows = np.full((len(sample.tokens) - 1, args.num_layers, args.moe_router_topk), -1, dtype=np.int16)
-        if said is not None:
-            rows[: len(said)] = said[: len(rows)]
-        column.append(rows)
+        nothing = np.zeros((0, args.num_layers, args.moe_router_topk), np.uint8)
+        # Of an answer that a stop string cut there may be a row more than tokens need.
+        column.append(nothing if said is None else np.asarray(said)[: len(sample.tokens) - 1])
     return tuple(column)
 
 
@@ -217,5 +216,5 @@ def _from_custom(args: Any, samples: list[Sample], groups: np.ndarray, rollout_i
         truncated=np.asarray(data.get("truncated", np.zeros(n)), dtype=bool),
         rollout_log_probs=per_token("rollout_log_probs"),
         teacher_log_probs=per_token("teacher_log_probs"),
-        routed_experts=None if experts is None else tuple(np.asarray(row, dtype=np.int16) for row in experts),
+        routed_experts=None if experts is None else tuple(np.asarray(row) for row in experts),
     )

@@ -33,6 +33,8 @@ class RoutingReplay:
         routers = [m for chunk in chunks for m in unwrap(chunk).decoder.modules() if isinstance(m, TopKRouter)]
         self._layers = [router.layer_number for router in routers]
         """1-based, of the whole model."""
+        self._sizes = {(r.config.num_layers, r.topk, r.config.num_moe_experts) for r in routers}
+        """(layers, experts of a token, experts) of the model, where this rank has a router."""
         self.of_routers = [RouterChoices() for _ in routers]
         for router, choices in zip(routers, self.of_routers, strict=True):
             router.router_replay = choices
@@ -55,10 +57,13 @@ class RoutingReplay:
 
     def fill(self, micro_batches: Iterable[Sequence[np.ndarray]], layouts: Iterable[SequenceLayout], ranks: Ranks) -> None:
         """What the engines chose, in the place of a recording. micro_batches: of each the samples' experts
-        (RolloutBatch.routed_experts) in stream order. Raises ValueError for a token with one expert twice."""
+        (RolloutBatch.routed_experts) in stream order. Raises ValueError for those of another model, and for a token with one
+        expert twice."""
         for choices in self.of_routers:
             choices.kept.clear()
         for samples, layout in zip(micro_batches, layouts, strict=True):
+            for size in self._sizes:
+                _check_model(samples, *size)
             for layer, choices in zip(self._layers, self.of_routers, strict=True):
                 chosen = [one[:, layer - 1] for one in samples]
                 _check_distinct(chosen, layer)
@@ -111,14 +116,27 @@ class RouterChoices:
 
 
 def own_rows(chosen: Sequence[np.ndarray], layout: SequenceLayout, *, tp_rank: int, tp_size: int) -> Tensor:
-    """One layer's experts of a micro-batch's samples, each int16 [tokens - 1, topk], as one rank's rows [rows, topk].
+    """One layer's experts of a micro-batch's samples, each whole numbers [rows, topk] of its first tokens, as one rank's rows
+    int16 [rows, topk].
 
-    Those are its context-parallel share, and its tensor-parallel slice of that; -1 for a sample's last token and for padding.
+    Those are its context-parallel share, and its tensor-parallel slice of that; -1 for tokens that the engine did not see, a
+    sample's last one among them, and for padding.
     """
-    open_row = [np.full_like(one[:1], -1) for one in chosen]
-    pieces = [torch.from_numpy(np.concatenate(pair)) for pair in zip(chosen, open_row, strict=True)]
-    stream = torch.cat(pieces) if pieces else torch.zeros((0, 1), dtype=torch.int16)
+    topk = chosen[0].shape[1] if chosen else 1
+    stream = torch.full((layout.length, topk), -1, dtype=torch.int16)
+    for start, one in zip(layout.starts, chosen, strict=True):
+        stream[start : start + len(one)] = torch.from_numpy(one.astype(np.int16))
     return layout.take(stream, -1).chunk(tp_size)[tp_rank].clone()
+
+
+def _check_model(samples: Sequence[np.ndarray], layers: int, topk: int, experts: int) -> None:
+    for one in samples:
+        most = int(one.max()) if one.size else 0
+        if one.shape[1:] != (layers, topk) or most >= experts:
+            raise ValueError(
+                f"engines named experts up to {most}, {one.shape[2]} a token in {one.shape[1]} layers; this model has "
+                f"{experts} experts, {topk} a token in {layers} layers: they serve another model than the trainer's"
+            )
 
 
 def _check_distinct(chosen: Sequence[np.ndarray], layer: int) -> None:

@@ -40,8 +40,8 @@ class RolloutBatch:
     teacher_log_probs: tuple[np.ndarray, ...] | None = None
     """Per sample float32 [response_length]: a distillation teacher's log-prob of each response token."""
     routed_experts: tuple[np.ndarray, ...] | None = None
-    """Per sample int16 [total_length - 1, layers, topk]: the engine's experts of every token but the last; -1 where it named
-    none."""
+    """Per sample, whole numbers [rows, layers, topk] in the type that the engine sent: its experts of the first so many tokens,
+    at most of all but the last; -1 where it named none."""
     weight_versions: tuple[tuple[str, ...], ...] = ()
     """Per sample the weight versions that generated it; empty where none was recorded."""
 
@@ -62,7 +62,7 @@ class RolloutBatch:
         for name in ("loss_masks", "rollout_log_probs", "teacher_log_probs"):
             self._check_per_token(name)
         for row, experts in enumerate(self.routed_experts or ()):
-            if experts.ndim != 3 or len(experts) != len(self.tokens[row]) - 1:
+            if experts.ndim != 3 or len(experts) > len(self.tokens[row]) - 1:
                 raise ValueError(
                     f"{where}, row {row} (sample {self.sample_ids[row]}): routed_experts has shape {experts.shape}, the sample "
                     f"has {len(self.tokens[row])} tokens"

@@ -76,6 +76,10 @@ class PrefixCacheInfo:
 _FINISH_STATUS = {"length": Status.TRUNCATED, "abort": Status.ABORTED, "stop": Status.COMPLETED}
 
 
+_TYPE_OF_SIZE = {1: np.uint8, 2: np.int16, 4: np.int32}
+"""Of what engines say of experts: our own say it in as few bytes as it takes."""
+
+
 def _int32(value: Any) -> np.ndarray:
     """base64 text, raw bytes, a tensor, an array or a list -> flat int32."""
     if isinstance(value, str):
@@ -139,7 +143,7 @@ class Sample:
     rollout_top_p_token_offsets: np.ndarray | None = None
     """int32 [response_length + 1]: where each token's span starts."""
     rollout_routed_experts: np.ndarray | None = None
-    """int32 [len(tokens) - 1, num_layers, topk]: the engine's routing."""
+    """[len(tokens) - 1, num_layers, topk]: the engine's experts, in the type that it sent; -1 where it names none."""
     remove_sample: bool = False
     """Keep it in its group's statistics but train nothing of it, whatever its status and even without a response."""
     teacher_log_probs: list[float] | None = None
@@ -306,25 +310,45 @@ class Sample:
         return np.concatenate([old_ids, ids]), np.concatenate([old_offsets, offsets[1:] + old_offsets[-1]])
 
     def _checked_routing(self, count: int, meta_info: dict[str, Any], args: Any) -> np.ndarray | None:
-        routed = meta_info.get("routed_experts")
-        if routed is None:
+        """The experts of all tokens but the last after `count` new ones, [rows, layers, topk] in the type that they came in.
+
+        From `routed_experts_start_len` on, 0 without it. Of a prefill/decode pair the prompt's are `prompt_routed_experts`.
+        """
+        routed, of_prompt = meta_info.get("routed_experts"), meta_info.get("prompt_routed_experts")
+        if routed is None and of_prompt is None:
             return None
-        num_layers, topk = args.num_layers, args.moe_router_topk
-        start = int(meta_info.get("routed_experts_start_len") or 0)
-        rows = len(self.tokens) + count - 1 - start
-        flat = _int32(routed)
-        if flat.size != rows * num_layers * topk:
-            raise ValueError(
-                f"sample {self.index}: routed experts have {flat.size} entries; {rows} tokens from position {start} on x "
-                f"{num_layers} layers x top-{topk} need {rows * num_layers * topk}"
-            )
-        new = flat.reshape(rows, num_layers, topk)
-        if start == 0:
-            return new
+        start, prompt, rows = (
+            int(meta_info.get("routed_experts_start_len") or 0),
+            len(self.tokens),
+            len(self.tokens) + count - 1,
+        )
+        if of_prompt is None:
+            parts = [self._routing_rows(routed, start, rows, args)]
+        else:
+            parts = [self._routing_rows(of_prompt, start, prompt, args)[: rows - start]]
+            if routed is not None or rows > prompt:
+                parts.append(self._routing_rows(routed if routed is not None else b"", prompt, max(prompt, rows), args))
         known = 0 if self.rollout_routed_experts is None else len(self.rollout_routed_experts)
         if known < start:
             raise ValueError(f"sample {self.index}: routed experts continue at position {start}, only {known} are known")
-        return np.concatenate([self.rollout_routed_experts[:start], new])
+        return np.concatenate([self.rollout_routed_experts[:start], *parts]) if start else np.concatenate(parts)
+
+    def _routing_rows(self, said: Any, start: int, end: int, args: Any) -> np.ndarray:
+        num_layers, topk = args.num_layers, args.moe_router_topk
+        wanted = (end - start) * num_layers * topk
+        if isinstance(said, str):
+            said = base64.b64decode(said)
+        if isinstance(said, bytes | bytearray):
+            kind = _TYPE_OF_SIZE.get(len(said) / max(wanted, 1), np.uint8)
+            flat = np.frombuffer(bytes(said), kind)
+        else:
+            flat = np.asarray(said)
+        if flat.size != wanted:
+            raise ValueError(
+                f"sample {self.index}: routed experts have {flat.size} entries; {end - start} tokens from position {start} on "
+                f"x {num_layers} layers x top-{topk} need {wanted}"
+            )
+        return flat.reshape(end - start, num_layers, topk)
 
     # ---------------------------------------------------------------------------------------------------- restarting
 

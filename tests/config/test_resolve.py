@@ -329,7 +329,7 @@ def test_replay_of_experts_is_for_models_that_have_some() -> None:
     assert config_of(*MOE, "--use-routing-replay").algorithm.use_routing_replay
     with pytest.raises(ConfigError, match="records which experts were chosen, and the model has none"):
         config_of("--use-routing-replay")
-    with pytest.raises(
-        ConfigError, match="--use-rollout-routing-replay: this version does not have the engines' expert choices"
-    ):
-        config_of(*MOE, "--use-rollout-routing-replay")
+    config = config_of(*MOE, "--use-rollout-routing-replay")
+    assert config.algorithm.use_routing_replay and config.engine.groups[0].server_groups[0].overrides == {
+        "enable_return_routed_experts": True
+    }

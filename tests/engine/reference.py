@@ -107,3 +107,50 @@ def largest_difference(model, prompt: list[int], answer: dict, **kwargs) -> tupl
     gaps = [abs(expected[i, token].item() - served[i]) for i, token in enumerate((prompt + output)[1:])]
     assert len(served) == len(prompt) + len(output) - 1, "the server left log-probs out"
     return max(gaps[: len(prompt) - 1]), max(gaps[len(prompt) - 1 :])
+
+
+@torch.no_grad()
+def chosen_experts(model, tokens: list[int]) -> dict[int, torch.Tensor]:
+    """By 0-based layer [len(tokens), topk]: the experts that transformers' layers are called with, in rising order."""
+    chosen: dict[int, torch.Tensor] = {}
+    hooks = []
+    for number, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "experts"):
+            keep = lambda module, inputs, number=number: chosen.__setitem__(number, inputs[1])  # noqa: E731
+            hooks.append(layer.mlp.experts.register_forward_pre_hook(keep))
+    with lowest_position_wins():
+        model(torch.tensor(tokens)[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {number: experts.reshape(len(tokens), -1).sort(-1).values for number, experts in chosen.items()}
+
+
+def sample_of(model, tokens: list[int], answers: list[dict]):
+    """A Sample that has taken the engine's answers, each with the experts of its turn."""
+    from types import SimpleNamespace
+
+    from slime.types.sample import Sample
+
+    args = SimpleNamespace(
+        num_layers=model.config.num_hidden_layers,
+        moe_router_topk=model.config.num_experts_per_tok,
+        sglang_speculative_algorithm=None,
+    )
+    sample = Sample(tokens=list(tokens))
+    for answer in answers:
+        new = [int(item[1]) for item in answer["meta_info"]["output_token_logprobs"]]
+        sample.append_response_tokens(args, tokens=new, log_probs=[0.0] * len(new), meta_info=answer["meta_info"])
+    return sample
+
+
+def share_of_equal_experts(model, sample) -> float:
+    """Of the tokens that have experts, at worst in a layer: as transformers chooses. A near-tie may fall either way."""
+    theirs = chosen_experts(model, list(sample.tokens))
+    said = torch.from_numpy(sample.rollout_routed_experts.astype("int64"))
+    assert said.shape == (len(sample.tokens) - 1, model.config.num_hidden_layers, model.config.num_experts_per_tok)
+    known = (said >= 0).flatten(1).all(1)
+    same = [
+        (said[known, number].sort(-1).values == experts[:-1][known]).all(-1).float().mean()
+        for number, experts in theirs.items()
+    ]
+    return float(min(same))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import ipaddress
 import os
 import signal
@@ -16,9 +17,9 @@ import httpx
 import pytest
 import torch
 from engine.engines import TOKEN, make_checkpoint, payload, prompt, request, spec
-from engine.reference import largest_difference, load_reference, read_weights, restored
+from engine.reference import largest_difference, load_reference, read_weights, restored, sample_of, share_of_equal_experts
 
-from slime.engine.client import EngineClient, EngineError, RouterClient, sync
+from slime.engine.client import EngineClient, EngineError, HttpClient, RouterClient, sync
 from slime.engine.process import EngineDied, EngineProcess, group_exists
 from slime.engine.router import RouterProcess, Worker
 from slime.engine.spec import NodePlacement
@@ -65,7 +66,7 @@ def pair(tmp_path_factory):
     roles = ("prefill", "decode")
     engines = [
         EngineProcess(
-            spec(role, i, checkpoint, max_total_tokens=8192),
+            spec(role, i, checkpoint, max_total_tokens=8192, enable_return_routed_experts=True),
             device_kind="host", token=TOKEN, log_path=folder / f"{role}.log", report=reports.append, place=PLACES[role],
         )
         for i, role in enumerate(roles)
@@ -111,6 +112,57 @@ def test_eight_requests_at_once_are_each_exact(pair):
     for tokens, answer in zip(prompts, asyncio.run(all_at_once()), strict=True):
         assert len(answer["output_ids"]) == 24
         assert max(largest_difference(pair.model, tokens, answer)) < ROUND_OFF
+
+
+def test_both_engines_say_which_experts_they_chose_each_of_its_own_tokens(pair):
+    """The prompt's are the prefill engine's, the response's the decode engine's; a second turn asks for what is new alone."""
+    url, first = pair.router.url, request(prompt(31, 60), 12) | {"return_routed_experts": True}
+    raw = sync(HttpClient(url, TOKEN).call("POST", "/generate", first, timeout=120)).json()
+    assert "routed_experts" not in raw["meta_info"], "the router drops the request for experts: slime.compat.sglang.answers"
+
+    def ask(tokens: list[int], known: int, new: int) -> dict:
+        payload = request(tokens, new) | {"return_routed_experts": True, "routed_experts_start_len": known}
+        answer = sync(RouterClient(url, TOKEN).generate(payload, timeout=120))
+        return answer | {"meta_info": answer["meta_info"] | {"routed_experts_start_len": known}}
+
+    one = ask(first["input_ids"], 0, 12)
+    assert max(largest_difference(pair.model, first["input_ids"], one)) < ROUND_OFF
+    sample = sample_of(pair.model, first["input_ids"], [one])
+    # The rows of a slot that another request had before must not show: the same engines, other tokens, a longer prompt.
+    two = ask(list(sample.tokens), 71, 12)
+    size = {name: len(base64.b64decode(two["meta_info"][name])) for name in ("prompt_routed_experts", "routed_experts")}
+    topk = pair.model.config.num_experts_per_tok
+    assert size == {"prompt_routed_experts": 1 * 8 * topk, "routed_experts": 11 * 8 * topk}, "one byte a choice"
+    sample = sample_of(pair.model, first["input_ids"], [one, two])
+    assert len(sample.tokens) == 84 and share_of_equal_experts(pair.model, sample) > 0.97
+    alone = ask(prompt(32, 20), 0, 1)
+    assert len(sample_of(pair.model, prompt(32, 20), [alone]).rollout_routed_experts) == 20
+
+
+def test_what_a_decode_engine_took_back_is_not_said_of_others(pair):
+    """Its cache was computed anew by the prefill engine, in slots that belonged to whomever: those tokens have no experts."""
+    tokens = prompt(33, 50)
+
+    async def paused_after(seconds: float) -> dict:
+        client = RouterClient(pair.router.url, TOKEN)
+        running = asyncio.create_task(client.generate(request(tokens, 400) | {"return_routed_experts": True}, timeout=300))
+        await asyncio.sleep(seconds)
+        for engine in pair.clients:
+            await engine.pause_generation("retract")
+        for engine in pair.clients:
+            await engine.continue_generation()
+        answer = await running
+        await client.close()
+        return answer
+
+    for seconds in (1.5, 5.0, 15.0):  # a busy machine may not have begun
+        sample = sample_of(pair.model, tokens, [asyncio.run(paused_after(seconds))])
+        unknown = (sample.rollout_routed_experts < 0).any((1, 2))
+        if unknown.any():
+            break
+    first, count = int(unknown.argmax()), int(unknown.sum())
+    assert first == 50 and unknown[50 : 50 + count].all() and 0 < count < 399
+    assert share_of_equal_experts(pair.model, sample) > 0.97
 
 
 def test_every_control_endpoint_needs_the_token(pair):

@@ -3,7 +3,7 @@ must say of it)."""
 
 from __future__ import annotations
 
-from tests.rehearse.edits import Edit, flags, in_group
+from tests.rehearse.edits import Edit, all_of, flags, in_group
 
 
 def option(role: str, text: str) -> Edit:
@@ -49,5 +49,20 @@ WRONG_ENGINES: dict[str, tuple[Edit, str]] = {
     "sparse attention that repeats itself": (
         flags("--sglang-enable-deterministic-inference"),
         "enable_deterministic_inference with sparse attention",
+    ),
+    "choices of one stage": (
+        all_of(
+            flags("--use-rollout-routing-replay"),
+            in_group("prefill", ("dp_size: 64", "dp_size: 32\n          pp_size: 2"), ("ep_size: 64", "ep_size: 32")),
+        ),
+        "default prefill: --use-rollout-routing-replay with pp_size 2, but a stage records its own layers",
+    ),
+    "choices that a cache forgets": (
+        all_of(flags("--use-rollout-routing-replay"), option("prefill", "enable_hierarchical_cache: true")),
+        "default prefill: --use-rollout-routing-replay with enable_hierarchical_cache, which brings prefixes back without",
+    ),
+    "choices asked of one reader": (
+        flags("--use-rollout-routing-replay", "--sglang-tokenizer-worker-num", "2"),
+        "--use-rollout-routing-replay with tokenizer_worker_num 2, but one process reads",
     ),
 }

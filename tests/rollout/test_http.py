@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,18 @@ def test_the_token_goes_to_the_router_of_every_model_of_the_run(servers):
     asyncio.run(post(get_model_url(args, "judge", "/score"), {}))
     asyncio.run(post(f"{engine.url}/score", {}))
     assert token_seen_by(judge) == token_seen_by(engine) == ["Bearer t0ken"]
+
+
+def test_what_a_router_would_drop_of_a_request_travels_as_a_label(servers):
+    """A generate function written for slime asks for experts in its own request; engines are asked as they know it."""
+    router, engine, _ = servers
+    init_http_client(args_for(router))
+    asked = {"text": "a", "return_routed_experts": True, "routed_experts_start_len": 0}
+    assert asyncio.run(post(f"{engine.url}/generate", asked))["got"] == asked
+    told = asyncio.run(post(f"{router.url}/generate", asked | {"custom_labels": {"team": "a"}}))["got"]
+    labels = told.pop("custom_labels")
+    assert told == {"text": "a"} and labels.pop("team") == "a"
+    assert [json.loads(value) for value in labels.values()] == [{"return_routed_experts": True, "routed_experts_start_len": 0}]
 
 
 def test_an_engine_that_comes_up_later_is_known_by_then(servers):

@@ -148,6 +148,24 @@ def test_routed_experts_of_a_later_turn_continue_the_earlier_ones():
     assert sample.rollout_routed_experts.reshape(-1).tolist() == [*range(6), *(100 + i for i in range(12))]
 
 
+def test_a_prompts_experts_and_a_responses_come_from_two_engines():
+    """3 prompt tokens and 4 new ones have 6 rows, 3 of each; the response's first was taken back, so its engine knows none."""
+    meta = {"prompt_routed_experts": bytes(range(18)), "routed_experts": base64.b64encode(bytes(range(100, 118))).decode()}
+    sample = Sample(tokens=[1, 2, 3])
+    sample.append_response_tokens(Args, tokens=[4, 5, 6, 7], log_probs=[-1] * 4, meta_info=meta)
+    assert sample.rollout_routed_experts.dtype == np.uint8
+    assert sample.rollout_routed_experts.reshape(-1).tolist() == [*range(18), *range(100, 118)]
+    lost = np.array([-1] * 6 + list(range(12)), np.int16).tobytes()
+    other = Sample(tokens=[1, 2, 3])
+    other.append_response_tokens(Args, tokens=[4, 5, 6, 7], log_probs=[-1] * 4, meta_info=meta | {"routed_experts": lost})
+    assert other.rollout_routed_experts.reshape(-1).tolist() == [*range(18), *[-1] * 6, *range(12)]
+    for wrong in ({"prompt_routed_experts": bytes(12)}, {"routed_experts": bytes(30)}, {"routed_experts": None}):
+        with pytest.raises(ValueError, match="routed experts have .* entries; 3 tokens from position .* top-2 need 18"):
+            Sample(tokens=[1, 2, 3]).append_response_tokens(
+                Args, tokens=[4, 5, 6, 7], log_probs=[-1] * 4, meta_info=meta | wrong
+            )
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=6))
 def test_any_sequence_of_appends_keeps_all_lengths_equal(turns):

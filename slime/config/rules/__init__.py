@@ -36,6 +36,7 @@ from slime.config.rules import (
     model,
     optimizer,
     placement,
+    replay,
     rewards,
     router,
     saving,
@@ -84,7 +85,7 @@ STAGES: tuple[Stage, ...] = (
             effects.off_policy,
         )
     ),
-    Stage((engines.groups, engines.routing_replay, engines.sizes, router.joined, router.options)),
+    Stage((engines.groups, replay.recorded, engines.sizes, router.joined, router.options)),
     Stage(
         (
             context.engine_context,
@@ -97,6 +98,7 @@ STAGES: tuple[Stage, ...] = (
             engine_model.pairs,
             engine_server.arguments,
             engine_options.options,
+            replay.recordable,
             dispatch.deepep,
         )
     ),

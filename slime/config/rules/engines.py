@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from slime.config.engine_groups import groups_without_yaml, read_models
 from slime.config.engine_sizes import EngineSizes, sizes_of_groups
 from slime.config.errors import ConfigError
-from slime.config.flags import FrozenMap
 
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
@@ -34,23 +33,6 @@ def groups(v: Values) -> None:
         gpus_per_engine=per_engine,
         prefill_num_servers=v["prefill_num_servers"],
         model_path=v["hf_checkpoint"],
-    )
-
-
-def routing_replay(v: Values) -> None:
-    """The engines say which experts they chose, where training takes those."""
-    if not v["use_rollout_routing_replay"] or v["debug_train_only"]:
-        return
-    others = sorted({group.worker_type for model in v["groups"] for group in model.server_groups} - {"regular", "placeholder"})
-    v.require(
-        not others,
-        f"--use-rollout-routing-replay with {' and '.join(others)} engines: one that decodes does not know which experts "
-        "another chose for the prompt; use regular engines, or --use-routing-replay",
-    )
-    v.derive(
-        "sglang",
-        FrozenMap({**v["sglang"], "enable_return_routed_experts": True}),
-        "--use-rollout-routing-replay asks the engines which experts they chose",
     )
 
 

@@ -1,0 +1,62 @@
+"""What engines chose and training takes again: what they must record, and what keeps them from it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from slime.config.engine_groups import SglangModel
+from slime.config.flags import FrozenMap
+from slime.config.rules.engine_model import served
+
+if TYPE_CHECKING:
+    from slime.config.rules.book import Values
+
+RECORDS = {"use_rollout_routing_replay": "enable_return_routed_experts"}
+"""Flag of ours -> option with which an engine records."""
+
+
+def recorded(v: Values) -> None:
+    """The engines record what training takes."""
+    if v["debug_train_only"]:
+        return
+    options = {option: True for name, option in RECORDS.items() if v[name]}
+    if options:
+        # A model beside the trained one, a judge's, may have nothing to record.
+        v["groups"] = tuple(_with(model, options) if _is_trained(v, model) else model for model in v["groups"])
+        v.notes.append(f"{_asked(v)[0]} asks the engines what they chose ({', '.join(options)})")
+
+
+def _is_trained(v: Values, model: SglangModel) -> bool:
+    return model.model_path is None or str(model.model_path) == str(v["hf_checkpoint"])
+
+
+def _with(model: SglangModel, options: dict[str, bool]) -> SglangModel:
+    groups = tuple(replace(group, overrides=FrozenMap({**group.overrides, **options})) for group in model.server_groups)
+    return replace(model, server_groups=groups)
+
+
+def _asked(v: Values) -> list[str]:
+    return [f"--{name.replace('_', '-')}" for name in RECORDS if v[name]]
+
+
+def recordable(v: Values) -> None:
+    """An engine remembers a choice by the place of the token's cache, in the process that computed it."""
+    asked = _asked(v)
+    if not asked or v["debug_train_only"]:
+        return
+    for engine in served(v):
+        where = f"{engine.where}: {asked[0]} with"
+        v.require(
+            engine.pp == 1,
+            f"{where} pp_size {engine.pp}, but a stage records its own layers and the last one answers; remove pp_size",
+        )
+        v.require(
+            not engine.on("enable_hierarchical_cache"),
+            f"{where} enable_hierarchical_cache, which brings prefixes back without what was chosen for them; remove it",
+        )
+        workers = engine.whole("tokenizer_worker_num") or 1
+        v.require(
+            workers <= 1,
+            f"{where} tokenizer_worker_num {workers}, but one process reads what is asked through the router; remove it",
+        )
