@@ -113,12 +113,13 @@ visible_gpus() {
 # Programs of this project, from any working directory.
 run_python() { PYTHONPATH="${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}" "$PYTHON" "$@"; }
 
-# A program over several ranks. When one fails, torchrun's own traceback would follow what the program said.
+# A program over several ranks of this node, which meet on loopback. When one fails, torchrun's own traceback would follow what the
+# program said.
 run_ranks() { # RANKS PROGRAM ARGUMENTS...
     local ranks=$1 said status=0
     shift
     said=$(mktemp)
-    PYTHONWARNINGS=ignore run_python -m torch.distributed.run --nproc-per-node "$ranks" --standalone "$@" 2>"$said" || status=$?
+    PYTHONWARNINGS=ignore GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" run_python -m slime.compat.torchrun --nproc-per-node "$ranks" --standalone "$@" 2>"$said" || status=$?
     awk '/^Traceback \(most recent call last\):$/ { last = NR }
         /\.ChildFailedError:/ { cut = last }
         { line[NR] = $0 }

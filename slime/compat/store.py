@@ -11,10 +11,10 @@ import torch.distributed as dist
 from slime.compat.peers import only_from
 
 
-def serve_store(address: str, peers: Sequence[str], *, world_size: int, timeout: timedelta) -> dist.TCPStore:
+def serve_store(address: str, peers: Sequence[str], *, world_size: int | None, timeout: timedelta) -> dist.TCPStore:
     """A store at `address`, on a port that the system picks, so that no two runs race for one (its `port`).
 
-    peers: addresses that may connect; empty where `address` is loopback.
+    peers: addresses that may connect; empty where `address` is loopback. world_size: None where ranks are not counted by it.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     try:
