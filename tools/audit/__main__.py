@@ -31,52 +31,58 @@ def processes_of(which: str) -> list[int]:
         record = owner.read(Path(which) / owner.RECORD)
         if record is None:
             raise ValueError(f"{which} has no {owner.RECORD}: no run works there; give the launcher's BASE_DIR or process id")
-        pid, launch = record.pid, record.launch
-    found = sockets.with_descendants([pid]) if Path(f"/proc/{pid}").exists() else []
+        # In a namespace of its own it counts processes by other numbers.
+        pid = record.pid if record.machine == owner.this_process().machine else 0
+        launch = record.launch
+    found = sockets.with_descendants([pid]) if pid and Path(f"/proc/{pid}").exists() else []
     found = sorted({*found, *(owner.members(launch) if launch else ())} - {os.getpid()})
     if not found:
-        raise ValueError(f"{which}: process {pid} has ended")
+        raise ValueError(f"{which}: the run has ended, or its processes are another user's")
     return found
 
 
 def audit(pids: Sequence[int], folders: Sequence[Path], *, passed: dict[str, str], outside: int | None) -> report.Report:
-    """folders: of the run, searched for secrets as Ray's own of this node is. passed: secrets that the user gave it."""
+    """folders: of the run, searched for secrets as Ray's own of each node is. passed: secrets that the user gave it."""
     not_done = []
-    uid = probes.NOBODY if os.geteuid() == 0 else None
-    if uid is None:
+    if os.geteuid() != 0:
         not_done.append("asking as another user, and in other networks: not root")
     found = sockets.listeners(pids)
-    network = pids[0]
-    node = probes.node_address(network if uid else None)
-    inside = probes.ask_all(found, probes.Stranger(uid=uid, network=network if uid else None), node=node)
-    there = None
-    if outside is not None:
-        stranger = probes.Stranger(uid=uid, network=outside)
-        there = probes.ask_all(found, stranger, node=node, only_reach=True)
-
     drawn = leaks.secrets_of(pids)
     secrets = drawn | passed
     found_leaks = leaks.in_processes(pids, drawn) + leaks.in_processes(pids, passed, environment=False)
-    token = next((path for pid in pids if (path := leaks.environment_of(pid).get("RAY_AUTH_TOKEN_PATH"))), None)
-    searched = list(folders)
-    if token is not None:
-        searched.append(Path(token).parent)
-    kept = [Path(token)] if token else []
-    kept += [path for folder in folders for path in folder.rglob("join.sh")]  # for nodes that are joined by hand
+    tokens = leaks.token_files(pids)
+    kept = [*tokens, *(path for folder in folders for path in folder.rglob("join.sh"))]  # for nodes that are joined by hand
+    searched = [*folders, *(token.parent for token in tokens)]
     found_leaks += leaks.in_files(searched, secrets, kept=kept)
-    dashboard = next((one.place for one in found if one.who == "dashboard.py" and one.kind == "tcp"), None)
-    if token and dashboard:
-        found_leaks += leaks.in_jobs(drawn[leaks.RAY], f"http://{dashboard}", secrets)
+    dashboard = next((one for one in found if one.who == "dashboard.py" and one.kind == "tcp"), None)
+    if leaks.RAY in drawn and dashboard:
+        network = dashboard.network if os.geteuid() == 0 else None
+        found_leaks += leaks.in_jobs(drawn[leaks.RAY], f"http://{dashboard.place}", secrets, network=network)
     else:
         not_done.append("Ray's description of the job: no dashboard here")
     return report.Report(
-        rows=report.judged(inside, there),
+        rows=_rows(found, outside),
         secrets=tuple(secrets),
         leaks=tuple(found_leaks),
         writable=tuple(leaks.open_to_others(searched)),
         shared=tuple(leaks.shared_memory(pids)),
         not_done=tuple(not_done),
     )
+
+
+def _rows(found: Sequence[sockets.Listener], outside: int | None) -> tuple[report.Row, ...]:
+    """Every listener is asked on its own node, and from outside at that node's address."""
+    rows: list[report.Row] = []
+    uid = probes.NOBODY if os.geteuid() == 0 else None
+    for network in dict.fromkeys(one.network for one in found):
+        mine = [one for one in found if one.network == network]
+        here = network if uid else None
+        node = probes.node_address(here)
+        inside = probes.ask_all(mine, probes.Stranger(uid=uid, network=here), node=node)
+        stranger = probes.Stranger(uid=uid, network=outside)
+        there = None if outside is None else probes.ask_all(mine, stranger, node=node, only_reach=True)
+        rows += report.judged(inside, there)
+    return tuple(rows)
 
 
 def main(argv: Sequence[str]) -> int:

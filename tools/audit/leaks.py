@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.audit.probes import Stranger, become, in_a_child
 from tools.audit.sockets import who
 
 RAY, ENGINES = "Ray's token", "the engines' token"
@@ -36,15 +37,11 @@ def secrets_of(pids: Sequence[int]) -> dict[str, str]:
 
     As root or as the run's own user, who may read all of this: it is what nobody else may find.
     """
-    found: dict[str, str] = {}
+    found = {}
+    for path in token_files(pids):
+        found[RAY] = path.read_text()
     for pid in pids:
-        environment = environment_of(pid)
-        if path := environment.get("RAY_AUTH_TOKEN_PATH"):
-            try:
-                found.setdefault(RAY, Path(f"/proc/{pid}/root{path}").read_text())
-            except OSError:
-                continue
-        elif token := environment.get("RAY_AUTH_TOKEN"):
+        if token := environment_of(pid).get("RAY_AUTH_TOKEN"):
             found.setdefault(RAY, token)
     for pid in pids:
         if who(pid) == _SERVER and (token := _token_in_memory(pid)):
@@ -76,23 +73,44 @@ def in_files(folders: Sequence[Path], secrets: Mapping[str, str], *, kept: Seque
     return leaks
 
 
-def in_jobs(token: str, url: str, secrets: Mapping[str, str]) -> list[Leak]:
-    """Secrets in what Ray tells those that have its token of jobs, actors, workers and their environments. Raises URLError."""
-    leaks = []
-    for path in _DESCRIPTIONS:
-        asked = urllib.request.Request(f"{url}{path}", headers={"Authorization": f"Bearer {token}"})
-        # No proxy of this shell's between here and a node of the run.
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=60) as answer:
-            told = answer.read().decode()
-        leaks += [Leak(name, f"Ray's {path}") for name, value in secrets.items() if value in told]
-    return leaks
+def in_jobs(token: str, url: str, secrets: Mapping[str, str], *, network: int | None) -> list[Leak]:
+    """Secrets in what Ray tells those that have its token of jobs, actors, workers and their environments.
+
+    network: a process of the head's network. Raises RuntimeError where Ray does not answer.
+    """
+
+    def read() -> list[str]:
+        become(Stranger(network=network))
+        told = []
+        for path in _DESCRIPTIONS:
+            asked = urllib.request.Request(f"{url}{path}", headers={"Authorization": f"Bearer {token}"})
+            # No proxy of this shell's between here and a node of the run.
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=60) as answer:
+                told.append(answer.read().decode())
+        return told
+
+    told = zip(_DESCRIPTIONS, in_a_child(read), strict=True)
+    return [Leak(name, f"Ray's {path}") for path, text in told for name, value in secrets.items() if value in text]
+
+
+def token_files(pids: Sequence[int]) -> list[Path]:
+    """Where Ray's token is kept on each node, as seen from here: nodes of one machine may have mounts of their own."""
+    found: dict[str, Path] = {}
+    for pid in pids:
+        if path := environment_of(pid).get("RAY_AUTH_TOKEN_PATH"):
+            try:
+                found.setdefault(os.readlink(f"/proc/{pid}/ns/mnt"), Path(f"/proc/{pid}/root{path}"))
+            except OSError:  # it has ended
+                continue
+    return [path for path in found.values() if path.is_file()]
 
 
 def open_to_others(folders: Sequence[Path]) -> list[str]:
     """Files and folders that every user of the machine may write, where each folder above lets them through."""
     found = []
     for folder in folders:
-        todo = [folder] if all(parent.stat().st_mode & stat.S_IXOTH for parent in folder.resolve().parents) else []
+        # Not resolved: /proc/PID/root is a link that leads back here.
+        todo = [folder] if all(parent.stat().st_mode & stat.S_IXOTH for parent in folder.absolute().parents) else []
         while todo:
             path = todo.pop()
             mode = _mode(path)

@@ -75,12 +75,12 @@ def ask_all(found: Sequence[Listener], stranger: Stranger, *, node: str, only_re
     import grpc  # noqa: F401
 
     def work() -> list[dict]:
-        _become(stranger)
+        become(stranger)
         with ThreadPoolExecutor(_TOGETHER) as pool:
             answers = list(pool.map(lambda one: ask(one, node=node, source=stranger.source, only_reach=only_reach), found))
         return [{"verdict": a.verdict, "protocol": a.protocol, "gives": list(a.gives)} for a in answers]
 
-    said = _in_a_child(work)
+    said = in_a_child(work)
     return [Answer(one, row["verdict"], row["protocol"], tuple(row["gives"])) for one, row in zip(found, said, strict=True)]
 
 
@@ -195,7 +195,8 @@ def _grpc(one: Listener, node: str) -> Answer:
 # ------------------------------------------------------------------------------------------ being somebody else
 
 
-def _become(stranger: Stranger) -> None:
+def become(stranger: Stranger) -> None:
+    """This process stands in that network, as that user, from now on."""
     if stranger.network is not None:
         with open(f"/proc/{stranger.network}/ns/net") as network:
             libc = ctypes.CDLL(None, use_errno=True)
@@ -207,7 +208,7 @@ def _become(stranger: Stranger) -> None:
         os.setuid(stranger.uid)
 
 
-def _in_a_child(work: Callable[[], object]) -> object:
+def in_a_child(work: Callable[[], object]) -> object:
     """What `work` returns, from a fork of this process: its user and its network are its own. Raises RuntimeError."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -238,7 +239,7 @@ def node_address(network: int | None = None) -> str:
     """The address that this machine (or the network of that process) calls others from; loopback where there is none."""
 
     def work() -> str:
-        _become(Stranger(network=network))
+        become(Stranger(network=network))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as caller:
             try:
                 caller.connect(("198.51.100.1", 9))  # sends nothing
@@ -246,4 +247,4 @@ def node_address(network: int | None = None) -> str:
                 return "127.0.0.1"
             return caller.getsockname()[0]
 
-    return str(_in_a_child(work))
+    return str(in_a_child(work))

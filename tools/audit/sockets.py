@@ -25,6 +25,8 @@ class Listener:
     pids: tuple[int, ...]
     who: str
     """What the first of these processes is."""
+    network: int
+    """A process in whose network namespace it listens."""
 
     @property
     def place(self) -> str:
@@ -57,7 +59,7 @@ def with_descendants(pids: Sequence[int]) -> list[int]:
 
 
 def listeners(pids: Sequence[int]) -> list[Listener]:
-    """Those of all these processes, each once, in the order of addresses."""
+    """Those of all these processes, each once, by network and address."""
     holders: dict[str, list[int]] = {}
     networks: dict[str, int] = {}
     for pid in pids:
@@ -73,8 +75,8 @@ def listeners(pids: Sequence[int]) -> list[Listener]:
     for member in networks.values():
         for kind, address, port, inode in _table(member):
             if owners := holders.get(inode):
-                found.append(Listener(kind, address, port, tuple(owners), who(owners[0])))
-    return sorted(found, key=lambda one: (one.kind, one.address, one.port))
+                found.append(Listener(kind, address, port, tuple(owners), who(owners[0]), member))
+    return sorted(found, key=lambda one: (one.network, one.kind, one.address, one.port))
 
 
 def _table(pid: int) -> Iterator[tuple[str, str, int, str]]:
