@@ -85,10 +85,10 @@ def train(run, config: Config) -> None:
         if run.leaves:
             run.report(rollout, training, seconds=time.monotonic() - started)
             break
-        with run.lease.syncing():
-            sync = run.sync_weights()
+        sync = run.sync_if_due(rollout_id)
         run.report(rollout, training, sync, seconds=time.monotonic() - started)
         run.evaluate_if_due(rollout_id, when="after training" if rollout_id + 1 == run.num_rollout else "during training")
+    run.finish_evaluation()
 
 
 if __name__ == "__main__":

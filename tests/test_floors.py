@@ -17,12 +17,13 @@ FLOORS = {
     2: {"device", "parallel", "observability", "compat", "ops"},
     3: {"rollout", "engine", "training", "weights", "model"},
     4: {"ray"},
-    5: {"train", "rehearse", "preflight", "utils", "backends"},
+    5: {"train", "train_async", "rehearse", "preflight", "utils", "backends"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
 SIDEWAYS = {
     ("parallel", "slime.compat"),  # prepare() comes before the first import of megatron.core, everywhere
+    ("train_async", "slime.train"),  # the same loop by another name
     ("preflight", "slime.rehearse"),  # the plan says what a node must have
     ("parallel", "slime.device"),  # a grid is set up with the device's collectives
     ("rollout", "slime.engine.client"),

@@ -140,7 +140,7 @@ flags_for_more() {
 }
 
 print_resume() {
-    if [[ -e ${RUN_DIR:-$RAY_TEMP_DIR}/left-early.txt ]]; then # slime.ray.run.UNFINISHED
+    if [[ -e ${RUN_DIR:-$RAY_TEMP_DIR}/left-early.txt ]]; then # slime.ray.telling.UNFINISHED
         print_again
         return
     fi

@@ -64,8 +64,8 @@ class EngineConfig:
     """host:port of engines that already run."""
     update_weight_buffer_size: int = flag(512 * 1024 * 1024, low=1)
     """Bytes of one weight bucket on its way to the engines."""
-    update_weights_interval: int = flag(1, later="the asynchronous loop")
-    """Sync the weights to the engines every so many rollouts (asynchronous loop)."""
+    update_weights_interval: int = flag(1, low=1)
+    """Send the weights to the engines after every so many rollouts, where the schedule runs ahead."""
     update_weight_mode: Literal["full", "delta"] = "full"
     """Write all weights, or the bytes that changed since the last version; delta needs the transport disk."""
     update_weight_transport: Literal["nccl", "disk"] = "nccl"

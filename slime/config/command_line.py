@@ -10,6 +10,7 @@ from slime.config.cluster import ClusterConfig, EngineConfig
 from slime.config.errors import ConfigError, nearest, one_edit_apart
 from slime.config.flags import Flag, flags_of
 from slime.config.front_end import FrontEndConfig
+from slime.config.loop import LoopConfig
 from slime.config.megatron_flags import megatron_flags
 from slime.config.model import ModelConfig, ParallelConfig
 from slime.config.rollout import DataConfig, EvalConfig, RolloutConfig
@@ -29,6 +30,7 @@ SECTIONS: Mapping[str, type] = {
     "evaluation": EvalConfig,
     "algorithm": AlgorithmConfig,
     "engine": EngineConfig,
+    "loop": LoopConfig,
     "tracking": TrackingConfig,
     "debug": DebugConfig,
     "upkeep": UpkeepConfig,
@@ -133,14 +135,14 @@ def _store(row: Flag, words: list[str], into: dict[str, object], mistakes: list[
     if row.later:
         mistakes.append(f"{row.name}: this version does not have {row.later}; remove the flag")
         return
+    if words == ["none"] and (row.optional or row.num_values == 0):
+        into.pop(row.dest, None)  # a word of the launcher's that a later one takes back
+        return
     if row.num_values == 0:
         if words:
             mistakes.append(f"{row.name} is a switch and takes no value, got {' '.join(words)!r}")
             return
         into[row.dest] = row.switch_value
-        return
-    if row.optional and words == ["none"]:
-        into.pop(row.dest, None)  # a word of the launcher's that a later one takes back
         return
     wanted = row.num_values
     if not words or (wanted != "one or more" and len(words) != wanted):

@@ -14,6 +14,7 @@ from slime.config.cluster import ClusterConfig, EngineConfig
 from slime.config.errors import nearest
 from slime.config.flags import FrozenMap
 from slime.config.front_end import FrontEndConfig
+from slime.config.loop import LoopConfig
 from slime.config.model import ModelConfig, ParallelConfig
 from slime.config.rollout import DataConfig, EvalConfig, RolloutConfig
 from slime.config.run import DebugConfig, TrackingConfig
@@ -36,6 +37,7 @@ class Config:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     upkeep: UpkeepConfig = field(default_factory=UpkeepConfig)

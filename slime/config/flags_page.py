@@ -31,6 +31,7 @@ ACTS_IN = {
     "evaluation": "`slime/rollout/evaluation.py`",
     "algorithm": "`slime/algorithms`, called by the trainer's objective",
     "engine": "engines, router and weight updates (`slime/engine`, `slime/weights`, `slime/ray`)",
+    "loop": "the driver (`slime/train.py`, `slime/ray/run.py`, `slime/ray/in_flight.py`)",
     "tracking": "`slime/observability`",
     "debug": "the driver, dumps and checks of a run",
     "upkeep": "the driver (`slime/ray/leaving.py`, `slime/ray/standstill.py`)",
@@ -59,7 +60,7 @@ defaults are those of slime and Megatron-LM, except where a flag is marked *own*
 * Every flag is checked when it is read: an unknown name is refused with the nearest known one, a number has a range, a name its
   choices. What flags mean together is checked by the rule book (`slime/config/rules`), before anything is started.
 * `NAME none` takes back what stood before it, where a flag may be absent: a launcher's `--decoder-first-pipeline-num-layers 14`
-  followed by `--decoder-first-pipeline-num-layers none` is as if neither were there.
+  followed by `--decoder-first-pipeline-num-layers none` is as if neither were there; so is a switch, `--colocate none`.
 * `--custom-config-path FILE` is YAML of attributes (flags with underscores) that win over flags, under the same checks.
 * `--sglang-ARGUMENT` goes to the SGLang server under the option's own name, of any supported version; `--router-ARGUMENT` to
   the router. What this project sets itself is refused there: {ours}.

@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -204,12 +204,14 @@ class RolloutSide:
     def num_rollout(self) -> int:
         return self._call("num_rollout")
 
-    def generate(self, rollout_id: int) -> tuple[ray.ObjectRef, Report]:
+    def begin_rollout(self, rollout_id: int) -> Callable[[], tuple[ray.ObjectRef, Report]]:
+        """Begin to generate a rollout; a call of what is given waits for it."""
         batch, report = self._actor.generate.remote(rollout_id)
-        return batch, self._wait(report, f"generating rollout {rollout_id + 1}")
+        return lambda: (batch, self._wait(report, f"generating rollout {rollout_id + 1}"))
 
-    def evaluate(self, rollout_id: int) -> tuple[dict[str, float], Report]:
-        return self._wait(self._actor.evaluate.remote(rollout_id), f"evaluating after rollout {rollout_id + 1}")
+    def begin_evaluation(self, rollout_id: int) -> Callable[[], tuple[dict[str, float], Report]]:
+        answer = self._actor.evaluate.remote(rollout_id)
+        return lambda: self._wait(answer, f"evaluating after rollout {rollout_id + 1}")
 
     def state(self, saving: int | None = None) -> dict | None:
         return self._call("state", saving)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -19,23 +17,22 @@ from slime.batch.flops import forward_flops
 from slime.batch.plan import plan_steps
 from slime.config import Config
 from slime.model.hf_config import read_hf_config
-from slime.observability.advice import Advisor
 from slime.observability.identities import check_training
-from slime.observability.log import run_folder, write_whole
-from slime.observability.owner import LAUNCH_VARIABLE
-from slime.observability.report import RolloutLine, evaluation_line
-from slime.observability.tracking import Axis, JsonLinesSink, Sink, Start, TensorBoardSink, Tracker, tensorboard_directory
+from slime.observability.log import run_folder
+from slime.observability.tracking import Start
 from slime.ray.cluster_watch import ClusterWatch
 from slime.ray.environment import QUIET
+from slime.ray.in_flight import InFlight, Rollout
 from slime.ray.lease import Awake, FreeLease, Holder, Lease
 from slime.ray.leaving import Leaving
 from slime.ray.placement import Placement, place, slot_counts
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
 from slime.ray.standstill import Patience
+from slime.ray.telling import Telling, Training
 from slime.ray.train_group import TrainGroup
 from slime.rollout.reports import Report
+from slime.rollout.staleness import staleness_metrics
 from slime.training.start_page import start_page
-from slime.types import RolloutBatch
 from slime.weights.digest import KEY_VARIABLE, rehearsed_digest
 from slime.weights.protocol import SyncReport, sync_weights
 
@@ -43,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-UNFINISHED = "left-early.txt"
-"""In the run's folder: why a run that ended well has not done all its rollouts. Launchers look for it."""
 TOKEN_VARIABLE = "SLIME_ENGINE_TOKEN"
 """Environment variable with the run's token, where a router that somebody else runs has to know it; else it is drawn."""
 # A server that dies in every attempt has a cause that a restart does not take away.
@@ -58,21 +53,14 @@ _TELLING_SECONDS = 75.0
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """What one generation handed over."""
+class _Evaluation:
+    """One that goes on beside other work."""
 
     rollout_id: int
-    batch: RolloutBatch
-    batch_ref: ray.ObjectRef
-    report: Report
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Training:
-    metrics: dict[str, float]
-    per_step: list[dict[str, float]]
-    seconds: float
+    when: str
+    wait: Callable[[], tuple[dict[str, float], Report]]
+    num_mended: int
+    """How often servers had been started again when it began."""
 
 
 class Run:
@@ -86,14 +74,15 @@ class Run:
         self._placement: Placement | None = None
         self._trainers: TrainGroup | None = None
         self._rollout: RolloutSide | None = None
-        self._tracker = Tracker()
-        self._advisor = Advisor(config)
+        self._telling = Telling(config)
         self._version = 0
         self.leaves: str | None = None
         """Why the run ends before its last rollout."""
         self._trained: int | None = None
         self._saved: int | None = None
-        self._data_before: dict | None = None
+        self._in_flight = InFlight(lambda: self._rollout, self._recovering)
+        self._evaluation: _Evaluation | None = None
+        self._num_mended = 0
         self._released = False
         self._rehearsed: str | None = None
         self.lease: Lease = FreeLease(self._revive)
@@ -128,7 +117,7 @@ class Run:
             self._trainers.stop()
         if self._placement is not None:
             self._placement.remove()
-        self._tracker.close()
+        self._telling.close()
         ray.shutdown()
         self._watch.stop()
 
@@ -161,9 +150,10 @@ class Run:
         if config.engine.rehearsed:  # before anything starts: the file may be wrong
             self._rehearsed = rehearsed_digest(config.engine.rehearsed, key=os.environ.get(KEY_VARIABLE))
         self._placement = place(**self._slots())
-        # It takes no CPU from the slots. Two threads: `stop` must get through while `start` still waits for engines.
-        actor = RolloutActor.options(num_cpus=0, max_concurrency=2, runtime_env={"env_vars": QUIET}).remote(
-            config, self._placement, _run_folder(config), os.environ.get(TOKEN_VARIABLE) or secrets.token_hex(16)
+        # It takes no CPU from the slots. Four threads: a rollout, an evaluation,
+        # a call of the sync, and `stop`, which must get through whatever the others wait for.
+        actor = RolloutActor.options(num_cpus=0, max_concurrency=4, runtime_env={"env_vars": QUIET}).remote(
+            config, self._placement, run_folder(config.checkpoint.save), os.environ.get(TOKEN_VARIABLE) or secrets.token_hex(16)
         )
         patience = Patience(config.upkeep)
         self._rollout = RolloutSide(actor, patience)
@@ -185,7 +175,7 @@ class Run:
         if self._has_trainer and loaded.data_state is not None:
             self._rollout.restore(loaded.data_state)
         done = Start(self.start_rollout_id, loaded.train_steps) if self._has_trainer else Start()
-        self._tracker = _open_tracker(config, done)
+        self._telling.open(done)
         if self._has_trainer and self._has_engines:
             self._take_first_lease()
         self.leaving.hold()
@@ -234,29 +224,37 @@ class Run:
     # ------------------------------------------------------------------ one iteration
 
     def generate(self, rollout_id: int) -> Rollout:
-        started = time.monotonic()
-        if self.leaving.saves_on_signal:
-            self._data_before = self._rollout.state(self._trained)
-        batch_ref, report = self._recovering(lambda: self._rollout.generate(rollout_id))
-        return Rollout(rollout_id, ray.get(batch_ref), batch_ref, report, time.monotonic() - started)
+        """The rollout that is trained next. Where the schedule runs ahead, the one after it is generated meanwhile."""
+        if not self._in_flight.has_begun(rollout_id):
+            self._begin(rollout_id)
+        rollout = self._in_flight.finish(rollout_id)
+        if self._config.loop.runs_ahead and rollout_id + 1 < self.num_rollout:
+            self._begin(rollout_id + 1)
+        return rollout
 
-    def _recovering(self, ask: Callable[[], T]) -> T:
-        """`ask()` the engines; with --use-fault-tolerance dead servers are started again, and what they broke is done again.
+    def _begin(self, rollout_id: int) -> None:
+        if self._tolerates_deaths:
+            self._mend()  # who died while the devices changed hands
+        may_go_back = self._tolerates_deaths or self.leaving.saves_on_signal or self._config.loop.runs_ahead
+        saving = rollout_id - 1 if self._config.checkpoint.save and rollout_id > self.start_rollout_id else None
+        self._in_flight.begin(rollout_id, keeps_position=may_go_back, saving=saving)
 
-        Where the others could do the work of the dead one its result stands, else the same prompts are taken once more.
+    def _recovering(self, wait: Callable[[], T], again: Callable[[], None]) -> T:
+        """`wait()` for engines; with --use-fault-tolerance dead servers are started again, and what they broke is done again.
+
+        Where the others could do the work of the dead one its result stands, else `again()` asks for it once more, from the
+        same prompts.
         """
 
-        def generate() -> T:
+        def answer() -> T:
             with self.leaving.interruptible():
-                return ask()
+                return wait()
 
         if not self._tolerates_deaths:
-            return generate()
-        position = self._rollout.state()
-        self._mend()  # who died while the devices changed hands
+            return answer()
         for _ in range(_GENERATE_AGAIN):
             try:
-                result, error = generate(), None
+                result, error = answer(), None
             except RuntimeError as broken:
                 error = broken
             started_again = self._mend()
@@ -265,13 +263,14 @@ class Run:
             if not started_again:
                 raise error
             logger.warning("generating again, from the same prompts; what broke: %s", error)
-            self._rollout.restore(position)
-        return generate()
+            again()
+        return answer()
 
     def _mend(self) -> list[str]:
         """Dead servers are started again and get the trainer's weights: which."""
         started_again = self._revive()
         if started_again:
+            self._num_mended += 1
             with self.lease.training():
                 pass  # on shared devices the trainer has to be awake to send weights
             with self.lease.syncing():
@@ -309,9 +308,24 @@ class Run:
             costs=sample_costs(config, batch.total_lengths),
         )
         report = self._trainers.train(rollout.batch_ref, steps)
-        self._trained, self._data_before = rollout.rollout_id, None
+        self._trained = rollout.rollout_id
+        self._in_flight.trained(rollout.rollout_id)
         check_training(config.debug, rollout.rollout_id, report.metrics, report.per_step)
-        return Training(dict(report.metrics), list(report.per_step), time.monotonic() - started)
+        metrics = dict(report.metrics) | staleness_metrics(batch.weight_versions, self._version)
+        return Training(metrics, list(report.per_step), time.monotonic() - started)
+
+    def sync_if_due(self, rollout_id: int) -> SyncReport | None:
+        """Send the weights every --update-weights-interval rollouts, before an evaluation and after the last rollout.
+
+        What is being generated ends first: no answer is of two versions.
+        """
+        interval = self._config.engine.update_weights_interval
+        if not (_is_due(rollout_id, interval, self.num_rollout, last=True) or self._evaluates_after(rollout_id)):
+            return None
+        self._in_flight.finish_all()
+        self.finish_evaluation()
+        with self.lease.syncing():
+            return self.sync_weights()
 
     def sync_weights(self) -> SyncReport | None:
         """The next weight version, on every engine; None where there are no engines.
@@ -356,7 +370,12 @@ class Run:
         leaves = self.leaves_after(rollout_id)
         is_due = _is_due(rollout_id, checkpoint.save_interval, self.num_rollout, last=True)
         if checkpoint.save and (is_due or leaves):
-            self._save(rollout_id, self._rollout.state(rollout_id))
+            self._save(rollout_id, self._position_after(rollout_id))
+
+    def _position_after(self, rollout_id: int) -> dict | None:
+        """Of the prompts behind those of `rollout_id`, whatever was begun since."""
+        before_next = self._in_flight.position_after(rollout_id)
+        return before_next if before_next is not None else self._rollout.state(rollout_id)
 
     def _save(self, rollout_id: int, data_state: dict | None) -> None:
         checkpoint = self._config.checkpoint
@@ -376,11 +395,11 @@ class Run:
         if self._trained in (None, self._saved) or not self._config.checkpoint.save:
             logger.info("nothing was trained that is not saved")
             return
-        before = self._data_before if self._data_before is not None else self._rollout.state(self._trained)
+        position = self._position_after(self._trained)
         self._rollout.stop()
         self._rollout = None
         self._trainers.wake()
-        self._save(self._trained, before)
+        self._save(self._trained, position)
 
     def finish_save(self) -> None:
         """Wait for the files of the last save, where they are written beside training."""
@@ -388,82 +407,51 @@ class Run:
             self._trainers.finish_save()
 
     def evaluate_if_due(self, rollout_id: int, *, when: str) -> None:
+        """Where the schedule runs ahead it goes on beside what follows, until the weights change or the run ends."""
+        if not self._evaluates_after(rollout_id):
+            return
+        if self._tolerates_deaths:
+            self._mend()
+        wait = self._rollout.begin_evaluation(rollout_id)
+        self._evaluation = _Evaluation(rollout_id, when, wait, self._num_mended)
+        if not self._config.loop.runs_ahead:
+            self.finish_evaluation()
+
+    def _evaluates_after(self, rollout_id: int) -> bool:
         evaluation, alone = self._config.evaluation, self.num_rollout == 0
         if not evaluation.datasets or not self._has_engines or (evaluation.eval_interval is None and not alone):
+            return False
+        if rollout_id < self.start_rollout_id:
+            return alone or not evaluation.skip_eval_before_train
+        return _is_due(rollout_id, evaluation.eval_interval, self.num_rollout, last=True)
+
+    def finish_evaluation(self) -> None:
+        """Wait for the one that is going on, if there is one, and tell its scores."""
+        if self._evaluation is None:
             return
-        before = rollout_id < self.start_rollout_id
-        if before and evaluation.skip_eval_before_train and not alone:
-            return
-        if not before and not _is_due(rollout_id, evaluation.eval_interval, self.num_rollout, last=True):
-            return
-        scores, report = self._recovering(lambda: self._rollout.evaluate(rollout_id))
-        if report.to_trackers:
-            self._tracker.write(report.metrics, Axis.ROLLOUT, rollout_id + 1)
-        logger.info("%s", evaluation_line(rollout_id + 1, scores, when=when))
+        begun, self._evaluation = self._evaluation, None
+        wait = begun.wait
+
+        def again() -> None:
+            nonlocal wait
+            wait = self._rollout.begin_evaluation(begun.rollout_id)
+
+        if begun.num_mended != self._num_mended:  # its requests were ended with those of the dead server
+            again()
+        scores, report = self._recovering(lambda: wait(), again)
+        self._telling.evaluation(begun.rollout_id, scores, report, when=begun.when)
 
     # ------------------------------------------------------------------ what the user sees
 
     def report(
         self, rollout: Rollout, training: Training | None = None, sync: SyncReport | None = None, *, seconds: float
     ) -> None:
-        told = rollout.report.metrics
-        metrics = dict(told) if rollout.report.to_trackers else {}
-        metrics["perf/rollout_time"] = rollout.seconds
-        metrics["perf/step_time"] = seconds
-        last_step: dict[str, float] = {}
         if training is not None:
-            last_step = training.per_step[-1]
-            metrics["perf/train_time"] = training.seconds
-            for step in training.per_step:
-                self._tracker.write(step, Axis.TRAIN_STEP, int(step["train/step"]))
-            metrics.update(training.metrics)
-            self._write_memory()
-        if sync is not None:
-            metrics["perf/update_weights_time"] = sync.pause_seconds
-            metrics["perf/update_weights_wire_bytes"] = float(sync.stream.nbytes)
-            logger.debug("%s", sync.line())
-        self._tracker.write(metrics, Axis.ROLLOUT, rollout.rollout_id + 1)
-        line = RolloutLine(
-            rollout_id=rollout.rollout_id,
-            num_rollout=self.num_rollout,
-            reward=None if self._config.algorithm.loss_type == "sft_loss" else float(rollout.batch.raw_rewards.mean()),
-            response_length=told.get("rollout/response_len/mean", 0.0),
-            log_prob_gap=last_step.get("train/train_rollout_logprob_abs_diff"),
-            entropy=last_step.get("train/entropy_loss"),
-            loss=last_step.get("train/loss"),
-            generate_seconds=rollout.seconds,
-            train_seconds=training.seconds if training else 0.0,
-            sync_seconds=sync.pause_seconds if sync else 0.0,
-            step_seconds=seconds,
-        )
-        logger.info("%s", line.text())
-        for advice in self._advisor.after(rollout.batch, training.per_step if training else (), num_rollout=self.num_rollout):
-            logger.warning("%s", advice)
-
-    def _write_memory(self) -> None:
-        """Measured peaks of every trainer rank, for `python3 -m slime.rehearse --measured`; replaced after every rollout."""
-        rows = [vars(row) for row in self._trainers.memory()]
-        file = _run_folder(self._config) / "memory.json"
-        self._tracker.attempt(str(file), lambda: write_whole(file, json.dumps({"ranks": rows}, indent=1) + "\n"))
+            self._telling.memory(self._trainers.memory())
+        self._telling.rollout(rollout, training, sync, num_rollout=self.num_rollout, seconds=seconds)
 
     def farewell(self) -> None:
-        """Where things are, and how to go on."""
-        checkpoint, unfinished = self._config.checkpoint, _run_folder(self._config) / UNFINISHED
-        unfinished.unlink(missing_ok=True)
-        if self._saved is not None:
-            logger.info("checkpoint: %s (rollout %d of %d)", checkpoint.save, self._saved + 1, self.num_rollout)
-        if self.leaves:
-            logger.info("left early (%s): the same command goes on from there", self.leaves)
-            self._tracker.attempt(str(unfinished), lambda: write_whole(unfinished, f"{self.leaves}\n"))
-        elif self._saved is not None:
-            if LAUNCH_VARIABLE not in os.environ:  # a launcher says how it was called
-                logger.info(
-                    "to go on: run the same command with --num-rollout %d (or more); it resumes from there",
-                    self.num_rollout * 2,
-                )
-        for sink in self._tracker.places():
-            logger.info("metrics: %s", sink)
-        logger.info("logs of every process: %s", _run_folder(self._config))
+        self._telling.farewell(saved=self._saved, num_rollout=self.num_rollout, leaves=self.leaves)
 
 
 def sample_costs(config: Config, lengths: np.ndarray) -> np.ndarray | None:
@@ -479,20 +467,3 @@ def _is_due(rollout_id: int, interval: int | None, num_rollout: int, *, last: bo
     if interval is None:
         return False
     return (rollout_id + 1) % interval == 0 or (last and rollout_id + 1 == num_rollout)
-
-
-def _run_folder(config: Config) -> Path:
-    return run_folder(config.checkpoint.save)
-
-
-def _open_tracker(config: Config, done: Start) -> Tracker:
-    tracking = config.tracking
-    sinks: list[Sink] = [JsonLinesSink(_run_folder(config) / "metrics.jsonl", done)]
-    if tracking.use_tensorboard:
-        directory = tensorboard_directory(
-            environment_dir=os.environ.get("TENSORBOARD_DIR"),
-            project=tracking.tb_project_name,
-            experiment=tracking.tb_experiment_name,
-        )
-        sinks.append(TensorBoardSink(directory, done))
-    return Tracker(sinks)

@@ -115,6 +115,8 @@ def _shape(reading: Reading, shapes: TrainShapes, *, mean: int, longest: int | N
         trains_critic=algorithm.advantage_estimator == "ppo",
         needs_old_log_probs=algorithm.loss_type == "policy_loss" and (algorithm.use_opd or not algorithm.use_rollout_logprobs),
         colocate=config.cluster.colocate,
+        overlaps=config.loop.runs_ahead and not config.debug.debug_train_only,
+        sync_every=config.engine.update_weights_interval,
         vpp=shapes.vpp,
         longest_sample=longest or 0,
     )

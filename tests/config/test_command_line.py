@@ -172,6 +172,11 @@ def test_an_unknown_flag_ends_the_program_without_a_heavy_import():
     assert done.stderr == "slime: unknown flag --rolout-batch-size; did you mean --rollout-batch-size?\n"
 
 
+def test_a_later_none_takes_a_launchers_switch_back():
+    assert config_of().cluster.colocate
+    assert not config_of("--colocate", "none", "--rollout-num-gpus", "1").cluster.colocate
+
+
 @pytest.mark.parametrize("door", ["slime.train", "slime.config"])
 def test_the_doors_answer_a_typo_with_status_2_before_any_heavy_import(door: str):
     code = (

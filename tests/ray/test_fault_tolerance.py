@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from slime.config.loop import LoopConfig
 from slime.engine.client import EngineError, EngineGone
 from slime.ray.engine_fleet import EngineFleet
 from slime.ray.engine_nodes import Death
@@ -30,10 +31,10 @@ class Side:
         self.events.append(f"generate from {taken}")
         if breaks:
             raise RuntimeError("8 of 8 groups failed")
-        return taken, "report"
+        return taken, SimpleNamespace(metrics={})
 
-    def evaluate(self, rollout_id):
-        return self.generate(rollout_id)
+    def begin_rollout(self, rollout_id):
+        return lambda: self.generate(rollout_id)
 
     def obituaries(self):
         return [f"{label} was killed" for label in self.dead]
@@ -46,7 +47,7 @@ class Side:
     def destinations(self):
         return f"engines of start {self.starts}"
 
-    def state(self):
+    def state(self, saving=None):
         return {"next": self.next_prompt}
 
     def restore(self, state):
@@ -55,12 +56,13 @@ class Side:
 
 @pytest.fixture
 def run_with(monkeypatch):
-    monkeypatch.setattr("slime.ray.run.ray.get", lambda ref: ref)
+    monkeypatch.setattr("slime.ray.in_flight.ray.get", lambda ref: ref)
 
     def make(attempts, *, tolerant: bool = True) -> tuple[Run, Side]:
         debug = SimpleNamespace(debug_rollout_only=False, debug_train_only=False)
-        data = SimpleNamespace(num_rollout=9)
-        run = Run(SimpleNamespace(debug=debug, data=data, engine=SimpleNamespace(use_fault_tolerance=tolerant)))
+        data, checkpoint = SimpleNamespace(num_rollout=9), SimpleNamespace(save=None)
+        engine = SimpleNamespace(use_fault_tolerance=tolerant)
+        run = Run(SimpleNamespace(debug=debug, data=data, engine=engine, checkpoint=checkpoint, loop=LoopConfig()))
         side = run._rollout = Side(attempts)
 
         @contextmanager

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from slime.config.loop import LoopConfig
 from slime.config.upkeep import UpkeepConfig
 from slime.ray.leaving import Leaving
 from slime.ray.run import Run
@@ -117,10 +118,13 @@ class Both:
         if event in self.signals:
             os.kill(os.getpid(), self.signals.pop(event))
 
+    def begin_rollout(self, rollout_id):
+        return lambda: self.generate(rollout_id)
+
     def generate(self, rollout_id):
         self.next_prompt += 4
         self.note(f"generate {rollout_id}")
-        return SimpleNamespace(total_lengths=[], trajectories=[], mask_sums=[]), SimpleNamespace(metrics={})
+        return SimpleNamespace(total_lengths=[], trajectories=[], mask_sums=[], weight_versions=()), SimpleNamespace(metrics={})
 
     def train(self, batch, steps):
         self.note("train")
@@ -139,7 +143,7 @@ class Both:
 @pytest.fixture
 def run_until(monkeypatch):
     """Events of a run of 6 rollouts that saves every fourth, and whether it was interrupted."""
-    monkeypatch.setattr("slime.ray.run.ray.get", lambda ref: ref)
+    monkeypatch.setattr("slime.ray.in_flight.ray.get", lambda ref: ref)
     monkeypatch.setattr("slime.ray.run.plan_steps", lambda *_, **__: [])
     monkeypatch.setattr("slime.ray.run.sample_costs", lambda *_: None)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
@@ -155,7 +159,8 @@ def run_until(monkeypatch):
                 debug_rollout_only=rollout_only, debug_train_only=False, ci_test=False, ci_save_grad_norm=None,
                 ci_load_grad_norm=None,
             ),
-            data=SimpleNamespace(num_rollout=6), engine=SimpleNamespace(use_fault_tolerance=False), checkpoint=checkpoint,
+            data=SimpleNamespace(num_rollout=6), engine=SimpleNamespace(use_fault_tolerance=False, update_weights_interval=1),
+            loop=LoopConfig(), checkpoint=checkpoint,
             evaluation=SimpleNamespace(datasets=()), batch=None, parallel=sizes,
             algorithm=SimpleNamespace(calculate_per_token_loss=False),
         )  # fmt: skip

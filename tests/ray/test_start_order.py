@@ -49,7 +49,7 @@ def started(monkeypatch):
         monkeypatch.setattr(run_module, "RolloutActor", SimpleNamespace(options=lambda **_: actor))
         monkeypatch.setattr(run_module, "RolloutSide", lambda *_: both)
         monkeypatch.setattr(run_module, "TrainGroup", lambda *_: both)
-        monkeypatch.setattr(run_module, "_open_tracker", lambda config, done: None)
+        monkeypatch.setattr(run_module, "Telling", lambda config: both)
         monkeypatch.setattr(run_module, "start_page", lambda shares, config: [])
         monkeypatch.setattr(
             run_module, "sync_weights", lambda *_, **__: both.events.append("first weights") or SimpleNamespace(line=str)

@@ -17,6 +17,7 @@ from slime.rehearse.advice.variants import Bench
 from slime.rehearse.command import main
 from slime.rehearse.model.rates import GPUS, rates_of
 from slime.rehearse.options import Options
+from slime.rehearse.report.text import as_text
 from slime.rehearse.result import Rehearsal, rehearse
 from tests.rehearse.recipes import ROOT, Recipe, one_node
 
@@ -129,6 +130,19 @@ def test_engines_may_have_gpus_of_their_own(tmp_path: Path) -> None:
         cluster = done.reading.config.cluster
         assert cluster.actor_num_nodes * 8 + cluster.rollout_num_gpus == 32 and not cluster.colocate
     assert found.plans
+
+
+def test_one_step_ahead_takes_the_longer_of_generation_and_training_and_every_second_rollout_a_sync() -> None:
+    argv = [word for word in one_node("qwen3-4B", "Qwen3-4B", tp="2", ep="1") if word != "--colocate"]
+    apart = [*argv, "--rollout-num-gpus", "4"]
+    in_turn = rehearse(apart, options("h100", None)).cost
+    done = rehearse([*apart, "--schedule", "one-step-ahead", "--update-weights-interval", "2"], options("h100", None))
+    seconds = {phase.name: phase.seconds for phase in in_turn.phases}
+    generation, sync = seconds.pop("prefill") + seconds.pop("rollout"), seconds.pop("weight sync")
+    assert in_turn.seconds == pytest.approx(generation + sum(seconds.values()) + sync)
+    assert generation > 0 and sum(seconds.values()) > 0
+    assert done.cost.seconds == pytest.approx(max(generation, sum(seconds.values())) + sync / 2)
+    assert "samples are trained at most 1 weight version after the one that wrote them" in as_text(done)
 
 
 @pytest.mark.parametrize(

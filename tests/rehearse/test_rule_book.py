@@ -165,6 +165,10 @@ LEGAL: dict[str, Edit] = {
         flags("--loss-type", "sft_loss", "--n-samples-per-prompt", "1", "--global-batch-size", "8"),
         without("--apply-chat-template", "--use-tis", "--tis-clip-low", "--tis-clip"),
     ),
+    "a step ahead": all_of(
+        without("--colocate"),
+        flags("--rollout-num-gpus", "256", "--schedule", "one-step-ahead", "--update-weights-interval", "2"),
+    ),
     "a replay": flags("--load-debug-rollout-data", "/d/{rollout_id}.pt"),
     "slices": flags("--prompt-data", "/p.jsonl@[-500:]"),
     "slices from both ends": flags("--prompt-data", "/p.jsonl@[10:-10]"),

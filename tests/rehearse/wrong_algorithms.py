@@ -13,6 +13,14 @@ WRONG_ALGORITHMS: dict[str, tuple[Edit, str]] = {
         flags("--use-tis", "--tis-mode", "mask", "--tis-lower-bound", "2.5"),
         "--tis-lower-bound 2.5 is above --tis-upper-bound 2",
     ),
+    "a step ahead on the same GPUs": (
+        flags("--schedule", "one-step-ahead"),
+        "--schedule one-step-ahead generates while the trainer trains, and --colocate gives both the same GPUs",
+    ),
+    "old log-probs by weights that are gone": (
+        all_of(without("--colocate"), flags("--rollout-num-gpus", "256", "--schedule", "one-step-ahead", "--keep-old-actor")),
+        "--keep-old-actor with --schedule one-step-ahead asks for old log-probs by the weights that generated",
+    ),
     "rejection against itself": (
         flags("--use-rs", "--use-rollout-logprobs"),
         "--use-rollout-logprobs leaves --use-rs nothing to compare",

@@ -55,6 +55,11 @@ class CostPhase:
     """What takes the most of it."""
 
 
+SYNC = "weight sync"
+GENERATION = ("prefill", "rollout")
+"""Phases in which the trainer may train, on GPUs of its own."""
+
+
 @dataclass(frozen=True)
 class Cost:
     tokens: int
@@ -64,10 +69,28 @@ class Cost:
     phases: tuple[CostPhase, ...]
     sync: SyncBytes | None
     gpus: int
+    overlaps: bool = False
+    """Generation and training go on at the same time; only a weight sync holds both up."""
+
+    @property
+    def generation(self) -> tuple[CostPhase, ...]:
+        return tuple(phase for phase in self.phases if phase.name in GENERATION)
+
+    @property
+    def training(self) -> tuple[CostPhase, ...]:
+        return tuple(phase for phase in self.phases if phase.name not in (*GENERATION, SYNC))
+
+    @property
+    def path(self) -> tuple[CostPhase, ...]:
+        """The phases that make up an iteration's time: all, or of two that overlap the longer."""
+        if not self.overlaps:
+            return self.phases
+        longer = max(self.generation, self.training, key=lambda phases: sum(phase.seconds for phase in phases))
+        return (*longer, *(phase for phase in self.phases if phase.name == SYNC))
 
     @property
     def seconds(self) -> float:
-        return sum(phase.seconds for phase in self.phases)
+        return sum(phase.seconds for phase in self.path)
 
     @property
     def gpu_hours(self) -> float:
@@ -75,7 +98,7 @@ class Cost:
 
     @property
     def dominant(self) -> CostPhase:
-        return max(self.phases, key=lambda phase: phase.seconds)
+        return max(self.path, key=lambda phase: phase.seconds)
 
     @property
     def per_million(self) -> float:
@@ -150,6 +173,10 @@ class Shape:
     trains_critic: bool
     needs_old_log_probs: bool
     colocate: bool
+    overlaps: bool = False
+    """The schedule runs ahead."""
+    sync_every: int = 1
+    """Rollouts."""
     vpp: int = 1
     longest_sample: int = 0
     """Tokens; 0 where nothing bounds it."""
@@ -255,9 +282,10 @@ def predict(
     if sync is not None:
         phases.append(
             CostPhase(
-                "weight sync",
-                sync.seconds,
-                f"at least {sync.lower_bound_s:.2f} s on the wire, {sync.load_s:.2f} s of loading at the same time; "
+                SYNC,
+                sync.seconds / shape.sync_every,
+                (f"of one every {shape.sync_every} rollouts: " if shape.sync_every > 1 else "")
+                + f"at least {sync.lower_bound_s:.2f} s on the wire, {sync.load_s:.2f} s of loading at the same time; "
                 f"broadcast to all it would be {sync.broadcast_s:.1f} s",
                 "sync",
             )
@@ -278,4 +306,4 @@ def predict(
             )
         )
     gpus = max(shape.trainer_gpus, shape.rollout_gpus) if shape.colocate else shape.trainer_gpus + shape.rollout_gpus
-    return Cost(tokens, forward, training, tokens * (training + passes * forward), tuple(phases), sync, gpus)
+    return Cost(tokens, forward, training, tokens * (training + passes * forward), tuple(phases), sync, gpus, shape.overlaps)

@@ -171,14 +171,18 @@ def measured_bars(rows: Sequence[Comparison]) -> str:
 
 
 def timeline(cost: Cost) -> str:
-    """One iteration, phase after phase; the short ones drawn again, enlarged, without the longest; all of them in words."""
+    """One iteration, phase after phase, or generation above the training beside it; the short ones drawn again, enlarged,
+    without the longest; all of them in words."""
     colours = {phase.name: colour_class(KIND_OF_COST.get(phase.name, "overhead")) for phase in cost.phases}
     body = []
     others = tuple(phase for phase in cost.phases if phase is not cost.dominant)
-    for title, phases in (("one rollout", cost.phases), (f"without {cost.dominant.name}", others)):
+    bars = [("generation", cost.generation), ("training", cost.training)] if cost.overlaps else [("one rollout", cost.phases)]
+    longest = max(sum(phase.seconds for phase in phases) for _, phases in bars)
+    for title, phases in (*bars, (f"without {cost.dominant.name}", others)):
         total = sum(phase.seconds for phase in phases)
         if total:
-            boxes = [_box(p.seconds / total, colours[p.name], f"{p.name}: {amount(p.seconds)} s, {p.why}") for p in phases]
+            whole = longest if phases is not others else total
+            boxes = [_box(p.seconds / whole, colours[p.name], f"{p.name}: {amount(p.seconds)} s, {p.why}") for p in phases]
             body.append(_row(title, boxes, f"{amount(total)} s"))
     rows = [
         f"<tr><td>{_swatch(colours[phase.name])}{escape(phase.name)}</td><td>{amount(phase.seconds)} s</td>"

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 
+from slime.config import Config
 from slime.config.stages import layout_string
 from slime.engine.spec import EngineSpec
 from slime.rehearse.advice.curves import Curve, Point
@@ -141,9 +142,16 @@ def _cost(done: Rehearsal) -> list[str]:
         f"and {cost.flops_per_token_training / 1e9:.1f} GF training per token"
     ]
     lines += [f"  {phase.name:22s} {phase.seconds:8.1f} s   {phase.why}" for phase in cost.phases]
-    lines.append(
-        f"  {'sum':22s} {cost.seconds:8.1f} s   {cost.gpu_hours:.1f} GPU-hours per rollout; {cost.dominant.name} dominates"
-    )
+    hours = f"{cost.gpu_hours:.1f} GPU-hours per rollout; {cost.dominant.name} dominates"
+    if cost.overlaps:
+        generation, training = (sum(phase.seconds for phase in phases) for phases in (cost.generation, cost.training))
+        lines.append(
+            f"  {'an iteration':22s} {cost.seconds:8.1f} s   the longer of generation {generation:.1f} s and training "
+            f"{training:.1f} s, which go on at the same time, and the sync; {hours}"
+        )
+        lines.append(f"  {staleness_said(done.reading.config)}")
+    else:
+        lines.append(f"  {'sum':22s} {cost.seconds:8.1f} s   {hours}")
     if cost.sync is not None:
         sync = cost.sync
         lines.append(
@@ -153,6 +161,11 @@ def _cost(done: Rehearsal) -> list[str]:
         )
     lines.append("  assumed: " + ", ".join(f"{name} {value:g}" for name, value in rates_shown(done.rates).items()))
     return lines
+
+
+def staleness_said(config: Config) -> str:
+    """How far behind the weights are that wrote what is trained."""
+    return f"--schedule {config.loop.schedule}: samples are trained at most 1 weight version after the one that wrote them"
 
 
 def _remedies(done: Rehearsal) -> list[str]:
@@ -321,6 +334,7 @@ def as_json(done: Rehearsal) -> dict[str, object]:
             "flops_per_token_training": cost.flops_per_token_training,
             "phases": [vars(phase) for phase in cost.phases],
             "seconds": cost.seconds,
+            "overlaps": cost.overlaps,
             "gpu_hours": cost.gpu_hours,
             "rates": dict(rates_shown(done.rates)),
             "limit": cost.limit,
