@@ -297,6 +297,7 @@ stop_cluster() { # STATUS-OF-THE-LAUNCH
     [[ -z $shared ]] || rm -f -- $shared
     [[ -z ${JOIN_SCRIPT:-} ]] || rm -f -- "$JOIN_SCRIPT"
     rm -rf -- "${RAY_TEMP_DIR:?}/tmp" "$RAY_TEMP_DIR/token"
+    find "$RAY_TEMP_DIR" -type s -delete # what listened there is gone; the logs stay
     if [[ -n $RAY_TEMP_IS_OURS && $1 == 0 ]]; then
         rm -rf -- "$RAY_TEMP_DIR"
         say "the Ray cluster of this run is stopped"

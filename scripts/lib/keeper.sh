@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Waits for a launcher to end. A launcher ends its keeper first: one that is still there ends what the launcher started.
+# Waits for a launcher to end. A launcher ends its keeper first: one that is still there ends what the launcher started, says so
+# where the launcher spoke, and takes away what the launcher would have.
 #
-#   bash scripts/lib/keeper.sh PID LAUNCH [OWNED-FOLDER...]        (started by launch.sh, not by hand)
+#   bash scripts/lib/keeper.sh PID LAUNCH RAY-TEMP-DIR [OWNED-FOLDER...]        (started by launch.sh, not by hand)
 set -uo pipefail
-launcher=$1 launch=$2
-shift 2
+trap '' PIPE HUP # the terminal may have gone with the launcher
+launcher=$1 launch=$2 ray_folder=$3
+shift 3
 
 started() { # PID -> when, in the kernel's clock; empty for a process that is gone
     local fields
@@ -18,12 +20,14 @@ members() { grep -lsxzF "SLIME_LAUNCH=$launch" /proc/[0-9]*/environ | cut -d/ -f
 
 when=$(started "$launcher")
 while [[ -n $when && $(started "$launcher") == "$when" ]]; do
-    sleep 2
+    sleep 2 2>/dev/null # it outlives this keeper, and whoever reads the launcher's output waits for its end
     # From another machine a run counts as alive while its records are touched (slime/observability/owner.py).
     ((SECONDS % 30 > 1)) || for folder in "$@"; do touch -c -- "$folder/.slime-owner" 2>/dev/null; done
 done
 
-mapfile -t shared < <(for pid in $(members); do grep -hso '/dev/shm/sglang_loads_[^ ]*' "/proc/$pid/maps"; done | sort -u)
+printf '[launch] the launcher (pid %s) was killed without a word: what it started is being ended; %s\n' "$launcher" \
+    "the same command goes on from the newest checkpoint" >&2
+mapfile -t shared < <(for pid in $(members); do grep -hsoE '/dev/shm/(sglang|sgl_shm)_[^ ]*$' "/proc/$pid/maps"; done | sort -u)
 for signal in TERM KILL; do
     for ((second = 0; second < 15; second++)); do
         mapfile -t left < <(members)
@@ -33,3 +37,10 @@ for signal in TERM KILL; do
     done
 done
 rm -f -- "${shared[@]}"
+if [[ -n $ray_folder ]]; then
+    rm -rf -- "$ray_folder/tmp" "$ray_folder/token"
+    find "$ray_folder" -type s -delete
+fi
+for folder in "$@"; do
+    ! grep -qsF "\"launch\": \"$launch\"" "$folder/.slime-owner" || rm -f -- "$folder/.slime-owner"
+done

@@ -34,7 +34,8 @@ disown_folders() {
 # A process in a session of its own that waits for this one to disappear without a word (kill -9, a lost machine's shell).
 start_keeper() {
     [[ -z $KEEPER_PID ]] || { kill "$KEEPER_PID" 2>/dev/null; wait "$KEEPER_PID" 2>/dev/null || true; }
-    env -u SLIME_LAUNCH setsid bash "$PROJECT_ROOT/scripts/lib/keeper.sh" $$ "$SLIME_LAUNCH" "${OWNED[@]}" </dev/null >/dev/null 2>&1 &
+    env -u SLIME_LAUNCH setsid bash "$PROJECT_ROOT/scripts/lib/keeper.sh" $$ "$SLIME_LAUNCH" "${RAY_TEMP_DIR:-}" "${OWNED[@]}" \
+        </dev/null >/dev/null &
     KEEPER_PID=$!
 }
 
@@ -42,7 +43,7 @@ start_keeper() {
 shared_files() {
     local pid
     for pid in $(launch_members); do
-        grep -hso '/dev/shm/sglang_loads_[^ ]*' "/proc/$pid/maps" || true
+        grep -hsoE '/dev/shm/(sglang|sgl_shm)_[^ ]*$' "/proc/$pid/maps" || true
     done | sort -u
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import BinaryIO
 import httpx
 
 from slime.engine import kernels, kinds
+from slime.engine.groups import group_exists, shared_files
 from slime.engine.last_words import last_words
 from slime.engine.ports import EnginePorts, PortBook, bind_when_free, take_engine_ports
 from slime.engine.spec import EngineSpec, NodePlacement
@@ -25,9 +25,6 @@ from slime.engine.versions import capabilities, installed_version, option_table,
 TERMINATE_SECONDS = 3.0
 KILL_SECONDS = 5.0
 TAKE_OVER_SECONDS = 60.0
-
-# Loads of the data-parallel ranks (sglang/srt/managers/load_snapshot.py).
-_SHARED = re.compile(r"/dev/shm/sglang_loads_\S+")
 
 # What a server's log shows, in order; the last one seen is the phase that `wait_ready` reports.
 PHASES = (
@@ -107,6 +104,7 @@ class ChildProcess:
             if now != last_phase:
                 detail(f"{self.label}: {now} ({elapsed:.0f} s)")
                 last_phase = now
+                self.note_shared_memory()  # a server that dies while it starts leaves them as well
             if elapsed > next_report:
                 report(f"{self.label}: {now} ({elapsed:.0f} s of at most {timeout:.0f})")
                 next_report = elapsed + 30.0
@@ -128,7 +126,7 @@ class ChildProcess:
 
     def note_shared_memory(self) -> None:
         """Remember the files in shared memory that SGLang makes and, being killed, does not remove."""
-        self._shared |= _shared_files(self.pid)
+        self._shared |= shared_files(self.pid)
 
     def stop(self) -> None:
         """End the whole process group and see it gone: TERM, then KILL. Safe to call twice."""
@@ -166,36 +164,6 @@ class ChildProcess:
             raise RuntimeError(
                 f"{self.label}: process group {group} survived SIGKILL; look at it with: ps -o pid,stat,cmd --ppid {group}"
             )
-
-
-def _shared_files(group: int) -> set[Path]:
-    """Files /dev/shm/sglang_loads_* that processes of the group map."""
-    found: set[Path] = set()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            if os.getpgid(int(entry.name)) != group:
-                continue
-            found |= {Path(name) for name in _SHARED.findall((entry / "maps").read_text())}
-        except OSError:
-            continue
-    return found
-
-
-def group_exists(group: int) -> bool:
-    """Is any process of the group alive (a zombie is not)?"""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            # After the command in parentheses: state, parent, group.
-            state, _, pgrp = entry.joinpath("stat").read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-        if int(pgrp) == group and state != "Z":
-            return True
-    return False
 
 
 class EngineProcess:

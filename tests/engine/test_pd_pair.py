@@ -20,7 +20,8 @@ from engine.engines import TOKEN, make_checkpoint, payload, prompt, request, spe
 from engine.reference import largest_difference, load_reference, read_weights, restored, sample_of, share_of_equal_experts
 
 from slime.engine.client import EngineClient, EngineError, HttpClient, RouterClient, sync
-from slime.engine.process import EngineDied, EngineProcess, group_exists
+from slime.engine.groups import group_exists
+from slime.engine.process import EngineDied, EngineProcess
 from slime.engine.router import RouterProcess, Worker
 from slime.engine.spec import NodePlacement
 from slime.ops.fp8 import quantize_blockwise

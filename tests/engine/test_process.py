@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from slime.engine.groups import group_exists
 from slime.engine.ports import bind_when_free
-from slime.engine.process import ChildProcess, EngineDied, EngineProcess, group_exists, seconds_until_missed
+from slime.engine.process import ChildProcess, EngineDied, EngineProcess, seconds_until_missed
 from slime.engine.spec import EngineSpec, NodePlacement
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -67,9 +68,12 @@ def test_the_token_arrives_on_stdin_and_the_log_is_private(tmp_path):
 
 def test_a_server_ends_when_its_parent_is_killed(tmp_path):
     """The parent dies without a chance to clean up; the open pipe is what tells the server."""
+    shared, of_a_user = (Path(f"/dev/shm/{name}_{os.getpid()}") for name in ("sglang_loads_orphan", "checkpoint"))
     server = (
-        "import os, time; from slime.engine.serve import read_token, stop_with_parent; "
-        "read_token(); stop_with_parent(); print(os.getpid()); time.sleep(600)"
+        "import mmap, os, time; from slime.engine.serve import read_token, stop_with_parent; read_token(); stop_with_parent()\n"
+        f"files = [os.open(name, os.O_RDWR | os.O_CREAT) for name in {[str(shared), str(of_a_user)]}]\n"
+        "kept = [(os.truncate(file, 4096), mmap.mmap(file, 4096)) for file in files]\n"
+        "print(os.getpid()); time.sleep(600)"
     )
     parent = (
         "import os, pathlib, sys, time\n"
@@ -91,6 +95,8 @@ def test_a_server_ends_when_its_parent_is_killed(tmp_path):
     while group_exists(group) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not group_exists(group)
+    assert not shared.exists() and of_a_user.exists(), "what is the server's own goes with it, and nothing else"
+    of_a_user.unlink()
 
 
 def engine(tmp_path: Path, **changes) -> EngineProcess:

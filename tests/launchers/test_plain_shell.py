@@ -284,8 +284,10 @@ def test_a_second_launcher_is_refused_and_one_that_was_killed_leaves_nothing(she
     assert f"SAVE {shell.base / 'Qwen3-4B_slime'} belongs to another run, pid {first.pid} on " in second.stderr
     folder = next(Path(call["all"]["TMPDIR"]).parent for call in shell.calls("start", "--head"))
     first.send_signal(signal.SIGKILL)
-    first.wait()
-    wait_for(lambda: not alive(head))
+    said = first.communicate(timeout=60)[1]
+    assert f"[launch] the launcher (pid {first.pid}) was killed without a word: what it started is being ended" in said
+    assert not alive(head) and not (folder / "tmp").exists() and (folder / "head.log").exists()
+    assert not (shell.base / "Qwen3-4B_slime" / ".slime-owner").exists()
     shell.run(QWEN, BASE_DIR="my base")
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -34,7 +34,8 @@ class Campaign:
     def __init__(self, base: Path, results: Path, *, stop_seconds: float):
         self._base, self._results, self._stop_seconds = base, results, stop_seconds
         self._launch: Launch | None = None
-        self._kind: tuple[bool, bool] | None = None
+        self._tolerant = False
+        self._folder = base / "drilled"
         self._disturbed = False
         """A fault was inflicted on the launch that runs."""
         self._revision = subprocess.run(
@@ -48,8 +49,7 @@ class Campaign:
         if placed is None:
             self.leave()
             return None
-        victim, at, hit, undo = placed
-        label = label_of(victim) if drill.process in ("scheduler", "engine-actor") else ""
+        victim, label, at, hit, undo = placed
         deaf = self._stop_seconds if drill.fault == "stop" else 0.0
         self._observe(launch, at + deaf)
         undo()
@@ -72,42 +72,38 @@ class Campaign:
         return row
 
     def _launch_for(self, drill: Drill) -> Launch:
-        kind = (drill.replays, drill.tolerant)
-        if self._launch is not None and (drill.phase == "start" or kind != self._kind or not self._has_room(self._launch)):
+        launch = self._launch
+        if launch is not None and (drill.phase == "start" or drill.tolerant != self._tolerant or not self._has_room(launch)):
             self.leave()
         if self._launch is None:
-            folder = self._folder(drill.replays)
-            done = newest(folder)
-            if drill.replays and done is not None and done + 1 > NUM_ROLLOUT - _ROLLOUTS_FOR_A_DRILL:
-                self._finish(folder, drill.tolerant)
-            self._kind, self._disturbed = kind, False
-            self._launch = self._start(folder, drill.tolerant)
+            done = newest(self._folder)
+            if done is not None and done + 1 > NUM_ROLLOUT - _ROLLOUTS_FOR_A_DRILL:
+                self._finish(drill.tolerant)
+            self._start(drill.tolerant)
         return self._launch
 
-    def _folder(self, replays: bool) -> Path:
-        return self._base / ("replayed" if replays else "generated")
-
-    def _has_room(self, launch: Launch) -> bool:
-        if launch.process.poll() is not None:
-            return False
+    @staticmethod
+    def _has_room(launch: Launch) -> bool:
         done = launch.rollouts[-1][1] if launch.rollouts else 0
-        return not self._kind[0] or done <= NUM_ROLLOUT - _ROLLOUTS_FOR_A_DRILL
+        return launch.process.poll() is None and done <= NUM_ROLLOUT - _ROLLOUTS_FOR_A_DRILL
 
-    def _start(self, folder: Path, tolerant: bool) -> Launch:
-        replay = ["--load-debug-rollout-data", str(self._base / "dumps" / "{rollout_id}.pt"), "--num-rollout", str(NUM_ROLLOUT)]
-        flags = replay if folder.name == "replayed" else ["--num-rollout", "100000"]
-        return Launch(self._base, folder, [*flags, "--eval-interval", "1", *(["--use-fault-tolerance"] if tolerant else [])])
+    def _start(self, tolerant: bool) -> None:
+        flags = ["--num-rollout", str(NUM_ROLLOUT), "--eval-interval", "1"]
+        flags += ["--rollout-function-path", "tools.drills.recorded.generate_rollout"]
+        self._launch = Launch(self._base, self._folder, [*flags, *(["--use-fault-tolerance"] if tolerant else [])])
+        self._tolerant, self._disturbed = tolerant, False
 
-    def _finish(self, folder: Path, tolerant: bool) -> None:
-        """Let a folder's run come to its end, and begin again."""
-        self._launch, self._kind = self._start(folder, tolerant), (True, tolerant)
-        if not self._launch.until(lambda: False, seconds=_READY_SECONDS) and self._launch.process.poll() is None:
-            print("the undisturbed end of a folder's run did not come", file=sys.stderr)
+    def _finish(self, tolerant: bool) -> None:
+        """Let the folder's run come to its end, and begin again."""
+        self._start(tolerant)
+        self._launch.until(lambda: False, seconds=_READY_SECONDS)
+        if self._launch.process.poll() != 0:
+            print("the undisturbed end of the folder's run did not come", file=sys.stderr)
         self.leave()
-        shutil.rmtree(folder)
+        shutil.rmtree(self._folder)
 
-    def _place(self, launch: Launch, drill: Drill) -> tuple[Seen, float, str, Callable[[], None]] | None:
-        """(victim, moment, phase of that moment, how to undo it)."""
+    def _place(self, launch: Launch, drill: Drill) -> tuple[Seen, str, float, str, Callable[[], None]] | None:
+        """(victim, its engine, moment, phase of that moment, how to undo it)."""
         if drill.phase == "start":
             if not launch.until(lambda: bool(launch.scene.of(drill.process)), seconds=_READY_SECONDS):
                 return None
@@ -121,11 +117,12 @@ class Campaign:
             if drill.process != "writer":  # it lives for some hundredths of a second
                 time.sleep(drill.delay)
             if found := self._victim(launch, drill):
+                label = label_of(found) if drill.process in ("scheduler", "engine-actor") else ""
                 at, hit = time.monotonic(), launch.phase
                 try:
                     undo = inflict(drill.fault, found.pid, stop_seconds=self._stop_seconds)
                     self._disturbed = True
-                    return found, at, hit, undo
+                    return found, label, at, hit, undo
                 except ProcessLookupError:
                     continue
         return None
@@ -164,19 +161,17 @@ class Campaign:
 
     def _settle(self, launch: Launch) -> None:
         """What the launch, now over, shows of earlier drills: that it resumed them, and that they changed no bit."""
-        replays, waiting = self._kind[0], read(self._results) if self._results.exists() else []
-        same = exact.is_exact(self._base, launch.checkpoints) if replays else None
+        waiting = read(self._results) if self._results.exists() else []
+        same = exact.is_exact(self._base, self._folder)
         resumed = None
         if launch.rollouts:
             resumed = launch.rollouts[0][1] == (0 if launch.before is None else launch.before + 1) + 1
         elif not self._disturbed and launch.process.poll() not in (0, -15, 143):
             resumed = False
         for row in waiting:
-            if (row.phase not in ("generate", "start")) != replays or row.resumed is not None:
-                continue
-            if row.outcome == "survived" and same is not None:
-                self._write(replace(row, resumed=True, exact=same))
-            elif row.outcome != "survived" and resumed is not None:
+            if row.outcome == "survived" and row.exact is None:
+                self._write(replace(row, exact=same))
+            elif row.outcome != "survived" and row.resumed is None and resumed is not None:
                 self._write(replace(row, resumed=resumed, exact=same))
 
     def _write(self, row: Row) -> None:

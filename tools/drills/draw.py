@@ -31,11 +31,6 @@ class Drill:
     which: int
     """Of several processes of the kind."""
 
-    @property
-    def replays(self) -> bool:
-        """Recorded rollouts, so that what is trained is known to the bit; only generation itself cannot be replayed."""
-        return self.phase not in ("generate", "start")
-
     def __str__(self) -> str:
         return f"{self.seed}/{self.number}: {self.fault} of {self.process} in {self.phase}"
 

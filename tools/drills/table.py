@@ -25,9 +25,9 @@ class Row:
     left: Sequence[str]
     faults: Sequence[str]
     resumed: bool | None
-    """The next run of the same folder began with the rollout behind the newest checkpoint; None: not asked."""
+    """The next launch began with the rollout behind the newest checkpoint; None: it survived, or nothing followed yet."""
     exact: bool | None
-    """Its checkpoints were those of the undisturbed run, to the bit; None where rollouts were not replayed."""
+    """The checkpoint behind it was that of the undisturbed run, to the bit; None: there was none yet."""
     revision: str = ""
     """Of the project, when the drill was made."""
     hit: str = ""
