@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 
 import pytest
 
-from slime.compat.peers import only_from, source_filter
+from slime.compat.peers import keep_listeners, only_from, source_filter
+
+# torch/csrc/distributed/c10d: VALIDATE with its magic number, then PING with a number that comes back.
+STORE_PING = b"\0\xce\xf7\x85\x3c" + b"\x0d" + b"abcd"
 
 
 def says_hello(source: str, port: int, listener: socket.socket) -> bool:
@@ -33,6 +38,48 @@ def test_only_the_listed_addresses_connect(family, everywhere):
         listener.listen()
         reached = [n for n in range(1, 9) if says_hello(f"127.0.0.{n}", listener.getsockname()[1], listener)]
     assert reached == [2, 5, 7]
+
+
+LISTENS_EVERYWHERE = """
+import sys
+from datetime import timedelta
+import socket
+import torch.distributed as dist
+
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+other = socket.create_server(("0.0.0.0", 0))
+print(store.port, other.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_child_that_listens_everywhere_is_kept_to_addresses_at_the_ports_that_are_named():
+    """torch's store, in a process that was not asked; what it has taken before stays."""
+    command = [sys.executable, "-c", LISTENS_EVERYWHERE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        kept, other = map(int, child.stdout.readline().split())
+        assert reached(kept, source="127.0.0.9")
+        with socket.create_connection(("127.0.0.1", kept)) as before:
+            assert keep_listeners([child.pid], {kept}, ["127.0.0.1", "127.0.0.2"]) == 1
+            before.sendall(STORE_PING)
+            assert before.recv(4) == STORE_PING[-4:]
+        assert [source for source in ("127.0.0.1", "127.0.0.2", "127.0.0.9") if reached(kept, source=source)] == [
+            "127.0.0.1", "127.0.0.2"
+        ]  # fmt: skip
+        assert reached(other, source="127.0.0.9"), "nobody named it"
+        child.stdin.close()
+    assert keep_listeners([child.pid], {kept}, ["127.0.0.1"]) == 0, "it has ended"
+
+
+def reached(port: int, *, source: str) -> bool:
+    with socket.socket() as caller:
+        caller.settimeout(0.5)
+        caller.bind((source, 0))
+        try:
+            caller.connect(("127.0.0.1", port))
+        except TimeoutError:
+            return False
+        return True
 
 
 def test_what_cannot_be_told_apart_is_refused():

@@ -7,17 +7,21 @@ sockets that ask for no secret and must be reached from other nodes; one that se
 from __future__ import annotations
 
 import ctypes
+import errno
 import ipaddress
 import os
 import socket
+import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 SO_ATTACH_FILTER = getattr(socket, "SO_ATTACH_FILTER", 26)
 
 # linux/filter.h: offsets from here on count from the IP header, which a TCP socket's filter would else not see.
 _NETWORK_HEADER = -0x100000
 _SOURCE_IPV4 = 12
+_SYSCALL_PIDFD_GETFD = 438
+"""The same number on every architecture (since Linux 5.6)."""
 _LOAD_WORD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 
 
@@ -48,3 +52,43 @@ def source_filter(peers: Sequence[str]) -> list[tuple[int, int, int, int]]:
     for at, address in enumerate(addresses):
         steps.append((_JUMP_IF_EQUAL, len(addresses) - at, 0, int(address)))
     return [*steps, (_RETURN, 0, 0, 0), (_RETURN, 0, 0, 0xFFFFFFFF)]
+
+
+def keep_listeners(pids: Sequence[int], ports: Container[int], peers: Sequence[str]) -> int:
+    """What these processes of ours listen on at these ports takes connections of the peers alone, from now on.
+
+    For a program that cannot be told where to listen, after it has begun; connections that are there stay. Returns how many
+    sockets it was. Raises OSError where the kernel lets nobody at another process's sockets (a container without ptrace).
+    """
+    num_kept = 0
+    for pid in pids:
+        try:
+            process = os.pidfd_open(pid)
+            descriptors = [int(name) for name in os.listdir(f"/proc/{pid}/fd")]
+        except (ProcessLookupError, FileNotFoundError):
+            continue
+        try:
+            num_kept += sum(_keep(process, descriptor, ports, peers) for descriptor in descriptors)
+        finally:
+            os.close(process)
+    return num_kept
+
+
+def _keep(process: int, descriptor: int, ports: Container[int], peers: Sequence[str]) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    mine = libc.syscall(_SYSCALL_PIDFD_GETFD, process, descriptor, 0)
+    if mine < 0:
+        code = ctypes.get_errno()
+        if code in (errno.EBADF, errno.ESRCH):  # closed meanwhile
+            return False
+        raise OSError(code, os.strerror(code))
+    if not stat.S_ISSOCK(os.fstat(mine).st_mode):
+        os.close(mine)
+        return False
+    with socket.socket(fileno=mine) as one:
+        if one.family not in (socket.AF_INET, socket.AF_INET6) or not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return False
+        if one.getsockname()[1] not in ports:
+            return False
+        only_from(one, peers)
+    return True

@@ -14,10 +14,11 @@ from typing import BinaryIO
 
 import httpx
 
+from slime.compat.peers import keep_listeners
 from slime.engine import kernels, kinds
-from slime.engine.groups import group_exists, shared_files
+from slime.engine.groups import group_exists, members, shared_files
 from slime.engine.last_words import last_words
-from slime.engine.ports import EnginePorts, PortBook, bind_when_free, take_engine_ports
+from slime.engine.ports import DIST_INIT_BLOCK, EnginePorts, PortBook, bind_when_free, take_engine_ports
 from slime.engine.spec import EngineSpec, NodePlacement
 from slime.engine.versions import capabilities, installed_version, option_table, typed_argv
 
@@ -254,11 +255,30 @@ class EngineProcess:
         took = self.child.wait(self._answers, timeout=timeout, phase=self._phase, report=self.report, detail=self.detail)
         self._book.release()
         self.child.note_shared_memory()
+        if self.device_kind == "cuda":
+            self.keep_to_the_run()
         self.report(
             f"engine {self.spec.label}: ready at {self.url} after {took:.1f} s "
             f"(pid {self.child.pid}, log {self.child.log_path})"
         )
         return took
+
+    def keep_to_the_run(self) -> None:
+        """The bootstrap server and the ports where ranks meet ask for no secret, and on GPUs SGLang opens them to everybody:
+        the run's nodes alone get through from now on."""
+        ports = {self.ports.nccl, *range(self.ports.dist_init, self.ports.dist_init + DIST_INIT_BLOCK + self.spec.dp_size)}
+        ports |= {self.ports.bootstrap} - {None}
+        if any(":" in address for address in (self.place.host, *self.place.peers)):
+            return  # the filter reads IPv4
+        try:
+            kept = keep_listeners([*members(self.child.pid)], ports, sorted({"127.0.0.1", self.place.host, *self.place.peers}))
+        except OSError as error:
+            self.report(
+                f"engine {self.spec.label}: its ports {min(ports)} to {max(ports)} ask for no secret and stay open to the "
+                f"network ({error.strerror}); close them with the firewall rule of docs/en/advanced/sockets.md"
+            )
+            return
+        self.detail(f"engine {self.spec.label}: {kept} sockets are kept to the nodes of the run")
 
     def _answers(self) -> bool:
         try:

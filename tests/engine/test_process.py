@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from slime.engine.groups import group_exists
-from slime.engine.ports import bind_when_free
+from slime.engine.ports import EnginePorts, bind_when_free
 from slime.engine.process import ChildProcess, EngineDied, EngineProcess, seconds_until_missed
 from slime.engine.spec import EngineSpec, NodePlacement
 
@@ -164,6 +164,55 @@ def test_a_port_whose_server_is_ending_is_taken_once_nobody_listens_there():
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("127.0.0.1", port))
             server.listen()  # what the new server does while the port is still held for it
+
+
+LISTENS = """
+import socket, sys, time
+kept = [socket.create_server(("0.0.0.0", int(port)), reuse_port=False) for port in sys.argv[1:]]
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_gpu_engines_ports_that_ask_for_no_secret_are_kept_to_the_runs_nodes(tmp_path):
+    """A prefill engine on a node of two; what it serves over HTTP asks for the token itself."""
+    told: list[str] = []
+    place = NodePlacement(0, "127.0.0.2", 0, peers=("127.0.0.2", "127.0.0.3"))
+    values = {**vars(engine(tmp_path).spec), "role": "prefill"}
+    process = EngineProcess(
+        EngineSpec(**values), device_kind="cuda", token="t", log_path=tmp_path / "e.log", place=place, detail=told.append
+    )
+    process._book.release()
+    # Free at every address; the block from dist_init on holds no other of them.
+    free = [socket.create_server(("0.0.0.0", 0)) for _ in range(4)]
+    open_ones = sorted(one.getsockname()[1] for one in free)
+    for one in free:
+        one.close()
+    http, bootstrap, nccl, dist_init = open_ones
+    process.ports = EnginePorts(http, nccl, dist_init, bootstrap)
+    try:
+        process.child.launch([sys.executable, "-u", "-c", LISTENS, *map(str, open_ones)], dict(os.environ), "t")
+        wait(process.child, ready=lambda: "up" in process.child.log_path.read_text())
+        process.keep_to_the_run()
+        assert told == ["engine default-prefill-0: 3 sockets are kept to the nodes of the run"]
+        reached = {
+            source: [port for port in open_ones if connects(port, source=source)]
+            for source in ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.9")
+        }
+        assert reached == dict.fromkeys(("127.0.0.1", "127.0.0.2", "127.0.0.3"), open_ones) | {"127.0.0.9": [http]}
+    finally:
+        process.stop()
+
+
+def connects(port: int, *, source: str) -> bool:
+    with socket.socket() as caller:
+        caller.settimeout(0.5)
+        caller.bind((source, 0))
+        try:
+            caller.connect(("127.0.0.1", port))
+        except TimeoutError:
+            return False
+        return True
 
 
 def test_an_engine_in_the_place_of_a_lost_one_has_its_address_and_leaves_its_log(tmp_path):
