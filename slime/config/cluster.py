@@ -60,8 +60,8 @@ class EngineConfig:
     """The router gives a request up after this many seconds."""
     sglang_server_concurrency: int = flag(512, low=1)
     """Requests in flight per engine."""
-    rollout_external_engine_addrs: tuple[str, ...] | None = flag(None, later="engines that somebody else started")
-    """host:port of engines that already run."""
+    rollout_external_engine_addrs: tuple[str, ...] | None = None
+    """host:port of engines that already run: the run starts a router for them alone, and never starts or stops one."""
     update_weight_buffer_size: int = flag(512 * 1024 * 1024, low=1)
     """Bytes of one weight bucket on its way to the engines."""
     update_weights_interval: int = flag(1, low=1)

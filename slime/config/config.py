@@ -120,7 +120,7 @@ class FlatArgs:
         if name == "use_critic":
             return config.algorithm.advantage_estimator == "ppo"
         if name == "rollout_external":
-            return False
+            return config.engine.rollout_external_engine_addrs is not None
         field_name = megatron_flags.ALIASES.get(name, name)
         for mapping in (config.model.megatron, config.optimizer.megatron, config.optimizer.ddp, config.debug.custom):
             if field_name in mapping:

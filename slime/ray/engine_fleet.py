@@ -25,7 +25,9 @@ from slime.ray.calls import gather
 from slime.ray.destinations import Destinations, EngineTarget
 from slime.ray.engine_actor import EngineActor, EngineAddress
 from slime.ray.engine_nodes import Death, EngineNode
+from slime.ray.external_engines import absent, ask_all, node_of
 from slime.ray.placement import ALL_DEVICES, ENGINE_SHARE, Placement
+from slime.weights.follow import wait_for_copy
 from slime.weights.serving import Receiver
 
 logger = logging.getLogger(__name__)
@@ -42,12 +44,16 @@ class Engine:
     url: str
     bootstrap_port: int | None
     nodes: tuple[EngineNode, ...]
-    """Node 0, which answers HTTP, first."""
+    """Node 0, which answers HTTP, first; none of an engine that somebody else runs."""
     starts: int = 1
 
     @property
     def label(self) -> str:
         return self.spec.label
+
+    @property
+    def is_external(self) -> bool:
+        return not self.nodes
 
 
 class EngineFleet:
@@ -75,9 +81,23 @@ class EngineFleet:
             self.engines.append(Engine(spec, address.url, address.bootstrap_port, (head, *others)))
             nodes = (head, *(node for node, _ in self._started(others)))
             self.engines[-1] = replace(self.engines[-1], nodes=nodes)
+        if (addresses := self._config.engine.rollout_external_engine_addrs) is not None:
+            self._join_external(addresses)
+
+    def _join_external(self, addresses: Sequence[str]) -> None:
+        config = self._config
+        told = {
+            "model": config.engine.groups[0].name,
+            "model_path": config.checkpoint.hf_checkpoint,
+            "asked": config.engine.sglang,
+        }
+        for one in ask_all(addresses, self._token, **told):
+            self.engines.append(Engine(one.spec, one.url, one.bootstrap_port, ()))
+            sizes = f"TP {one.spec.tp_size} x PP {one.spec.pp_size}, EP {one.spec.ep_size}"
+            logger.info("engine %s: external, at %s, sglang %s, %s", one.spec.label, one.url, one.version, sizes)
 
     def wait_ready(self) -> None:
-        heads = [engine.nodes[0] for engine in self.engines]
+        heads = [engine.nodes[0] for engine in self.engines if not engine.is_external]
         gather({head.name: head.actor.wait_ready.remote() for head in heads}, doing="coming up")
         self.routers = {model.name: self._make_router(model.name, number) for number, model in enumerate(self._models())}
         for router in self.routers.values():
@@ -158,8 +178,12 @@ class EngineFleet:
         )
         shared = set(placement.trainer_slots)
         slots = [*placement.trainer_slots, *(slot for slot in placement.engine_slots if slot not in shared)]
-        number = {address: node for node, address in enumerate(dict.fromkeys(slot.node_ip for slot in slots))}
-        return Destinations(engines, tuple(number[slot.node_ip] for slot in slots), tuple(number))
+        at = [slot.node_ip for slot in slots]
+        for engine in self.engines:
+            if engine.is_external:
+                at += [node_of(engine.url, ray.util.get_node_ip_address())] * engine.spec.num_gpus
+        number = {address: node for node, address in enumerate(dict.fromkeys(at))}
+        return Destinations(engines, tuple(number[address] for address in at), tuple(number))
 
     def pause(self) -> None:
         self._each(self.updated(), lambda client: client.pause_generation(), doing="pausing")
@@ -177,12 +201,14 @@ class EngineFleet:
     def load(self, version: int, folder: str) -> None:
         """A published version, by every engine: the folder itself, or, of differences, the nodes' own copies."""
         options, nodes = self._config.engine, self._nodes(self.updated())
+        copies: dict[str, str] = {}
         if options.update_weight_mode == "delta":
             local, origin = options.update_weight_local_checkpoint_dir, self._config.checkpoint.hf_checkpoint
             root = options.update_weight_disk_dir
             calls = {name: node.actor.follow.remote(local, origin, root, version) for name, node in nodes.items()}
             gather(calls, doing=f"following weights v{version}", timeout=UPDATE_SECONDS)
             folder = local
+            copies = {engine.label: wait_for_copy(root, engine.url, version, UPDATE_SECONDS) for engine in self._external()}
         elif options.check_weight_update_equal:
             calls = {name: node.actor.spoilt.remote(folder) for name, node in nodes.items()}
             for name, wrong in gather(calls, doing=f"checking {folder}", timeout=UPDATE_SECONDS).items():
@@ -192,7 +218,13 @@ class EngineFleet:
                         f"{', '.join(wrong[:5])}; the engines stay paused. Look at the disk, and start the run again"
                     )
         doing = f"loading weights v{version} from {folder}"
-        self._each(self.updated(), lambda client: client.update_weights_from_disk(folder), doing=doing)
+        ours = [engine for engine in self.updated() if engine.label not in copies]
+        self._each(ours, lambda client: client.update_weights_from_disk(folder), doing=doing)
+        for engine in self._external():
+            if engine.label in copies:
+                copy = copies[engine.label]
+                doing = f"loading weights v{version} from {copy}"
+                self._each([engine], lambda client, copy=copy: client.update_weights_from_disk(copy), doing=doing)
 
     def end(self, version: int) -> None:
         self._each(
@@ -234,13 +266,20 @@ class EngineFleet:
     def _nodes(self, engines: Sequence[Engine] | None = None) -> dict[str, EngineNode]:
         return {node.name: node for engine in (self.engines if engines is None else engines) for node in engine.nodes}
 
+    def _external(self) -> list[Engine]:
+        return [engine for engine in self.engines if engine.is_external]
+
     def _deaths(self) -> dict[str, Death]:
-        """By the name of the node."""
-        return engine_nodes.deaths(list(self._nodes().values()))
+        """By the name of the node; of an external engine, its address."""
+        found = engine_nodes.deaths(list(self._nodes().values()))
+        for engine in self._external():
+            if why := absent(engine.url, self._token):
+                found[engine.url] = Death(f"external engine {engine.label} at {engine.url} does not answer: {why}")
+        return found
 
     def _without(self, dead: Mapping[str, Death]) -> tuple[list[Engine], list[Engine]]:
         """(engines that are whole, engines that lack a node)."""
-        broken = [engine for engine in self.engines if any(node.name in dead for node in engine.nodes)]
+        broken = [e for e in self.engines if e.url in dead or any(node.name in dead for node in e.nodes)]
         return [engine for engine in self.engines if engine not in broken], broken
 
     def _dead_routers(self) -> dict[str, str]:
@@ -292,8 +331,12 @@ class EngineFleet:
         ] + self.obituaries()
 
     def end_engine(self, label: str) -> None:
-        """Kill one engine, on all its nodes."""
-        engine_nodes.stop([node for engine in self.engines if engine.label == label for node in engine.nodes])
+        """Kill one engine, on all its nodes; of one that is not ours, end the requests."""
+        for engine in self.engines:
+            if engine.label == label:
+                engine_nodes.stop(list(engine.nodes))
+                if engine.is_external:
+                    self.routers[engine.spec.model].stop()
 
     def recover(self) -> list[str]:
         """Start what died again, at the address where it was, and wait until it serves. What was started; empty if all live.
@@ -307,6 +350,12 @@ class EngineFleet:
         if not dead and not routers_died:
             return []
         engine_nodes.refuse_lost_nodes(self._nodes(), dead)
+        if gone := [engine for engine in self._external() if engine.url in dead]:
+            raise RuntimeError(
+                f"external engine {', '.join(engine.url for engine in gone)} is gone, and it is not this run's to start: "
+                "start it "
+                "again at that address and run the same command again; it resumes from the last checkpoint"
+            )
         whole, broken = self._without(dead)
         self._abort_on(whole)
         engine_nodes.stop(list(self._nodes(broken).values()))
@@ -352,11 +401,20 @@ class EngineFleet:
     def stop(self) -> None:
         for router in self.routers.values():
             router.stop()
+        self._let_go()
         nodes = list(self._nodes().values())
         engine_nodes.stop(nodes)
         for node in nodes:
             ray.kill(node.actor)
         self.engines.clear()
+
+    def _let_go(self) -> None:
+        """An external engine that was paused for new weights goes on serving what it has."""
+        for engine in self._external():
+            try:
+                self._each([engine], lambda client: client.continue_generation(), doing="continuing")
+            except EngineError as error:
+                logger.warning("%s; it may still be paused", error)
 
     def _each(
         self, engines: list[Engine], call: Callable[[EngineClient], Awaitable[object]], *, doing: str

@@ -88,7 +88,8 @@ class RolloutActor:
         if self._fleet.router is not None:
             runtime |= {"sglang_router_ip": self._fleet.router.host, "sglang_router_port": self._fleet.router.port}
             runtime["sglang_model_routers"] = {name: (one.host, one.port) for name, one in self._fleet.routers.items()}
-            if len(self._fleet.routers) > 1:  # else as slime counts them, by GPUs
+            if len(self._fleet.routers) > 1 or self._config.engine.rollout_external_engine_addrs:
+                # Else as slime counts them, by GPUs.
                 runtime["rollout_num_engines"] = len(self._fleet.updated())
         return self._config.args.with_runtime(**runtime)
 

@@ -163,7 +163,7 @@ def publish_version(
     total = {"total_size": sum(part.nbytes for part in parts)}
     (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": total, "weight_map": where}) + "\n")
     digests = {name: value for part in parts for name, value in (part.digests or {}).items()}
-    _write_whole(partial / HEADER, json.dumps(asdict(header) | {"digests": digests, "files": where}))
+    write_whole(partial / HEADER, json.dumps(asdict(header) | {"digests": digests, "files": where}))
     for file in partial.iterdir():
         _sync_file(file)
     target = version_folder(root, header.version)
@@ -181,7 +181,7 @@ def _sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text + "\n")
     _sync_file(part)
@@ -241,7 +241,7 @@ class LocalCopy:
             return None
 
     def _set(self, run: str, version: int | None) -> None:
-        _write_whole(self._state, json.dumps({"run": run, "version": version}))
+        write_whole(self._state, json.dumps({"run": run, "version": version}))
 
     def _seed(self) -> None:
         """The serving checkpoint as it is."""

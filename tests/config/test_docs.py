@@ -33,7 +33,7 @@ def known() -> set[str]:
     flags = set(FLAG.findall(answer.stdout))
     assert {"--prompt-data", "--num-layers"} <= flags
     sources = [*(ROOT / "tools").rglob("*.py"), *(ROOT / "scripts").rglob("*.sh"), *(ROOT / "slime").rglob("__main__.py")]
-    sources += [*(ROOT / "slime" / "rehearse").glob("*.py")]
+    sources += [*(ROOT / "slime" / "rehearse").glob("*.py"), ROOT / "slime" / "weights" / "follow.py"]
     for source in sources:
         flags |= set(FLAG.findall(source.read_text()))
     return flags | engine_flags() | OF_OTHER_PROGRAMS | MEANT_WRONG

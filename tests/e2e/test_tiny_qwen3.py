@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.engines import TOKEN, spec
 from safetensors.torch import load_file
+
+from slime.engine.client import EngineClient, sync
+from slime.engine.process import EngineProcess
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +41,9 @@ APART = ("--actor-num-gpus-per-node", 1, "--num-gpus-per-node", 2, "--rollout-nu
 
 
 def run(
-    checkpoint: Path, tmp_path: Path, *more: object, devices: tuple = SHARED, module: str = "slime.train"
-) -> subprocess.CompletedProcess:
+    checkpoint: Path, tmp_path: Path, *more: object, devices: tuple = SHARED, module: str = "slime.train",
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess:  # fmt: skip
     """One rollout of a whole run, where `more` does not say otherwise; logs of its servers are in tmp_path / "logs"."""
     from tools.make_arithmetic_data import main as make_data
 
@@ -103,6 +108,7 @@ def run(
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {
         "SLIME_RUN_DIR": str(tmp_path / "logs"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests/rollout"), os.environ.get("PYTHONPATH")])),
+        **(env or {}),
     }
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, flags)],
@@ -194,3 +200,46 @@ def test_an_engine_on_a_device_of_its_own_gets_the_trained_weights(checkpoint, t
     )
     assert exported.keys() == local.keys() == headers[1]["digests"].keys()
     assert all(torch.equal(exported[name], local[name]) for name in exported)
+
+
+@pytest.fixture
+def engine_of_somebody_else(checkpoint, tmp_path):
+    """A server that serves the checkpoint, and beside it a process that follows the differences in tmp_path / "w"."""
+    engine = EngineProcess(spec("regular", 0, checkpoint), device_kind="host", token=TOKEN, log_path=tmp_path / "engine.log")
+    engine.start()
+    engine.wait_ready()
+    folders = {"--root": tmp_path / "w", "--local": tmp_path / "local", "--origin": checkpoint, "--engine": engine.url}
+    words = [str(word) for pair in folders.items() for word in pair]
+    follower = subprocess.Popen([sys.executable, "-m", "slime.weights.follow", *words], cwd=ROOT)
+    try:
+        yield engine
+    finally:
+        follower.kill()
+        follower.wait()
+        engine.stop()
+
+
+def test_engines_of_somebody_else_follow_differences_and_serve_on_when_the_run_has_ended(
+    checkpoint, tmp_path, engine_of_somebody_else
+):
+    engine = engine_of_somebody_else
+    ended = run(
+        checkpoint, tmp_path, "--rollout-external-engine-addrs", engine.url, "--update-weight-transport", "disk",
+        "--update-weight-mode", "delta", "--update-weight-disk-dir", tmp_path / "w",
+        "--check-weight-update-equal",
+        devices=("--actor-num-gpus-per-node", 1, "--num-gpus-per-node", 1), env={"SLIME_ENGINE_TOKEN": TOKEN},
+    )  # fmt: skip
+    text = ended.stdout + ended.stderr
+    assert ended.returncode == 0, text[-6000:]
+    assert f"engine default-regular-0: external, at {engine.url}, sglang 0.5.23, TP 1 x PP 1, EP 1" in text
+    [gap] = re.findall(r"rollout 1/1 \| reward .* \| gap ([\d.]+) ", text)
+    assert float(gap) < 0.05, gap
+    exported, local = (
+        {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for folder in (tmp_path / "hf-0", tmp_path / "local")
+    )
+    assert exported.keys() == local.keys() and all(torch.equal(exported[name], local[name]) for name in exported)
+    client = EngineClient(engine.url, TOKEN)
+    assert sync(client.weight_version()) == "2"
+    answer = sync(client.generate({"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 2, "ignore_eos": True}}))
+    assert answer["meta_info"]["completion_tokens"] == 2

@@ -108,3 +108,14 @@ def test_a_dead_engine_is_not_asked_again_whether_it_answers(fleet):
     fleet.end_hopeless_requests()
     fleet.missed_checks(1.0)
     assert asked == ["a"]
+
+
+def test_an_external_engine_that_is_gone_is_named_and_not_started(fleet, monkeypatch):
+    spec = SimpleNamespace(label="default-regular-2", model="default", role="regular", num_nodes=1)
+    fleet.engines = [Engine(spec, "http://10.0.0.9:30000", None, ())]
+    monkeypatch.setattr(engine_nodes, "deaths", lambda nodes: {})
+    monkeypatch.setattr(engine_fleet, "absent", lambda url, token: "ConnectError")
+    assert fleet.obituaries() == ["external engine default-regular-2 at http://10.0.0.9:30000 does not answer: ConnectError"]
+    with pytest.raises(RuntimeError, match="http://10.0.0.9:30000 is gone, and it is not this run's to start"):
+        fleet.recover()
+    assert fleet.events == []

@@ -11,7 +11,17 @@ def option(role: str, text: str) -> Edit:
     return in_group(role, ("dp_size: 64", f"dp_size: 64\n          {text}"))
 
 
+EXTERNAL = "--rollout-external-engine-addrs"
 WRONG_ENGINES: dict[str, tuple[Edit, str]] = {
+    "somebody else's engine on the trainer's GPUs": (
+        flags(EXTERNAL, "10.0.0.7:30000"),
+        "--colocate is about engines that the run starts, and --rollout-external-engine-addrs names some that already run",
+    ),
+    "somebody else's engine by its name alone": (flags(EXTERNAL, "node7"), "'node7' is no host:port"),
+    "somebody else's engine twice": (
+        flags(EXTERNAL, "10.0.0.7:30000", "http://10.0.0.7:30000/"),
+        "names http://10.0.0.7:30000 twice",
+    ),
     "nobody reads the text": (flags("--sglang-tokenizer-worker-num", "0"), "tokenizer_worker_num 0; give 1 or more"),
     "a stream of nothing": (option("decode", "stream_interval: 0"), "default decode: stream_interval 0"),
     "a prefill of nothing": (option("prefill", "max_prefill_tokens: 0"), "default prefill: max_prefill_tokens 0"),

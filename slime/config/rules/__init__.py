@@ -31,6 +31,7 @@ from slime.config.rules import (
     engines,
     environment,
     evaluation,
+    external,
     layout,
     lengths,
     loop,
@@ -60,7 +61,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         converts=True,
     ),
-    Stage((placement.debug_modes, placement.placement)),
+    Stage((external.external, placement.debug_modes, placement.placement)),
     Stage((layout.layout,), converts=True),
     Stage((layout.sequences, layout.stage_starts, training.multi_token_prediction, training.recomputation)),
     Stage(

@@ -29,7 +29,7 @@ def weight_sync(v: Values) -> None:
         "--update-weight-transport disk has no folder to write to; add --update-weight-disk-dir, which trainer and engines see",
     )
     v.require(
-        local or not is_delta,
+        local or not is_delta or v["rollout_external_engine_addrs"],
         "--update-weight-mode delta changes a copy of the serving checkpoint on each engine's node; say where it is to be: "
         "--update-weight-local-checkpoint-dir",
     )

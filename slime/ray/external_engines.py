@@ -1,0 +1,137 @@
+"""Engines that somebody else runs: what each says of itself, and whether it is still there. Never started, never stopped."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from slime.config.external import engine_url
+from slime.engine.client import EngineClient, EngineError, sync
+from slime.engine.spec import EngineSpec
+from slime.engine.versions import capabilities, translate
+
+_LOOK_SECONDS = 10.0
+SETTINGS = ("speculative_algorithm", "enable_eplb", "ep_num_redundant_experts", "enable_return_routed_experts")
+"""What of an engine's options decides which weights it takes and what it answers."""
+THEIRS = ("enable_metrics", "mem_fraction_static", "pp_size", "dp_size", "ep_size", "tp_size", "trust_remote_code")
+"""Options that may differ: how an engine is cut, and how much memory it takes, is its own affair."""
+PRECISIONS = ("auto", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class External:
+    spec: EngineSpec
+    url: str
+    bootstrap_port: int | None
+    version: str
+
+
+def ask_all(
+    addresses: Sequence[str], token: str, *, model: str, model_path: str, asked: Mapping[str, object]
+) -> list[External]:
+    """In the order of the flag. model: the name that they go by. asked: --sglang-* options, which each has to have been started
+    with. Raises ValueError for one that does not answer, or that cannot serve a model in training."""
+    found: list[External] = []
+    offset = 0
+    for number, address in enumerate(addresses):
+        url = engine_url(address)
+        info = _info(url, token)
+        found.append(_external(number, url, info, offset=offset, model=model, model_path=model_path))
+        _compare(url, found[-1].version, info, asked)
+        offset += found[-1].spec.num_gpus
+    roles = {one.spec.role for one in found}
+    if roles & {"prefill", "decode"} and roles != {"prefill", "decode"}:
+        told = ", ".join(f"{one.url} {one.spec.role}" for one in found)
+        raise ValueError(
+            f"--rollout-external-engine-addrs: {told}; one router takes regular engines, or prefill and decode engines: "
+            "name one kind"
+        )
+    return found
+
+
+def _info(url: str, token: str) -> Mapping[str, object]:
+    async def ask() -> Mapping[str, object]:
+        client = EngineClient(url, token)
+        try:
+            return await client.server_info()
+        finally:
+            await client.close()
+
+    try:
+        return sync(ask())
+    except EngineError as error:
+        hint = "give the run its key in SLIME_ENGINE_TOKEN" if error.status == 401 else "start it first, or correct the address"
+        raise ValueError(f"external engine {url} cannot be asked what it is ({error}); {hint}") from None
+
+
+def _external(number: int, url: str, info: Mapping[str, object], *, offset: int, model: str, model_path: str) -> External:
+    version = str(info.get("version"))
+    capabilities(version)  # ValueError for one that is not supported
+    mode = str(info.get("disaggregation_mode") or "null")
+    role = mode if mode in ("prefill", "decode") else "regular"
+    tp, pp = int(info["tp_size"]), int(info.get("pp_size") or 1)  # type: ignore[call-overload]
+    dtype = str(info.get("dtype") or "auto")
+    if dtype not in PRECISIONS:
+        raise ValueError(
+            f"external engine {url} serves in {dtype}, and the trainer computes in bf16; start it with --dtype bfloat16"
+        )
+    spec = EngineSpec(
+        model=model,
+        role=role,
+        engine_id=number,
+        gpu_offset=offset,
+        num_gpus=tp * pp,
+        num_nodes=int(info.get("nnodes") or 1),  # type: ignore[call-overload]
+        tp_size=tp,
+        pp_size=pp,
+        dp_size=int(info.get("attn_dp_size") or info.get("dp_size") or 1),  # type: ignore[call-overload]
+        ep_size=int(info.get("ep_size") or 1),  # type: ignore[call-overload]
+        model_path=str(info.get("model_path") or model_path),
+        update_weights=True,
+        needs_offload=False,
+        random_seed=int(info.get("random_seed") or 0),  # type: ignore[call-overload]
+        settings={name: info[name] for name in SETTINGS if info.get(name)},
+    )
+    port = info.get("disaggregation_bootstrap_port") if role == "prefill" else None
+    return External(spec, url, None if port is None else int(port), version)  # type: ignore[call-overload]
+
+
+def _compare(url: str, version: str, info: Mapping[str, object], asked: Mapping[str, object]) -> None:
+    """Options of the run that the engine knows and was started without."""
+    wanted = translate(asked, capabilities(version)).settings
+    others = [
+        f"{name} {info[name]!r}, not {value!r}"
+        for name, value in sorted(wanted.items())
+        if name in info and name not in THEIRS and str(info[name]).lower() != str(value).lower()
+    ]
+    if others:
+        raise ValueError(
+            f"external engine {url} was started with {'; '.join(others)}: start it with the run's --sglang-* options, or leave "
+            "them out here"
+        )
+
+
+def absent(url: str, token: str) -> str | None:
+    """Why an engine does not answer; None where it does, or is only busy."""
+
+    async def look() -> None:
+        client = EngineClient(url, token)
+        try:
+            await client.call("GET", "/health", timeout=_LOOK_SECONDS)
+        finally:
+            await client.close()
+
+    try:
+        sync(look())
+    except EngineError as error:
+        return None if error.status in (503, 429) else str(error)
+    return None
+
+
+def node_of(url: str, own: str) -> str:
+    """Address of an engine's machine; `own` where it is this one."""
+    host = str(urlsplit(url).hostname)
+    address = socket.gethostbyname(host) if ":" not in host else host
+    return own if address.startswith("127.") or address == "::1" else address
