@@ -1,16 +1,20 @@
-"""A cluster in a box: nodes on one machine, each with its own network, host name, /dev/shm and /tmp, joined by a bridge.
+"""A cluster in a box: nodes on one machine, each with a network, processes, a host name, /dev/shm and /tmp of its own.
 
     .venv/bin/python tools/cluster_box.py make BOX --nodes 2       (as root; BOX is a folder, which all nodes share)
     .venv/bin/python tools/cluster_box.py on BOX 1 COMMAND...      runs a command on node 1, with this environment
     .venv/bin/python tools/cluster_box.py down BOX 2               takes the link of node 2 down; `up` brings it back
+    .venv/bin/python tools/cluster_box.py slow BOX 2 --mbit 2      what comes to node 2 comes slowly; `up` takes that back too
+    .venv/bin/python tools/cluster_box.py part BOX 3 4             nodes 3 and 4 reach each other alone; `up` joins one again
+    .venv/bin/python tools/cluster_box.py die BOX 2                ends every process of node 2; `boot` starts it again, empty
     .venv/bin/python tools/cluster_box.py remove BOX               ends every process of every node, and the box
 
-BOX/hostfile names the nodes. A launcher runs on node 1 and reaches the others by a stand-in for ssh:
+BOX/hostfile names the nodes. A launcher runs on node 1 and reaches the others by a stand-in for ssh (tools/box_login.py):
 
     HOSTFILE=BOX/hostfile MASTER_ADDR=10.98.0.1 SSH="$PYTHON tools/cluster_box.py ssh BOX"
 
-A node is a network, a mount and a UTS namespace, which a sleeping process holds open. The bridge has no address, so nothing of
-the box is reached from the machine's own network, nor the other way round.
+A node is a network, a PID, a mount, a UTS and a time namespace; clocks since boot differ from node to node, as those of
+machines do. Its first process, an init that serves the stand-in for ssh, is the node: when it ends, the kernel ends all others.
+A bridge joins the nodes. It has no address, so nothing of the box is reached from the machine's own network, nor the other way.
 """
 
 from __future__ import annotations
@@ -23,19 +27,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+try:
+    from tools import box_login
+except ImportError:  # run as a program
+    import box_login
 
 STATE = "box.json"
 MOST_NODES = 8
+LOGIN = Path(__file__).with_name("box_login.py")
 _NETWORK = "10.98.0"
-_LEAVE_SECONDS = 5.0
+_BOOT_SECONDS = 10.0
+_SECONDS_APART = 1000
+"""Between the clocks since boot of two nodes."""
 _CLEAN = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG")
 """What a login by ssh would have of this environment."""
+_NAMESPACES = ("--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "--time")
 
-# Run in the new namespaces: a /tmp of the node's own, in which the box stays visible, a /dev/shm and a hosts file.
-_SETTLE = """
+# A node's init, run in the new namespaces: a /tmp of the node's own, in which the box stays visible, a /dev/shm and a hosts
+# file; then the stand-in for sshd. Bash, because it waits for the orphans that a first process gets.
+_INIT = """
 set -eu
 mount --make-rprivate /
 mkdir -p "$TMP_OF_NODE$BOX"
@@ -43,9 +57,15 @@ mount --bind "$BOX" "$TMP_OF_NODE$BOX"
 mount -t tmpfs -o "size=$SHM,mode=1777" tmpfs /dev/shm
 mount --bind "$BOX/hosts" /etc/hosts
 hostname "$NAME"
-case "$BOX" in /tmp/*) mount --rbind "$TMP_OF_NODE/tmp" /tmp ;; *) mount --bind "$TMP_OF_NODE/tmp" /tmp ;; esac
 ip link set lo up
-exec sleep infinity
+mkdir -p "$TMP_OF_NODE/tmp"
+chmod 1777 "$TMP_OF_NODE/tmp"
+case "$BOX" in /tmp/*) mount --rbind "$TMP_OF_NODE/tmp" /tmp ;; *) mount --bind "$TMP_OF_NODE/tmp" /tmp ;; esac
+cd /
+login=("$PYTHON" -I -S "$LOGIN" serve "$ADDRESS")
+unset TMP_OF_NODE BOX SHM NAME PYTHON LOGIN ADDRESS
+"${login[@]}" &
+wait
 """
 
 
@@ -57,8 +77,16 @@ class Node:
     netns: str
     link: str
     """The bridge's end of its cable."""
-    holder: int
-    """Process id of the one that keeps the namespaces."""
+    shm: str
+    """Size of its /dev/shm."""
+    init: int = 0
+    """Process id, as the machine counts, of the node's first process; 0: the node is dead."""
+
+    def pids(self) -> list[int]:
+        """Its processes, as the machine counts them, but the init and the stand-in for sshd."""
+        if not (space := _pid_space(self.init)):
+            return []
+        return [pid for pid in _all_pids() if pid != self.init and _pid_space(pid) == space and not _serves_logins(pid)]
 
 
 @dataclass(frozen=True)
@@ -67,32 +95,54 @@ class Box:
     bridge: str
     nodes: tuple[Node, ...]
 
-    def node(self, which: str) -> Node:
+    def node(self, which: str | int) -> Node:
         """By number from 1, name or address. Raises ValueError."""
         for number, node in enumerate(self.nodes, 1):
-            if which in (str(number), node.name, node.address):
+            if str(which) in (str(number), node.name, node.address):
                 return node
         raise ValueError(f"{self.folder} has no node {which}; there are {', '.join(node.name for node in self.nodes)}")
 
     def pids(self) -> list[int]:
-        """Every process of every node but the holders."""
-        found = []
-        for node in self.nodes:
-            listed = subprocess.run(["ip", "netns", "pids", node.netns], capture_output=True, text=True).stdout
-            found += [int(pid) for pid in listed.split() if int(pid) != node.holder]
-        return found
+        """The same of every node."""
+        return [pid for node in self.nodes for pid in node.pids()]
+
+    def tmp(self, node: Node) -> Path:
+        """Where the node's /tmp is on the machine."""
+        return self.folder / "of" / node.name / "tmp"
+
+    @property
+    def other_bridge(self) -> str:
+        """Of the nodes that are parted from the rest."""
+        return f"{self.bridge}x"
+
+
+def _all_pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _pid_space(pid: int) -> str:
+    """Which PID namespace; "" for a process that is gone."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid") if pid else ""
+    except OSError:
+        return ""
+
+
+def _serves_logins(pid: int) -> bool:
+    try:
+        return [os.fsencode(LOGIN), b"serve"] == Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[3:5]
+    except OSError:
+        return False
 
 
 def why_not() -> str | None:
     """Why no box can be made here; None where one can."""
     if os.geteuid() != 0:
         return "namespaces with a network need root"
-    lacking = [name for name in ("ip", "nsenter", "unshare", "mount") if shutil.which(name) is None]
+    lacking = [name for name in ("ip", "nsenter", "unshare", "mount", "bash") if shutil.which(name) is None]
     if lacking:
         return f"no command {', '.join(lacking)}"
-    tried = subprocess.run(
-        ["unshare", "--net", "--mount", "--uts", "mount", "--make-rprivate", "/"], capture_output=True, text=True
-    )
+    tried = subprocess.run(["unshare", "--net", *_NAMESPACES, "mount", "--make-rprivate", "/"], capture_output=True, text=True)
     return None if tried.returncode == 0 else f"this container makes no namespaces: {tried.stderr.strip()}"
 
 
@@ -118,39 +168,63 @@ def make(folder: Path, num_nodes: int, *, shm: str = "2g") -> Box:
         _call("ip", "link", "add", box.bridge, "type", "bridge")
         _call("ip", "link", "set", box.bridge, "up")
         for number, (name, address) in enumerate(zip(names, addresses, strict=True), 1):
-            box = Box(folder, box.bridge, (*box.nodes, Node(name, address, f"slime-{mark}-{number}", f"sb{mark}-{number}", 0)))
-            box = Box(folder, box.bridge, (*box.nodes[:-1], _start(box, box.nodes[-1], shm)))
-            _write(box)
+            box = replace(box, nodes=(*box.nodes, Node(name, address, f"slime-{mark}-{number}", f"sb{mark}-{number}", shm)))
+            _plug_in(box, box.nodes[-1])
+            box = boot(box, name)
     except BaseException:
         _remove(box)
         raise
     return box
 
 
-def _start(box: Box, node: Node, shm: str) -> Node:
-    own = box.folder / "of" / node.name
-    (own / "tmp").mkdir(parents=True)
-    (own / "tmp").chmod(0o1777)
+def _plug_in(box: Box, node: Node) -> None:
     _call("ip", "netns", "add", node.netns)
     _call("ip", "link", "add", node.link, "type", "veth", "peer", "name", "eth0", "netns", node.netns)
     _call("ip", "link", "set", node.link, "master", box.bridge, "up")
     _call("ip", "-n", node.netns, "addr", "add", f"{node.address}/24", "dev", "eth0")
     _call("ip", "-n", node.netns, "link", "set", "eth0", "up")
     _call("ip", "-n", node.netns, "route", "add", "default", "dev", "eth0")
-    settle = {"BOX": str(box.folder), "TMP_OF_NODE": str(own), "NAME": node.name, "SHM": shm}
-    log = open(own / "holder.log", "w")  # noqa: SIM115  (the holder's)
-    holder = subprocess.Popen(
-        ["ip", "netns", "exec", node.netns, "unshare", "--mount", "--uts", "sh", "-c", _SETTLE],
-        env=_clean_environment() | settle, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-    )  # fmt: skip
-    log.close()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{holder.pid}/cmdline").read_bytes().split(b"\0")[0] != b"sleep":
-        if holder.poll() is not None or time.monotonic() > deadline:
-            holder.kill()
-            raise ValueError(f"{node.name} did not come up: {(own / 'holder.log').read_text().strip()}")
+
+
+def boot(box: Box, which: str | int, env: Mapping[str, str] | None = None) -> Box:
+    """Start a node that is dead, with nothing in its /tmp and /dev/shm. env: what logins have there beside the usual."""
+    node = box.node(which)
+    if _pid_space(node.init):
+        raise ValueError(f"{node.name} runs (process {node.init}); end it first (die)")
+    own = box.folder / "of" / node.name
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True)
+    settle = {
+        "BOX": str(box.folder), "TMP_OF_NODE": str(own), "NAME": node.name, "ADDRESS": node.address, "SHM": node.shm,
+        "PYTHON": sys.executable, "LOGIN": str(LOGIN),
+    }  # fmt: skip
+    apart = str(_SECONDS_APART * (box.nodes.index(node) + 1))
+    line = ["unshare", *_NAMESPACES, "--monotonic", apart, "--boottime", apart, "bash", "-c", _INIT]
+    with (own / "init.log").open("w") as log:
+        parent = subprocess.Popen(
+            ["ip", "netns", "exec", node.netns, *line],
+            env=_clean_environment() | (env or {}) | settle, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + _BOOT_SECONDS
+    while "ready" not in (said := (own / "init.log").read_text()):
+        if parent.poll() is not None or time.monotonic() > deadline:
+            parent.kill()
+            raise ValueError(f"{node.name} did not come up: {said.strip()}")
         time.sleep(0.02)
-    return Node(**{**asdict(node), "holder": holder.pid})
+    (init,) = map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())
+    parent.returncode = 0  # it ends with the init, which outlives this program
+    return _write(box, replace(node, init=init))
+
+
+def die(box: Box, which: str | int) -> Box:
+    """End the node's first process, and so every one of the node's. Its link stays: what comes for it is refused."""
+    node = box.node(which)
+    if node.init:
+        os.kill(node.init, signal.SIGKILL)
+        while _pid_space(node.init):
+            time.sleep(0.01)
+    return _write(box, replace(node, init=0))
 
 
 def load(folder: Path) -> Box:
@@ -162,37 +236,76 @@ def load(folder: Path) -> Box:
     return Box(folder.resolve(), state["bridge"], tuple(Node(**node) for node in state["nodes"]))
 
 
-def entering(box: Box, which: str, command: Sequence[str]) -> list[str]:
-    """The command line that runs `command` on a node, in this working directory."""
+def entering(box: Box, which: str | int, command: Sequence[str]) -> list[str]:
+    """The command line that runs `command` on a node, in this working directory and environment."""
+    return [sys.executable, __file__, "on", str(box.folder), str(which), *command]
+
+
+def run_on(box: Box, which: str | int, command: Sequence[str]) -> int:
+    """The status of the command, which gets the signals that this process gets."""
     node = box.node(which)
-    enter = ["nsenter", "--target", str(node.holder), "--net", "--mount", "--uts"]
-    # No PID namespace: a node's launcher could not reach into another's from within its own.
-    return [*enter, "sh", "-c", 'cd "$0" 2>/dev/null || cd /; exec "$@"', os.getcwd(), *command]
+    if not _pid_space(node.init):
+        raise ValueError(f"{node.name} is dead; boot it first")
+    enter = ["nsenter", "--target", str(node.init), "--net", "--mount", "--uts", "--time", "--pid"]
+    # The stand-in for a login's own session: a Ctrl-C comes to this process, which passes it on once.
+    command = ["sh", "-c", 'cd "$0" 2>/dev/null || cd /; exec "$@"', os.getcwd(), *command]
+    entered = subprocess.Popen([*enter, *command], start_new_session=True)
+
+    def pass_on(number: int, frame: object) -> None:
+        children = Path(f"/proc/{entered.pid}/task/{entered.pid}/children").read_text()
+        _signal([int(pid) for pid in children.split()], signal.Signals(number))
+
+    for one in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(one, pass_on)
+    status = entered.wait()
+    return status if status >= 0 else 128 - status
 
 
-def set_link(box: Box, which: str, state: str) -> None:
-    """state: "up" or "down"."""
-    _call("ip", "link", "set", box.node(which).link, state)
+def set_link(box: Box, which: str | int, state: str) -> None:
+    """state: "up" or "down". Up is as it was made: as fast, and with all others."""
+    node = box.node(which)
+    _call("ip", "link", "set", node.link, state)
+    if state == "up":
+        _call("ip", "link", "set", node.link, "master", box.bridge)
+        for inside, link in _ends(node):
+            subprocess.run([*inside, "tc", "qdisc", "del", "dev", link, "root"], capture_output=True)
+
+
+def slow(box: Box, which: str | int, mbit: float) -> None:
+    """A token bucket at both ends of the node's cable. Kernels that have netem could delay and lose packets besides."""
+    for inside, link in _ends(box.node(which)):
+        bucket = ["rate", f"{mbit}mbit", "burst", "64kb", "latency", "500ms"]
+        _call(*inside, "tc", "qdisc", "replace", "dev", link, "root", "tbf", *bucket)
+
+
+def _ends(node: Node) -> list[tuple[list[str], str]]:
+    return [([], node.link), (["ip", "netns", "exec", node.netns], "eth0")]
+
+
+def part(box: Box, which: Sequence[str | int]) -> None:
+    """These nodes reach each other, and nobody of the rest."""
+    subprocess.run(["ip", "link", "add", box.other_bridge, "type", "bridge"], capture_output=True)  # it may be there
+    _call("ip", "link", "set", box.other_bridge, "up")
+    for one in which:
+        _call("ip", "link", "set", box.node(one).link, "master", box.other_bridge)
 
 
 def remove(folder: Path) -> None:
-    """Every process of the box is asked to leave, then killed."""
+    """With every process of every node."""
     box = load(folder)
     _remove(box)
     (box.folder / STATE).unlink()
 
 
 def _remove(box: Box) -> None:
-    _signal(box.pids(), signal.SIGTERM)
-    deadline = time.monotonic() + _LEAVE_SECONDS
-    while (left := box.pids()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    _signal(left, signal.SIGKILL)
-    _signal([node.holder for node in box.nodes if node.holder], signal.SIGKILL)
+    _signal([node.init for node in box.nodes if node.init], signal.SIGKILL)
     for node in box.nodes:
+        while _pid_space(node.init):
+            time.sleep(0.01)
         subprocess.run(["ip", "link", "del", node.link], capture_output=True)
         subprocess.run(["ip", "netns", "del", node.netns], capture_output=True)
-    subprocess.run(["ip", "link", "del", box.bridge], capture_output=True)
+    for bridge in (box.bridge, box.other_bridge):
+        subprocess.run(["ip", "link", "del", bridge], capture_output=True)
     shutil.rmtree(box.folder / "of", ignore_errors=True)
 
 
@@ -204,9 +317,12 @@ def _signal(pids: Sequence[int], number: signal.Signals) -> None:
             continue
 
 
-def _write(box: Box) -> None:
-    state = {"bridge": box.bridge, "nodes": [asdict(node) for node in box.nodes]}
+def _write(box: Box, node: Node) -> Box:
+    """The box with that node in the place of the one of its name, also in the box's file."""
+    box = replace(box, nodes=tuple(node if one.name == node.name else one for one in box.nodes))
+    state = {"bridge": box.bridge, "nodes": [asdict(one) for one in box.nodes]}
     (box.folder / STATE).write_text(json.dumps(state, indent=1) + "\n")
+    return box
 
 
 def _clean_environment() -> dict[str, str]:
@@ -220,33 +336,53 @@ def _call(*command: str) -> None:
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["ssh"]:  # from one node to another, over their network: BOX ADDRESS WORDS...
+        return box_login.main(["ask", *argv[2:]])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("make", "on", "ssh", "down", "up", "remove"):
+    for name in ("make", "on", "down", "up", "slow", "part", "die", "boot", "remove"):
         one = commands.add_parser(name)
         one.add_argument("box", type=Path)
         if name == "make":
             one.add_argument("--nodes", type=int, default=2)
             one.add_argument("--shm", default="2g", help="size of each node's /dev/shm")
         elif name != "remove":
-            one.add_argument("node", help="number, name or address")
-        if name in ("on", "ssh"):
+            one.add_argument("node", nargs="+" if name == "part" else None, help="number, name or address")
+        if name == "on":
             one.add_argument("words", nargs=argparse.REMAINDER)
+        elif name == "slow":
+            one.add_argument("--mbit", type=float, required=True, help="megabits a second, to the node and from it")
+        elif name == "boot":
+            one.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for every login there")
     given = parser.parse_args(argv)
     try:
-        if given.command == "make":
-            box = make(given.box, given.nodes, shm=given.shm)
-            sys.stdout.write("".join(f"{node.name} {node.address}\n" for node in box.nodes))
-        elif given.command == "remove":
-            remove(given.box)
-        elif given.command in ("up", "down"):
-            set_link(load(given.box), given.node, given.command)
-        else:
-            line = entering(load(given.box), given.node, given.words)
-            os.execvpe(line[0], line, dict(os.environ) if given.command == "on" else _clean_environment())
+        return _do(given)
     except ValueError as error:
         sys.stderr.write(f"cluster_box: {error}\n")
         return 1
+
+
+def _do(given: argparse.Namespace) -> int:
+    if given.command == "make":
+        made = make(given.box, given.nodes, shm=given.shm)
+        sys.stdout.write("".join(f"{node.name} {node.address}\n" for node in made.nodes))
+        return 0
+    if given.command == "remove":
+        remove(given.box)
+        return 0
+    box = load(given.box)
+    if given.command == "on":
+        return run_on(box, given.node, given.words)
+    if given.command in ("up", "down"):
+        set_link(box, given.node, given.command)
+    elif given.command == "slow":
+        slow(box, given.node, given.mbit)
+    elif given.command == "part":
+        part(box, given.node)
+    elif given.command == "die":
+        die(box, given.node)
+    else:
+        boot(box, given.node, dict(word.split("=", 1) for word in given.env))
     return 0
 
 

@@ -175,7 +175,7 @@ join_command() { # OPTIONS... -> what joins a node to this cluster
 
 on_node() { # ADDRESS   a script on standard input, which the node runs: a command line can be read by everybody there
     # shellcheck disable=SC2086  # SSH is a command with options
-    ${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10} "$1" bash -s
+    ${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3} "$1" bash -s
 }
 
 # Every node of HOSTFILE joins, all at once; one that cannot ends the launch. --preflight names it and asks the others.

@@ -24,7 +24,7 @@
 #   RAY_TEMP_DIR        folder of the run's sockets and of Ray's logs on every node, for its owner alone   (default: a new one under
 #                       /tmp, removed after a run that ended well)
 #   RAY_AUTH_TOKEN      every Ray endpoint asks for it                  (default: drawn anew; kept in RAY_TEMP_DIR/token)
-#   SSH                 command that reaches a worker                   (default: ssh -o BatchMode=yes -o ConnectTimeout=10)
+#   SSH                 command that reaches a worker                   (default: ssh -o BatchMode=yes, within bounds for a node that is out of reach)
 #   SLIME_VENV          environment that scripts/setup.sh made          (default: .venv of this project)
 #   PYTHON              interpreter of the job, where SLIME_VENV is not used   (default: that of the environment)
 #   REHEARSE            1, or --rehearse as an argument of the launcher: nothing is started and nothing needs to be there; the flags

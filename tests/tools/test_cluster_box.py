@@ -74,10 +74,60 @@ def test_nodes_reach_one_another_by_name_until_a_link_is_down_and_the_machine_re
     assert server.wait(30) == 0
 
 
+def login(box: Path, words: str, stdin: str = "") -> subprocess.CompletedProcess:
+    """From node 1 to node 2, as a launcher does it."""
+    return tool("on", box, 1, sys.executable, ROOT / "tools" / "cluster_box.py", "ssh", box, "10.98.0.2", words, stdin=stdin)
+
+
 def test_the_stand_in_for_ssh_runs_a_script_with_a_clean_environment(box: Path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "of another cluster")
-    assert said("ssh", box, "10.98.0.2", "bash", "-s", stdin="hostname; echo ${RAY_ADDRESS:-none}").split() == ["node2", "none"]
+    done = login(box, "bash -s", stdin="hostname; echo ${RAY_ADDRESS:-none}; echo trouble >&2; exit 7")
+    assert (done.returncode, done.stdout.split(), done.stderr) == (7, ["node2", "none"], "trouble\n")
     assert said("on", box, 2, "sh", "-c", "echo $RAY_ADDRESS") == "of another cluster"
+
+
+def test_no_node_sees_anothers_processes_and_no_orphan_stays(box: Path):
+    # The sleeper's parent ends at once, so that the node's first process inherits it; so does the one that ends soon.
+    login(box, "bash -s", stdin="setsid sleep 543 >/dev/null 2>&1 & setsid sleep 0.1 >/dev/null 2>&1 &")
+    assert "sleep 543" in said("on", box, 2, "ps", "-e", "-o", "args=")
+    assert "sleep 543" not in said("on", box, 1, "ps", "-e", "-o", "args=")
+    deadline = time.monotonic() + 20
+    while "sleep 0.1" in (left := said("on", box, 2, "ps", "-e", "-o", "stat=,args=")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "defunct" not in left and "sleep 0.1" not in left
+
+
+def test_a_signal_reaches_the_command_on_the_node_once(box: Path):
+    counts = "import signal, time; n = []; signal.signal(15, lambda *_: n.append(1)); print('up', flush=True)\n"
+    counts += "while not n: time.sleep(0.05)\ntime.sleep(0.5); print(len(n))"
+    line = cluster_box.entering(cluster_box.load(box), 1, [sys.executable, "-c", counts])
+    on = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    assert on.stdout.readline() == "up\n"
+    on.terminate()
+    assert (on.wait(30), on.stdout.read()) == (0, "1\n")
+
+
+def test_a_node_dies_with_all_its_processes_and_boots_empty(box: Path):
+    login(box, "bash -s", stdin="setsid sleep 544 >/dev/null 2>&1 & touch /tmp/mine /dev/shm/mine")
+    victim = cluster_box.load(box).node(2)
+    assert len(victim.pids()) >= 1
+    said("die", box, 2)
+    assert [pid for pid in victim.pids() if Path(f"/proc/{pid}").exists()] == []
+    refused = login(box, "hostname")
+    assert (refused.returncode, refused.stderr) == (255, "10.98.0.2: [Errno 111] Connection refused\n")
+    assert tool("on", box, 2, "true").stderr == "cluster_box: node2 is dead; boot it first\n"
+    said("boot", box, 2, "--env", "CLOCK=other")
+    assert login(box, "echo $CLOCK; ls /tmp/mine /dev/shm/mine 2>/dev/null").stdout == "other\n"
+
+
+def test_parted_nodes_reach_each_other_alone_and_clocks_since_boot_differ(box: Path):
+    said("part", box, 2)
+    knock = "import socket; socket.create_connection(('node2', 22), 1)"
+    assert "Error" in tool("on", box, 1, sys.executable, "-c", knock).stderr
+    said("up", box, 2)
+    assert login(box, "hostname").stdout == "node2\n"
+    clocks = [float(said("on", box, number, "cat", "/proc/uptime").split()[0]) for number in (1, 2)]
+    assert 990 < clocks[1] - clocks[0] < 1090
 
 
 def test_mistakes_are_told_in_a_line(box: Path, tmp_path: Path):
@@ -94,18 +144,12 @@ def test_mistakes_are_told_in_a_line(box: Path, tmp_path: Path):
 def test_a_removed_box_leaves_no_process_no_link_and_no_folder(box: Path):
     """The last of this file: it takes the box away."""
     made = cluster_box.load(box)
-    # One that leaves when it is asked, and one that has to be killed.
-    for code in ("import time; time.sleep(100)", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(100)"):
-        said("ssh", box, 2, "bash", "-s", stdin=f"setsid {sys.executable} -c '{code}' >/dev/null 2>&1 </dev/null &")
-    deadline = time.monotonic() + 20
-    while len(made.pids()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    left = [*made.pids(), *(node.holder for node in made.nodes)]
-    assert len(left) == 4
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(100)"
+    login(box, "bash -s", stdin=f'setsid {sys.executable} -c "{code}" >/dev/null 2>&1 </dev/null &')
+    left = [*made.pids(), *(node.init for node in made.nodes)]
+    assert len(left) >= 3
     said("remove", box)
-    assert [
-        pid for pid in left if os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
-    ] == []
+    assert [pid for pid in left if os.path.exists(f"/proc/{pid}")] == []
     names = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True).stdout
     names += subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout
     assert made.bridge not in names and made.nodes[0].netns not in names
