@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
 
     prepare()
     from slime.ray.leaving import Leaving
+    from slime.ray.machines import lost_machines_named
     from slime.ray.run import Run
 
     leaving = Leaving(config.upkeep)
@@ -50,7 +51,8 @@ def main(argv: list[str]) -> int:
         with owned(config.checkpoint.save if config.trains else None, what="--save"), Run(config, leaving) as run:
             leaving.listen()  # Ray has put a handler of its own there, which prints a stack and ends the process at once
             try:
-                train(run, config)
+                with lost_machines_named(run.where):
+                    train(run, config)
             except KeyboardInterrupt:
                 if leaving.signal is None:
                     raise

@@ -12,7 +12,8 @@ import ray
 
 from slime.engine.last_words import last_words
 from slime.engine.ports import EnginePorts
-from slime.ray.fates import Process, death, end, lost_nodes
+from slime.ray.fates import Process, death, end
+from slime.ray.machines import lost_nodes
 
 # An actor that has not said in this time whether its server lives does not look after it either.
 _ANSWER_SECONDS = 60.0

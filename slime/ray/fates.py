@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slime.ray import witness
 from slime.ray.keeper import keep
+from slime.ray.machines import alive_nodes, lost_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +72,6 @@ def death(error: Exception, process: Process | None) -> str:
     return fate if fate not in (None, "is gone") else f"died ({type(error).__name__}: {said})"
 
 
-def lost_nodes(addresses: set[str]) -> list[str]:
-    """Those of the addresses where no node of the cluster is alive."""
-    return sorted(addresses - {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
-
-
 def fates(processes: Mapping[str, Process]) -> dict[str, str | None]:
     """name -> a clause ("was killed by signal 9 (SIGKILL)", "is stopped", ...); None for a process that runs, or where looking
     fails: whoever asks has an error of his own to tell."""
@@ -87,9 +83,11 @@ def fates(processes: Mapping[str, Process]) -> dict[str, str | None]:
 
 
 def _fates(processes: Mapping[str, Process]) -> dict[str, str | None]:
-    alive = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    lost = {name: process.node_ip for name, process in processes.items() if process.node_ip not in alive}
-    found: dict[str, str | None] = {name: f"was on node {node_ip}, which is gone" for name, node_ip in lost.items()}
+    gone = set(lost_nodes({process.node_ip for process in processes.values()}))
+    alive = {address: node["NodeID"] for address, node in alive_nodes().items()}
+    found: dict[str, str | None] = {
+        name: f"was on node {process.node_ip}, which is gone" for name, process in processes.items() if process.node_ip in gone
+    }
     looks = {
         _read_fate.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=alive[process.node_ip], soft=False)
@@ -109,7 +107,8 @@ def _fates(processes: Mapping[str, Process]) -> dict[str, str | None]:
 
 def end(processes: Mapping[str, Process]) -> None:
     """SIGKILL to those that are still there: a stopped process does not hear Ray's request to leave."""
-    alive = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    gone = set(lost_nodes({process.node_ip for process in processes.values()}))
+    alive = {address: node["NodeID"] for address, node in alive_nodes().items() if address not in gone}
     kills = [
         _kill.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=alive[process.node_ip], soft=False)).remote(
             process

@@ -44,6 +44,10 @@ class Placement:
             placement_group=self.group, placement_group_bundle_index=slot.bundle, placement_group_capture_child_tasks=True
         )
 
+    @property
+    def addresses(self) -> set[str]:
+        return {slot.node_ip for slot in (*self.trainer_slots, *self.engine_slots)}
+
     def remove(self) -> None:
         if self.group is not None:
             remove_placement_group(self.group)

@@ -72,6 +72,7 @@ class Run:
         self._has_trainer = not config.debug.debug_rollout_only
         self._has_engines = not config.debug.debug_train_only
         self._placement: Placement | None = None
+        self._patience = Patience()
         self._trainers: TrainGroup | None = None
         self._rollout: RolloutSide | None = None
         self._telling = Telling(config)
@@ -138,6 +139,10 @@ class Run:
         if gone:
             logger.error("the last checkpoint is intact: run the same command again to resume from it")
 
+    def where(self) -> tuple[set[str], str]:
+        """(the addresses of the machines that are used, what is waited for or was at last)."""
+        return self._placement.addresses if self._placement is not None else set(), self._patience.doing
+
     def _slots(self) -> dict[str, int | bool]:
         cluster = self._config.cluster
         trainer = cluster.actor_num_nodes * cluster.actor_num_gpus_per_node if self._has_trainer else 0
@@ -155,10 +160,10 @@ class Run:
         actor = RolloutActor.options(num_cpus=0, max_concurrency=4, runtime_env={"env_vars": QUIET}).remote(
             config, self._placement, run_folder(config.checkpoint.save), os.environ.get(TOKEN_VARIABLE) or secrets.token_hex(16)
         )
-        patience = Patience(config.upkeep)
-        self._rollout = RolloutSide(actor, patience)
+        self._patience = Patience(config.upkeep)
+        self._rollout = RolloutSide(actor, self._patience)
         if self._has_trainer:
-            self._trainers = TrainGroup(config, self._placement, patience)
+            self._trainers = TrainGroup(config, self._placement, self._patience)
         self._check_plugins()
         engines_ready = self._rollout.begin_start()
         if self._has_trainer:

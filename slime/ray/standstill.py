@@ -35,6 +35,8 @@ class Patience:
         self.exit_seconds = None if rules.hang_exit_minutes is None else 60 * rules.hang_exit_minutes
         self._report_seconds = 60 * rules.hang_report_minutes
         self._longest: dict[str, float] = {}
+        self.doing = ""
+        """What is waited for, or was at last."""
         self.processes: dict[str, Process] = {}
         self.also: list[Callable[[], Sequence[str]]] = []
 
@@ -48,6 +50,7 @@ class Patience:
         self._longest[_kind(doing)] = max(seconds, self._longest.get(_kind(doing), 0.0))
 
     def begin(self, doing: str) -> Wait:
+        self.doing = doing
         return Wait(self, doing)
 
     def explain(self) -> str:

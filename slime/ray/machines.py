@@ -1,0 +1,90 @@
+"""Machines that a run has lost: named at once, where Ray takes up to a minute to say so, and with what to do about them."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import ray
+
+KNOCK_SECONDS = 6.0
+"""A machine that nobody can connect to for so long is out of reach. A link that flaps may be down for some seconds."""
+_AGAIN_SECONDS = 0.5
+
+# What the driver calls its waits (slime.ray.calls) that a reader would not understand: the engines' calls by their names.
+_PHASES = (
+    (r"fleet release_memory|waking the trainer", "handing the devices to the trainer"),
+    (r"fleet resume_memory|putting the trainer's", "handing the devices to the engines"),
+    (r"fleet (pause|flush|begin|load|end|versions|checksums|proceed)", "sending weights to the engines"),
+    (r"fleet recover", "starting engines again"),
+    (r"(state|restore|num_rollout|destinations)\b", "between two phases"),
+)
+
+
+def alive_nodes() -> dict[str, Mapping[str, object]]:
+    """Address -> what Ray says of the node there, of the nodes that it counts as alive."""
+    return {str(node["NodeManagerAddress"]): node for node in ray.nodes() if node["Alive"]}
+
+
+def lost_nodes(addresses: set[str]) -> list[str]:
+    """Those of the addresses where no node of the cluster is alive, or none that can be connected to from here."""
+    alive = alive_nodes()
+    doors = {address: int(alive[address]["NodeManagerPort"]) for address in addresses & alive.keys()}
+    return sorted((addresses - alive.keys()) | silent(doors))
+
+
+def silent(doors: Mapping[str, int], *, seconds: float = KNOCK_SECONDS) -> set[str]:
+    """The addresses whose port cannot be connected to, tried side by side again and again for so long."""
+    with ThreadPoolExecutor(max(len(doors), 1)) as pool:
+        opened = pool.map(lambda door: _opens(*door, seconds), doors.items())
+        return {address for address, opens in zip(doors, opened, strict=True) if not opens}
+
+
+def _opens(address: str, port: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            socket.create_connection((address, port), timeout=left).close()
+        except OSError:
+            time.sleep(min(_AGAIN_SECONDS, max(0.0, deadline - time.monotonic())))
+        else:
+            return True
+    return False
+
+
+@contextmanager
+def lost_machines_named(where: Callable[[], tuple[set[str], str]]) -> Iterator[None]:
+    """An exception that leaves the block while machines are lost says so first. where: (the run's addresses, what it does)."""
+    try:
+        yield
+    except Exception as error:
+        addresses, doing = where()
+        if not (lost := _lost(addresses)):
+            raise
+        raise RuntimeError(f"{verdict(lost, addresses, doing)}. It was missed first by this: {error}") from error
+
+
+def _lost(addresses: set[str]) -> list[str]:
+    """Of several machines; of one there is nobody else who could tell, and where the cluster cannot be asked neither."""
+    try:
+        return lost_nodes(addresses) if len(addresses) > 1 else []
+    except Exception:
+        return []
+
+
+def verdict(lost: list[str], addresses: set[str], doing: str) -> str:
+    """The line that a run ends with: which machine, in which phase, what to do."""
+    phase = next((words for pattern, words in _PHASES if re.match(pattern, doing)), doing or "starting")
+    here = addresses - set(lost)
+    if len(lost) > 1 and len(here) == 1:
+        who = f"no other node can be reached from {here.pop()} ({', '.join(lost)} cannot)"
+        return f"{who}, {phase}: mend this node's network, and run the same command again; {_RESUMES}"
+    who, them = (f"node {lost[0]} is", "it") if len(lost) == 1 else (f"nodes {', '.join(lost)} are", "them")
+    return f"{who} gone, {phase}: bring {them} back or replace {them}, and run the same command again; {_RESUMES}"
+
+
+_RESUMES = "it resumes from the last checkpoint"

@@ -1,0 +1,84 @@
+"""Machines that die or fall silent under a real Ray cluster of two: named within seconds, with the phase and what to do."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from slime.ray.fates import Process, fates
+from slime.ray.machines import alive_nodes, lost_machines_named, lost_nodes, silent, verdict
+
+THERE = "127.0.0.2"
+
+
+@pytest.fixture(scope="module")
+def raylet() -> Iterator[subprocess.Popen]:
+    """Of the second node."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    node = cluster.add_node(num_cpus=1, node_ip_address=THERE, wait=True)
+    yield node.all_processes["raylet"][0].process
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_dead_raylet_is_a_lost_machine_before_ray_says_so(raylet: subprocess.Popen):
+    addresses = set(alive_nodes())
+    assert THERE in addresses and len(addresses) == 2
+    assert lost_nodes(addresses) == []
+    raylet.kill()
+    raylet.wait()
+    began = time.monotonic()
+    (here,) = addresses - {THERE}
+    with (
+        pytest.raises(RuntimeError) as told,
+        lost_machines_named(lambda: (addresses, "generating rollout 3")),
+    ):
+        raise RuntimeError("Socket closed")
+    assert str(told.value) == (
+        "node 127.0.0.2 is gone, generating rollout 3: bring it back or replace it, and run the same command again; it resumes "
+        "from the last checkpoint. It was missed first by this: Socket closed"
+    )
+    assert time.monotonic() - began < 15, "no task was sent there, which would wait for Ray's own verdict"
+    assert fates({"trainer rank 1": Process(THERE, 7)}) == {"trainer rank 1": "was on node 127.0.0.2, which is gone"}
+    assert lost_nodes({here}) == []
+
+
+def test_an_error_without_a_lost_machine_is_left_alone():
+    with pytest.raises(ValueError, match=r"^a reward is wrong$"), lost_machines_named(lambda: ({"127.0.0.1"}, "training")):
+        raise ValueError("a reward is wrong")
+
+
+def test_a_port_that_opens_late_is_not_silent():
+    with socket.socket() as late, socket.socket() as never:
+        for one in (late, never):
+            one.bind(("127.0.0.1", 0))
+        assert silent({"127.0.0.1": never.getsockname()[1]}, seconds=0.3) == {"127.0.0.1"}
+        late.listen()
+        assert silent({"127.0.0.1": late.getsockname()[1]}, seconds=0.3) == set()
+
+
+@pytest.mark.parametrize(
+    ("lost", "others", "doing", "line"),
+    [
+        (["b"], ["a", "c"], "fleet pause", "node b is gone, sending weights to the engines: bring it back or replace it, and"),
+        (["b"], ["a"], "fleet release_memory", "node b is gone, handing the devices to the trainer: bring it back"),
+        (["b", "c"], ["a", "d"], "saving rollout 2", "nodes b, c are gone, saving rollout 2: bring them back or replace them,"),
+        (
+            ["b", "c"],
+            ["a"],
+            "training",
+            "no other node can be reached from a (b, c cannot), training: mend this node's",
+        ),
+        (["b"], ["a"], "", "node b is gone, starting: bring it back or replace it, and run the same command again; it resumes"),
+    ],
+)
+def test_the_line_names_machine_phase_and_remedy(lost: list[str], others: list[str], doing: str, line: str):
+    assert verdict(lost, {*lost, *others}, doing).startswith(line)
