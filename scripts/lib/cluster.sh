@@ -120,6 +120,8 @@ trap_signals() {
 }
 
 launch_ray_head() { # CLIENT-PORT AGENT-PORT METRICS-PORT ENVIRONMENT-PORT
+    exec 9>"$RAY_TEMP_DIR/joined-$(hostname)"
+    flock -n 9 || true # JOIN_ONCE asks for it
     # With a port of its choice Ray's client server asks for it, and ends Ray when a busy machine does not answer within 30 s.
     setsid ray start --head --block --runtime-env-agent-port "$4" \
         --node-ip-address "$MASTER_ADDR" --port "$RAY_PORT" --num-gpus "$NUM_GPUS" ${NUM_CPUS:+--num-cpus "$NUM_CPUS"} \
@@ -163,9 +165,24 @@ node_preamble() {
     # shellcheck disable=SC2016
     printf 'folder=%q\n%s\n' "$RAY_TEMP_DIR" \
         'mkdir -p -m 700 "$folder" && mkdir -p "$folder/tmp" && [[ -O $folder ]] && chmod 700 "$folder" || { echo "no folder $folder can be made for this user alone" >&2; exit 1; }'
+    printf '%s\n' "$JOIN_ONCE"
     # Whole at once: a folder on a shared disk is the head's own.
     # shellcheck disable=SC2016
     printf '(umask 077 && printf %%s %q >"$folder/token.$$" && mv -f "$folder/token.$$" "$folder/token")\n' "$(<"$RAY_AUTH_TOKEN_PATH")"
+}
+
+# A machine has one Ray of a launch: with two its devices would be counted twice. The lock is the Ray process's own, and goes with it.
+# shellcheck disable=SC2016
+JOIN_ONCE='exec 9>"$folder/joined-$(hostname)"; ! command -v flock >/dev/null || flock -n 9 || { echo "this machine has joined this cluster already, maybe by another address: leave it out" >&2; exit 1; }'
+
+# The node's own keeper, of what a head that is gone, or out of reach, cannot end there. $pid is that of Ray on the node.
+node_keeper() {
+    local keeper
+    keeper=$(printf %q "$PROJECT_ROOT/scripts/lib/keeper.sh")
+    # Nothing of it may hold the login's output open: ssh waits for that.
+    # shellcheck disable=SC2016
+    printf 'if [[ -f %s ]]; then env -u SLIME_LAUNCH setsid bash %s "$pid" %q "$folder" </dev/null >/dev/null 2>&1 9>&- & fi\n' \
+        "$keeper" "$keeper" "$SLIME_LAUNCH"
 }
 
 join_command() { # OPTIONS... -> what joins a node to this cluster
@@ -193,6 +210,7 @@ $(node_preamble)
 log="\$folder/head.log"
 setsid $(join_command --node-ip-address "$address") >"\$log" 2>&1 </dev/null &
 pid=\$!
+$(node_keeper)
 sleep ${RAY_WORKER_GRACE:-5}
 kill -0 \$pid 2>/dev/null || { tail -n 5 "\$log" >&2; exit 1; }
 echo \$pid
@@ -220,7 +238,8 @@ print_join_line() {
     JOIN_SCRIPT="${RUN_DIR:-$RAY_TEMP_DIR}/join.sh"
     mkdir -p -- "$(dirname -- "$JOIN_SCRIPT")"
     # No --node-ip-address: Ray takes the address from which the node reaches the head.
-    (umask 077 && printf '%s\nexec %s\n' "$(node_preamble)" "$(join_command)" >"$JOIN_SCRIPT")
+    # shellcheck disable=SC2016
+    (umask 077 && printf '%s\npid=$$\n%s\nexec %s\n' "$(node_preamble)" "$(node_keeper)" "$(join_command)" >"$JOIN_SCRIPT")
     say "on each of the other $((NUM_NODES - 1)) nodes: bash $(printf %q "$JOIN_SCRIPT")"
 }
 

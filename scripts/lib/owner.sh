@@ -7,16 +7,22 @@ KEEPER_PID=""
 # Takes the folder that the variable names, or ends with who has it. The keeper sees to it that nothing outlives this launcher.
 own() { # NAME-OF-A-VARIABLE
     runs || return 0
-    # At most half a minute: the processes of a launcher that was killed are being ended by its keeper.
-    local attempt refusal
-    for attempt in {1..15}; do
+    # Half a minute for the processes of a launcher that was killed, which its keeper ends. A machine of this name that was started anew
+    # has another run's record until that counts as stale (slime/observability/owner.py).
+    local attempt most refusal
+    for attempt in {1..100}; do
         if refusal=$(run_python -m slime.observability.owner take "${!1}" --what "$1" --pid $$ 2>&1); then
             OWNED+=("${!1}")
             trap cleanup EXIT
             start_keeper
             return
         fi
-        [[ $refusal == *"processes of it live"* ]] || break
+        case $refusal in
+        *"processes of it live"*) most=15 ;;
+        *" on $(hostname) since "*"it said so"*) most=100 ;;
+        *) break ;;
+        esac
+        ((attempt < most)) || break
         ((attempt > 1)) || say "waiting for what an earlier launch left: ${refusal%%;*}"
         sleep 2
     done

@@ -6,19 +6,22 @@ A project is laid out under a path with a space, with an environment of its own 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from slime.observability.owner import this_process
 from tests.launchers.test_launchers import FAKE_RAY, FAKE_SSH, pairs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -339,7 +342,22 @@ def test_a_preempted_launcher_waits_for_the_save_and_a_second_signal_does_not(sh
         shutil.rmtree(re.search(r"its logs: (/tmp/slime-ray-\w+)", said)[1])
 
 
-def test_a_node_is_joined_by_the_line_that_is_printed(shell: Shell):
+def test_a_machine_that_was_started_anew_waits_until_its_own_record_is_stale(shell: Shell):
+    """Its process number means nothing any more, and a run that lives elsewhere under this name says so every half minute."""
+    folder = shell.base / "Qwen3-4B_slime"
+    folder.mkdir()
+    gone = replace(this_process(), launch="of-the-machine-before", pid=7, machine="another boot")
+    record = folder / ".slime-owner"
+    record.write_text(json.dumps(asdict(gone)))
+    os.utime(record, (time.time() - 174, time.time() - 174))
+    said = shell.run(QWEN, BASE_DIR="my base")
+    assert (
+        f"waiting for what an earlier launch left: SAVE {folder} belongs to another run, pid 7 on {socket.gethostname()}"
+        in said
+    )
+
+
+def test_a_node_is_joined_once_by_the_line_that_is_printed_and_its_keeper_outlives_its_ray(shell: Shell, tmp_path: Path):
     process = shell.start(
         f"exec {GLM}", BASE_DIR="my base", RUN_DIR="my base/run", MASTER_ADDR="127.0.0.1", NUM_NODES="16", JOB_SECONDS="100",
         RAY_PORT=str(free_port()), RAY_DASHBOARD_PORT=str(free_port()),
@@ -347,10 +365,24 @@ def test_a_node_is_joined_by_the_line_that_is_printed(shell: Shell):
     wait_for(lambda: shell.calls("job", "submit"))
     script = shell.base / "run" / "join.sh"
     assert stat.S_IMODE(script.stat().st_mode) == 0o600
+    twice = subprocess.run(["bash", str(script)], env=shell.environment, capture_output=True, text=True)
+    told = "this machine has joined this cluster already, maybe by another address: leave it out\n"
+    assert (twice.returncode, twice.stderr) == (1, told)
+    # Another machine has a folder of its own at that path, and none of the launcher's processes.
+    (there := tmp_path / "there").mkdir()
+    folder = re.search(r"^folder=(\S+)$", script.read_text(), re.MULTILINE)[1]
+    launch, other = re.search(r"^export SLIME_LAUNCH=(\w+)$", script.read_text(), re.MULTILINE)[1], "f" * 32
+    script.write_text(script.read_text().replace(folder, str(there)).replace(launch, other))
     node = subprocess.Popen(["bash", str(script)], env=shell.environment | {"RAY_ADDRESS": "theirs"}, cwd="/")
     (joined,) = wait_for(lambda: shell.calls("start", "--block"))
     assert joined["argv"][joined["argv"].index("--address") + 1].startswith("127.0.0.1:")
     (head,) = shell.calls("start", "--head")
+    twice = subprocess.run(["bash", str(script)], env=shell.environment, capture_output=True, text=True)
+    assert (twice.returncode, twice.stderr) == (1, told)
+    # The launcher cannot reach this machine; what carries the launch's name there ends with the machine's Ray.
+    stray = subprocess.Popen(["sleep", "600"], env=os.environ | {"SLIME_LAUNCH": other}, start_new_session=True)
+    os.kill(joined["pid"], signal.SIGKILL)
+    assert stray.wait(60) == -signal.SIGTERM
     assert joined["env"] == head["env"] and "RAY_ADDRESS" not in joined["all"]
     assert joined["token"] == head["token"] and len(head["token"]) == 64
     assert head["token"] not in " ".join(joined["argv"])
