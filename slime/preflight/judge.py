@@ -286,7 +286,7 @@ def _compare_with_pins(nodes: Sequence[NodeFacts], wanted: Wanted, findings: Fin
 
 def _judge_packages(nodes: Sequence[NodeFacts], findings: Findings) -> None:
     wrong: dict[str, str] = {}
-    for package in (*PACKAGES, "python"):
+    for package in (*PACKAGES, "python", "slime"):
         found = {node.name: node.python if package == "python" else node.packages.get(package, "-") for node in nodes}
         usual = Counter(found.values()).most_common(1)[0][0]
         for name, has in found.items():
@@ -298,5 +298,5 @@ def _judge_packages(nodes: Sequence[NodeFacts], findings: Findings) -> None:
         "package versions are equal on all nodes",
         wrong=f"package versions differ on {len(wrong)} nodes",
         values=_told(wrong),
-        fix="run scripts/setup.sh on the named nodes",
+        fix="run scripts/setup.sh on the named nodes; of slime, bring the head's checkout there (told is a hash of its files)",
     )

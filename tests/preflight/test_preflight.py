@@ -12,7 +12,18 @@ import pytest
 
 from slime.preflight.ask import patience, waits_on
 from slime.preflight.command import pins, scouts_variables, wanted_of, with_plan
-from slime.preflight.facts import Gpu, NodeFacts, Wanted, clock_offset, gather, memory_gb, rdma_devices, reach, try_shared
+from slime.preflight.facts import (
+    Gpu,
+    NodeFacts,
+    Wanted,
+    clock_offset,
+    gather,
+    memory_gb,
+    rdma_devices,
+    reach,
+    source_digest,
+    try_shared,
+)
 from slime.preflight.judge import judge
 from slime.rehearse.findings import Findings
 from slime.rehearse.reading import read
@@ -31,7 +42,7 @@ GOOD = NodeFacts(
     900.0,
     (),
     {},
-    {"torch": "2.14.1+cu130", "ray": "2.60.0", "sglang": "0.5.23", "megatron-core": "0.16.1"},
+    {"torch": "2.14.1+cu130", "ray": "2.60.0", "sglang": "0.5.23", "megatron-core": "0.16.1", "slime": "12345678"},
     "3.11.9",
     memory_gb=2100.0,
 )
@@ -71,6 +82,10 @@ FAULTS: dict[str, tuple[Callable[[NodeFacts], NodeFacts], str]] = {
         "https_proxy=http://p:8080 for 10.0.0.2",
     ),
     "package": (lambda n: replace(n, packages={**n.packages, "torch": "2.12.0"}), "torch 2.12.0, the others 2.14.1+cu130"),
+    "another checkout": (
+        lambda n: replace(n, packages={**n.packages, "slime": "0badc0de"}),
+        "slime 0badc0de, the others 12345678",
+    ),
     "python": (lambda n: replace(n, python="3.12.1"), "python 3.12.1, the others 3.11.9"),
     "a library of another CUDA": (
         lambda n: replace(n, unloadable={"mooncake.engine": "ImportError: libcudart.so.12: cannot open"}),
@@ -274,6 +289,16 @@ def test_states_of_rdma_ports_are_the_kernels(tmp_path: Path) -> None:
             (tmp_path / name / "ports" / str(port) / "state").write_text(state + "\n")
     assert rdma_devices(tmp_path) == {"mlx5_0": "ACTIVE", "mlx5_1": "DOWN"}
     assert rdma_devices(tmp_path / "none") == {}
+
+
+def test_checkouts_differ_by_a_file_and_not_by_where_they_are(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "slime" / "ray").mkdir(parents=True)
+        (tmp_path / name / "slime" / "ray" / "run.py").write_text("x = 1\n")
+        (tmp_path / name / "slime" / "notes.txt").write_text(name)
+    assert source_digest(tmp_path / "a") == source_digest(tmp_path / "b")
+    (tmp_path / "b" / "slime" / "ray" / "run.py").write_text("x = 2\n")
+    assert source_digest(tmp_path / "a") != source_digest(tmp_path / "b")
 
 
 def test_facts_of_this_machine(tmp_path: Path) -> None:
