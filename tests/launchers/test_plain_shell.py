@@ -383,7 +383,7 @@ def test_a_node_is_joined_once_by_the_line_that_is_printed_and_its_keeper_outliv
     stray = subprocess.Popen(["sleep", "600"], env=os.environ | {"SLIME_LAUNCH": other}, start_new_session=True)
     os.kill(joined["pid"], signal.SIGKILL)
     assert stray.wait(60) == -signal.SIGTERM
-    assert joined["env"] == head["env"] and "RAY_ADDRESS" not in joined["all"]
+    assert joined["env"] == head["env"] | {"RAY_AUTH_TOKEN_PATH": str(there / "token")} and "RAY_ADDRESS" not in joined["all"]
     assert joined["token"] == head["token"] and len(head["token"]) == 64
     assert head["token"] not in " ".join(joined["argv"])
     process.terminate()
