@@ -1,0 +1,388 @@
+"""Drills of a cluster in a box: a node dies, a link is cut, flaps or is slow, while the tiny launcher trains over two nodes.
+
+    .venv/bin/python tools/box_drill.py run FOLDER die/train down/save      these, one after another (as root)
+    .venv/bin/python tools/box_drill.py list                                what there is
+    .venv/bin/python tools/box_drill.py table FOLDER                        what happened, as markdown
+
+A drill is FAULT/PHASE. All drills of a folder share one run: each launch is the same command, and resumes what the drill
+before it ended; `run` without drills is one that nobody disturbs. Judged are: one line that names the node, the phase and what
+to do; the time until then and until the end; that no node keeps a process of the launch, a socket or shared memory; and that
+the next launch goes on from the newest checkpoint. Every drill is a line of FOLDER/drills.jsonl, the last of a name counts, and
+has a transcript in FOLDER/transcripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools import cluster_box  # noqa: E402
+from tools.cluster_box import Box  # noqa: E402
+from tools.drills.judge import Line  # noqa: E402
+from tools.drills.launch import newest, phase_of  # noqa: E402
+
+PHASES = ("start", "generate", "hand-over", "train", "save", "sync", "evaluate")
+ENDS_WITHIN, CLEAN_WITHIN, READY_WITHIN = 240.0, 150.0, 240.0
+"""Seconds: from the fault to the end of the launch; from there until no node keeps anything of it; and until a phase comes."""
+FLAP_SECONDS, SLOW_MBIT = 6.0, 4.0
+_SURVIVED_ROLLOUTS = 2
+FLAGS = (
+    "--rollout-batch-size", "2", "--n-samples-per-prompt", "2", "--n-samples-per-eval-prompt", "1",
+    "--num-steps-per-rollout", "1",
+    "--save-interval", "1", "--eval-interval", "1", "--skip-eval-before-train", "--num-rollout", "100000",
+)  # fmt: skip
+_ROLLOUT = re.compile(r"INFO slime\.\S+: rollout +(\d+)/\d+ \|")
+_REMEDY = "run the same command again"
+
+
+@dataclass(frozen=True)
+class Fault:
+    what: str
+    node: int
+    do: Callable[[Box, int], object]
+    mend: Callable[[Box, int], object]
+    survives: bool = False
+    takes_launcher: bool = False
+    """The node is the launcher's own: nobody is left who could say anything."""
+
+
+def _flap(box: Box, node: int) -> None:
+    cluster_box.set_link(box, node, "down")
+    time.sleep(FLAP_SECONDS)
+    cluster_box.set_link(box, node, "up")
+
+
+def _boot(box: Box, node: int) -> None:
+    if not box.node(node).init:
+        cluster_box.boot(box, node)
+
+
+def _up(box: Box, node: int) -> None:
+    cluster_box.set_link(box, node, "up")
+
+
+FAULTS = {
+    "die": Fault("all processes of node 2 end", 2, cluster_box.die, _boot),
+    "down": Fault("the link of node 2 goes down", 2, lambda box, node: cluster_box.set_link(box, node, "down"), _up),
+    "cut": Fault("the link of node 1 goes down", 1, lambda box, node: cluster_box.set_link(box, node, "down"), _up),
+    "head": Fault("all processes of node 1 end", 1, cluster_box.die, _boot, takes_launcher=True),
+    "flap": Fault(f"the link of node 2 is down for {FLAP_SECONDS:.0f} s", 2, _flap, _up, survives=True),
+    "slow": Fault(
+        f"the link of node 2 carries {SLOW_MBIT:g} Mbit/s", 2, lambda box, node: cluster_box.slow(box, node, SLOW_MBIT), _up,
+        survives=True,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """What happened in one drill."""
+
+    fault: str
+    phase: str
+    hit: str
+    """The phase that the run was in when the fault came."""
+    outcome: str
+    """ "survived", "named", "unnamed", "hung"; of a launcher that died with its node "gone"."""
+    cause: str
+    seconds_to_cause: float | None
+    seconds_to_end: float | None
+    seconds_to_clean: float | None
+    """From the launch's end, or its node's, until the living nodes kept nothing; None where they kept something."""
+    left: list[str]
+    status: int | None
+    resumed: bool | None = None
+    """Whether the next launch went on from the newest checkpoint."""
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome in ("unnamed", "hung") or bool(self.left) or self.resumed is False
+
+
+class Launch:
+    """The tiny launcher on node 1 of a box. What it prints and its driver's log become `lines`."""
+
+    def __init__(self, box: Box, flags: Sequence[str] = FLAGS):
+        self.box, self.base = box, box.folder / "base"
+        self.lines: list[Line] = []
+        self.began: list[tuple[float, str]] = []
+        self.rollouts: list[tuple[float, int]] = []
+        tool = f"{sys.executable} {Path(cluster_box.__file__).resolve()}"
+        settings = {
+            "BASE_DIR": str(self.base), "HOSTFILE": str(box.folder / "hostfile"), "MASTER_ADDR": box.nodes[0].address,
+            "NUM_NODES": str(len(box.nodes)), "SFT_STEPS": "3", "SSH": f"{tool} ssh {box.folder}",
+        }  # fmt: skip
+        self.process = subprocess.Popen(
+            cluster_box.entering(box, 1, ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *flags]),
+            env=os.environ | settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        self._log = self.base / "run" / "driver.log"
+        self._position = self._log.stat().st_size if self._log.exists() else 0
+        self._closed = threading.Event()
+        for work in (self._read, self._tail):
+            threading.Thread(target=work, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self._take(line.decode(errors="replace").rstrip("\n"))
+
+    def _tail(self) -> None:
+        while not self._closed.wait(0.01):
+            if not self._log.exists() or self._log.stat().st_size <= self._position:
+                continue
+            with self._log.open("rb") as log:
+                log.seek(self._position)
+                text = log.read().rpartition(b"\n")[0]
+            self._position += len(text) + bool(text)
+            for line in text.decode(errors="replace").splitlines():
+                self._take(line)
+
+    def _take(self, text: str) -> None:
+        now = time.monotonic()
+        if (phase := phase_of(text)) is not None:
+            self.began.append((now, phase))
+        if reported := _ROLLOUT.search(text):
+            self.rollouts.append((now, int(reported[1])))
+        self.lines.append(Line(now, text))
+
+    def until(self, what: Callable[[], bool], *, seconds: float) -> bool:
+        """False when the launch ends first, or the time is over."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                return what()
+            time.sleep(0.01)
+        return True
+
+    def comes_to(self, phase: str) -> bool:
+        """A phase of an iteration is awaited after the first rollout: the weights' first way is also a start."""
+        if phase == "start":
+            return self.until(lambda: any("other nodes joined" in line.text for line in self.lines), seconds=READY_WITHIN) and (
+                self.until(lambda: bool(self.began), seconds=READY_WITHIN)
+            )
+        if not self.until(lambda: bool(self.rollouts), seconds=READY_WITHIN):
+            return False
+        since = time.monotonic()
+        return self.until(lambda: any(at > since and one == phase for at, one in self.began[-20:]), seconds=60.0)
+
+    @property
+    def phase(self) -> str:
+        return self.began[-1][1] if self.began else "start"
+
+    def reported_since(self, moment: float) -> int:
+        return sum(at > moment for at, _ in self.rollouts)
+
+    def leave(self, *, seconds: float = 90.0) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self._closed.set()
+
+
+def left_on(box: Box) -> list[str]:
+    """What living nodes keep of launches: processes, shared memory, sockets, temporary files."""
+    found = []
+    for node in cluster_box.load(box.folder).nodes:
+        if not node.init:
+            continue
+        found += [f"{node.name}: process {_words(pid)}" for pid in node.pids()]
+        root = Path(f"/proc/{node.init}/root")
+        found += [f"{node.name}: {file.relative_to(root)}" for file in (root / "dev/shm").iterdir()]
+        for folder in (root / "tmp").glob("slime-*"):
+            sockets = sum(path.is_socket() for path in folder.rglob("*"))
+            found += [f"{node.name}: {sockets} sockets in {folder.name}"] if sockets else []
+            found += [f"{node.name}: {folder.name}/tmp"] if (folder / "tmp").exists() else []
+    return found
+
+
+def _words(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:80]
+    except OSError:
+        return str(pid)
+
+
+class Campaign:
+    def __init__(self, box: Box):
+        self._folder, self._box = box.folder, box
+
+    def drill(self, name: str) -> Row | None:
+        """None where the phase never came."""
+        fault, phase = FAULTS[name.split("/")[0]], name.split("/")[1]
+        before = newest(self._checkpoints)
+        launch = Launch(self._box)
+        try:
+            placed = launch.comes_to(phase)
+            self._settle(launch, before)
+            if not placed:
+                self._transcribe(launch, name, time.monotonic())
+                return None
+            at, hit = time.monotonic(), launch.phase
+            fault.do(cluster_box.load(self._box.folder), fault.node)
+            launch.until(lambda: launch.reported_since(at) >= _SURVIVED_ROLLOUTS, seconds=ENDS_WITHIN)
+            row = self._judge(launch, fault, name, at, hit)
+            self._transcribe(launch, name, at)
+        finally:
+            fault.mend(cluster_box.load(self._box.folder), fault.node)
+            launch.leave()
+            self._empty()
+        self._write(row)
+        return row
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self._box.folder / "base" / "GLM-5.2-tiny_slime"
+
+    def _judge(self, launch: Launch, fault: Fault, name: str, at: float, hit: str) -> Row:
+        status, now = launch.process.poll(), time.monotonic()
+        went_on = launch.reported_since(at) >= _SURVIVED_ROLLOUTS
+        left, clean = [], None
+        if status is not None:
+            while (left := left_on(self._box)) and time.monotonic() < now + CLEAN_WITHIN:
+                time.sleep(0.5)
+            clean = None if left else time.monotonic() - now
+        node = self._box.node(fault.node)
+        told = next((one for one in launch.lines if one.at >= at and says_all(one.text, node.address)), None)
+        outcome = "survived" if went_on else "hung" if status is None else "gone" if fault.takes_launcher else None
+        outcome = outcome or ("named" if told else "unnamed")
+        if outcome == "survived" and not fault.survives:
+            outcome = "unnamed"
+        return Row(
+            name.split("/")[0], name.split("/")[1], hit, outcome, told.text if told else "", told.at - at if told else None,
+            None if status is None else now - at, clean, left, status,
+        )  # fmt: skip
+
+    def _settle(self, launch: Launch, before: int | None) -> None:
+        """What this launch shows of the drill before: that the same command went on from the newest checkpoint."""
+        rows = read(self._folder)
+        if rows and rows[-1].resumed is None and launch.rollouts:
+            began = launch.rollouts[0][1]
+            self._write(replace(rows[-1], resumed=began == (0 if before is None else before + 1) + 1))
+
+    def undisturbed(self) -> None:
+        before, launch = newest(self._checkpoints), Launch(self._box)
+        try:
+            launch.until(lambda: bool(launch.rollouts), seconds=2 * READY_WITHIN)
+            self._settle(launch, before)
+            self._transcribe(launch, "undisturbed", time.monotonic())
+        finally:
+            launch.leave()
+            self._empty()
+
+    def _empty(self) -> None:
+        """Whatever a drill left has been told; the next one begins on empty nodes."""
+        for node in cluster_box.load(self._box.folder).nodes:
+            if node.pids():
+                cluster_box.boot(cluster_box.die(cluster_box.load(self._box.folder), node.name), node.name)
+            root = Path(f"/proc/{cluster_box.load(self._box.folder).node(node.name).init}/root")
+            for folder in (root / "tmp").glob("slime-*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _transcribe(self, launch: Launch, name: str, at: float) -> None:
+        folder = self._folder / "transcripts"
+        folder.mkdir(exist_ok=True)
+        text = "".join(f"{line.at - at:8.1f} {line.text}\n" for line in launch.lines)
+        (folder / f"{name.replace('/', '-')}.log").write_text(text)
+
+    def _write(self, row: Row) -> None:
+        with (self._folder / "drills.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+
+
+_PHASE_WORDS = r"starting|loading|opening|joining|generating|evaluating|handing|training|saving|sending|reading|between two"
+
+
+def says_all(line: str, address: str) -> bool:
+    """Whether one line names the node, the phase and what to do."""
+    return address in line and _REMEDY in line and re.search(_PHASE_WORDS, line) is not None
+
+
+def read(folder: Path) -> list[Row]:
+    """The last of each name, in the order in which they were made."""
+    file, rows = folder / "drills.jsonl", {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        row = Row(**json.loads(line))
+        rows.pop((row.fault, row.phase), None)
+        rows[row.fault, row.phase] = row
+    return list(rows.values())
+
+
+def run(folder: Path, names: Sequence[str]) -> int:
+    failed = 0
+    box = cluster_box.make(folder, 2)
+    try:
+        campaign = Campaign(box)
+        for name in names:
+            sys.stdout.write(f"{name}: {FAULTS[name.split('/')[0]].what} ...\n")
+            sys.stdout.flush()
+            row = campaign.drill(name)
+            sys.stdout.write(f"  {told(row)}\n")
+            sys.stdout.flush()
+            failed += row is None or row.failed
+        if not names:
+            campaign.undisturbed()
+    finally:
+        cluster_box.remove(folder)
+    return 1 if failed else 0
+
+
+def told(row: Row | None) -> str:
+    if row is None:
+        return "the phase did not come"
+    times = {"told": row.seconds_to_cause, "ended": row.seconds_to_end, "clean": row.seconds_to_clean}
+    said = ", ".join(f"{what} after {value:.0f} s" for what, value in times.items() if value is not None)
+    return f"{row.outcome} (in {row.hit}) {said}; status {row.status}; left {row.left}: {row.cause[:300]}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = ["| fault | phase | outcome | told | ended | nodes clean | resumed |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        times = [row.seconds_to_cause, row.seconds_to_end, row.seconds_to_clean]
+        cells = [FAULTS[row.fault].what, row.phase, row.outcome, *("-" if one is None else f"{one:.0f} s" for one in times)]
+        resumed = {None: "-", True: "yes", False: "no"}[row.resumed]
+        lines.append("| " + " | ".join([*cells, resumed]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("run", "list", "table"):
+        one = commands.add_parser(name)
+        if name != "list":
+            one.add_argument("folder", type=Path)
+        if name == "run":
+            one.add_argument("drills", nargs="*", metavar="FAULT/PHASE")
+    given = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a box is removed on the way out
+    if given.command == "run":
+        return run(given.folder, given.drills)
+    if given.command == "table":
+        sys.stdout.write(table(read(given.folder)))
+        return 0
+    for name, fault in FAULTS.items():
+        sys.stdout.write(f"{name}: {fault.what}\n")
+    sys.stdout.write(f"phases: {', '.join(PHASES)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
