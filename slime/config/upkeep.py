@@ -19,6 +19,13 @@ class UpkeepConfig:
     """Save and leave after every rollout whose number is a multiple of this."""
     exit_duration_in_mins: float | None = flag(None, above=0)
     """Save and leave after the first rollout that ends so many minutes after the start."""
+    snapshot_interval: int | None = flag(None, low=1)
+    """Keep the trainer's whole state in main memory after every so many rollouts; a rank that dies then costs no more than
+    starting the trainer anew from there: engines stay up, and what was generated since is trained again."""
+    snapshot_peer: bool = flag(True, off="--no-snapshot-peer")
+    """Do not copy each node's snapshots to the next node; the loss of a node then ends the run."""
+    max_trainer_restarts: int = flag(3, low=1)
+    """Lost trainers that are started anew in one run; the next one ends it, and so does a second loss at the same place."""
     hang_report_minutes: float = flag(30.0, above=0)
     """A wait for trainer or engines that lasts longer (and twice as long as any like it) is explained: where everybody is."""
     hang_exit_minutes: float | None = flag(None, above=0)

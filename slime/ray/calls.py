@@ -29,6 +29,10 @@ _PEER_LOST = (
 )  # fmt: skip
 
 
+class ProcessLost(RuntimeError):
+    """A process is gone, stands still or has lost its device: new ones may do the same work. Other errors would come again."""
+
+
 def gather(
     refs: Mapping[str, ray.ObjectRef],
     *,
@@ -37,7 +41,8 @@ def gather(
     timeout: float | None = None,
     patience: Patience | None = None,
 ) -> dict[str, Any]:
-    """Results by name. If one fails, RuntimeError with the cause, at once; ranks that then hang are not waited for.
+    """Results by name. If one fails, RuntimeError with the cause, at once; ranks that then hang are not waited for. It is
+    ProcessLost where the cause is no error of the code.
 
     processes: those behind the names, where they are known: one that is stopped is told while the others wait for it.
     timeout: seconds until RuntimeError names who has not answered; None waits for ever, or for as long as `patience` does,
@@ -58,7 +63,7 @@ def gather(
             try:
                 results[names[ref]] = ray.get(ref)
             except ray.exceptions.RayError as error:
-                raise RuntimeError(_explain(names, ref, error, pending, doing, processes or {})) from None
+                raise _explained(names, ref, error, pending, doing, processes or {}) from None
         if not done and wait is not None:
             wait.look()
         if not done and processes:
@@ -75,14 +80,14 @@ def _tell_unwell(processes: Mapping[str, Process], doing: str, seconds: float, t
     return set(unwell)
 
 
-def _explain(
+def _explained(
     names: Mapping[ray.ObjectRef, str],
     first: ray.ObjectRef,
     error: Exception,
     pending: Sequence[ray.ObjectRef],
     doing: str,
     processes: Mapping[str, Process],
-) -> str:
+) -> RuntimeError:
     failures = {names[first]: error}
     started = time.monotonic()
     while pending:
@@ -102,7 +107,7 @@ def _explain(
     also = f"\n(it took others with it: {', '.join(others)})" if others else ""
     waiting = [name for name in hanging if name != cause]
     stopped = f"\n(still waiting, now stopped: {', '.join(waiting)})" if waiting else ""
-    return f"{why}{also}{stopped}"
+    return _kind(failures.get(cause))(f"{why}{also}{stopped}")
 
 
 def _cause(
@@ -134,6 +139,13 @@ def _cause(
     return name, f"{name} failed while {doing}:\n{_text(failure)}"
 
 
+def _kind(failure: Exception | None) -> type[RuntimeError]:
+    """failure: of who failed first; None of one that has said nothing."""
+    if failure is None or _lost_a_peer(failure) or _lost_its_device(failure):
+        return ProcessLost
+    return RuntimeError if _is_raised(failure) or _was_not_made(failure) else ProcessLost
+
+
 def _is_raised(error: Exception) -> bool:
     """Raised in the actor's code, whose process lives; anything else of Ray's is about a process that is gone."""
     return isinstance(error, ray.exceptions.RayTaskError)
@@ -146,9 +158,19 @@ def _lost_a_peer(error: Exception) -> bool:
     return isinstance(error.cause, RuntimeError) and any(words in said for words in _PEER_LOST)
 
 
+def _lost_its_device(error: Exception) -> bool:
+    """A GPU that fell off the bus, or met memory that it cannot correct: the process cannot use it again, a new one may."""
+    said = str(error.cause).lower() if _is_raised(error) else ""
+    return "cuda error:" in said and "out of memory" not in said
+
+
+def _was_not_made(error: Exception) -> bool:
+    return "creation task" in str(error)  # its constructor raised: the text is that traceback
+
+
 def _death(name: str, error: Exception, process: Process | None) -> str:
     """Who died and of what."""
-    if "creation task" in str(error):  # its constructor raised: the text is that traceback
+    if _was_not_made(error):
         return f"{name} could not be made: {str(error).strip()}"
     process = process or process_in(error)
     return f"{name}{f' ({process})' if process is not None else ''} {death(error, process)}"

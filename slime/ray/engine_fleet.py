@@ -244,11 +244,12 @@ class EngineFleet:
 
     # ------------------------------------------------------------------ memory
 
-    def release_memory(self, labels: Sequence[str] | None = None) -> None:
-        """labels: of the engines that are to do it; None: all that share their devices."""
-        sharing = self._sharing(labels)
+    def release_memory(self, labels: Sequence[str] | None = None, what: str = "everything") -> None:
+        """labels: of the engines that are to do it; None: all that share their devices. what: or "weights" alone, where nothing
+        else is held."""
+        sharing, tags = self._sharing(labels), {"everything": None, "weights": ["weights"]}[what]
         self._each(sharing, lambda client: client.flush_cache(), doing="flushing its cache")
-        self._each(sharing, lambda client: client.release_memory(), doing="giving its memory back")
+        self._each(sharing, lambda client: client.release_memory(tags), doing="giving its memory back")
 
     def resume_memory(self, what: str, labels: Sequence[str] | None = None) -> None:
         tags = {"weights": ["weights"], "kv_cache": ["kv_cache", "cuda_graph"]}[what]

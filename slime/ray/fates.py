@@ -120,6 +120,16 @@ def end(processes: Mapping[str, Process]) -> None:
         ray.wait(kills, num_returns=len(kills), timeout=_LOOK_SECONDS)
 
 
+def until_gone(processes: Mapping[str, Process], seconds: float = 60.0) -> None:
+    """Wait for processes that were ended; a warning names those that are still there."""
+    deadline, left = time.monotonic() + seconds, dict(processes)
+    while left := {name: processes[name] for name, fate in fates(left).items() if fate is None}:
+        if time.monotonic() > deadline:
+            logger.warning("%s have not ended within %.0f s", ", ".join(left), seconds)
+            return
+        time.sleep(0.2)
+
+
 @ray.remote(num_cpus=0, max_retries=0)
 def _kill(process: Process) -> None:
     stat = _stat(process.pid)

@@ -27,7 +27,7 @@ class Holder(enum.Enum):
 
 
 class EngineMemory(Protocol):
-    def release_memory(self, labels: Sequence[str] | None = None) -> None: ...
+    def release_memory(self, labels: Sequence[str] | None = None, what: str = "everything") -> None: ...
     def resume_memory(self, what: str, labels: Sequence[str] | None = None) -> None: ...
 
 
@@ -138,6 +138,14 @@ class Lease:
             self._engines.resume_memory("weights", revived)
         return bool(revived)
 
+    def restart_trainers(self, restart: Callable[[], None]) -> None:
+        """Within `syncing`, after a loss: new ranks need more room than those that sent weights, so engines make it once more."""
+        self._expect(Holder.SYNC)
+        self._engines.release_memory(what="weights")
+        restart()
+        self._trainers.sleep("steps")
+        self._engines.resume_memory("weights")
+
     def _sleep(self) -> None:
         self._trainers.sleep("steps")
         self._trainers.sleep("weights")
@@ -163,3 +171,6 @@ class FreeLease(Lease):
 
     def restart_engines(self) -> bool:
         return bool(self._revive(lambda: None))
+
+    def restart_trainers(self, restart: Callable[[], None]) -> None:
+        restart()

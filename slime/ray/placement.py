@@ -7,7 +7,8 @@ import logging
 import os
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -69,6 +70,30 @@ def place(*, num_trainer: int, num_engine: int, colocate: bool, wait_seconds: fl
     return Placement(group, tuple(slots[:num_trainer]), tuple(slots[engine_start : engine_start + num_engine]))
 
 
+def with_spares(placement: Placement, lost: Sequence[str], wait_seconds: float = 600.0) -> Placement:
+    """The same slots after nodes were lost: those of trainer ranks there are on nodes that had some free, or that join.
+
+    Raises RuntimeError where engines were there too, or no spare comes.
+    """
+    if not lost:
+        return placement
+    nodes = ", ".join(lost)
+    if any(slot.node_ip in lost for slot in placement.engine_slots):
+        raise RuntimeError(
+            f"node {nodes} is gone, with engines on it, which Ray cannot start elsewhere: bring the node back or replace it and "
+            "run the same command again; it resumes from the last checkpoint"
+        )
+    total = len({slot.bundle for slot in (*placement.trainer_slots, *placement.engine_slots)})
+    logger.warning("node %s is gone; waiting for a spare one with as many free devices, %.0f s at most", nodes, wait_seconds)
+    _wait_until_ready(placement.group, total, wait_seconds)
+    moved = {slot.bundle: slot for slot in _slots(placement.group, _bundles_on(placement, lost))}
+    return replace(placement, trainer_slots=tuple(moved.get(slot.bundle, slot) for slot in placement.trainer_slots))
+
+
+def _bundles_on(placement: Placement, nodes: Sequence[str]) -> list[int]:
+    return [slot.bundle for slot in placement.trainer_slots if slot.node_ip in nodes]
+
+
 def _wait_until_ready(group: PlacementGroup, total: int, wait_seconds: float) -> None:
     started, said = time.monotonic(), 0.0
     ready = group.ready()
@@ -114,19 +139,24 @@ class _Probe:
 def _ordered_slots(group: PlacementGroup, total: int) -> list[Slot]:
     """Slots sorted by node address and device number, as numbers: Ray hands bundles out in any order, and as text "10" comes
     before "2"."""
+    return sorted(_slots(group, range(total)), key=lambda slot: (_address_key(slot.node_ip), slot.device_index))
+
+
+def _slots(group: PlacementGroup, bundles: Iterable[int]) -> list[Slot]:
+    """Where Ray has put these bundles."""
+    bundles = list(bundles)
     probes = [
         _Probe.options(
             num_gpus=0.01,
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=bundle),
             runtime_env={"env_vars": ALL_DEVICES},
         ).remote()
-        for bundle in range(total)
+        for bundle in bundles
     ]
     found = ray.get([probe.where.remote() for probe in probes])
     for probe in probes:
         ray.kill(probe)
-    slots = [Slot(bundle, ip, device) for bundle, (ip, device) in enumerate(found)]
-    return sorted(slots, key=lambda slot: (_address_key(slot.node_ip), slot.device_index))
+    return [Slot(bundle, ip, device) for bundle, (ip, device) in zip(bundles, found, strict=True)]
 
 
 def _address_key(address: str) -> tuple[int, int]:

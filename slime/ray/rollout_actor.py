@@ -277,8 +277,8 @@ class RolloutSide:
     def proceed(self) -> None:
         self._call("fleet", "proceed")
 
-    def release_memory(self, labels: Sequence[str] | None = None) -> None:
-        self._call("fleet", "release_memory", labels)
+    def release_memory(self, labels: Sequence[str] | None = None, what: str = "everything") -> None:
+        self._call("fleet", "release_memory", labels, what)
 
     def resume_memory(self, what: str, labels: Sequence[str] | None = None) -> None:
         self._call("fleet", "resume_memory", what, labels)

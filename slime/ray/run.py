@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from slime.observability.tracking import Start
 from slime.ray.cluster_watch import ClusterWatch
 from slime.ray.environment import QUIET
 from slime.ray.in_flight import InFlight, Rollout
+from slime.ray.lasting import LastingTrainers, make_trainers
 from slime.ray.lease import Awake, FreeLease, Holder, Lease
 from slime.ray.leaving import Leaving
 from slime.ray.placement import Placement, place, slot_counts
@@ -73,7 +75,7 @@ class Run:
         self._has_engines = not config.debug.debug_train_only
         self._placement: Placement | None = None
         self._patience = Patience()
-        self._trainers: TrainGroup | None = None
+        self._trainers: TrainGroup | LastingTrainers | None = None
         self._rollout: RolloutSide | None = None
         self._telling = Telling(config)
         self._version = 0
@@ -163,7 +165,7 @@ class Run:
         self._patience = Patience(config.upkeep)
         self._rollout = RolloutSide(actor, self._patience)
         if self._has_trainer:
-            self._trainers = TrainGroup(config, self._placement, self._patience)
+            self._trainers = make_trainers(config, self._placement, self._patience)
         self._check_plugins()
         engines_ready = self._rollout.begin_start()
         if self._has_trainer:
@@ -335,7 +337,8 @@ class Run:
     def sync_weights(self) -> SyncReport | None:
         """The next weight version, on every engine; None where there are no engines.
 
-        With --use-fault-tolerance an engine that dies meanwhile is started again, and all get the weights from the beginning.
+        With --use-fault-tolerance an engine that dies meanwhile is started again, and all get the weights from the beginning;
+        so it is with the trainer's ranks and --snapshot-interval.
         """
         if not (self._has_trainer and self._has_engines):
             return None
@@ -344,7 +347,9 @@ class Run:
             try:
                 return self._send_weights()
             except RuntimeError as broken:
-                if self._trainers.has_failed or not self._died_lately() or not self.lease.restart_engines():
+                if self._trainers.can_recover(broken):
+                    self.lease.restart_trainers(partial(self._trainers.recover, broken))
+                elif self._trainers.has_failed or not self._died_lately() or not self.lease.restart_engines():
                     raise
                 logger.warning("sending weights v%d again, to all engines; what broke: %s", self._version, broken)
         return self._send_weights()

@@ -63,7 +63,7 @@ class TrainActor:
         self._device_index = device_index
         self._store = None
         self._resumes = False
-        self._stream = self._files = None
+        self._stream = self._files = self._snapshot = None
         if config.cluster.kernel_cache:
             from slime.ops.cuda_build import cache_environment
 
@@ -162,6 +162,29 @@ class TrainActor:
             loaded = self._trainer.load()
         self._resumes = loaded.data_state is not None and not self._config.checkpoint.no_load_optim
         return loaded
+
+    def restore(self, path: str) -> None:
+        """In the place of `load`, of a rank that takes the place of another: what that one wrote into memory."""
+        from slime.training import rank_snapshot
+
+        with self._trainer.peaks("load"):
+            rank_snapshot.restore(self._trainer, path)
+        self._resumes = True
+
+    def snapshot_bytes(self) -> int:
+        from slime.training.rank_snapshot import RankSnapshot
+
+        self._snapshot = RankSnapshot(self._trainer)
+        return self._snapshot.nbytes
+
+    def write_snapshot(self, path: str) -> str | None:
+        """What `snapshot_bytes` measured. Why it could not be, where the memory has gone with its keeper."""
+        snapshot, self._snapshot = self._snapshot, None
+        try:
+            snapshot.write(path)
+        except OSError as error:
+            return f"{type(error).__name__}: {error}"
+        return None
 
     def train(self, batch: RolloutBatch, steps: Sequence[StepPlan]):
         return self._trainer.train(batch, list(steps))

@@ -13,7 +13,7 @@ import ray
 from slime.config import Config
 from slime.ray.calls import gather
 from slime.ray.destinations import Destinations
-from slime.ray.fates import Process, end
+from slime.ray.fates import Process, end, until_gone
 from slime.ray.placement import ALL_DEVICES, TRAINER_SHARE, Placement
 from slime.ray.standstill import Patience
 from slime.ray.train_actor import RankMemory, TrainActor
@@ -70,6 +70,18 @@ class TrainGroup:
         """Load the checkpoint that the flags name; what rank 0 found (start rollout, data position)."""
         return self._first(self._call("load", doing="loading the checkpoint"))
 
+    def restore(self, paths: Sequence[str]) -> None:
+        """In the place of `load`: the state of a snapshot. paths: by rank, on the rank's own node."""
+        self._call_each("restore", paths, doing="taking back its snapshot")
+
+    def snapshot_bytes(self) -> list[int]:
+        """Memory of each rank's snapshot, of which `write_snapshot` comes next."""
+        return list(self._call("snapshot_bytes", doing="measuring its snapshot").values())
+
+    def write_snapshot(self, paths: Sequence[str]) -> list[str]:
+        """Why ranks could not write theirs; empty where all did."""
+        return [why for why in self._call_each("write_snapshot", paths, doing="writing its snapshot").values() if why]
+
     def train(self, batch: ray.ObjectRef, steps: Sequence):
         return self._first(self._call("train", batch, ray.put(list(steps)), doing="training"))
 
@@ -112,8 +124,28 @@ class TrainGroup:
         if self.has_failed:
             end(self._processes)  # a stopped one does not hear Ray
 
+    def stop_and_wait(self) -> None:
+        """Until the processes have ended, and their memory is free."""
+        self.has_failed = True
+        self.stop()
+        until_gone(self._processes)
+
+    def can_recover(self, error: RuntimeError) -> bool:
+        """Whether `recover` may be called after it: not without snapshots (slime.ray.lasting)."""
+        return False
+
+    def recover(self, error: RuntimeError) -> None:
+        raise error
+
     def _call(self, method: str, *args, doing: str) -> dict[str, object]:
-        refs = {name: getattr(actor, method).remote(*args) for name, actor in self._actors.items()}
+        return self._call_each(method, *([arg] * len(self._actors) for arg in args), doing=doing)
+
+    def _call_each(self, method: str, *args: Sequence, doing: str) -> dict[str, object]:
+        """args: each by rank."""
+        refs = {
+            name: getattr(actor, method).remote(*(arg[rank] for arg in args))
+            for rank, (name, actor) in enumerate(self._actors.items())
+        }
         try:
             return gather(refs, doing=doing, processes=self._processes, patience=self._patience)
         except RuntimeError:

@@ -30,6 +30,10 @@ class Snapshots:
         for kept, weight in zip(self._kept[tag], live, strict=True):
             kept.copy_(weight)
 
+    def kept(self, tag: str) -> list[Tensor]:
+        """The copies themselves, in the order of `weights_of`."""
+        return self._kept[tag]
+
     @torch.no_grad()
     def put(self, tag: str) -> None:
         """Write the copies back into the model. The optimizer's main parameters are not touched."""

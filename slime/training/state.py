@@ -54,13 +54,7 @@ def load(trainer: Trainer) -> LoadedState:
     """Weights of reference and teacher into snapshots (where an objective needs them), then the actor's own state; see
     checkpoint.resolve."""
     config = trainer.config
-    if trainer.keeps_reference:
-        if not config.checkpoint.ref_load:
-            raise ValueError("--kl-coef / --use-kl-loss compare with a reference model; give --ref-load")
-        _load_beside(trainer, "ref", config.checkpoint.ref_load, config.checkpoint.ref_ckpt_step, checkpoint.REFERENCE)
-    rules = config.algorithm
-    if rules.use_opd and rules.opd_type == "megatron":
-        _load_beside(trainer, "teacher", rules.opd_teacher_load, rules.opd_teacher_ckpt_step, checkpoint.TEACHER)
+    load_beside(trainer)
     source = checkpoint.resolve(config)
     start = source.start_rollout_id(config.checkpoint.start_rollout_id)
     data_state = None
@@ -76,6 +70,18 @@ def load(trainer: Trainer) -> LoadedState:
         how = "continues" if source.resumes else "weights only, counting from the start"
         log.info("load %s: %s (%s); first rollout %d", source.folder, source.why, how, start + 1)
     return LoadedState(start, data_state, trainer.steps_done, source.iteration if source.resumes else None)
+
+
+def load_beside(trainer: Trainer) -> None:
+    """The weights of reference and teacher into snapshots, where an objective needs them."""
+    config = trainer.config
+    if trainer.keeps_reference:
+        if not config.checkpoint.ref_load:
+            raise ValueError("--kl-coef / --use-kl-loss compare with a reference model; give --ref-load")
+        _load_one_beside(trainer, "ref", config.checkpoint.ref_load, config.checkpoint.ref_ckpt_step, checkpoint.REFERENCE)
+    rules = config.algorithm
+    if rules.use_opd and rules.opd_type == "megatron":
+        _load_one_beside(trainer, "teacher", rules.opd_teacher_load, rules.opd_teacher_ckpt_step, checkpoint.TEACHER)
 
 
 def save(trainer: Trainer, rollout_id: int, data_state: Mapping[str, Any] | None) -> Path:
@@ -195,7 +201,7 @@ def load_weights(trainer: Trainer, kind: str, folder: Path) -> None:
     load_hf(trainer.model, table, SafetensorsReader(folder), trainer.ranks, padded_vocab=padded_vocab_size(config, hf))
 
 
-def _load_beside(trainer: Trainer, tag: str, path: str, step: int | None, flags: checkpoint.Flags) -> None:
+def _load_one_beside(trainer: Trainer, tag: str, path: str, step: int | None, flags: checkpoint.Flags) -> None:
     """The weights in `path`, of a model of the same shape, as a snapshot; the model itself is loaded afterwards."""
     found = checkpoint.find_weights(Path(path), step, flags)
     if found is None:

@@ -1,0 +1,163 @@
+"""A trainer whose rank is killed goes on from main memory: real Ray, real ranks over gloo, the same weights to the bit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import ray
+
+from slime.config.cluster import ClusterConfig
+from slime.config.upkeep import UpkeepConfig
+from slime.ray.calls import ProcessLost
+from slime.ray.lasting import LastingTrainers, Restarts, make_trainers
+from slime.ray.placement import place
+from slime.ray.standstill import Patience
+from slime.ray.train_group import TrainGroup
+
+pytestmark = pytest.mark.slow
+
+TESTS = Path(__file__).parents[1]
+
+# Rank 1 ends itself the first time that the step named in a file comes; the file is then gone.
+STEP_HOOK = """
+import os
+import signal
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def die(args, rollout_id, step_id, model, optimizer, scheduler):
+    order = Path(args.save) / f"die-{rollout_id}-{step_id}"
+    if dist.get_rank() == 1 and order.exists():
+        if order.read_text() != "again":
+            order.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    hooks = tmp_path_factory.mktemp("hooks")
+    (hooks / "dying_step.py").write_text(STEP_HOOK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{hooks}:{TESTS / 'training'}:{TESTS}:{TESTS.parent}")
+        patch.syspath_prepend(str(TESTS / "training"))
+        ray.init("local", num_cpus=6, num_gpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def placement(cluster):
+    placement = place(num_trainer=2, num_engine=0, colocate=False)
+    yield placement
+    placement.remove()
+
+
+def config_for(folder: Path, save: Path, **upkeep):
+    import tiny
+
+    save.mkdir(exist_ok=True)
+    config = tiny.config_for(
+        folder, pipeline_model_parallel_size=2, params_dtype="fp32", global_batch_size=4, lr_decay_style="cosine",
+        lr_warmup_iters=3, save=str(save), custom_megatron_before_train_step_hook_path="dying_step.die",
+    )  # fmt: skip
+    config.upkeep = UpkeepConfig(**upkeep)
+    config.cluster, config.trains = ClusterConfig(actor_num_gpus_per_node=2), True
+    return config
+
+
+@pytest.fixture(scope="module")
+def model(cluster, tmp_path_factory):
+    import tiny
+
+    return tiny.qwen3(tmp_path_factory.mktemp("qwen3"))
+
+
+def trained(config, placement, rollouts: int, *, between=lambda trainers, number: None) -> tuple:
+    """(the trainers, what each rollout's steps told) after so many rollouts of two steps each."""
+    import tiny
+
+    trainers = make_trainers(config, placement, Patience())
+    told = []
+    trainers.start()
+    trainers.load()
+    for number in range(rollouts):
+        batch = tiny.rollout(number)
+        told.append(trainers.train(ray.put(batch), tiny.plans(batch, config, 2)).per_step)
+        between(trainers, number)
+    return trainers, told
+
+
+def checkpoint(trainers, rollout_id: int) -> dict:
+    from tests.e2e.test_tiny_run import _tensors
+
+    trainers.save(rollout_id, None)
+    return _tensors(Path(trainers._config.checkpoint.save) / f"iter_{rollout_id:07d}")
+
+
+@pytest.fixture(scope="module")
+def straight(model, placement, tmp_path_factory):
+    """What four rollouts come to, of a trainer that nobody disturbs."""
+    config = config_for(model, tmp_path_factory.mktemp("straight"))
+    trainers, told = trained(config, placement, 4)
+    assert isinstance(trainers, TrainGroup)
+    trainers._config = config
+    tensors = checkpoint(trainers, 3)
+    trainers.stop_and_wait()
+    return told, tensors
+
+
+def test_a_killed_rank_costs_a_restart_from_memory_and_the_end_is_the_same_to_the_bit(
+    model, placement, straight, tmp_path, caplog
+):
+    import torch
+
+    told, tensors = straight
+    config = config_for(model, tmp_path / "save", snapshot_interval=2, max_trainer_restarts=3)
+    # In the second step of rollout 4, two rollouts behind the snapshot; then while nobody is asked anything.
+    (tmp_path / "save" / "die-3-1").write_text("once")
+
+    def kill_between(trainers, number):
+        if number == 0:
+            os.kill(trainers._group._processes["trainer rank 0"].pid, signal.SIGKILL)
+
+    with caplog.at_level(logging.WARNING):
+        trainers, again = trained(config, placement, 4, between=kill_between)
+    assert isinstance(trainers, LastingTrainers)
+    assert again == told
+    same = checkpoint(trainers, 3)
+    assert same.keys() == tensors.keys() and any("exp_avg" in name for name in tensors)
+    assert [name for name in tensors if not torch.equal(tensors[name], same[name])] == []
+    lines = [record.getMessage() for record in caplog.records if "runs again after" in record.getMessage()]
+    assert re.search(r"from its snapshot of rollout 0: 1 rollout trained again; restart 1 of 3", lines[0])
+    assert re.search(r"from its snapshot of rollout 2: 1 rollout trained again; restart 2 of 3", lines[1])
+    causes = [r.getMessage().splitlines()[0] for r in caplog.records if "starting the trainer anew" in r.getMessage()]
+    assert all("was killed by signal 9 (SIGKILL)" in cause and cause.endswith("while training") for cause in causes), causes
+    keepers = [ray.get(keeper.pid.remote()) for keeper in trainers._store._keepers.values()]
+    trainers.stop()
+    assert len(keepers) == 1
+
+
+def test_a_step_that_kills_its_rank_twice_ends_the_run_with_the_reason(model, placement, tmp_path):
+    config = config_for(model, tmp_path / "save", snapshot_interval=1)
+    (tmp_path / "save" / "die-0-1").write_text("again")
+    with pytest.raises(RuntimeError, match="was killed by signal 9") as error:
+        trained(config, placement, 1)
+    assert str(error.value).endswith("it is the second loss while training rollout 1: starting the trainer anew does not help")
+
+
+def test_restarts_are_counted_and_a_place_has_one():
+    restarts, lost = Restarts(2), ProcessLost("trainer rank 1 was killed")
+    restarts.allow(lost, "training rollout 3")
+    with pytest.raises(RuntimeError, match="trainer rank 1 was killed\nit is the second loss while training rollout 3: "):
+        restarts.allow(lost, "training rollout 3")
+    restarts.allow(lost, "saving rollout 3")
+    with pytest.raises(RuntimeError, match=r"the trainer was started anew 2 times before \(--max-trainer-restarts\)"):
+        restarts.allow(lost, "training rollout 4")
