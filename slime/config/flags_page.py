@@ -34,7 +34,7 @@ ACTS_IN = {
     "loop": "the driver (`slime/train.py`, `slime/ray/run.py`, `slime/ray/in_flight.py`)",
     "tracking": "`slime/observability`",
     "debug": "the driver, dumps and checks of a run",
-    "upkeep": "the driver (`slime/ray/leaving.py`, `slime/ray/standstill.py`)",
+    "upkeep": "the driver (`slime/ray/leaving.py`, `slime/ray/lasting.py`, `slime/ray/standstill.py`)",
     "front_end": "nothing: a note at start says why",
 }
 """Section -> where its flags act."""
@@ -46,7 +46,8 @@ OWN = frozenset(
     """kernel_cache max_skipped_steps keep_checkpoints on_broken_prompt_line max_drops_in_a_row rm_workers rm_timeout rehearsed
     check_weight_update_equal pg_loss_length overlong_buffer_len overlong_penalty_factor
     tis_mode tis_level tis_upper_bound tis_lower_bound tis_batch_normalize
-    save_on_signal save_on_signal_seconds hang_report_minutes hang_exit_minutes skip_spike
+    save_on_signal save_on_signal_seconds snapshot_interval snapshot_peer snapshot_versions max_trainer_restarts
+    hang_report_minutes hang_exit_minutes skip_spike
     use_rs rs_level rs_upper_bound rs_lower_bound rs_veto_threshold
     critic_lr critic_lr_warmup_iters critic_load critic_save""".split()
 )

@@ -23,7 +23,9 @@ class UpkeepConfig:
     """Keep the trainer's whole state in main memory after every so many rollouts; a rank that dies then costs no more than
     starting the trainer anew from there: engines stay up, and what was generated since is trained again."""
     snapshot_peer: bool = flag(True, off="--no-snapshot-peer")
-    """Do not copy each node's snapshots to the next node; the loss of a node then ends the run."""
+    """Do not copy each node's snapshots to another one; the loss of a node then ends the run."""
+    snapshot_versions: int = flag(2, low=1, high=2)
+    """That each place has room for. With 1, half the memory, a node that is lost while copies are made ends the run."""
     max_trainer_restarts: int = flag(3, low=1)
     """Lost trainers that are started anew in one run; the next one ends it, and so does a second loss at the same place."""
     hang_report_minutes: float = flag(30.0, above=0)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def make_trainers(config: Config, placement: Placement, patience: Patience) -> TrainGroup | LastingTrainers:
+def make_trainers(config: Config, placement: Placement, patience: Patience) -> Trainers:
     """The trainer's ranks; with --snapshot-interval they are replaced when one is lost."""
     kind = TrainGroup if config.upkeep.snapshot_interval is None else LastingTrainers
     return kind(config, placement, patience)
@@ -75,7 +75,7 @@ class LastingTrainers:
         self._config, self._placement, self._patience = config, placement, patience
         self._interval = rules.snapshot_interval
         self._restarts = Restarts(rules.max_trainer_restarts)
-        self._store = SnapshotStore(self._nodes(), patience, peers=rules.snapshot_peer)
+        self._store = SnapshotStore(self._nodes(), patience, peers=rules.snapshot_peer, versions=rules.snapshot_versions)
         self._group = TrainGroup(config, placement, patience)
         self._trained = 0
         """Rollouts, those before this start of the run included."""
@@ -208,14 +208,13 @@ class LastingTrainers:
                 lost, where = again, f"starting the trainer anew ({where})"
         self._lost = None
         again = self._trained - version
+        told = f"{again} rollout{'s' * (again > 1)} trained again" if again else "no finished rollout was lost"
+        seconds, made, limit = time.monotonic() - started, self._restarts.made, self._restarts.limit
         logger.warning(
-            "the trainer runs again after %.1f s, from its snapshot of rollout %d: %s; restart %d of %d (--max-trainer-restarts)",
-            time.monotonic() - started,
-            version,
-            f"{again} rollout{'s' * (again > 1)} trained again" if again else "no finished rollout was lost",
-            self._restarts.made,
-            self._restarts.limit,
-        )
+            "the trainer runs again after %.1f s, from its snapshot of rollout %d: %s; restart %d of %d "
+            "(--max-trainer-restarts)",
+            seconds, version, told, made, limit,
+        )  # fmt: skip
 
     def _replace_group(self) -> int:
         """New ranks with the state that the lost ones had before what broke. The version that they began with."""
@@ -258,3 +257,6 @@ class LastingTrainers:
             self._versions = [*self._versions[-1:], self._trained]
             self._since = [rollout for rollout in self._since if rollout.number > self._versions[0]]
         return time.monotonic() - started
+
+
+Trainers = TrainGroup | LastingTrainers

@@ -138,11 +138,11 @@ class Lease:
             self._engines.resume_memory("weights", revived)
         return bool(revived)
 
-    def restart_trainers(self, restart: Callable[[], None]) -> None:
-        """Within `syncing`, after a loss: new ranks need more room than those that sent weights, so engines make it once more."""
+    def restart_trainers(self, restart: Callable[[RuntimeError], None], lost: RuntimeError) -> None:
+        """Within `syncing`: new ranks need more room than those that sent weights and are lost, so engines make it again."""
         self._expect(Holder.SYNC)
         self._engines.release_memory(what="weights")
-        restart()
+        restart(lost)
         self._trainers.sleep("steps")
         self._engines.resume_memory("weights")
 
@@ -172,5 +172,5 @@ class FreeLease(Lease):
     def restart_engines(self) -> bool:
         return bool(self._revive(lambda: None))
 
-    def restart_trainers(self, restart: Callable[[], None]) -> None:
-        restart()
+    def restart_trainers(self, restart: Callable[[RuntimeError], None], lost: RuntimeError) -> None:
+        restart(lost)

@@ -80,8 +80,8 @@ def with_spares(placement: Placement, lost: Sequence[str], wait_seconds: float =
     nodes = ", ".join(lost)
     if any(slot.node_ip in lost for slot in placement.engine_slots):
         raise RuntimeError(
-            f"node {nodes} is gone, with engines on it, which Ray cannot start elsewhere: bring the node back or replace it and "
-            "run the same command again; it resumes from the last checkpoint"
+            f"node {nodes} is gone, with engines on it, which Ray cannot start elsewhere: bring the node back or replace it "
+            "and run the same command again; it resumes from the last checkpoint"
         )
     total = len({slot.bundle for slot in (*placement.trainer_slots, *placement.engine_slots)})
     logger.warning("node %s is gone; waiting for a spare one with as many free devices, %.0f s at most", nodes, wait_seconds)

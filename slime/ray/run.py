@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -24,14 +23,13 @@ from slime.observability.tracking import Start
 from slime.ray.cluster_watch import ClusterWatch
 from slime.ray.environment import QUIET
 from slime.ray.in_flight import InFlight, Rollout
-from slime.ray.lasting import LastingTrainers, make_trainers
+from slime.ray.lasting import Trainers, make_trainers
 from slime.ray.lease import Awake, FreeLease, Holder, Lease
 from slime.ray.leaving import Leaving
 from slime.ray.placement import Placement, place, slot_counts
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
 from slime.ray.standstill import Patience
 from slime.ray.telling import Telling, Training
-from slime.ray.train_group import TrainGroup
 from slime.rollout.reports import Report
 from slime.rollout.staleness import staleness_metrics
 from slime.training.start_page import start_page
@@ -75,7 +73,7 @@ class Run:
         self._has_engines = not config.debug.debug_train_only
         self._placement: Placement | None = None
         self._patience = Patience()
-        self._trainers: TrainGroup | LastingTrainers | None = None
+        self._trainers: Trainers | None = None
         self._rollout: RolloutSide | None = None
         self._telling = Telling(config)
         self._version = 0
@@ -337,8 +335,7 @@ class Run:
     def sync_weights(self) -> SyncReport | None:
         """The next weight version, on every engine; None where there are no engines.
 
-        With --use-fault-tolerance an engine that dies meanwhile is started again, and all get the weights from the beginning;
-        so it is with the trainer's ranks and --snapshot-interval.
+        A lost engine (--use-fault-tolerance) or trainer (--snapshot-interval) is started again, and the update made anew.
         """
         if not (self._has_trainer and self._has_engines):
             return None
@@ -348,7 +345,7 @@ class Run:
                 return self._send_weights()
             except RuntimeError as broken:
                 if self._trainers.can_recover(broken):
-                    self.lease.restart_trainers(partial(self._trainers.recover, broken))
+                    self.lease.restart_trainers(self._trainers.recover, broken)
                 elif self._trainers.has_failed or not self._died_lately() or not self.lease.restart_engines():
                     raise
                 logger.warning("sending weights v%d again, to all engines; what broke: %s", self._version, broken)

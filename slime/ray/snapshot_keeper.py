@@ -2,7 +2,7 @@
 
 Files without a name (memfd), which a rank of the same user opens through /proc: nothing of them is left when the keeper ends,
 and the size of /dev/shm does not matter. Each rank has two, so that one is whole while the other is written. The driver says
-when all ranks have written (`commit`); the copy on the next node is then made beside whatever the run does.
+when all ranks have written (`commit`); the copy on another node is then made beside whatever the run does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slime.ray.calls import ProcessLost, gather
 from slime.ray.standstill import Patience
+from slime.training.copies import copy_places
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class _Piece:
 class SnapshotKeeper:
     """Of one node. Versions of a rank that are not whole do not exist for anybody who asks."""
 
-    def __init__(self) -> None:
+    def __init__(self, versions: int) -> None:
+        self._versions = versions
         self._pieces: dict[int, list[_Piece]] = {}
         self._written: dict[int, _Piece] = {}
 
@@ -49,12 +51,12 @@ class SnapshotKeeper:
         return os.getpid()
 
     def open(self, sizes: Mapping[int, int]) -> dict[int, str]:
-        """rank -> path of memory of its size, in the place of the older of its two snapshots."""
+        """rank -> path of memory of its size, in the place of its oldest snapshot."""
         return {rank: self._path(self._begin(rank, nbytes)) for rank, nbytes in sizes.items()}
 
     def _begin(self, rank: int, nbytes: int) -> _Piece:
         pieces = self._pieces.setdefault(rank, [])
-        if len(pieces) < 2:
+        if len(pieces) < self._versions:
             pieces.append(_Piece(os.memfd_create(f"slime-snapshot-{rank}")))
             piece = pieces[-1]
         else:
@@ -117,11 +119,12 @@ def _write(file: int, begin: int, chunk: ray.ObjectRef) -> None:
 class SnapshotStore:
     """The driver's view of all keepers."""
 
-    def __init__(self, nodes: Sequence[str], patience: Patience, *, peers: bool) -> None:
-        """nodes: of each rank, by address. peers: the next node keeps a copy, where there is one."""
+    def __init__(self, nodes: Sequence[str], patience: Patience, *, peers: bool, versions: int = 2) -> None:
+        """nodes: of each rank, by address. peers: another node keeps a copy, where there is one. versions: that each place has
+        room for; with one, the copy is what is whole while its original is written."""
         self.nodes = list(nodes)
         """May change after a node was lost."""
-        self._patience, self._peers = patience, peers
+        self._patience, self._peers, self._versions = patience, peers, versions
         self._keepers: dict[str, ray.actor.ActorHandle] = {}
         self._copies: dict[str, ray.ObjectRef] = {}
 
@@ -147,9 +150,10 @@ class SnapshotStore:
         except ProcessLost as error:
             logger.warning("a part of this snapshot is lost: %s", error)
             return False
-        order = list(mine)
-        if self._peers and len(order) > 1:
-            for node, peer in zip(order, order[1:] + order[:1], strict=True):
+        nodes = list(mine)
+        if self._peers and len(nodes) > 1:
+            places = copy_places([sum(of_node.values()) for of_node in mine.values()])
+            for node, peer in zip(nodes, (nodes[place] for place in places), strict=True):
                 name = f"the copy of {node}'s snapshots on {peer}"
                 self._copies[name] = self._keeper(peer).fetch.remote(self._keeper(node), version, mine[node])
         return True
@@ -194,7 +198,7 @@ class SnapshotStore:
             if node_ip not in alive:
                 raise ProcessLost(f"node {node_ip} is gone, and with it the snapshots there")
             here = NodeAffinitySchedulingStrategy(node_id=alive[node_ip], soft=False)
-            self._keepers[node_ip] = SnapshotKeeper.options(scheduling_strategy=here).remote()
+            self._keepers[node_ip] = SnapshotKeeper.options(scheduling_strategy=here).remote(self._versions)
         return self._keepers[node_ip]
 
     def _all(self, method: str, given: Mapping[str, object], *, doing: str) -> dict[str, Any]:

@@ -148,9 +148,10 @@ def _fill(trainer: Trainer, kept: dict[str, tuple[Tensor, str]], values: dict[st
         tensor.copy_(kept[whose + key][0])
     for number, (optimizer, states) in enumerate(zip(_inner_optimizers(trainer), values["states"], strict=True)):
         for index, (parameter, (names, numbers)) in enumerate(zip(_parameters(optimizer), states, strict=True)):
-            moments = {name: kept[f"{whose}state {number} {index} {name}"] for name in names}
+            found = {name: kept[f"{whose}state {number} {index} {name}"] for name in names}
             if names or numbers:
-                optimizer.state[parameter] = numbers | {name: one.to(place, copy=True) for name, (one, place) in moments.items()}
+                moments = {name: tensor.to(place, copy=True) for name, (tensor, place) in found.items()}
+                optimizer.state[parameter] = moments | numbers
     if trainer.optimizer is not None:
         _round_weights(trainer)
         restore_schedule(trainer.scheduler, values["schedule"], take="same")

@@ -41,6 +41,7 @@ GATES: Mapping[str, str] = {
     "load_debug_rollout_data": "debug.load_debug_rollout_data_subsample",
     "ci_test": "debug.ci_disable_kl_checker debug.ci_train_rollout_logprob_abs_diff_threshold",
     "save_on_signal": "upkeep.save_on_signal_seconds",
+    "snapshot_interval": "upkeep.snapshot_peer upkeep.snapshot_versions upkeep.max_trainer_restarts",
 }
 """What opens the gate (a flag that is on, or has that value) -> section.field that are read behind it."""
 GATED = {field: gate for gate, fields in GATES.items() for field in fields.split()}

@@ -90,6 +90,7 @@ LEGAL: dict[str, Edit] = {
     "signals and limits": flags(
         "--exit-signal-handler", "--save-on-signal-seconds", "90", "--exit-duration-in-mins", "230", "--exit-interval", "50"
     ),
+    "snapshots that fit": flags("--snapshot-interval", "5", "--snapshot-versions", "1", "--max-trainer-restarts", "8"),
     "half an optimizer offloaded": flags("--optimizer-offload-fraction", "0.5"),
     "no offload": flags("--no-offload-rollout"),
     "variables of other dispatchers": env(

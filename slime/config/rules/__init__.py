@@ -79,6 +79,7 @@ STAGES: tuple[Stage, ...] = (
             training.schedule,
             training.offloading,
             saving.saving,
+            saving.snapshots,
             saving.folders,
             saving.initial_weights,
             weight_sync.weight_sync,

@@ -57,6 +57,31 @@ def saving(v: Values) -> None:
     )
 
 
+def snapshots(v: Values) -> None:
+    """Of the trainer in main memory."""
+    interval = v["snapshot_interval"]
+    if interval is None:
+        for name in ("snapshot_peer", "snapshot_versions", "max_trainer_restarts"):
+            flag = "--no-snapshot-peer" if name == "snapshot_peer" else f"--{name.replace('_', '-')} {v[name]}"
+            v.require(name not in v.given, f"{flag} has no effect without --snapshot-interval; add it")
+        return
+    v.require(
+        not v["debug_rollout_only"],
+        f"--snapshot-interval {interval}: --debug-rollout-only has no trainer; leave one of them out",
+    )
+    v.require(
+        v["update_weight_mode"] != "delta",
+        f"--snapshot-interval {interval}: differences rest on what trainer ranks have sent before, and new ones do not know "
+        "it; use --update-weight-mode full",
+    )
+    copied = v["snapshot_peer"] and v["actor_num_nodes"] > 1
+    v.require(
+        v["snapshot_versions"] > 1 or copied,
+        f"--snapshot-versions {v['snapshot_versions']}: while the only snapshot is written none is whole, unless another node "
+        "has a copy; take 2 versions",
+    )
+
+
 FOLDERS = (
     "hf_checkpoint", "load", "ref_load", "save", "critic_load", "critic_save", "opd_teacher_load", "update_weight_disk_dir",
     "update_weight_local_checkpoint_dir", "kernel_cache", "dump_details",

@@ -54,6 +54,8 @@ def _kinds(bench: Bench, now: Assessment, splits: list[str]) -> Iterator[tuple[s
     if not config.optimizer.optimizer_cpu_offload or config.optimizer.optimizer_offload_fraction < 1:
         words = ("--optimizer-cpu-offload", "--optimizer-offload-fraction", "1.0")
         yield "the optimizer in main memory", iter([Variant(words)])
+    if config.upkeep.snapshot_interval is not None:
+        yield "fewer snapshots", (Variant(tuple(words.split())) for words in ("--snapshot-versions 1", "--no-snapshot-peer"))
     words = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
     yield "every layer recomputed", iter([Variant(words)])
     yield "all samples of a rollout in one step", iter([Variant(("--global-batch-size", str(num_samples(config))))])

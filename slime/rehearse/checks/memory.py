@@ -16,9 +16,12 @@ from slime.rehearse.model.rates import replaced
 from slime.rehearse.model.shares import StageShare, shares_of, stage_parts
 from slime.rehearse.options import Options
 from slime.rehearse.reading import Basis, Reading
+from slime.training.copies import copy_places
 
 DEFAULT_LENGTH = 32768
 """Tokens of a sample where no flag bounds it."""
+
+SNAPSHOTS, PEERS = "snapshots of the ranks there", "snapshots of another node's ranks"
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def train_shapes(reading: Reading, *, longest: int | None, mean: int) -> TrainSh
         recompute_block=mega.get("recompute_num_layers", 0) if block else None,
         critic=config.algorithm.advantage_estimator == "ppo",
         copies=weight_copies(config),
+        # Main parameters are float32 in every dtype of the weights.
+        snapshot_bytes=moments + 4 if config.upkeep.snapshot_interval else 0,
         longest_tokens=padded_sample(config, grid, longest) // grid.cp if longest and dynamic else 0,
     )
 
@@ -184,6 +189,7 @@ def _node_memory(reading: Reading, stages: Sequence[StageMemory], ranks: Sequenc
         return fullest_node([getattr(stage, what) for stage in stages], *nodes)
 
     gradients, copies = fullest("host_gradients"), fullest("host_copies")
+    snapshots = _snapshots(reading.config, per_node([stage.host_snapshot for stage in stages], *nodes))
     # SGLang keeps a copy of the draft model's weights, which a sync does not bring.
     drafts = max((rank.draft_weights for rank in ranks), default=0) * (cluster.num_gpus_per_node if turns.shares_gpu else 0)
     return NodeMemory(
@@ -193,14 +199,29 @@ def _node_memory(reading: Reading, stages: Sequence[StageMemory], ranks: Sequenc
             "sleeping weights": fullest("host_weights"),
             "copies of weights (reference, teacher)": copies,
             "engines' draft weights": drafts,
+            **snapshots,
         },
         {
             "optimizer and copies for the disk": fullest("host_checkpoint"),
             "float32 gradients": gradients,
             "copies of weights (reference, teacher)": copies,
             "engines' draft weights": drafts,
+            **snapshots,
         },
     )
+
+
+def _snapshots(config: Config, nodes: Sequence[int]) -> dict[str, int]:
+    """On the node that holds most: of the ranks there, and of those of another node. nodes: bytes of one snapshot by node."""
+    rules = config.upkeep
+    if rules.snapshot_interval is None:
+        return {}
+    copied = [0] * len(nodes)
+    if rules.snapshot_peer and len(nodes) > 1:
+        for node, place in enumerate(copy_places(nodes)):
+            copied[place] = nodes[node]
+    own, other = max(zip(nodes, copied, strict=True), key=lambda held: (sum(held), held[0]))
+    return {SNAPSHOTS: rules.snapshot_versions * own} | ({PEERS: rules.snapshot_versions * other} if other else {})
 
 
 def _judge_node(node: NodeMemory, limit_gb: float, findings: Findings) -> None:
@@ -212,7 +233,7 @@ def _judge_node(node: NodeMemory, limit_gb: float, findings: Findings) -> None:
         f"main memory of the fullest node: {always:.0f} GB while engines generate, of {limit_gb:g} (--host-memory)",
         values=told,
         wrong=f"the fullest node needs {always:.0f} GB of main memory, it has {limit_gb:g} (--host-memory)",
-        fix="lower --optimizer-offload-fraction, or use more nodes",
+        fix=_node_fix(node),
     )
     if saving > limit_gb >= always:
         findings.unchecked(
@@ -223,6 +244,14 @@ def _judge_node(node: NodeMemory, limit_gb: float, findings: Findings) -> None:
             "",
             "use more nodes, or --no-save-optim",
         )
+
+
+def _node_fix(node: NodeMemory) -> str:
+    if PEERS in node.rollout:
+        return "--snapshot-versions 1, leave the copies on other nodes out (--no-snapshot-peer), or use more nodes"
+    if SNAPSHOTS in node.rollout:
+        return "leave --snapshot-interval out, lower --optimizer-offload-fraction, or use more nodes"
+    return "lower --optimizer-offload-fraction, or use more nodes"
 
 
 def _judge_stages(stages: Sequence[StageMemory], limit_gb: float, findings: Findings) -> None:
@@ -338,8 +367,13 @@ def _node_counts(reading: Reading, shapes: TrainShapes, assumed: Assumed, limit_
 
 def fullest_node(per_rank: Sequence[int], ranks_per_stage: int, gpus_per_node: int, nodes: int) -> int:
     """Bytes on the node whose ranks hold most. per_rank: of one rank of each stage."""
+    return max(per_node(per_rank, ranks_per_stage, gpus_per_node, nodes))
+
+
+def per_node(per_rank: Sequence[int], ranks_per_stage: int, gpus_per_node: int, nodes: int) -> list[int]:
+    """Bytes by node. per_rank: of one rank of each stage."""
     ranks = [per_rank[rank // ranks_per_stage] for rank in range(nodes * gpus_per_node)]
-    return max(sum(ranks[node * gpus_per_node : (node + 1) * gpus_per_node]) for node in range(nodes))
+    return [sum(ranks[node * gpus_per_node : (node + 1) * gpus_per_node]) for node in range(nodes)]
 
 
 def _beside_measured(

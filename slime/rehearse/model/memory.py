@@ -72,6 +72,8 @@ class TrainShapes:
     """A second model of the same shape, with gradients and optimizer, is on the same ranks."""
     copies: int = 0
     """Of the whole weights in main memory: reference, teacher, and the trained ones while one of them plays."""
+    snapshot_bytes: int = 0
+    """Per trained parameter, of one snapshot for restarts (slime.training.rank_snapshot); 0 where none is taken."""
     longest_tokens: int = 0
     """Rows of one context-parallel rank for the longest sample, padded; above `tokens` it is trained alone."""
 
@@ -102,6 +104,8 @@ class StageMemory:
     """Bytes of one rank's copies of weights in main memory (TrainShapes.copies)."""
     host_weights: int = 0
     """Bytes of one rank's weights in main memory while engines own the GPU."""
+    host_snapshot: int = 0
+    """Bytes of one rank's whole training state in main memory, once (--snapshot-interval)."""
 
     @property
     def peak(self) -> Phase:
@@ -115,6 +119,14 @@ def optimizer_bytes(share: StageShare, grid: Grid, shapes: TrainShapes, *, train
     """State of one rank. Dense parameters are spread over data- and context-parallel ranks, experts over their own replicas."""
     dense = share.dense - (share.frozen if trained_only else 0)
     return dense * shapes.optimizer_bytes // (grid.dp * grid.cp) + share.experts * shapes.optimizer_bytes // grid.edp
+
+
+def snapshot_bytes(share: StageShare, grid: Grid, shapes: TrainShapes) -> int:
+    """One snapshot of one rank: main parameters and moments, which lie as the optimizer's state does, and frozen parameters."""
+    if not shapes.snapshot_bytes:
+        return 0
+    kept = replace(shapes, optimizer_bytes=shapes.snapshot_bytes)
+    return optimizer_bytes(share, grid, kept) + share.frozen * shapes.param_bytes
 
 
 def in_flight(stage: int, grid: Grid, shapes: TrainShapes) -> float:
@@ -309,6 +321,7 @@ def stage_memory(
         # The optimizer on the host keeps float32 gradients of its share beside its state, pinned.
         host_gradients=offloaded // shapes.optimizer_bytes * 4 * models,
         host_copies=weights * shapes.copies,
+        host_snapshot=snapshot_bytes(share, grid, shapes) * models,
         host_weights=weights * models if turns.shares_gpu and turns.trainer_sleeps else 0,
     )
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 KINDS: dict[str, tuple[str, ...]] = {
     "weights": ("weights", "sleeping weights"),
     "gradients": ("gradients", "float32 gradients"),
-    "optimizer": ("optimizer", "optimizer on GPU", "optimizer and copies for the disk"),
+    "optimizer": (
+        "optimizer",
+        "optimizer on GPU",
+        "optimizer and copies for the disk",
+        "snapshots of the ranks there",
+        "snapshots of another node's ranks",
+    ),
     "activations": (),
     "on the way": (
         "bucket, as trained and on the wire",
