@@ -48,7 +48,7 @@ def started(monkeypatch):
         actor = SimpleNamespace(remote=lambda *_: None)
         monkeypatch.setattr(run_module, "RolloutActor", SimpleNamespace(options=lambda **_: actor))
         monkeypatch.setattr(run_module, "RolloutSide", lambda *_: both)
-        monkeypatch.setattr(run_module, "TrainGroup", lambda *_: both)
+        monkeypatch.setattr(run_module, "make_trainers", lambda *_: both)
         monkeypatch.setattr(run_module, "Telling", lambda config: both)
         monkeypatch.setattr(run_module, "start_page", lambda shares, config: [])
         monkeypatch.setattr(
