@@ -22,7 +22,7 @@ import ray
 from slime.config import Config
 from slime.ray.calls import ProcessLost
 from slime.ray.destinations import Destinations
-from slime.ray.fates import lost_nodes
+from slime.ray.machines import lost_nodes
 from slime.ray.placement import Placement, with_spares
 from slime.ray.snapshot_keeper import SnapshotStore
 from slime.ray.standstill import Patience

@@ -14,6 +14,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime.ray.machines import alive_nodes
+
 logger = logging.getLogger(__name__)
 
 # Shares of one device slot. They leave room for a critic beside actor and engine, and let all three be on the same device.
@@ -83,8 +85,13 @@ def with_spares(placement: Placement, lost: Sequence[str], wait_seconds: float =
             f"node {nodes} is gone, with engines on it, which Ray cannot start elsewhere: bring the node back or replace it "
             "and run the same command again; it resumes from the last checkpoint"
         )
-    total = len({slot.bundle for slot in (*placement.trainer_slots, *placement.engine_slots)})
+    deadline = time.monotonic() + wait_seconds
+    while still := set(lost) & alive_nodes().keys():  # Ray moves nothing before it has given the node up
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"node {', '.join(sorted(still))} is out of reach, but Ray still counts on it; end Ray there")
+        time.sleep(1)
     logger.warning("node %s is gone; waiting for a spare one with as many free devices, %.0f s at most", nodes, wait_seconds)
+    total = len({slot.bundle for slot in (*placement.trainer_slots, *placement.engine_slots)})
     _wait_until_ready(placement.group, total, wait_seconds)
     moved = {slot.bundle: slot for slot in _slots(placement.group, _bundles_on(placement, lost))}
     return replace(placement, trainer_slots=tuple(moved.get(slot.bundle, slot) for slot in placement.trainer_slots))

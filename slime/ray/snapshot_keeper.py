@@ -18,6 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slime.ray.calls import ProcessLost, gather
+from slime.ray.machines import alive_nodes
 from slime.ray.standstill import Patience
 from slime.training.copies import copy_places
 
@@ -194,10 +195,10 @@ class SnapshotStore:
 
     def _keeper(self, node_ip: str) -> ray.actor.ActorHandle:
         if node_ip not in self._keepers:
-            alive = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            alive = alive_nodes()
             if node_ip not in alive:
                 raise ProcessLost(f"node {node_ip} is gone, and with it the snapshots there")
-            here = NodeAffinitySchedulingStrategy(node_id=alive[node_ip], soft=False)
+            here = NodeAffinitySchedulingStrategy(node_id=alive[node_ip]["NodeID"], soft=False)
             self._keepers[node_ip] = SnapshotKeeper.options(scheduling_strategy=here).remote(self._versions)
         return self._keepers[node_ip]
 
