@@ -5,6 +5,7 @@
 #   bash scripts/run-glm5.2-tiny.sh [FLAGS...]      FLAGS win over the launcher's, e.g. --num-rollout 4
 #
 # BASE_DIR   where everything goes                                    (default: outputs/glm5.2-tiny of this project)
+# SFT_DATA   conversations of the warm start, .jsonl with "messages"  (default: arithmetic, made here)
 # SEED       of the checkpoint, the data and the run                  (default 1234)
 # NUM_NODES  2: a pipeline stage and an engine on each; BASE_DIR is then on a shared disk, and MASTER_ADDR, HOSTFILE and SOCKET_IFNAME
 #            (default eth0) are given as for the 744B recipe. tools/cluster_box.py makes two nodes of one machine   (default 1)
@@ -103,7 +104,7 @@ SFT_ARGS=(
    --loss-type sft_loss
    --disable-compute-advantages-and-returns
    --rollout-function-path slime.rollout.sft_rollout.generate_rollout
-   --prompt-data "${BASE_DIR}/arithmetic/sft.jsonl"
+   --prompt-data "${SFT_DATA:-${BASE_DIR}/arithmetic/sft.jsonl}"
    --input-key messages
    --loss-mask-type qwen
    --num-rollout "${SFT_STEPS:-160}"

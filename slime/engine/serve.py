@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from slime.compat.sglang import answers, keep_token
+from slime.compat.sglang.tools import give_tools_their_field
 from slime.engine import kernels
 from slime.engine.groups import end_own_group
 
@@ -84,6 +85,7 @@ def main() -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    give_tools_their_field()
     keys = [f"--api-key={token}", f"--admin-api-key={token}"] if token else []
     arguments = prepare_server_args([*sys.argv[1:], *keys])
     if answers.wanted(sys.argv):

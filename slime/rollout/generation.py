@@ -174,7 +174,14 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], *
 
     A custom generate function may call it too; `state` is then the running rollout's.
     """
-    state = state or state_for(args)
+    await generate_once(args, sample, sampling_params, state=state or state_for(args))
+    return sample
+
+
+async def generate_once(
+    args: Any, sample: Sample, sampling_params: dict[str, Any], *, state: GenerateState
+) -> dict[str, Any] | None:
+    """The request of generate(), and what the engine told beside the tokens (meta_info); None where it was not answered."""
     if sample.status not in (Status.PENDING, Status.ABORTED):
         raise ValueError(f"sample {sample.index} is {sample.status.value}; only pending and aborted samples are generated")
     if not sample.tokens:
@@ -190,7 +197,7 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], *
         if sample.response_length == 0:
             raise ValueError(f"the prompt has {len(sample.tokens)} tokens; a context of {state.max_context_len} leaves no room")
         sample.status = Status.TRUNCATED
-        return sample
+        return None
     payload = {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True}
     if args.use_rollout_routing_replay:
         # Those of earlier turns are known, and a later answer would hold all of them again.
@@ -201,13 +208,13 @@ async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], *
     )
     if answer is None:  # the rollout has ended while the router did not answer
         sample.status = Status.ABORTED
-        return sample
+        return None
     meta_info = answer.get("meta_info") or {}
     if "routed_experts_start_len" in payload:
         meta_info["routed_experts_start_len"] = payload["routed_experts_start_len"]
     tokens, log_probs = read_output(meta_info)
     sample.append_response_tokens(args, tokens=tokens, log_probs=log_probs, meta_info=meta_info, text=answer.get("text", ""))
-    return sample
+    return meta_info
 
 
 def _room(sample: Sample, max_new_tokens: int, max_context_len: int | None) -> int:

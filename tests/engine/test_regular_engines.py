@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from engine.agents import trained_and_scored
 from engine.engines import TOKEN, make_checkpoint, payload, prompt, request, spec
 from engine.reference import largest_difference, load_reference, read_weights, sample_of, share_of_equal_experts
 from engine.replayed import batch_of, gap
@@ -241,3 +243,21 @@ def test_a_router_in_regular_mode_passes_the_key_and_keeps_a_routing_key_togethe
         assert len(answer["output_ids"]) == 5
     finally:
         router.stop()
+
+
+def test_an_agents_turns_keep_the_engines_tokens_and_log_probs(served, tmp_path):
+    """Of three requests, each a continuation: the log-probs that were recorded are those of the whole sample scored at once."""
+    (glm, _), (checkpoint, _), _ = served
+    router = RouterProcess([Worker(glm.url, "regular")], token=TOKEN, log_path=tmp_path / "router.log")
+    try:
+        router.start()
+        router.wait_ready()
+        sample, scored, read = asyncio.run(trained_and_scored(checkpoint, router.url, glm.url))
+    finally:
+        router.stop()
+    assert 3 <= sum(sample.loss_mask) <= 27 and sample.metadata["num_turns"] == 3 and sample.reward == 1.0
+    assert sample.response.count("<|user|>") >= 2 and sample.response.count("<|assistant|>") >= 2
+    for kept, recorded, again in zip(sample.loss_mask, sample.rollout_log_probs, scored, strict=True):
+        assert recorded == (pytest.approx(again, abs=1e-3) if kept else 0.0)
+    assert [message["content"].strip() for message in read] == ["So", "So"]
+    assert [json.loads(message["tool_calls"][0]["function"]["arguments"]) for message in read] == [{"a": 2}, {"a": 2}]

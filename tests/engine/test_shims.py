@@ -51,6 +51,12 @@ def test_host_buffers_are_still_registered_with_cuda():
     assert "torch.cuda.cudart()" in body
 
 
+def test_tools_of_the_parsing_endpoint_still_lack_a_field():
+    tools = source("srt/managers/io_struct.py")
+    assert "strict" not in tools[tools.index("class Function(") : tools.index("class ParseFunctionCallReq(")]
+    assert "tool.function.strict" in source("srt/function_call/function_call_parser.py")
+
+
 def test_ranks_are_still_started_as_new_programs():
     engine = source("srt/entrypoints/engine.py")
     body = engine[engine.index("def _set_envs_and_config(") :]

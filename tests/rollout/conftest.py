@@ -85,3 +85,22 @@ def runtime_args(router):
         )
 
     return build
+
+
+@pytest.fixture
+def agent_rollout(rollout_config, runtime_args):
+    """(generate function, **config values) -> (output, RolloutBatch) of a rollout of 4 prompts x 2 samples."""
+    import agent_helpers
+
+    from slime.rollout.plugins import load_plugins
+    from slime.rollout.to_batch import make_rollout_batch
+
+    def one(function, **values):
+        agent_helpers.use(function)
+        defaults = {"rollout_max_response_len": 256, "apply_chat_template": False, "sglang": {"tool_call_parser": "glm47"}}
+        config = rollout_config(custom_generate_function_path=agent_helpers.GENERATE_PATH, **(defaults | values))
+        args, plugins = runtime_args(config), load_plugins(config)
+        output = plugins.rollout(args, 0, plugins.data_source(args))
+        return output, make_rollout_batch(output.samples, rollout_id=0, config=config)
+
+    return one

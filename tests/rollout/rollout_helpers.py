@@ -83,11 +83,12 @@ class FakeRouter:
 
     def generated(self, text: str, finish: str) -> dict:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
+        by_token = finish == "stop" and ids and ids[-1] in self.tokenizer.all_special_ids
         return {
             "text": text,
             "meta_info": {
                 "output_token_logprobs": [[-0.5 - i / 8, token, None] for i, token in enumerate(ids)],
-                "finish_reason": {"type": finish},
+                "finish_reason": {"type": finish} | ({"matched": ids[-1]} if by_token else {}),
                 "weight_version": "3",
                 "prompt_tokens": 10,
                 "cached_tokens": 4,
