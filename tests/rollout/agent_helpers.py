@@ -43,11 +43,19 @@ def policy(write: Callable[[str], tuple[str, str]]) -> Callable:
 
 
 def read_calls(text: str) -> dict:
+    """The answer of /parse_function_call: a value is JSON where it can be."""
     calls = [
-        {"name": name, "parameters": json.dumps({key: json.loads(value) for key, value in _ARGUMENT.findall(arguments)})}
+        {"name": name, "parameters": json.dumps({key: _value(word) for key, word in _ARGUMENT.findall(arguments)})}
         for name, arguments in _CALL.findall(text)
     ]
     return {"normal_text": _CALL.sub("", text), "calls": calls}
+
+
+def _value(word: str) -> object:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
 
 
 def glm_call(name: str, **arguments: object) -> str:

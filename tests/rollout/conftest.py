@@ -95,11 +95,12 @@ def agent_rollout(rollout_config, runtime_args):
     from slime.rollout.plugins import load_plugins
     from slime.rollout.to_batch import make_rollout_batch
 
-    def one(function, **values):
+    def one(function, *, args_of_the_run=None, **values):
         agent_helpers.use(function)
         defaults = {"rollout_max_response_len": 256, "apply_chat_template": False, "sglang": {"tool_call_parser": "glm47"}}
         config = rollout_config(custom_generate_function_path=agent_helpers.GENERATE_PATH, **(defaults | values))
         args, plugins = runtime_args(config), load_plugins(config)
+        args = args.with_runtime(**(args_of_the_run or {}))
         output = plugins.rollout(args, 0, plugins.data_source(args))
         return output, make_rollout_batch(output.samples, rollout_id=0, config=config)
 

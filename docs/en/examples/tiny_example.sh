@@ -1,22 +1,38 @@
 # shellcheck shell=bash
 # What the examples of this folder share: a folder for their data, and scripts/run-glm5.2-tiny.sh, which makes a tiny model,
 # trains it on the example's conversations (the warm start) and then runs reinforcement learning with the example's flags.
+#
+#   HERE=...; source "${HERE}/../tiny_example.sh"
+#   example NAME                  BASE_DIR, DATA, SETTINGS_FILE; the folder of the example is importable
+#   make_data PROGRAM             once; PROGRAM writes its files into the folder that it is given
+#   write_settings <<YAML         a file for --custom-config-path
+#   run_tiny FLAGS...
+#   is_proven FLAGS...            whether the launcher was asked for a rehearsal or a preflight, which run nothing
 
 PROJECT_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../../.." && pwd)"
 
-example() { # NAME
+example() {
     export BASE_DIR="${BASE_DIR:-${PROJECT_ROOT}/outputs/$1}"
-    DATA="${BASE_DIR}/data"
-    # The plugin of the example, and the project whose functions it uses.
+    [[ $BASE_DIR == /* ]] || BASE_DIR="${PWD}/${BASE_DIR}"
+    DATA="${BASE_DIR}/data" SETTINGS_FILE="${BASE_DIR}/settings.yaml"
     export PYTHONPATH="${HERE}:${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}"
 }
 
-make_data() { # PROGRAM   which writes its files into a folder
-    [[ ! " $* " =~ " --rehearse " && ! -f ${DATA}/sft.jsonl && ${REHEARSE:-0} != 1 ]] || return 0
+make_data() {
+    [[ ! -f ${DATA}/sft.jsonl ]] || return 0
     "${PYTHON:-${SLIME_VENV:-${PROJECT_ROOT}/.venv}/bin/python}" "${HERE}/$1" "${DATA}"
 }
 
-run_tiny() { # FLAGS...
+write_settings() {
+    mkdir -p "${BASE_DIR}"
+    cat >"${SETTINGS_FILE}"
+}
+
+run_tiny() {
     export SFT_DATA="${SFT_DATA:-${DATA}/sft.jsonl}"
     exec bash "${PROJECT_ROOT}/scripts/run-glm5.2-tiny.sh" "$@"
+}
+
+is_proven() {
+    [[ ${REHEARSE:-0}${PREFLIGHT:-0} != 00 || " $* " == *" --rehearse "* || " $* " == *" --preflight "* ]]
 }

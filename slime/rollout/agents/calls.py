@@ -16,6 +16,7 @@ from slime.engine.client import EngineError, RouterClient
 from slime.rollout.http import post
 from slime.rollout.messages import Message
 
+
 @dataclass(frozen=True)
 class Parsers:
     """Names of SGLang's parsers; None reads nothing."""

@@ -1,6 +1,6 @@
 """A policy that may compute with Python: the generate function, and the prompts and conversations that the example trains on.
 
-    python docs/en/examples/calculator/calculator.py FOLDER      writes train.jsonl, eval.jsonl and sft.jsonl
+python docs/en/examples/calculator/calculator.py FOLDER      writes train.jsonl, eval.jsonl and sft.jsonl
 """
 
 from __future__ import annotations
