@@ -314,6 +314,7 @@ stop_cluster() { # STATUS-OF-THE-LAUNCH
     stop_members
     # shellcheck disable=SC2086
     [[ -z $shared ]] || rm -f -- $shared
+    [[ -z ${RUN_DIR:-} ]] || rm -f -- "$RUN_DIR"/*.shared
     [[ -z ${JOIN_SCRIPT:-} ]] || rm -f -- "$JOIN_SCRIPT"
     rm -rf -- "${RAY_TEMP_DIR:?}/tmp" "$RAY_TEMP_DIR/token"
     find "$RAY_TEMP_DIR" -type s -delete # what listened there is gone; the logs stay

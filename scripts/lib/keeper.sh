@@ -2,11 +2,11 @@
 # Waits for a launcher to end. A launcher ends its keeper first: one that is still there ends what the launcher started, says so
 # where the launcher spoke, and takes away what the launcher would have.
 #
-#   bash scripts/lib/keeper.sh PID LAUNCH RAY-TEMP-DIR [OWNED-FOLDER...]        (started by launch.sh, not by hand)
+#   bash scripts/lib/keeper.sh PID LAUNCH RAY-TEMP-DIR RUN-DIR [OWNED-FOLDER...]        (started by launch.sh, not by hand)
 set -uo pipefail
 trap '' PIPE HUP # the terminal may have gone with the launcher
-launcher=$1 launch=$2 ray_folder=$3
-shift 3
+launcher=$1 launch=$2 ray_folder=$3 run_folder=$4
+shift 4
 
 started() { # PID -> when, in the kernel's clock; empty for a process that is gone
     local fields
@@ -36,7 +36,8 @@ for signal in TERM KILL; do
         sleep 1
     done
 done
-rm -f -- "${shared[@]}"
+mapfile -t -O "${#shared[@]}" shared < <(cat -- "$run_folder"/*.shared 2>/dev/null | grep -E '^/dev/shm/(sglang|sgl_shm)_')
+rm -f -- "${shared[@]}" "$run_folder"/*.shared
 if [[ -n $ray_folder ]]; then
     rm -rf -- "$ray_folder/tmp" "$ray_folder/token"
     find "$ray_folder" -type s -delete

@@ -40,7 +40,7 @@ disown_folders() {
 # A process in a session of its own that waits for this one to disappear without a word (kill -9, a lost machine's shell).
 start_keeper() {
     [[ -z $KEEPER_PID ]] || { kill "$KEEPER_PID" 2>/dev/null; wait "$KEEPER_PID" 2>/dev/null || true; }
-    env -u SLIME_LAUNCH setsid bash "$PROJECT_ROOT/scripts/lib/keeper.sh" $$ "$SLIME_LAUNCH" "${RAY_TEMP_DIR:-}" "${OWNED[@]}" \
+    env -u SLIME_LAUNCH setsid bash "$PROJECT_ROOT/scripts/lib/keeper.sh" $$ "$SLIME_LAUNCH" "${RAY_TEMP_DIR:-}" "${RUN_DIR:-}" "${OWNED[@]}" \
         </dev/null >/dev/null &
     KEEPER_PID=$!
 }
@@ -51,6 +51,12 @@ shared_files() {
     for pid in $(launch_members); do
         grep -hsoE '/dev/shm/(sglang|sgl_shm)_[^ ]*$' "/proc/$pid/maps" || true
     done | sort -u
+    listed_files "${RUN_DIR:-}"
+}
+
+# The same of engines that are gone, and with them whoever would have removed it (ChildProcess of slime/engine/process.py).
+listed_files() { # RUN-DIR
+    cat -- "$1"/*.shared 2>/dev/null | grep -E '^/dev/shm/(sglang|sgl_shm)_' || true
 }
 
 # Processes of this machine that carry the launch's name. Those of this shell itself do not.

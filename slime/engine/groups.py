@@ -1,8 +1,7 @@
-"""The process group of a server: who of it lives, and its files in shared memory. Light: every server's guardian imports it."""
+"""The process group of a server: who of it lives, and its files in shared memory."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,22 @@ def members(group: int) -> Iterator[int]:
             yield int(entry.name)
 
 
+def stopped(group: int) -> list[str]:
+    """A clause for each of its processes that is stopped: nobody else sees that, and whatever waits for it waits on."""
+    found = []
+    for pid in members(group):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+        except OSError:
+            continue
+        if state in "tT":
+            found.append(
+                f"its process {pid} ({name}) is stopped (SIGSTOP, or a debugger; kill -CONT {pid} there lets it go on)"
+            )
+    return found
+
+
 def shared_files(group: int) -> set[Path]:
     """SGLang's files in shared memory that processes of the group map; being killed, they do not remove them."""
     found: set[Path] = set()
@@ -42,9 +57,15 @@ def shared_files(group: int) -> set[Path]:
     return found
 
 
-def end_own_group(kill: int) -> None:
-    """Kill the group of this process, and this process with it, by the signal `kill`; nothing of it stays in shared memory."""
-    group = os.getpgid(0)
-    for file in shared_files(group):
-        file.unlink(missing_ok=True)
-    os.killpg(group, kill)
+def write_list(file: Path, shared: set[Path]) -> None:
+    """For whoever clears up after an actor that was killed, and with it everybody who knew: its successor, or the launcher."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text("".join(f"{name}\n" for name in sorted(map(str, shared))))
+    part.replace(file)
+
+
+def remove_listed(file: Path) -> None:
+    """The files of a list that nobody cleared up after, and the list."""
+    for name in _SHARED.findall(file.read_text()) if file.exists() else ():
+        Path(name).unlink(missing_ok=True)
+    file.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import httpx
 
 from slime.compat.peers import keep_listeners
 from slime.engine import kernels, kinds
-from slime.engine.groups import group_exists, members, shared_files
+from slime.engine.groups import group_exists, members, remove_listed, shared_files, write_list
 from slime.engine.last_words import last_words
 from slime.engine.ports import DIST_INIT_BLOCK, EnginePorts, PortBook, bind_when_free, take_engine_ports
 from slime.engine.spec import EngineSpec, NodePlacement
@@ -59,6 +59,7 @@ class ChildProcess:
         if self.is_alive():
             raise ValueError(f"{self.label} is already running (pid {self.popen.pid})")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        remove_listed(self._shared_list)  # of one whose actor was killed
         if self.popen is not None:
             # The last words of the one that died stay readable beside its successor's.
             self.log_path.replace(self.log_path.with_suffix(f"{self.log_path.suffix}.{self.popen.pid}"))
@@ -71,6 +72,10 @@ class ChildProcess:
         )
         self.popen.stdin.write(token.encode() + b"\n")
         self.popen.stdin.flush()
+
+    @property
+    def _shared_list(self) -> Path:
+        return self.log_path.with_suffix(".shared")
 
     def is_alive(self) -> bool:
         return self.popen is not None and self.popen.poll() is None
@@ -127,7 +132,10 @@ class ChildProcess:
 
     def note_shared_memory(self) -> None:
         """Remember the files in shared memory that SGLang makes and, being killed, does not remove."""
-        self._shared |= shared_files(self.pid)
+        found = shared_files(self.pid) - self._shared
+        if found:
+            self._shared |= found
+            write_list(self._shared_list, self._shared)
 
     def stop(self) -> None:
         """End the whole process group and see it gone: TERM, then KILL. Safe to call twice."""
@@ -151,8 +159,7 @@ class ChildProcess:
             self.popen.wait(KILL_SECONDS)
         except subprocess.TimeoutExpired:
             pass  # told below
-        for file in self._shared:
-            file.unlink(missing_ok=True)
+        remove_listed(self._shared_list)
         self._shared.clear()
         if self.popen.stdin is not None:
             try:

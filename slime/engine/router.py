@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 
 from slime.compat.sglang import REPOSITORY
+from slime.engine.groups import stopped
 from slime.engine.ports import ROUTER_FIRST_PORT, PortBook, require_port
 from slime.engine.process import ChildProcess, EngineDied
 
@@ -118,6 +119,19 @@ class RouterProcess:
             return False
         found = {worker["url"] for worker in answer.json()["workers"]}
         return found >= {worker.url for worker in self.workers}
+
+    def missed_check(self, timeout: float) -> str | None:
+        """Why it did not tell its engines within `timeout` seconds; None if it did."""
+        try:
+            headers = {"Authorization": f"Bearer {self.token}"}
+            answer = httpx.get(f"{self.url}/workers", headers=headers, timeout=timeout, trust_env=False)
+        except httpx.TransportError as error:
+            return f"GET {self.url}/workers: {type(error).__name__} {error}".rstrip()
+        return None if answer.is_success else f"GET {self.url}/workers: status {answer.status_code}"
+
+    def stopped(self) -> list[str]:
+        """Of its processes, those that are stopped."""
+        return [f"router: {line}" for line in stopped(self.child.pid)]
 
     def is_alive(self) -> bool:
         return self.child.is_alive()

@@ -3,8 +3,7 @@
     python -m slime.engine.serve <sglang options>        (started by slime.engine.process, not by hand)
 
 The token is the first line of stdin, so that it is in no argument list and no environment. The pipe stays open for as
-long as the parent lives; when it closes, the whole process group is killed, so a killed actor leaves no server behind, and
-nothing of it in shared memory.
+long as the parent lives; when it closes, the whole process group is killed, so a killed actor leaves no server behind.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from pathlib import Path
 from slime.compat.sglang import answers, keep_token
 from slime.compat.sglang.tools import give_tools_their_field
 from slime.engine import kernels
-from slime.engine.groups import end_own_group
 
 if __name__ in ("__main__", "__mp_main__"):
     # SGLang's debug dumper imports megatron-core in every scheduler where it is installed, and megatron-core then switches
@@ -51,7 +49,7 @@ def stop_with_parent() -> None:
     if os.fork() == 0:
         while os.read(0, 4096):
             pass
-        end_own_group(signal.SIGKILL)
+        os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def compile_ahead() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ray
 
+from slime.engine.groups import stopped
 from slime.engine.ports import EnginePorts
 from slime.engine.process import EngineDied, EngineProcess
 from slime.engine.spec import EngineSpec, NodePlacement
@@ -50,7 +51,7 @@ class EngineActor:
         from slime.observability.log import setup_logging
 
         setup_logging(spec.label, folder=log_path.parent)
-        self._who = this_process()
+        self._who, self._spec = this_process(), spec
         self._process = EngineProcess(
             spec,
             device_kind=get_device().kind,
@@ -78,6 +79,11 @@ class EngineActor:
         except EngineDied as died:
             return str(died)
         return None
+
+    def condition(self) -> list[str]:
+        """What is wrong with the server's processes: gone, or stopped; [] while all of them run."""
+        gone = self.obituary()
+        return [gone] if gone else [f"engine {self._spec.label}: {line}" for line in stopped(self._process.child.pid)]
 
     def spoilt(self, folder: str) -> list[str]:
         """Tensors of a published version whose bytes, as this node reads them, are not the trainer's."""

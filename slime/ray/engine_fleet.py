@@ -312,8 +312,8 @@ class EngineFleet:
                 router.stop()
 
     def missed_checks(self, timeout: float) -> dict[str, str | None]:
-        """Asks every engine that lived at the last look to generate a token: label -> why it did not within `timeout` seconds,
-        None where it did."""
+        """Asks every engine that lived at the last look to generate a token, and our routers for their engines: name -> why
+        it did not answer within `timeout` seconds, None where it did."""
 
         async def check(client: EngineClient) -> str | None:
             try:
@@ -322,19 +322,30 @@ class EngineFleet:
                 return str(error)
             return None
 
-        return self._each([engine for engine in self.engines if engine.label not in self._known_dead], check, doing="answering")
+        asked = [engine for engine in self.engines if engine.label not in self._known_dead]
+        found = {f"engine {label}": why for label, why in self._each(asked, check, doing="answering").items()}
+        alive = {name: router for name, router in self._own_routers().items() if router.is_alive()}
+        return found | {name: router.missed_check(timeout) for name, router in alive.items()}
 
     def say(self) -> list[str]:
         """For a report of a wait: a line for each engine. While the trainer trains engines are paused, and do not answer."""
         missed = self.missed_checks(_SAY_SECONDS)
-        return [
-            f"engine {label}: {'answers' if why is None else f'does not answer ({why})'}" for label, why in missed.items()
-        ] + self.obituaries()
+        answers = [f"{name}: {'answers' if why is None else f'does not answer ({why})'}" for name, why in missed.items()]
+        routers = [line for router in self._own_routers().values() for line in router.stopped()]
+        engines = engine_nodes.unwell(list(self._nodes().values()), _SAY_SECONDS)
+        return [*answers, *routers, *engines, *self._dead_routers().values()]
 
-    def end_engine(self, label: str) -> None:
-        """Kill one engine, on all its nodes; of one that is not ours, end the requests."""
+    def _own_routers(self) -> dict[str, RouterProcess]:
+        """By name; those that somebody else runs are not ours to look after."""
+        found = {self._router_name(model): router for model, router in self.routers.items()}
+        return {name: router for name, router in found.items() if isinstance(router, RouterProcess)}
+
+    def end_server(self, name: str) -> None:
+        """Kill one that `missed_checks` names: a router, or an engine on all its nodes; of one not ours, end the requests."""
+        if name in self._own_routers():
+            self._own_routers()[name].stop()
         for engine in self.engines:
-            if engine.label == label:
+            if name == f"engine {engine.label}":
                 engine_nodes.stop(list(engine.nodes))
                 if engine.is_external:
                     self.routers[engine.spec.model].stop()

@@ -12,7 +12,7 @@ import ray
 
 from slime.engine.last_words import last_words
 from slime.engine.ports import EnginePorts
-from slime.ray.fates import Process, death, end
+from slime.ray.fates import Process, death, end, fates
 from slime.ray.machines import lost_nodes
 
 # An actor that has not said in this time whether its server lives does not look after it either.
@@ -79,6 +79,21 @@ def _ask(nodes: Sequence[EngineNode]) -> tuple[dict[str, Death], dict[str, Death
 
 def _lost(node: EngineNode, what: str, *, hangs: bool) -> Death:
     return Death(f"{node.name} cannot be asked: its actor on {node.node_ip} {what}{last_words(node.log_path)}", True, hangs)
+
+
+def unwell(nodes: Sequence[EngineNode], timeout: float) -> list[str]:
+    """For a report, so soon: a line for each actor or server that is gone or stopped, or silent for `timeout` seconds."""
+    known = {node.name: node.process for node in nodes if node.process is not None}
+    lines = {name: f"{name}: its actor ({known[name]}) {fate}" for name, fate in fates(known).items() if fate is not None}
+    asked = {node.actor.condition.remote(): node for node in nodes if node.name not in lines}
+    done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=timeout) if asked else ([], [])
+    found = list(lines.values())
+    for ref in done:
+        try:
+            found += ray.get(ref)
+        except ray.exceptions.RayError as error:
+            found.append(f"{asked[ref].name}: its actor {death(error, asked[ref].process)}")
+    return found + [f"{asked[ref].name}: its actor has not answered for {timeout:.0f} s" for ref in silent]
 
 
 def stop(nodes: Sequence[EngineNode]) -> None:

@@ -78,8 +78,8 @@ class HealthWatch:
     def _check(self, strikes: Strikes) -> None:
         missed = self._ask()
         for engine in strikes.count(missed):
-            logger.error("engine %s missed %d health checks in a row (%s): ending it", engine, _STRIKES, missed[engine])
-            self._safely(partial(self._end, engine), f"that engine {engine} ends")
+            logger.error("%s missed %d health checks in a row (%s): ending it", engine, _STRIKES, missed[engine])
+            self._safely(partial(self._end, engine), f"that {engine} ends")
 
     def _safely(self, step: Callable[[], object], what: str) -> None:
         """Whatever a step meets, the watch goes on: it is there for the case that something is wrong."""

@@ -150,7 +150,7 @@ class RolloutActor:
         return HealthWatch(
             self._fleet.end_hopeless_requests,
             partial(self._fleet.missed_checks, engine.rollout_health_check_timeout),
-            self._fleet.end_engine,
+            self._fleet.end_server,
             interval=engine.rollout_health_check_interval if engine.use_fault_tolerance else math.inf,
             first_wait=engine.rollout_health_check_first_wait,
         )

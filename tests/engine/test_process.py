@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from slime.engine.groups import group_exists
 from slime.engine.ports import EnginePorts, bind_when_free
 from slime.engine.process import ChildProcess, EngineDied, EngineProcess, seconds_until_missed
+from slime.engine.router import RouterProcess
 from slime.engine.spec import EngineSpec, NodePlacement
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -68,12 +70,9 @@ def test_the_token_arrives_on_stdin_and_the_log_is_private(tmp_path):
 
 def test_a_server_ends_when_its_parent_is_killed(tmp_path):
     """The parent dies without a chance to clean up; the open pipe is what tells the server."""
-    shared, of_a_user = (Path(f"/dev/shm/{name}_{os.getpid()}") for name in ("sglang_loads_orphan", "checkpoint"))
     server = (
-        "import mmap, os, time; from slime.engine.serve import read_token, stop_with_parent; read_token(); stop_with_parent()\n"
-        f"files = [os.open(name, os.O_RDWR | os.O_CREAT) for name in {[str(shared), str(of_a_user)]}]\n"
-        "kept = [(os.truncate(file, 4096), mmap.mmap(file, 4096)) for file in files]\n"
-        "print(os.getpid()); time.sleep(600)"
+        "import os, time; from slime.engine.serve import read_token, stop_with_parent; "
+        "read_token(); stop_with_parent(); print(os.getpid()); time.sleep(600)"
     )
     parent = (
         "import os, pathlib, sys, time\n"
@@ -95,8 +94,6 @@ def test_a_server_ends_when_its_parent_is_killed(tmp_path):
     while group_exists(group) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not group_exists(group)
-    assert not shared.exists() and of_a_user.exists(), "what is the server's own goes with it, and nothing else"
-    of_a_user.unlink()
 
 
 def engine(tmp_path: Path, **changes) -> EngineProcess:
@@ -229,6 +226,39 @@ def test_an_engine_in_the_place_of_a_lost_one_has_its_address_and_leaves_its_log
         second.stop()
 
 
+ROUTER = """
+import http.server, sys
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.headers["Authorization"] == "Bearer t" else 401)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
+"""
+
+
+def test_a_router_that_is_stopped_misses_its_check_and_is_told(tmp_path):
+    router = RouterProcess([], token="t", log_path=tmp_path / "router.log")
+    router._book.release()
+    router.child.launch([sys.executable, "-c", ROUTER, str(router.port)], dict(os.environ), "t")
+    try:
+        deadline = time.monotonic() + 60
+        while router.missed_check(5.0) is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert router.missed_check(5.0) is None and router.stopped() == []
+        os.kill(router.child.pid, signal.SIGSTOP)
+        assert router.missed_check(0.5) == f"GET {router.url}/workers: ReadTimeout timed out"
+        assert router.stopped() == [
+            f"router: its process {router.child.pid} ({sys.executable}) is stopped "
+            f"(SIGSTOP, or a debugger; kill -CONT {router.child.pid} there lets it go on)"
+        ]
+        os.kill(router.child.pid, signal.SIGCONT)
+        router.token = "another"
+        assert router.missed_check(5.0) == f"GET {router.url}/workers: status 401"
+    finally:
+        router.stop()
+    assert router.missed_check(0.5).startswith(f"GET {router.url}/workers: ConnectError")
+
+
 MAPS = """
 import mmap, os, sys, time
 if os.fork() == 0:
@@ -253,3 +283,22 @@ def test_shared_memory_of_a_servers_children_goes_with_it_however_it_ends(tmp_pa
         os.killpg(process.pid, 9)
     process.stop()
     assert not file.exists()
+
+
+def test_what_an_actor_that_was_killed_left_in_shared_memory_is_removed_by_its_successor(tmp_path):
+    """Ray kills actors whose owner has died, together with their servers: nobody is left who knew the files."""
+    file, of_a_user = (Path(f"/dev/shm/{name}_{os.getpid()}") for name in ("sglang_loads_left", "checkpoint"))
+    of_a_user.touch()
+    lost = child(tmp_path, MAPS.format(file=file))
+    wait(lost, ready=lambda: "mapped" in lost.log_path.read_text())
+    lost.note_shared_memory()
+    os.killpg(lost.pid, 9)
+    lost.popen.wait()
+    shared_list = lost.log_path.with_suffix(".shared")
+    assert file.exists() and shared_list.read_text() == f"{file}\n"
+    shared_list.write_text(f"{file}\n{of_a_user}\n")
+    successor = child(tmp_path, "print('up')")
+    assert not file.exists() and not shared_list.exists()
+    assert of_a_user.exists(), "nothing but SGLang's own is ever removed"
+    of_a_user.unlink()
+    successor.stop()

@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from slime.config.upkeep import UpkeepConfig
+from slime.engine.groups import stopped
 from slime.ray import calls, engine_nodes
 from slime.ray.calls import gather
 from slime.ray.engine_nodes import EngineNode
@@ -230,13 +231,16 @@ class Server:
     """What the fleet asks of an EngineActor, about a process that only sleeps."""
 
     def __init__(self):
-        self.child = subprocess.Popen(["sleep", "1000"])
+        self.child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
 
     def process(self) -> tuple[Process, int]:
         return this_process(), self.child.pid
 
     def obituary(self) -> str | None:
         return None if self.child.poll() is None else f"engine x was killed by signal {-self.child.returncode}"
+
+    def condition(self) -> list[str]:
+        return [f"engine x: {line}" for line in stopped(self.child.pid)]
 
     def stop(self) -> None:
         self.child.kill()
@@ -286,6 +290,20 @@ def test_an_actor_that_does_not_answer_is_dead_and_out_of_reach_and_can_be_ended
     while read_fate(a.process) not in ("is gone",) and "signal 9" not in str(read_fate(a.process)):
         assert time.monotonic() < deadline, read_fate(a.process)
         time.sleep(0.1)
+
+
+def test_a_report_names_the_stopped_actor_and_the_stopped_process_of_a_server(nodes):
+    (a, _), (b, server_of_b), (c, _) = nodes
+    known = [node for node, _ in nodes]
+    assert engine_nodes.unwell(known, 10.0) == []
+    os.kill(a.process.pid, signal.SIGSTOP)
+    os.kill(server_of_b, signal.SIGSTOP)
+    on_a = (
+        f"engine a: its actor ({a.process}) is stopped (SIGSTOP, or a debugger; kill -CONT {a.process.pid} there lets it go on)"
+    )
+    on_b = f"engine x: its process {server_of_b} (sleep) is stopped (SIGSTOP, or a debugger; kill -CONT {server_of_b} there "
+    first, second = engine_nodes.unwell(known, 10.0)
+    assert first == on_a and second == f"{on_b}lets it go on)"
 
 
 def test_a_machine_that_is_gone_is_named_and_ends_the_run(nodes):

@@ -208,11 +208,11 @@ def test_three_missed_checks_in_a_row_are_one_end():
 
 def test_the_watch_ends_the_engine_that_stopped_answering_and_leaves_with_the_block():
     ended, looks = threading.Event(), []
-    missed = {"a": None, "b": "no answer within 1 s"}
+    missed = {"engine a": None, "router": "no answer within 1 s"}
     watch = HealthWatch(
         lambda: looks.append(1),
         lambda: missed,
-        lambda label: ended.set() if label == "b" else None,
+        lambda label: ended.set() if label == "router" else None,
         interval=0.001,
         first_wait=0.0,
     )
@@ -235,7 +235,7 @@ def test_the_watch_outlives_whatever_looking_and_ending_meet(caplog):
             raise RuntimeError("its actor does not answer")
         ended.set()
 
-    with HealthWatch(look, lambda: {"a": "no answer within 1 s"}, end, interval=0.001, first_wait=0.0):
+    with HealthWatch(look, lambda: {"engine a": "no answer within 1 s"}, end, interval=0.001, first_wait=0.0):
         assert ended.wait(30)
     told = [record.getMessage() for record in caplog.records if "the watch goes on" in record.getMessage()]
     assert told == [
@@ -262,12 +262,14 @@ def test_requests_are_ended_when_the_last_engine_of_a_kind_has_died_or_one_is_ou
             label=label,
             spec=SimpleNamespace(model="default", role=label.split("-")[0]),
             nodes=(SimpleNamespace(name=f"engine {label}"),),
+            url="",
+            is_external=False,
         )
         for label in labels
     ]
     fleet._deaths = lambda: {f"engine {label}": Death("killed", hangs, hangs) for label in dead}
     stops = []
-    fleet.router = SimpleNamespace(is_alive=lambda: not stops, stop=lambda: stops.append(1))
+    fleet.routers = {"default": SimpleNamespace(is_alive=lambda: not stops, stop=lambda: stops.append(1))}
     fleet.end_hopeless_requests()
     fleet.end_hopeless_requests()
     assert len(stops) == hopeless
