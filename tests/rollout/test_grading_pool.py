@@ -50,11 +50,29 @@ def test_a_worker_that_gives_no_verdict_is_ended_and_the_next_question_gets_anot
     assert pool.grade_now(question(), 60) == 1.0 and pool._idle.queue[0].pid != worker.pid
 
 
-def test_a_worker_that_died_is_an_error_with_a_name_and_the_next_question_gets_another(pool):
-    assert pool.grade_now(question(), 60) == 1.0
-    os.kill(pool._idle.queue[0].pid, signal.SIGKILL)
-    with pytest.raises(GradingError, match="the process of grader f1 died") as caught:
-        pool.grade_now(question(), 60)
+def test_workers_that_died_while_they_were_idle_are_not_the_next_questions_fault(pool):
+    async def many():
+        return await asyncio.gather(*(pool.grade(question(), 60) for _ in range(20)))
+
+    asyncio.run(many())
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for worker in pool._idle.queue:
+            os.kill(worker.pid, number)
+        assert asyncio.run(many()) == [1.0] * 20
+
+
+def test_an_answer_of_which_two_workers_die_is_an_error_with_a_name_and_the_next_question_gets_another(pool, monkeypatch):
+    fork = pool._fork
+
+    def doomed():
+        worker = fork()
+        os.kill(worker.pid, signal.SIGKILL)
+        return worker
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_fork", doomed)
+        with pytest.raises(GradingError, match="two processes of grader f1 died of an answer; too little memory?") as caught:
+            pool.grade_now(question(), 60)
     assert caught.value.reason == "worker_died"
     pool._nursery.kill()
     pool._nursery.wait()

@@ -78,7 +78,21 @@ class Pool:
     def grade_now(self, question: Question, seconds: float) -> Verdict:
         """The same for code without an event loop; it blocks. The time counts from when a worker has the question."""
         line = json.dumps(asdict(question) | {"seconds": seconds}, default=_plain).encode() + b"\n"
-        worker = self._take()
+        # A worker that somebody ended while it was idle is noticed by the next question, which is not to blame for it.
+        answer = self._ask(self._take(), question, line, seconds) or self._ask(self._fork(), question, line, seconds)
+        if not answer:
+            raise GradingError(
+                "worker_died", f"two processes of grader {question.grader} died of an answer; too little memory?"
+            )
+        found = json.loads(answer)
+        if "verdict" in found:
+            return found["verdict"]
+        if found["kind"] == "ValueError":
+            raise ValueError(found["error"])
+        raise GradingError(found["kind"], f"grader {question.grader}: {found['kind']}: {found['error']}")
+
+    def _ask(self, worker: _Worker, question: Question, line: bytes, seconds: float) -> bytes:
+        """The answer; b"" of a worker that died."""
         try:
             answer = worker.ask(line, seconds)
         except TimeoutError:
@@ -88,16 +102,11 @@ class Pool:
             ) from None
         except OSError:
             answer = b""
-        if not answer:
+        if answer:
+            self._idle.put(worker)
+        else:
             self._end(worker)
-            raise GradingError("worker_died", f"the process of grader {question.grader} died; too little memory?")
-        self._idle.put(worker)
-        found = json.loads(answer)
-        if "verdict" in found:
-            return found["verdict"]
-        if found["kind"] == "ValueError":
-            raise ValueError(found["error"])
-        raise GradingError(found["kind"], f"grader {question.grader}: {found['kind']}: {found['error']}")
+        return answer
 
     def _take(self) -> _Worker:
         try:
