@@ -21,7 +21,7 @@ _ACTOR = re.compile(r"^\(\w+ pid=\d+(?:, ip=[^)]*)?\) (?=\d\d:\d\d:\d\d \[)")
 _TRACEBACK = "Traceback (most recent call last):"
 _CLIENT_FRAME = re.compile(r'^  File "[^"]*/bin/ray", line ')
 """The client lost its cluster: why is the launcher's to say."""
-_REPEATED = "Status message: Job entrypoint command failed with exit code"
+_REPEATED = re.compile(r"Status message: Job entrypoint command failed with exit code (-?\d+)")
 
 
 def readable(lines: Iterable[str]) -> Iterator[str]:
@@ -43,7 +43,9 @@ def readable(lines: Iterable[str]) -> Iterator[str]:
         if line.startswith("Running entrypoint for job "):
             continue
         found = _RAY_LINE.match(line)
-        if line.startswith(_REPEATED) or (found and found["text"].startswith(_REPEATED)):
+        if failed := _REPEATED.match(found["text"] if found else line):
+            if killed := _signal_of(int(failed[1])):
+                yield f"the job's driver (python -m slime.train) was killed by signal {killed} ({signal.Signals(killed).name})"
             return
         if not found or found["file"] not in _CLIENT:
             if ours := _ACTOR.match(line):
@@ -53,6 +55,15 @@ def readable(lines: Iterable[str]) -> Iterator[str]:
             yield found["text"]
     if held:
         yield held
+
+
+def _signal_of(status: int) -> int | None:
+    """Which one ended the driver, so that it could not say anything itself; None where it left by a status of its own.
+
+    Ray starts it through a shell, which gives 128 more; 143 is also what a driver leaves with that heard SIGTERM and said so.
+    """
+    number = -status if status < 0 else status - 128
+    return number if number in set(signal.Signals) and number != signal.SIGTERM else None
 
 
 def _is_frame(text: str) -> bool:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from slime.observability.console import readable
 
 BEFORE = """\
@@ -63,6 +65,22 @@ def test_a_client_that_lost_its_cluster_says_nothing_and_a_users_traceback_stays
     lines = [*(BEFORE + "\n".join(theirs) + "\n" + LOST).splitlines(keepends=True)]
     assert list(readable(lines)) == [*READ, *theirs]
     assert list(readable(theirs[:1])) == theirs[:1]
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (1, None),
+        (2, None),
+        (143, None),
+        (137, "the job's driver (python -m slime.train) was killed by signal 9 (SIGKILL)"),
+        (-9, "the job's driver (python -m slime.train) was killed by signal 9 (SIGKILL)"),
+        (134, "the job's driver (python -m slime.train) was killed by signal 6 (SIGABRT)"),
+    ],
+)
+def test_a_driver_that_was_killed_is_told_by_its_status_because_it_said_nothing_itself(status: int, told: str | None):
+    lines = (BEFORE + BADLY.replace("exit code 1,", f"exit code {status},")).splitlines(keepends=True)
+    assert list(readable(lines)) == [*READ, "04:09:00 [driver] the run stopped: KeyError: 'gold'", *([told] if told else [])]
 
 
 def test_what_only_rays_client_knows_is_told():
