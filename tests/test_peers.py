@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from callers import connects
 
 from slime.compat.peers import keep_listeners, only_from, source_filter
 
@@ -58,28 +59,16 @@ def test_a_child_that_listens_everywhere_is_kept_to_addresses_at_the_ports_that_
     command = [sys.executable, "-c", LISTENS_EVERYWHERE]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         kept, other = map(int, child.stdout.readline().split())
-        assert reached(kept, source="127.0.0.9")
+        assert connects(("127.0.0.1", kept), source="127.0.0.9")
         with socket.create_connection(("127.0.0.1", kept)) as before:
             assert keep_listeners([child.pid], {kept}, ["127.0.0.1", "127.0.0.2"]) == 1
             before.sendall(STORE_PING)
             assert before.recv(4) == STORE_PING[-4:]
-        assert [source for source in ("127.0.0.1", "127.0.0.2", "127.0.0.9") if reached(kept, source=source)] == [
-            "127.0.0.1", "127.0.0.2"
-        ]  # fmt: skip
-        assert reached(other, source="127.0.0.9"), "nobody named it"
+        sources = ("127.0.0.1", "127.0.0.2", "127.0.0.9")
+        assert [connects(("127.0.0.1", kept), source=source) for source in sources] == [True, True, False]
+        assert connects(("127.0.0.1", other), source="127.0.0.9"), "nobody named it"
         child.stdin.close()
     assert keep_listeners([child.pid], {kept}, ["127.0.0.1"]) == 0, "it has ended"
-
-
-def reached(port: int, *, source: str) -> bool:
-    with socket.socket() as caller:
-        caller.settimeout(0.5)
-        caller.bind((source, 0))
-        try:
-            caller.connect(("127.0.0.1", port))
-        except TimeoutError:
-            return False
-        return True
 
 
 def test_what_cannot_be_told_apart_is_refused():

@@ -7,7 +7,6 @@ import base64
 import ipaddress
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from callers import connects
 from engine.engines import TOKEN, make_checkpoint, payload, prompt, request, spec
 from engine.reference import largest_difference, load_reference, read_weights, restored, sample_of, share_of_equal_experts
 
@@ -210,17 +210,6 @@ def test_the_kv_transfer_accepts_the_runs_nodes_alone(pair):
         assert reached == set(ours)
         # mooncake's two, ZeroMQ's, over which destinations are told, and the ranks' store.
         assert len(ours) == 4 and not [port for port in ours if connects((engine.place.host, port), source="127.0.0.9")]
-
-
-def connects(address: tuple[str, int], *, source: str) -> bool:
-    with socket.socket() as caller:
-        caller.settimeout(0.3)
-        caller.bind((source, 0))
-        try:
-            caller.connect(address)
-        except TimeoutError:
-            return False
-        return True
 
 
 def test_the_bootstrap_server_needs_the_token(pair):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from callers import connects
 
 from slime.engine.groups import group_exists
 from slime.engine.ports import EnginePorts, bind_when_free
@@ -193,23 +194,12 @@ def test_a_gpu_engines_ports_that_ask_for_no_secret_are_kept_to_the_runs_nodes(t
         process.keep_to_the_run()
         assert told == ["engine default-prefill-0: 3 sockets are kept to the nodes of the run"]
         reached = {
-            source: [port for port in open_ones if connects(port, source=source)]
+            source: [port for port in open_ones if connects(("127.0.0.1", port), source=source)]
             for source in ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.9")
         }
         assert reached == dict.fromkeys(("127.0.0.1", "127.0.0.2", "127.0.0.3"), open_ones) | {"127.0.0.9": [http]}
     finally:
         process.stop()
-
-
-def connects(port: int, *, source: str) -> bool:
-    with socket.socket() as caller:
-        caller.settimeout(0.5)
-        caller.bind((source, 0))
-        try:
-            caller.connect(("127.0.0.1", port))
-        except TimeoutError:
-            return False
-        return True
 
 
 def test_an_engine_in_the_place_of_a_lost_one_has_its_address_and_leaves_its_log(tmp_path):
