@@ -19,12 +19,15 @@ from tools.audit.sockets import Listener
 
 NOBODY = 65534
 _SECONDS = 2.0
+_PATIENCE = 6.0
+"""Of a first answer, and of a call: servers of a run that works may take seconds."""
 _TOGETHER = 128
 """Listeners that are asked at the same time: most of them wait for bytes that never come."""
 _CLONE_NEWNET = 0x40000000
 _NO_SECRETS = (None, "a-secret-that-nobody-has-drawn")
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # preface, empty SETTINGS
 _HTTP2_SETTINGS = 4
+_ZEROMQ = b"\xff\0\0\0\0\0\0\0"
 # torch/csrc/distributed/c10d: VALIDATE with its magic number, PING with a number of ours, GETNUMKEYS.
 _STORE_PING = b"\0" + struct.pack("=I", 0x3C85F7CE) + b"\x0d" + struct.pack("=I", 20261)
 _STORE_COUNT = b"\7"
@@ -96,22 +99,24 @@ def ask(one: Listener, *, node: str, source: str | None = None, only_reach: bool
     with first:
         if only_reach:
             return Answer(one, "silent")
-        if _heard(first).startswith(b"\xff\0\0\0\0\0\0\0"):
-            return Answer(one, "OPEN", "ZeroMQ", ("takes messages",))
+        heard = _said_to_a_get(first)
     try:
-        return _in_its_protocol(one, lambda: _connect(one, node, source), node)
+        return _in_its_protocol(one, heard, lambda: _connect(one, node, source), node)
     except OSError as error:  # it was there a moment ago
         return Answer(one, "unreachable", type(error).__name__)
 
 
-def _in_its_protocol(one: Listener, call: Callable[[], socket.socket], node: str) -> Answer:
-    if _http(call, "/", None) is not None:
+def _in_its_protocol(one: Listener, heard: bytes, call: Callable[[], socket.socket], node: str) -> Answer:
+    """heard: what came back for a GET of HTTP/1.1."""
+    if heard.startswith(_ZEROMQ):
+        return Answer(one, "OPEN", "ZeroMQ", ("takes messages",))
+    if _status(heard) is not None:
         answered = {(path, secret): _http(call, path, secret) or 0 for path in HTTP_PATHS for secret in _NO_SECRETS}
         gives = dict.fromkeys(path for (path, _), status in answered.items() if 200 <= status < 300)
         if len(gives) == len(HTTP_PATHS):  # it answers whatever it is asked
             gives = {"any path": None}
         return Answer(one, "OPEN" if gives else "asks", "HTTP", tuple(gives))
-    if _speaks_http2(call):
+    if _is_http2(heard) or _speaks_http2(call):
         return _grpc(one, node)
     with call() as store:
         store.sendall(_STORE_PING)
@@ -151,18 +156,33 @@ def _heard(caller: socket.socket) -> bytes:
 
 
 def _http(call: Callable[[], socket.socket], path: str, secret: str | None) -> int | None:
-    """The status; None where the answer is no HTTP."""
+    """The status; None where none came."""
     with call() as caller:
-        authorization = f"Authorization: Bearer {secret}\r\n" if secret else ""
+        return _status(_said_to_a_get(caller, path, secret))
+
+
+def _said_to_a_get(caller: socket.socket, path: str = "/", secret: str | None = None) -> bytes:
+    authorization = f"Authorization: Bearer {secret}\r\n" if secret else ""
+    caller.settimeout(_PATIENCE)
+    try:
         caller.sendall(f"GET {path} HTTP/1.1\r\nHost: audit\r\n{authorization}Connection: close\r\n\r\n".encode())
-        answer = _heard(caller)
+    except OSError:
+        return b""
+    return _heard(caller)
+
+
+def _status(answer: bytes) -> int | None:
     return int(answer[9:12]) if answer.startswith(b"HTTP/1.") and answer[9:12].isdigit() else None
 
 
 def _speaks_http2(call: Callable[[], socket.socket]) -> bool:
     with call() as caller:
         caller.sendall(_HTTP2)
-        answer = _heard(caller)
+        return _is_http2(_heard(caller))
+
+
+def _is_http2(answer: bytes) -> bool:
+    """Whether it begins with SETTINGS, which are of six bytes each."""
     return len(answer) >= 9 and answer[3] == _HTTP2_SETTINGS and int.from_bytes(answer[:3], "big") % 6 == 0
 
 
@@ -178,7 +198,7 @@ def _grpc(one: Listener, node: str) -> Answer:
                 metadata = [("authorization", f"Bearer {secret}")] if secret else []
                 call = channel.unary_unary(f"/{method}", request_serializer=bytes, response_deserializer=bytes)
                 try:
-                    call(b"", timeout=_SECONDS, metadata=metadata)
+                    call(b"", timeout=_PATIENCE, metadata=metadata)
                 except grpc.RpcError as refusal:
                     refused = (
                         grpc.StatusCode.UNAUTHENTICATED,
