@@ -49,6 +49,7 @@ OWN = frozenset(
     save_on_signal save_on_signal_seconds snapshot_interval snapshot_peer snapshot_versions max_trainer_restarts
     hang_report_minutes hang_exit_minutes skip_spike
     use_rs rs_level rs_upper_bound rs_lower_bound rs_veto_threshold
+    custom_metrics_sink_path
     critic_lr critic_lr_warmup_iters critic_load critic_save""".split()
 )
 """Attributes that slime and Megatron-LM do not have."""

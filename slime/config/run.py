@@ -8,7 +8,6 @@ from typing import Literal
 
 from slime.config.flags import derived, flag
 
-_WANDB = "Weights & Biases (TensorBoard is there)"
 _PROFILE = "profiles and memory records"
 
 
@@ -22,28 +21,30 @@ class TrackingConfig:
     """First folder below tensorboard_log (or TENSORBOARD_DIR)."""
     tb_experiment_name: str | None = None
     """Second folder; None takes the time."""
-    use_wandb: bool = flag(False, later=_WANDB)
-    """Send metrics to Weights & Biases."""
-    wandb_mode: Literal["online", "offline", "disabled"] | None = flag(None, later=_WANDB)
-    """Its mode."""
-    wandb_dir: str | None = flag(None, later=_WANDB)
-    """Its folder."""
-    wandb_key: str | None = flag(None, later=_WANDB)
-    """Its key."""
-    wandb_host: str | None = flag(None, later=_WANDB)
-    """Its host."""
-    wandb_team: str | None = flag(None, later=_WANDB)
-    """Its team."""
-    wandb_group: str | None = flag(None, later=_WANDB)
-    """Its group."""
-    wandb_project: str | None = flag(None, later=_WANDB)
-    """Its project."""
-    wandb_random_suffix: bool = flag(True, off="--disable-wandb-random-suffix", later=_WANDB)
-    """A random ending of the run's name."""
-    wandb_always_use_train_step: bool = flag(False, later=_WANDB)
-    """Its step counts optimizer steps."""
-    wandb_run_id: str | None = flag(None, later=_WANDB)
-    """Its run."""
+    use_wandb: bool = False
+    """Metrics to Weights & Biases, too."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """None takes WANDB_MODE, else online; offline writes files that `wandb sync` sends."""
+    wandb_dir: str | None = None
+    """Folder of its files; None takes the run's."""
+    wandb_key: str | None = None
+    """Its key. Everybody on the machine can read a command line: the environment variable WANDB_API_KEY is better."""
+    wandb_host: str | None = None
+    """Address of its server; None takes WANDB_BASE_URL, else the public one."""
+    wandb_team: str | None = None
+    """Team (entity) that the run belongs to."""
+    wandb_group: str | None = None
+    """Group of the run, and its name."""
+    wandb_project: str | None = None
+    """Project of the run."""
+    wandb_random_suffix: bool = flag(True, off="--disable-wandb-random-suffix")
+    """The run's name is its group and six random letters; off: the group alone."""
+    wandb_always_use_train_step: bool = False
+    """What belongs to a rollout is drawn against the optimizer steps done by then."""
+    wandb_run_id: str | None = None
+    """An existing run that goes on."""
+    custom_metrics_sink_path: str | None = None
+    """Dotted path of a class taking (args), with write(metrics, axis, position) and close(): a sink beside the others."""
     log_multi_turn: bool = False
     """Response lengths with and without the environment's tokens, and metadata["round_number"]: multi_turn/*."""
     log_passrate: bool = False

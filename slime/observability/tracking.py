@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard if the flags say so. Nothing that happens here ends a run.
+"""Where metrics go: metrics.jsonl always, other sinks if the flags say so (slime.observability.sinks). None of them ends a run.
 
 A metric has one axis: figures of an optimizer step (`train/*`) are written at the number of steps done, all others at the
 number of rollouts done. Both count from 1, and on from the checkpoint where a run continues; 0 is before the first.

@@ -14,7 +14,8 @@ from slime.observability.advice import Advisor
 from slime.observability.log import run_folder, write_whole
 from slime.observability.owner import LAUNCH_VARIABLE
 from slime.observability.report import RolloutLine, evaluation_line
-from slime.observability.tracking import Axis, JsonLinesSink, Sink, Start, TensorBoardSink, Tracker, tensorboard_directory
+from slime.observability.sinks import open_tracker
+from slime.observability.tracking import Axis, Start, Tracker
 from slime.ray.in_flight import Rollout
 from slime.ray.train_actor import RankMemory
 from slime.rollout.reports import Report
@@ -43,16 +44,7 @@ class Telling:
 
     def open(self, done: Start) -> None:
         """done: what a resumed run has behind it."""
-        tracking = self._config.tracking
-        sinks: list[Sink] = [JsonLinesSink(self._folder / "metrics.jsonl", done)]
-        if tracking.use_tensorboard:
-            directory = tensorboard_directory(
-                environment_dir=os.environ.get("TENSORBOARD_DIR"),
-                project=tracking.tb_project_name,
-                experiment=tracking.tb_experiment_name,
-            )
-            sinks.append(TensorBoardSink(directory, done))
-        self._tracker = Tracker(sinks)
+        self._tracker = open_tracker(self._config, self._folder, done)
 
     def close(self) -> None:
         self._tracker.close()

@@ -131,7 +131,7 @@ def test_engine_flags_are_carried_as_text():
         (["--moe-layer-freq", "__import__('os').getcwd()"], "--moe-layer-freq only numbers, lists, +, -, * and ** may be used"),
         (["--moe-layer-freq", "[1]*999999999"], "too long"),
         (["--moe-layer-freq", "[0]*3+[2]"], "list of 0 and 1"),
-        (["--use-wandb"], "--use-wandb: this version does not have Weights & Biases"),
+        (["--fp16"], "--fp16: this version does not have fp16 training"),
         (["--release-train"], "--release-train: this version does not have"),
         (["--update-weight-mode", "delta"], "--update-weight-mode delta travels in files alone"),
         (["--fp8-format", "e4m3"], "--fp8-format: this version does not have FP8"),
@@ -154,7 +154,7 @@ def test_a_word_without_a_flag_is_refused():
 
 def test_all_mistakes_are_said_at_once():
     with pytest.raises(ConfigError) as error:
-        config_of("--nope", "--lr", "x", "--use-wandb")
+        config_of("--nope", "--lr", "x", "--fp16")
     assert len(str(error.value).split("\n")) == 3
 
 

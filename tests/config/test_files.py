@@ -190,7 +190,7 @@ def test_the_yaml_wins_and_is_there_before_anything_is_derived(tmp_path: Path):
         ("custom: [1]\n", "'custom' must be a mapping"),
         ("eps_clip: far\n", "eps_clip: --eps-clip wants a number, got 'far'"),
         ("colocate: 3\n", "colocate: wants true or false, got 3"),
-        ("use_wandb: true\n", "use_wandb: this version does not have"),
+        ("fp16: true\n", "fp16: this version does not have"),
         ("kl_loss_type: k9\n", "wants one of k1, k2, k3, low_var_kl"),
         ("- a\n", "the top must be a mapping"),
         ("a: [\n", "is not YAML at line 2"),

@@ -18,7 +18,7 @@ def check_plugins(config: Config, findings: Findings) -> None:
     """--spec and every *_path flag that names a function or class: module and name must exist where the package can be seen."""
     named = [
         (f"--{field.name.replace('_', '-')}", path)
-        for section in (config.model, config.data, config.rollout, config.algorithm, config.evaluation)
+        for section in (config.model, config.data, config.rollout, config.algorithm, config.evaluation, config.tracking)
         for field in fields(section)
         if field.name.endswith("_path") and field.name not in FILES
         for path in _said(getattr(section, field.name))
