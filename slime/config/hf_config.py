@@ -94,6 +94,11 @@ class HfConfig(Mapping[str, Any]):
         return 0 if self.get("model_type") == "mimo" else self.get("num_nextn_predict_layers", 0)
 
     @property
+    def has_draft_layer(self) -> bool:
+        """The checkpoint holds a layer from which an engine drafts, MiMo's too."""
+        return bool(self.get("num_nextn_predict_layers", 0))
+
+    @property
     def has_qk_norm(self) -> bool:
         """Queries and keys of grouped-query attention are normalised head by head."""
         if self.model_type == "glm4_moe":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from slime.config import hf_check
 from slime.config.hf_config import HfConfig
+from slime.config.rules.engine_model import DRAFTS_ITSELF
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
@@ -62,10 +63,12 @@ def _from_flags(start: Mapping[str, object], mega: Mapping[str, object]) -> dict
     """A config.json with the shapes of MODEL_ARGS, of the family that has their parts."""
     experts, mla = mega.get("num_moe_experts"), bool(start["multi_latent_attention"])
     hidden, heads, layers = int(mega["hidden_size"]), int(mega["num_attention_heads"]), int(mega["num_layers"])
-    plain = "qwen2" if mega.get("add_qkv_bias") else "llama"
+    drafts = bool(start["mtp_num_layers"]) or str(start["sglang"].get("speculative_algorithm", "")).upper() in DRAFTS_ITSELF
+    plain = ("mimo" if drafts else "qwen2") if mega.get("add_qkv_bias") else "llama"
+    routed = "glm4_moe" if mega.get("moe_router_score_function") == "sigmoid" else "qwen3_moe"
     family = "qwen3" if mega.get("qk_layernorm") else "glm4" if start["post_mlp_layernorm"] else plain
     raw: dict[str, object] = {
-        "model_type": "deepseek_v3" if mla else "qwen3_moe" if experts else family,
+        "model_type": "deepseek_v3" if mla else routed if experts else family,
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
@@ -78,6 +81,10 @@ def _from_flags(start: Mapping[str, object], mega: Mapping[str, object]) -> dict
         "tie_word_embeddings": not start["untie_embeddings_and_output_weights"],
         "attention_bias": bool(mega.get("add_qkv_bias", False)),
     }
+    if drafts and raw["model_type"] in ("mimo", "glm4_moe", "deepseek_v3"):
+        raw["num_nextn_predict_layers"] = 1  # the flags presuppose it
+    if raw["model_type"] == "glm4_moe":
+        raw["use_qk_norm"] = bool(mega.get("qk_layernorm", False))
     if start["rotary_percent"] != 1.0:
         raw["partial_rotary_factor"] = start["rotary_percent"]
     if start["use_rope_scaling"]:
@@ -88,7 +95,7 @@ def _from_flags(start: Mapping[str, object], mega: Mapping[str, object]) -> dict
         raw |= {key: mega.get(name, default) for key, (name, default) in _LATENT.items()}
         raw |= _stretched(mega)
     if experts:
-        raw |= _experts(mega, layers, deepseek=mla)
+        raw |= _experts(mega, layers, sigmoid=mla or routed == "glm4_moe")
     return raw
 
 
@@ -112,7 +119,7 @@ def _stretched(mega: Mapping[str, object]) -> dict[str, object]:
     return {"rope_scaling": {"type": "yarn", "factor": factor, **said}}
 
 
-def _experts(mega: Mapping[str, object], layers: int, *, deepseek: bool) -> dict[str, object]:
+def _experts(mega: Mapping[str, object], layers: int, *, sigmoid: bool) -> dict[str, object]:
     frequency = mega.get("moe_layer_freq", 1)
     moe = frequency if isinstance(frequency, list) else [int(layer % frequency == 0) for layer in range(layers)]
     inner = mega.get("moe_ffn_hidden_size") or mega.get("ffn_hidden_size")
@@ -121,7 +128,7 @@ def _experts(mega: Mapping[str, object], layers: int, *, deepseek: bool) -> dict
         "moe_intermediate_size": inner,
         "norm_topk_prob": True,
     }
-    if not deepseek:
+    if not sigmoid:
         dense = [layer for layer in range(layers) if layer < len(moe) and not moe[layer]]
         return raw | {"num_experts": mega["num_moe_experts"], "decoder_sparse_step": 1, "mlp_only_layers": dense}
     shared = mega.get("moe_shared_expert_intermediate_size") or 0

@@ -30,6 +30,8 @@ class Options:
     """What a GPU-hour buys under other flags."""
     gpu: str | None = None
     """Kind of the GPUs, whose rates and memory are taken where nothing else is said."""
+    on_its_disks: bool = True
+    """The folders of the run are on this machine, where they exist: is there room?"""
     expect_digest: str | None = None
     measured: str | None = None
     """memory.json of a run."""

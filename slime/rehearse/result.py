@@ -70,7 +70,12 @@ def _rehearsed(argv: Sequence[str], options: Options, folder: Path) -> Rehearsal
     done = Rehearsal(findings, reading, options, EnginePlan((), options.engine_version or "", ()))
     done.rates = with_rates(rates_of(options.gpu), options.rates)
     with _part(findings, "files"):
-        where = {"checkpoint_index": options.checkpoint_index, "hostfile": options.hostfile, "head": options.head}
+        where = {
+            "checkpoint_index": options.checkpoint_index,
+            "hostfile": options.hostfile,
+            "head": options.head,
+            "on_its_disks": options.on_its_disks,
+        }
         check_files(reading, findings, **where)
     clock["flags and files"] = time.monotonic() - started
     with _part(findings, "engines"):

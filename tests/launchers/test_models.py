@@ -53,6 +53,19 @@ def qwen2(layers: int, hidden: int, inner: int, heads: int, groups: int, vocab: 
     }  # fmt: skip
 
 
+def llama(layers: int, hidden: int, inner: int, heads: int, *, tied: bool, factor: float) -> dict[str, object]:
+    stretch = {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    return {
+        "model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
+        "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads,
+        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": tied, "rope_scaling": stretch,
+        "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "max_position_embeddings": 131072,
+    }  # fmt: skip
+
+
 ROUTED = {
     "n_shared_experts": 1, "num_experts_per_tok": 8, "norm_topk_prob": True, "n_group": 1, "topk_group": 1,
     "scoring_func": "sigmoid", "topk_method": "noaux_tc", "hidden_act": "silu", "attention_bias": False,
@@ -120,6 +133,14 @@ RELEASED = {
         48, 2048, 6144, 32, 4, tied=False, model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8,
         moe_intermediate_size=768, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], router_aux_loss_coef=0.001,
     ),
+    "qwen3-14B": qwen3(40, 5120, 17408, 40, 8, tied=False),
+    "qwen3-32B": qwen3(64, 5120, 25600, 64, 8, tied=False),
+    "qwen3-235B-A22B": qwen3(
+        94, 4096, 12288, 64, 4, tied=False, model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=1536, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[], router_aux_loss_coef=0.001,
+    ),
+    "llama3.2-3B": llama(28, 3072, 8192, 24, tied=True, factor=32.0),
+    "llama3.1-8B": llama(32, 4096, 14336, 32, tied=False, factor=8.0),
     "qwen2.5-0.5B": qwen2(24, 896, 4864, 14, 2, 151936, tied=True),
     "qwen2.5-1.5B": qwen2(28, 1536, 8960, 12, 2, 151936, tied=True),
     "qwen2.5-3B": qwen2(36, 2048, 11008, 16, 2, 151936, tied=True),

@@ -196,7 +196,7 @@ def speculation(v: Values) -> None:
         draft = engine.text("speculative_draft_model_path")
         if algorithm in DRAFTS_ITSELF and draft is None and hf is not None:
             v.require(
-                hf.num_mtp_layers > 0,
+                hf.has_draft_layer,
                 f"{engine.where}: {algorithm} without a draft model needs an MTP layer, {hf.source} has none; remove the "
                 "speculative options, or name --sglang-speculative-draft-model-path",
             )

@@ -186,7 +186,13 @@ def mtp(v: Values) -> None:
         return
     v.require(layers == 1, f"--mtp-num-layers {layers}: one multi-token-prediction layer can be built; pass 1 or leave it out")
     if v.facts.hf_config is not None:
-        held = HfConfig(v.facts.hf_config).num_mtp_layers
+        mimo = v.facts.hf_config.get("model_type") == "mimo"
+        v.require(
+            not mimo,
+            "--mtp-num-layers: MiMo's multi-token-prediction layer is built otherwise than the one that can be trained here; "
+            "leave --mtp-num-layers and --enable-mtp-training out (the engines draft from it all the same)",
+        )
+        held = layers if mimo else HfConfig(v.facts.hf_config).num_mtp_layers
         v.require(
             held == 1,
             f"--mtp-num-layers {layers}: {v['hf_checkpoint']}/config.json has num_nextn_predict_layers {held}; "

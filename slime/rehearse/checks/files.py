@@ -21,7 +21,13 @@ TAIL_BYTES = 1 << 20
 
 
 def check_files(
-    reading: Reading, findings: Findings, *, checkpoint_index: str | None, hostfile: str | None, head: str | None = None
+    reading: Reading,
+    findings: Findings,
+    *,
+    checkpoint_index: str | None,
+    hostfile: str | None,
+    head: str | None = None,
+    on_its_disks: bool = True,
 ) -> None:
     """head: address of the node that launches."""
     config = reading.config
@@ -35,7 +41,7 @@ def check_files(
         if folder and not Path(folder).is_dir():
             findings.unchecked("files", f"{name} {folder} is not on this machine")
     check_index(reading, findings, checkpoint_index)
-    _check_save(reading, findings)
+    _check_save(reading, findings, on_its_disks=on_its_disks)
     _check_hosts(reading, findings, hostfile, head)
     check_plugins(config, findings)
 
@@ -191,7 +197,7 @@ def _first_and_last(file: Path) -> list[tuple[str, str]]:
     return [("first", first.decode("utf-8", "replace")), ("last", (rest[-1] if rest else first).decode("utf-8", "replace"))]
 
 
-def _check_save(reading: Reading, findings: Findings) -> None:
+def _check_save(reading: Reading, findings: Findings, *, on_its_disks: bool) -> None:
     """Write access and room for a checkpoint where --save is on this machine."""
     folder = reading.config.checkpoint.save
     if not folder:
@@ -207,6 +213,9 @@ def _check_save(reading: Reading, findings: Findings) -> None:
             str(existing),
             "change the owner, or name another folder",
         )
+        return
+    if not on_its_disks:
+        findings.unchecked("files", f"--save {folder}: whether there is room is asked where the run is")
         return
     free = shutil.disk_usage(existing).free
     need = 0
