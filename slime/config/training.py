@@ -271,6 +271,8 @@ class AlgorithmConfig:
     """Train with the expert choices of the log-prob pass."""
     use_rollout_routing_replay: bool = False
     """Train with the engine's expert choices."""
+    use_rollout_indexer_replay: bool = False
+    """Train with the keys that the engine's sparse attention selected."""
     keep_old_actor: bool = False
     """Keep the weights that generated the data on the training side."""
     num_critic_only_steps: int = flag(0, low=0)

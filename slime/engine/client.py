@@ -29,7 +29,7 @@ MEMORY_TAGS = ("weights", "kv_cache", "cuda_graph")
 INCOMPLETE = "incomplete:"
 """prefix of the version that an engine reports between its first bucket and the end of the update"""
 
-_UNKNOWN_TO_ROUTERS = ("return_routed_experts", "routed_experts_start_len")
+_UNKNOWN_TO_ROUTERS = ("return_routed_experts", "return_indexer_topk", "routed_experts_start_len")
 
 
 class EngineError(RuntimeError):

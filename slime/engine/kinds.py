@@ -129,6 +129,9 @@ def _cuda(spec, place, column, asked, common, env) -> tuple[dict[str, object], d
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "false",
     }
+    if settings.get("enable_return_indexer_topk"):
+        # Fused with the top-k, places within a sample become places in the cache, which a trainer does not have.
+        env["SGLANG_DSA_FUSE_TOPK"] = "0"
     return settings, defaults | env, notes
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region  # noqa: E402
 
 _ATTRIBUTE = "_slime_stream"
+TOLD = "_slime_told"
+"""Of PackedSeqParams: Told, where a pass takes selections from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,17 @@ class Segment:
     """One past the last row in the whole stream."""
     sample: int
     """Row at which the sample begins: keys of row i are sample <= j <= i."""
+
+
+class Told(Protocol):
+    """Selections from elsewhere. slime.training.index_replay makes them."""
+
+    @property
+    def needs_own(self) -> bool:
+        """Is there a row that is read later and of which nothing is told? Equal on all ranks."""
+
+    def keys(self, layer: int, stream: Stream, mine: slice, topk: int) -> tuple[Tensor, Tensor]:
+        """(int32 [rows, topk] key rows of the whole stream, bool [rows]: told) of local rows `mine`; layer 0-based."""
 
 
 @dataclass
@@ -55,6 +69,8 @@ class Stream:
     indices: dict[int, Tensor] = field(default_factory=dict)
     """Selected key rows by computing layer (1-based), int32 [rows, topk], -1 = none; shared by the layers after it. The rows
     are this tensor-parallel rank's slice of the t local ones, or all of them where the core is split by heads."""
+    told: Told | None = None
+    """What engines told that their layers selected, to be taken in the place of this rank's own selections."""
     tables: dict[object, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Rotary cos and sin by table."""
     derived: dict[object, object] = field(default_factory=dict)
@@ -96,6 +112,7 @@ def stream_of(
     made = getattr(packed, _ATTRIBUTE, None)
     if made is None:
         made = make_stream(packed.cu_seqlens_q.tolist(), t, cp_group=cp_group, contiguous=contiguous, device=device)
+        made.told = getattr(packed, TOLD, None)
         setattr(packed, _ATTRIBUTE, made)
     if len(made.rows) != t:
         raise ValueError(f"one micro-batch, two lengths: {len(made.rows)} rows before, {t} now")

@@ -199,10 +199,7 @@ async def generate_once(
         sample.status = Status.TRUNCATED
         return None
     payload = {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True}
-    if args.use_rollout_routing_replay:
-        # Those of earlier turns are known, and a later answer would hold all of them again.
-        known = 0 if sample.rollout_routed_experts is None else min(len(sample.rollout_routed_experts), len(sample.tokens) - 1)
-        payload |= {"return_routed_experts": True, "routed_experts_start_len": known}
+    payload |= _choices_to_replay(args, sample)
     answer = await persistently(
         lambda: state.client.generate(payload, routing_key=sample.session_id), tries=_TRIES, stopped=lambda: state.aborted
     )
@@ -215,6 +212,22 @@ async def generate_once(
     tokens, log_probs = read_output(meta_info)
     sample.append_response_tokens(args, tokens=tokens, log_probs=log_probs, meta_info=meta_info, text=answer.get("text", ""))
     return meta_info
+
+
+def _choices_to_replay(args: Any, sample: Sample) -> dict[str, Any]:
+    """Fields of a request: what the engine is to say of its choices. Those of earlier turns are known, and not asked again."""
+    known = []
+    if args.use_rollout_routing_replay:
+        known.append(0 if sample.rollout_routed_experts is None else len(sample.rollout_routed_experts))
+    if args.use_rollout_indexer_replay:
+        known.append(0 if sample.rollout_indexer_topk is None else sample.rollout_indexer_topk.end)
+    if not known:
+        return {}
+    return {
+        "return_routed_experts": args.use_rollout_routing_replay,
+        "return_indexer_topk": args.use_rollout_indexer_replay,
+        "routed_experts_start_len": min(*known, len(sample.tokens) - 1),
+    }
 
 
 def _room(sample: Sample, max_new_tokens: int, max_context_len: int | None) -> int:

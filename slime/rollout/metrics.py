@@ -101,9 +101,10 @@ def _engine_metrics(samples: list[Sample]) -> dict[str, float]:
         metrics["rollout/spec_accept_rate"] = sum(sample.spec_info.spec_accept_token_num for sample in samples) / drafted
     if verified:
         metrics["rollout/spec_accept_length"] = sum(sample.spec_info.completion_token_num for sample in samples) / verified
-    chosen = [sample.rollout_routed_experts for sample in samples if sample.rollout_routed_experts is not None]
+    columns = [column for sample in samples for column in (sample.rollout_routed_experts, sample.rollout_indexer_topk)]
+    chosen = [column.nbytes for column in columns if column is not None]
     if chosen:
-        metrics["perf/rollout_replay_bytes"] = float(sum(experts.nbytes for experts in chosen))
+        metrics["perf/rollout_replay_bytes"] = float(sum(chosen))
     waited = [sample.non_generation_time for sample in samples]
     if any(waited):
         metrics |= statistics("perf/non_generation_time", waited)

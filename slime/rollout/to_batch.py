@@ -18,6 +18,7 @@ from slime.rollout.plugins import load_function
 from slime.types import RolloutBatch
 from slime.types.reward import plain_reward
 from slime.types.sample import Sample, Status
+from slime.types.selections import Selections
 
 _CENTRED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
 _SCALED = ("grpo", "gspo", "cispo")
@@ -49,6 +50,7 @@ def make_rollout_batch(groups: list[Group], *, rollout_id: int, config: Any) -> 
         rollout_log_probs=_optional(samples, "rollout_log_probs"),
         teacher_log_probs=_optional(samples, "teacher_log_probs"),
         routed_experts=_routed_experts(args, samples),
+        indexer_topk=_selections(args, samples),
         weight_versions=tuple(tuple(sample.weight_versions) for sample in samples),
     )
 
@@ -145,6 +147,19 @@ def _routed_experts(args: Any, samples: list[Sample]) -> tuple[np.ndarray, ...] 
     return tuple(column)
 
 
+def _selections(args: Any, samples: list[Sample]) -> tuple[Selections, ...] | None:
+    """What the engines' sparse attention read, with --use-rollout-indexer-replay."""
+    if not args.use_rollout_indexer_replay:
+        return None
+    for sample in samples:
+        if sample.rollout_indexer_topk is None and not sample.trains_nothing:
+            raise ValueError(
+                f"sample {sample.index} has no selections, which --use-rollout-indexer-replay trains with; ask the engine for "
+                "them (return_indexer_topk) and hand meta_info to append_response_tokens"
+            )
+    return tuple(sample.rollout_indexer_topk or Selections(()) for sample in samples)
+
+
 def raw_reward(args: Any, sample: Sample) -> float:
     """What the grader said; a plugin that shapes rewards leaves the original in metadata["raw_reward"]."""
     value = plain_reward(sample.metadata.get("raw_reward", None))
@@ -217,4 +232,5 @@ def _from_custom(args: Any, samples: list[Sample], groups: np.ndarray, rollout_i
         rollout_log_probs=per_token("rollout_log_probs"),
         teacher_log_probs=per_token("teacher_log_probs"),
         routed_experts=None if experts is None else tuple(np.asarray(row) for row in experts),
+        indexer_topk=None if (told := data.get("rollout_indexer_topk")) is None else tuple(told),
     )

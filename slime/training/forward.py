@@ -18,8 +18,10 @@ from slime.device import Device
 from slime.model.head import HeadInput, LastChunk
 from slime.model.local import unwrap
 from slime.model.mtp import MtpGPTModel
+from slime.model.stream import TOLD
 from slime.ops.vocab_logprob import linear_log_prob, vocab_parallel_log_prob
 from slime.parallel import Ranks
+from slime.training.index_replay import ReplayedIndices
 from slime.types.micro_batch import MicroBatch
 
 prepare()
@@ -87,6 +89,8 @@ def run_chunk(chunk: Module, micro: MicroBatch, *, train: bool = False) -> Outpu
     packed = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
+    if micro.selections is not None:
+        setattr(packed, TOLD, ReplayedIndices(micro.selections, micro.layout.lengths))
     model, wanted = unwrap(chunk), {}
     if isinstance(model, LastChunk):
         wanted["head_input"] = True

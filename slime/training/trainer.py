@@ -20,6 +20,7 @@ from torch.nn import Module
 from slime.batch.pack import pack
 from slime.compat.megatron import prepare
 from slime.device import Device, Peaks
+from slime.model.hf_config import read_hf_config
 from slime.model.local import local_tensors
 from slime.parallel import Ranks
 from slime.training import state
@@ -36,6 +37,7 @@ from slime.training.columns import (
 from slime.training.forward import Output, Pipeline
 from slime.training.guard import Guard
 from slime.training.hooks import load_hook
+from slime.training.index_replay import check_selections
 from slime.training.loss import Objective
 from slime.training.optimizer import (
     clip_gradients,
@@ -120,6 +122,7 @@ class Trainer:
         _refuse_auxiliary_losses(self.model)
         _prepare_schedules(self.model, ranks)
         self.replay = RoutingReplay(self.model) if config.algorithm.use_routing_replay and objective is None else None
+        self.replays_selections = config.algorithm.use_rollout_indexer_replay and objective is None
         self.snapshots = Snapshots(self.model)
         self.pending_save: PendingSave | None = None
         rules = config.optimizer
@@ -198,6 +201,8 @@ class Trainer:
         columns = Columns(positions=mine)
         if self.config.algorithm.use_rollout_routing_replay:
             self._fill_replay(batch, steps)
+        if self.replays_selections:
+            check_selections(batch, read_hf_config(self.config.checkpoint.hf_checkpoint))
         if passes.ref:
             if "ref" not in self.snapshots:
                 raise ValueError("--kl-coef / --use-kl-loss compare with a reference model; give --ref-load")
@@ -213,7 +218,7 @@ class Trainer:
                 columns.values = self.critic.values(batch, steps)
         if passes.old:
             with clock("log_probs"), self.peaks("log-probs"), self._experts_of_old():
-                columns.old_log_probs, columns.entropy = self._log_probs(batch, steps, "")
+                columns.old_log_probs, columns.entropy = self._log_probs(batch, steps, "", replay=True)
         rules = self.config.algorithm
         if not self.ranks.is_last_stage:
             return Columns(positions=mine)
@@ -237,7 +242,9 @@ class Trainer:
             return nullcontext()
         return self.replay.replaying(0) if self.config.algorithm.use_rollout_routing_replay else self.replay.recording()
 
-    def _log_probs(self, batch: RolloutBatch, steps: Sequence[StepPlan], prefix: str) -> tuple[dict, dict]:
+    def _log_probs(
+        self, batch: RolloutBatch, steps: Sequence[StepPlan], prefix: str, *, replay: bool = False
+    ) -> tuple[dict, dict]:
         """The micro-batches of the steps themselves, so that numerics of packing cancel in the ratio."""
         if self._hooks["log_prob"] is not None:
             self._hooks["log_prob"](self.config.args, self.pipeline.chunks, prefix)
@@ -248,16 +255,24 @@ class Trainer:
             values, uncertainty = self.objective.log_probs(micro, output)
             return split_column(micro, values), split_column(micro, uncertainty)
 
-        for values, uncertainty in self.evaluate(batch, steps, read):
+        for values, uncertainty in self.evaluate(batch, steps, read, replay=replay):
             log_probs |= values
             entropy |= uncertainty
         return log_probs, entropy
 
-    def evaluate(self, batch: RolloutBatch, steps: Sequence[StepPlan], read: Callable[[MicroBatch, Output], Any]) -> list[Any]:
+    def evaluate(
+        self,
+        batch: RolloutBatch,
+        steps: Sequence[StepPlan],
+        read: Callable[[MicroBatch, Output], Any],
+        *,
+        replay: bool = False,
+    ) -> list[Any]:
         """read(micro-batch, output) of every micro-batch of the steps, without gradient; [] before the last stage."""
-        return self.pipeline.evaluate([micro for plan in steps for micro in self.pack(batch, plan, {})], read)
+        return self.pipeline.evaluate([micro for plan in steps for micro in self.pack(batch, plan, {}, replay=replay)], read)
 
-    def pack(self, batch: RolloutBatch, plan: StepPlan, columns: dict) -> list[MicroBatch]:
+    def pack(self, batch: RolloutBatch, plan: StepPlan, columns: dict, *, replay: bool = False) -> list[MicroBatch]:
+        """replay: with what the engines' sparse attention read, where the run takes that."""
         make = partial(
             pack,
             batch,
@@ -270,6 +285,11 @@ class Trainer:
             columns=columns,
         )
         micro_batches = [make(positions) for positions in plan.micro_batches[self.ranks.dp_rank]]
+        if replay and self.replays_selections:
+            micro_batches = [
+                replace(micro, selections=tuple(batch.indexer_topk[position] for position in micro.positions))
+                for micro in micro_batches
+            ]
         self.most_micro_batches = max(self.most_micro_batches, len(micro_batches))
         self.largest_micro_batch = max(self.largest_micro_batch, *(micro.tokens.numel() for micro in micro_batches))
         return micro_batches
@@ -278,7 +298,7 @@ class Trainer:
 
     def _act(self, batch: RolloutBatch, plan: StepPlan, columns: Columns) -> dict[str, float]:
         carried = columns.for_packing() if self.ranks.is_last_stage else {}
-        micro_batches = self.pack(batch, plan, carried)
+        micro_batches = self.pack(batch, plan, carried, replay=True)
         if carried and self.config.algorithm.tis_batch_normalize:
             mine = [position for micro in micro_batches for position in micro.positions]
             mean = mean_importance_weight(columns, mine, batch, self.config, self.ranks)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from slime.batch.layout import SequenceLayout
+    from slime.types.selections import Selections
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class MicroBatch:
     """float32 [r]: the critic's, before the rollout's steps."""
     returns: Tensor | None = None
     """float32 [r]: what the critic learns to expect."""
+    selections: tuple[Selections, ...] | None = None
+    """Of each sample, what the engines' sparse attention read; None where the trainer's own indexers choose."""
 
     @property
     def num_samples(self) -> int:

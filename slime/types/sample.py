@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from slime.types.reward import plain_reward
+from slime.types.selections import Piece, Selections
 
 
 class Status(Enum):
@@ -144,6 +145,8 @@ class Sample:
     """int32 [response_length + 1]: where each token's span starts."""
     rollout_routed_experts: np.ndarray | None = None
     """[len(tokens) - 1, num_layers, topk]: the engine's experts, in the type that it sent; -1 where it names none."""
+    rollout_indexer_topk: Selections | None = None
+    """Which earlier tokens the engine's sparse attention read for each of the first tokens."""
     remove_sample: bool = False
     """Keep it in its group's statistics but train nothing of it, whatever its status and even without a response."""
     teacher_log_probs: list[float] | None = None
@@ -238,6 +241,7 @@ class Sample:
         new_log_probs = self._checked_log_probs(len(tokens), log_probs, trainable)
         spans = self._checked_top_p(len(tokens), meta_info, trainable)
         routed = self._checked_routing(len(tokens), meta_info, args)
+        selections = self._checked_selections(len(tokens), meta_info)
 
         if tokens and self.teacher_log_probs is not None:
             raise ValueError(f"sample {self.index} has a teacher's log-probs of its whole response; append before it speaks")
@@ -251,6 +255,8 @@ class Sample:
             self.rollout_top_p_token_ids, self.rollout_top_p_token_offsets = spans
         if routed is not None:
             self.rollout_routed_experts = routed
+        if selections is not None:
+            self.rollout_indexer_topk = selections
         # A new list: a plugin may have given the same prompt ids to several samples, or an array, whose + adds numbers.
         self.tokens = [*self.tokens, *tokens] if isinstance(self.tokens, list) else [*map(int, self.tokens), *tokens]
         self.response_length += len(tokens)
@@ -333,6 +339,18 @@ class Sample:
             raise ValueError(f"sample {self.index}: routed experts continue at position {start}, only {known} are known")
         return np.concatenate([self.rollout_routed_experts[:start], *parts]) if start else np.concatenate(parts)
 
+    def _checked_selections(self, count: int, meta_info: dict[str, Any]) -> Selections | None:
+        """What was known and what a request adds: of a prefill/decode pair, both engines' parts."""
+        said = [meta_info[name] for name in ("prompt_indexer_topk", "indexer_topk") if meta_info.get(name) is not None]
+        if not said:
+            return None
+        before, last = self.rollout_indexer_topk or Selections(()), len(self.tokens) + count - 1
+        try:
+            pieces = [Piece.from_bytes(base64.b64decode(one) if isinstance(one, str) else bytes(one)) for one in said]
+            return before.grown(pieces, last)
+        except ValueError as error:
+            raise ValueError(f"sample {self.index}: {error}") from None
+
     def _routing_rows(self, said: Any, start: int, end: int, args: Any) -> np.ndarray:
         num_layers, topk = args.num_layers, args.moe_router_topk
         wanted = (end - start) * num_layers * topk
@@ -357,7 +375,8 @@ class Sample:
         prompt_ids = self.tokens[: self.prompt_length] if self.response_length else self.tokens
         fresh = Sample()
         for name in ("response", "response_length", "reward", "loss_mask", "rollout_log_probs", "teacher_log_probs",
-                     "rollout_top_p_token_ids", "rollout_top_p_token_offsets", "rollout_routed_experts", "weight_versions",
+                     "rollout_top_p_token_ids", "rollout_top_p_token_offsets", "rollout_routed_experts", "rollout_indexer_topk",
+                     "weight_versions",
                      "spec_info", "prefix_cache_info", "non_generation_time", "remove_sample"):  # fmt: skip
             setattr(self, name, getattr(fresh, name))
         self.tokens, self.status = prompt_ids, Status.PENDING
@@ -368,6 +387,8 @@ class Sample:
         """Plain values for dumps; extra attributes that a plugin set travel too."""
         value = dict(self.__dict__)
         value["status"] = self.status.value
+        if self.rollout_indexer_topk is not None:
+            value["rollout_indexer_topk"] = [piece.to_bytes() for piece in self.rollout_indexer_topk.pieces]
         value["spec_info"] = dict(self.spec_info.__dict__)
         value["prefix_cache_info"] = dict(self.prefix_cache_info.__dict__)
         return value
@@ -379,6 +400,8 @@ class Sample:
         value["status"] = Status(value.get("status", Status.PENDING.value))
         value["spec_info"] = SpecInfo(**(value.get("spec_info") or {}))
         value["prefix_cache_info"] = PrefixCacheInfo(**(value.get("prefix_cache_info") or {}))
+        if (selections := value.get("rollout_indexer_topk")) is not None:
+            value["rollout_indexer_topk"] = Selections(tuple(map(Piece.from_bytes, selections)))
         known = {f.name for f in fields(cls)}
         sample = cls(**{name: item for name, item in value.items() if name in known})
         for name, item in value.items():

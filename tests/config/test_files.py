@@ -286,6 +286,14 @@ def test_gathered_context_parallelism_is_for_sparse_attention():
     )
 
 
+def test_selections_are_replayed_by_sparse_attention_alone():
+    facts = Facts(hf_config={**LLAMA, "model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    with pytest.raises(ConfigError, match="takes the keys that sparse attention selected, and llama has none; remove it"):
+        config_of(*DENSE, "--use-rollout-indexer-replay", facts=facts)
+    groups = config_of(*RIGHT, "--use-rollout-indexer-replay", facts=Facts(hf_config=HF)).engine.groups
+    assert [group.overrides for group in groups[0].server_groups] == [{"enable_return_indexer_topk": True}]
+
+
 # --------------------------------------------------------------------------------------------------- Megatron's fields
 
 

@@ -125,6 +125,36 @@ def chosen_experts(model, tokens: list[int]) -> dict[int, torch.Tensor]:
     return {number: experts.reshape(len(tokens), -1).sort(-1).values for number, experts in chosen.items()}
 
 
+@torch.no_grad()
+def selected_keys(model, tokens: list[int]) -> dict[int, torch.Tensor]:
+    """By 0-based layer int64 [len(tokens), topk], rising: the places that transformers' indexers choose."""
+    chosen: dict[int, torch.Tensor] = {}
+    hooks = []
+    for number, layer in enumerate(model.model.layers):
+        if getattr(layer.self_attn, "indexer", None) is not None:
+            keep = lambda module, inputs, out, number=number: chosen.__setitem__(number, out)  # noqa: E731
+            hooks.append(layer.self_attn.indexer.register_forward_hook(keep))
+    with lowest_position_wins():
+        model(torch.tensor(tokens)[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {number: places[0].long().sort(-1).values for number, places in chosen.items()}
+
+
+def share_of_equal_keys(model, sample) -> float:
+    """Of the places that tokens beyond topk read, at worst in a layer: as transformers chooses. A near-tie may fall either
+    way."""
+    theirs, topk = selected_keys(model, list(sample.tokens)), model.config.index_topk
+    told, rows = sample.rollout_indexer_topk, range(topk, len(sample.tokens) - 1)
+    assert told.layers == tuple(theirs) and told.end == rows.stop and not told.has_gap
+    shares = []
+    for layer, places in theirs.items():
+        said = told.rows(layer, rows.start, rows.stop, topk)
+        both = [len(set(a) & set(b.tolist())) for a, b in zip(said.tolist(), places[rows.start : rows.stop], strict=True)]
+        shares.append(sum(both) / (len(rows) * topk))
+    return min(shares)
+
+
 def sample_of(model, tokens: list[int], answers: list[dict]):
     """A Sample that has taken the engine's answers, each with the experts of its turn."""
     from types import SimpleNamespace

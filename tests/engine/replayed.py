@@ -31,6 +31,7 @@ def batch_of(model, prompts: list[list[int]], answers: list[dict]) -> RolloutBat
         truncated=np.ones(n, bool),
         rollout_log_probs=tuple(np.array([item[0] for item in items], np.float32) for items in said),
         routed_experts=tuple(sample.rollout_routed_experts for sample in samples),
+        indexer_topk=tuple(sample.rollout_indexer_topk for sample in samples),
     )
 
 

@@ -17,7 +17,15 @@ import pytest
 import torch
 from callers import connects
 from engine.engines import TOKEN, make_checkpoint, payload, prompt, request, spec
-from engine.reference import largest_difference, load_reference, read_weights, restored, sample_of, share_of_equal_experts
+from engine.reference import (
+    largest_difference,
+    load_reference,
+    read_weights,
+    restored,
+    sample_of,
+    share_of_equal_experts,
+    share_of_equal_keys,
+)
 
 from slime.engine.client import EngineClient, EngineError, HttpClient, RouterClient, sync
 from slime.engine.groups import group_exists
@@ -30,6 +38,8 @@ pytestmark = pytest.mark.slow
 
 # Both sides compute in float32; what remains is the order of additions.
 ROUND_OFF = 1e-4
+RECORDING = {"enable_return_routed_experts": True, "enable_return_indexer_topk": True}
+ASKED = {"return_routed_experts": True, "return_indexer_topk": True}
 PROMPT_LENGTHS = (8, 60, 300)
 # As if they were on two nodes: each knows its own address and whose engines may connect. 127.0.0.1 is what the kernel takes as
 # the source of a connection to any other of these.
@@ -67,7 +77,7 @@ def pair(tmp_path_factory):
     roles = ("prefill", "decode")
     engines = [
         EngineProcess(
-            spec(role, i, checkpoint, max_total_tokens=8192, enable_return_routed_experts=True),
+            spec(role, i, checkpoint, max_total_tokens=8192, **RECORDING),
             device_kind="host", token=TOKEN, log_path=folder / f"{role}.log", report=reports.append, place=PLACES[role],
         )
         for i, role in enumerate(roles)
@@ -115,14 +125,15 @@ def test_eight_requests_at_once_are_each_exact(pair):
         assert max(largest_difference(pair.model, tokens, answer)) < ROUND_OFF
 
 
-def test_both_engines_say_which_experts_they_chose_each_of_its_own_tokens(pair):
-    """The prompt's are the prefill engine's, the response's the decode engine's; a second turn asks for what is new alone."""
-    url, first = pair.router.url, request(prompt(31, 60), 12) | {"return_routed_experts": True}
+def test_both_engines_say_what_they_chose_each_for_its_own_tokens(pair):
+    """Experts and keys: the prompt's are the prefill engine's, the response's the decode engine's. A second turn asks for what
+    is new alone."""
+    url, first = pair.router.url, request(prompt(31, 60), 12) | ASKED
     raw = sync(HttpClient(url, TOKEN).call("POST", "/generate", first, timeout=120)).json()
-    assert "routed_experts" not in raw["meta_info"], "the router drops the request for experts: slime.compat.sglang.answers"
+    assert not {"routed_experts", "indexer_topk"} & set(raw["meta_info"]), "the router drops it: slime.compat.sglang.answers"
 
     def ask(tokens: list[int], known: int, new: int) -> dict:
-        payload = request(tokens, new) | {"return_routed_experts": True, "routed_experts_start_len": known}
+        payload = request(tokens, new) | ASKED | {"routed_experts_start_len": known}
         answer = sync(RouterClient(url, TOKEN).generate(payload, timeout=120))
         return answer | {"meta_info": answer["meta_info"] | {"routed_experts_start_len": known}}
 
@@ -136,17 +147,19 @@ def test_both_engines_say_which_experts_they_chose_each_of_its_own_tokens(pair):
     assert size == {"prompt_routed_experts": 1 * 8 * topk, "routed_experts": 11 * 8 * topk}, "one byte a choice"
     sample = sample_of(pair.model, first["input_ids"], [one, two])
     assert len(sample.tokens) == 84 and share_of_equal_experts(pair.model, sample) > 0.97
-    alone = ask(prompt(32, 20), 0, 1)
-    assert len(sample_of(pair.model, prompt(32, 20), [alone]).rollout_routed_experts) == 20
+    assert share_of_equal_keys(pair.model, sample) > 0.97
+    alone = sample_of(pair.model, prompt(32, 20), [ask(prompt(32, 20), 0, 1)])
+    assert len(alone.rollout_routed_experts) == alone.rollout_indexer_topk.end == 20
 
 
 def test_what_a_decode_engine_took_back_is_not_said_of_others(pair):
-    """Its cache was computed anew by the prefill engine, in slots that belonged to whomever: those tokens have no experts."""
+    """Its cache was computed anew by the prefill engine, in slots that belonged to whomever: nothing is told of those
+    tokens."""
     tokens = prompt(33, 50)
 
     async def paused_after(seconds: float) -> dict:
         client = RouterClient(pair.router.url, TOKEN)
-        running = asyncio.create_task(client.generate(request(tokens, 400) | {"return_routed_experts": True}, timeout=300))
+        running = asyncio.create_task(client.generate(request(tokens, 400) | ASKED, timeout=300))
         await asyncio.sleep(seconds)
         for engine in pair.clients:
             await engine.pause_generation("retract")
@@ -163,6 +176,8 @@ def test_what_a_decode_engine_took_back_is_not_said_of_others(pair):
             break
     first, count = int(unknown.argmax()), int(unknown.sum())
     assert first == 50 and unknown[50 : 50 + count].all() and 0 < count < 399
+    told = [(piece.first, piece.end) for piece in sample.rollout_indexer_topk.pieces]
+    assert told == [(16, 50), (50 + count, 449)] and sample.rollout_indexer_topk.has_gap
     assert share_of_equal_experts(pair.model, sample) > 0.97
 
 

@@ -15,7 +15,14 @@ import pytest
 import torch
 from engine.agents import trained_and_scored
 from engine.engines import TOKEN, make_checkpoint, payload, prompt, request, spec
-from engine.reference import largest_difference, load_reference, read_weights, sample_of, share_of_equal_experts
+from engine.reference import (
+    largest_difference,
+    load_reference,
+    read_weights,
+    sample_of,
+    share_of_equal_experts,
+    share_of_equal_keys,
+)
 from engine.replayed import batch_of, gap
 
 from slime.engine.client import EngineClient, RouterClient, sync
@@ -28,6 +35,8 @@ from slime.types.sample import Sample
 pytestmark = pytest.mark.slow
 
 ROUND_OFF = 1e-4
+RECORDING = {"enable_return_routed_experts": True, "enable_return_indexer_topk": True}
+ASKED = {"return_routed_experts": True, "return_indexer_topk": True}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,7 @@ def served(tmp_path_factory, megatron_imports):
                 tp=ranks,
                 max_total_tokens=4096,
                 chunked_prefill_size=64,
-                **({"enable_return_routed_experts": True} if path is glm else {}),
+                **(RECORDING if path is glm else {}),
             ),
             device_kind="host",
             token=TOKEN,
@@ -94,30 +103,35 @@ def update(engine, ranks: int, named: list[tuple[str, torch.Tensor]], version: s
     sync(client.continue_generation())
 
 
-def test_an_engine_says_which_experts_it_chose_for_every_token_but_the_last(served):
-    """As --use-rollout-routing-replay asks, against the experts that transformers' model is called with; before any update."""
+def test_an_engine_says_what_it_chose_for_every_token_but_the_last(served):
+    """As training asks that replays it, against the experts and keys that transformers' model takes; before any update. Two
+    tensor-parallel ranks, a prompt in three chunks, and half of it from the prefix cache."""
     (glm, _), (checkpoint, _), folder = served
     model = load_reference(checkpoint, read_weights(checkpoint), folder / "routing")
-    asked = request(prompt(21, 40), 8) | {"return_routed_experts": True}
-    answer = sync(EngineClient(glm.url, TOKEN).generate(asked, timeout=120))
-    sample = sample_of(model, asked["input_ids"], [answer])
-    assert sample.rollout_routed_experts.dtype == np.uint8, "one byte names one of 8 experts"
-    assert share_of_equal_experts(model, sample) > 0.97
+    for length in (75, 150):
+        asked = request(prompt(21, 150)[:length], 8) | ASKED
+        answer = sync(EngineClient(glm.url, TOKEN).generate(asked, timeout=120))
+        sample = sample_of(model, asked["input_ids"], [answer])
+        assert sample.rollout_routed_experts.dtype == np.uint8, "one byte names one of 8 experts"
+        assert share_of_equal_experts(model, sample) > 0.97
+        assert share_of_equal_keys(model, sample) > 0.97
+        assert sample.rollout_indexer_topk.nbytes < 4 * (length - 8) * 16, "below a byte a place, in four layers"
 
 
-def test_experts_taken_again_bring_a_trainer_nearer_to_an_fp8_engine(served):
-    """The engine has block-FP8 weights and the trainer those that they were made of, so routers of both part at near-ties."""
+def test_choices_taken_again_bring_a_trainer_nearer_to_an_fp8_engine(served):
+    """The engine has block-FP8 weights and the trainer those that they were made of, so near-ties fall either way."""
     (glm, _), (checkpoint, _), folder = served
     model = load_reference(checkpoint, read_weights(checkpoint), folder / "gap")
     prompts = [prompt(60 + i, 20 + 20 * i) for i in range(6)]
     client = EngineClient(glm.url, TOKEN)
-    asked = [request(tokens, 48, temperature=1.0) | {"return_routed_experts": True} for tokens in prompts]
-    answers = [sync(client.generate(one, timeout=120)) for one in asked]
-    batch = batch_of(model, prompts, answers)
-    own = gap(checkpoint.parent / "bf16", batch)
-    engines = gap(checkpoint.parent / "bf16", batch, use_routing_replay=True, use_rollout_routing_replay=True)
-    print(f"gap {own:.5f} nats with the trainer's experts, {engines:.5f} with the engine's")
-    assert engines < 0.9 * own
+    answers = [sync(client.generate(request(tokens, 48, temperature=1.0) | ASKED, timeout=120)) for tokens in prompts]
+    batch, trainer = batch_of(model, prompts, answers), checkpoint.parent / "bf16"
+    experts, keys = {"use_routing_replay": True, "use_rollout_routing_replay": True}, {"use_rollout_indexer_replay": True}
+    own, by_experts, by_keys, both = (gap(trainer, batch, **flags) for flags in ({}, experts, keys, experts | keys))
+    print(
+        f"gap in nats: {own:.5f} as the trainer chooses, {by_experts:.5f} experts, {by_keys:.5f} keys, {both:.5f} both replayed"
+    )
+    assert by_experts < 0.9 * own and both < 0.9 * by_experts and by_keys < own
 
 
 def test_two_ranks_with_chunked_prefill_equal_transformers_before_and_after_an_update(served):

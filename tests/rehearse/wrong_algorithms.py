@@ -104,6 +104,10 @@ WRONG_ALGORITHMS: dict[str, tuple[Edit, str]] = {
         all_of(without("--save", "--save-interval"), flags("--advantage-estimator", "ppo", "--critic-save", "/runs/c")),
         "--critic-save /runs/c writes along with --save; give it",
     ),
+    "keys of no engine": (
+        flags("--use-rollout-indexer-replay", "--loss-type", "sft_loss"),
+        "--use-rollout-indexer-replay takes what engines selected, and --loss-type sft_loss trains without",
+    ),
     "experts of no pass": (
         flags("--use-routing-replay", "--loss-type", "sft_loss"),
         "--use-routing-replay takes experts from the pass of the old log-probs",

@@ -24,8 +24,8 @@ LABEL = "slime_return"
 """Of `custom_labels`: JSON of the fields of SGLang's request that the router does not know -> their values."""
 ENCLOSED = "slime_enclosed"
 """Key of the entry of input_token_logprobs: the prefill engine's answers by name."""
-OPTIONS = ("--enable-return-routed-experts",)
-ANSWERS = ("routed_experts",)
+OPTIONS = ("--enable-return-routed-experts", "--enable-return-indexer-topk")
+ANSWERS = ("routed_experts", "indexer_topk")
 _PROCESSOR = "sglang.srt.managers.scheduler_components.batch_result_processor"
 
 
@@ -48,8 +48,11 @@ def install_in_ranks() -> None:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor as Processor
 
+    from slime.compat.sglang import selections
+
     Req.reset_for_retract = _remembering_length(Req.reset_for_retract)
     Processor._maybe_collect_routed_experts = _compact(Processor._maybe_collect_routed_experts)
+    selections.install()
 
 
 def _asked_by_label(generate_request: Callable) -> Callable:
@@ -59,6 +62,7 @@ def _asked_by_label(generate_request: Callable) -> Callable:
             obj.custom_labels = labels or None
             for name, value in json.loads(question).items():
                 setattr(obj, name, value)
+            obj.return_routed_experts |= obj.return_indexer_topk  # when one ends, a prefill engine asks for experts alone
         role = self.disaggregation_mode.value
         if role == "decode" and question is not None:
             # What it would say of the prompt is not its own.

@@ -84,6 +84,7 @@ STAGES: tuple[Stage, ...] = (
             saving.initial_weights,
             weight_sync.weight_sync,
             loop.schedule,
+            replay.trainable,
             lengths.what_is_left,
             effects.without_effect,
             effects.off_policy,

@@ -12,7 +12,10 @@ from slime.config.rules.engine_model import served
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
 
-RECORDS = {"use_rollout_routing_replay": "enable_return_routed_experts"}
+RECORDS = {
+    "use_rollout_routing_replay": "enable_return_routed_experts",
+    "use_rollout_indexer_replay": "enable_return_indexer_topk",
+}
 """Flag of ours -> option with which an engine records."""
 
 
@@ -38,6 +41,22 @@ def _with(model: SglangModel, options: dict[str, bool]) -> SglangModel:
 
 def _asked(v: Values) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in RECORDS if v[name]]
+
+
+def trainable(v: Values) -> None:
+    """Selections replayed by a model that makes some."""
+    if not v["use_rollout_indexer_replay"]:
+        return
+    hf = v.hf
+    v.require(
+        hf is None or hf.has_indexer,
+        f"--use-rollout-indexer-replay takes the keys that sparse attention selected, and "
+        f"{hf.get('model_type') if hf is not None else ''} has none; remove it",
+    )
+    v.require(
+        v["loss_type"] == "policy_loss",
+        f"--use-rollout-indexer-replay takes what engines selected, and --loss-type {v['loss_type']} trains without; remove it",
+    )
 
 
 def recordable(v: Values) -> None:

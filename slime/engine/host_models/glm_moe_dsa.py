@@ -24,6 +24,7 @@ from sglang.srt.distributed.communication_op import tensor_model_parallel_all_re
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get_token_to_kv_pool
 from sglang.srt.runtime_context import get_parallel
+from sglang.srt.state_capturer.indexer_topk import get_global_indexer_capturer
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 from torch import Tensor, nn
 
@@ -168,6 +169,15 @@ def best_positions(score: Tensor, k: int) -> Tensor:
     return score.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def whole_batch(chosen: list[Tensor | None], parts: list[Window], tokens: int, k: int) -> Tensor:
+    """The positions chosen in each window as int32 [tokens, k]; -1 where there was nothing to choose."""
+    out = torch.full((tokens, k), -1, dtype=torch.int32)
+    for part, positions in zip(parts, chosen, strict=True):
+        if positions is not None:
+            out[part.rows] = positions.flatten(0, 1).int()
+    return out
+
+
 def turn_pairs(x: Tensor, angles: Tensor) -> Tensor:
     """Rotary embedding on interleaved pairs (2i, 2i+1). x [t, rope] or [t, heads, rope]; angles [t, rope/2] complex."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -250,6 +260,8 @@ class Attention(nn.Module):
         self._write(cache, slots, x, angles)
         if self.indexer is not None:
             chosen = self.indexer.select(x, q_latent, angles, cache[:, d.row :], parts)
+            if (capturer := get_global_indexer_capturer()) is not None:
+                capturer.capture(self.layer, whole_batch(chosen, parts, len(x), d.index_topk))
         # Absorbed MLA: kv_b_proj acts on queries and outputs instead of on the cache. These are views of the parameter,
         # so a weight update needs no second step.
         unfold = self.kv_b_proj.weight.view(d.heads, d.nope + d.value, d.kv_rank)

@@ -127,7 +127,10 @@ class SparseLatentAttention(LatentAttention):
 
     def selected_keys(self, hidden: Tensor, query_latent: Tensor, stream: Stream) -> Tensor:
         """int32 [rows, topk] rows of the whole stream, -1 = none: computed here, or by the layer this one shares with."""
-        if self.runs_indexer:
+        if self.runs_indexer and stream.told is not None and self.layer_number <= self.config.num_layers:
+            if self.layer_number not in stream.indices:  # a recomputation finds them
+                stream.indices[self.layer_number] = self.told_keys(hidden, query_latent, stream)
+        elif self.runs_indexer:
             stream.indices[self.layer_number] = self.run_indexer(hidden, query_latent, stream)
         elif self.index_source not in stream.indices:
             raise RuntimeError(
@@ -135,6 +138,16 @@ class SparseLatentAttention(LatentAttention):
                 "on this micro-batch"
             )
         return stream.indices[self.index_source]
+
+    def told_keys(self, hidden: Tensor, query_latent: Tensor, stream: Stream) -> Tensor:
+        """run_indexer's answer from what engines told; the indexer itself runs only where they left something open."""
+        mine = self._slice(stream) if self.by_queries else slice(None)
+        keys, told = stream.told.keys(self.layer_number - 1, stream, mine, self.indexer_shape.topk)
+        keys = keys.to(hidden.device)
+        if stream.told.needs_own:
+            own = self.run_indexer(hidden, query_latent, stream)
+            keys = torch.where(told.to(hidden.device)[:, None], keys, own)
+        return keys
 
     @torch.no_grad()
     def run_indexer(self, hidden: Tensor, query_latent: Tensor, stream: Stream) -> Tensor:
