@@ -72,8 +72,28 @@ def pack(
             np.float32,
         ),
         denominator=denominator,
+        **_kept(batch, positions, layout),
         **{name: _join_column(name, column, positions, responses) for name, column in given.items()},
     )
+
+
+def _kept(batch: RolloutBatch, positions: Sequence[int], layout: SequenceLayout) -> dict[str, Tensor]:
+    """The MicroBatch fields of the words that local rows are limited to."""
+    if batch.kept_words is None:
+        return {}
+    counts, ids = np.zeros(layout.length, np.int64), [np.zeros(0, np.int64)]
+    for position, start, length in zip(positions, layout.starts, layout.lengths, strict=True):
+        kept, response = batch.kept_words[position], int(batch.response_lengths[position])
+        first = start + length - response - 1  # the row that predicts the first response token
+        counts[first : first + response] = np.diff(kept.offsets)
+        ids.append(kept.ids)
+    begins, rows = np.cumsum(counts) - counts, layout.rows.numpy()
+    own = np.where(rows >= 0, counts[rows], 0) if layout.length else np.zeros(len(rows), np.int64)
+    local = np.repeat(np.arange(len(rows)), own)
+    within = np.arange(len(local)) - np.repeat(np.cumsum(own) - own, own)
+    words = np.concatenate(ids)[begins[rows[local]] + within] if len(local) else np.zeros(0, np.int64)
+    fields = {"kept_limited": own > 0, "kept_rows": local, "kept_words": words.astype(np.int64)}
+    return {name: torch.from_numpy(value) for name, value in fields.items()}
 
 
 def _shifted(tokens: np.ndarray, by: int) -> np.ndarray:

@@ -69,6 +69,8 @@ class RolloutConfig:
     """Nucleus sampling."""
     rollout_top_k: int = flag(-1, low=1, also=(-1,))
     """Top-k sampling; -1 is off."""
+    most_kept_words: int = derived(0)
+    """Most words that top-p or top-k leave a token, where training takes these again; 0: it does not."""
     rollout_max_context_len: int | None = flag(None, low=2)
     """Longest prompt plus response."""
     rollout_max_prompt_len: int | None = flag(None, low=1)

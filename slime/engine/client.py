@@ -29,7 +29,9 @@ MEMORY_TAGS = ("weights", "kv_cache", "cuda_graph")
 INCOMPLETE = "incomplete:"
 """prefix of the version that an engine reports between its first bucket and the end of the update"""
 
-_UNKNOWN_TO_ROUTERS = ("return_routed_experts", "return_indexer_topk", "routed_experts_start_len")
+RETURN_KEPT_WORDS = "return_top_p_token_ids"
+"""Of a request's custom_params: the words that top-p and top-k left are to be told."""
+_UNKNOWN_TO_ROUTERS = ("return_routed_experts", "return_indexer_topk", "routed_experts_start_len", "return_sampling_mask")
 
 
 class EngineError(RuntimeError):
@@ -283,6 +285,10 @@ class EngineClient(HttpClient):
 def labelled(payload: Mapping[str, Any]) -> Mapping[str, Any]:
     """A request as the router hands it on whole: what it does not know of becomes a label, which our engines read."""
     unknown = {name: value for name, value in payload.items() if name in _UNKNOWN_TO_ROUTERS}
+    params = payload.get("sampling_params") or {}
+    custom = params.get("custom_params") if isinstance(params, Mapping) else None
+    if custom and custom.get(RETURN_KEPT_WORDS):
+        unknown["return_sampling_mask"] = True
     if not any(unknown.values()):
         return payload
     known = {name: value for name, value in payload.items() if name not in unknown}

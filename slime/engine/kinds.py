@@ -66,6 +66,9 @@ def command(
     if build is None:
         raise ValueError(f"device kind {kind!r} is neither cuda nor host")
     settings, env, notes = build(spec, place, column, translated.settings, common, env)
+    if settings.get("sampling_mask_max_tokens"):
+        # A prefill engine draws the first token: its words go to the decode engine along with the cache.
+        env["SGLANG_ENABLE_DISAGG_SAMPLING_MASK"] = "1"
     return Command(settings, COMMON_ENVIRONMENT | env, (*translated.notes, *notes))
 
 

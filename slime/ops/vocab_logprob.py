@@ -6,12 +6,35 @@ size and also for 0 rows, and none in the backward pass, so ranks cannot disagre
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 VOCAB_TILE = 4096  # columns of the head computed at once by linear_log_prob
 DEFAULT_ROWS = 16384  # rows at once where the caller leaves the chunk size to us: 16,384 x 4096 fp32 = 268 MB
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Words that rows are limited to: all others have probability 0, and those that are left are renormalised."""
+
+    limited: Tensor
+    """bool [t]; a row that is not limited keeps the whole vocabulary."""
+    rows: Tensor
+    """int64 [n], rising: of limited rows."""
+    words: Tensor
+    """int64 [n]: global id of one word that the row of the same index keeps."""
+
+    def limit(self, logits: Tensor, rows: slice, first_word: int) -> Tensor:
+        """logits [r, v] of `rows` and of words from `first_word` on, with -inf for words that are not kept; another tensor."""
+        low, high = torch.searchsorted(self.rows, torch.tensor([rows.start, rows.stop], device=self.rows.device)).tolist()
+        row, column = self.rows[low:high] - rows.start, self.words[low:high] - first_word
+        here = (column >= 0) & (column < logits.shape[1])
+        gone = self.limited[rows, None].expand(logits.shape).clone()
+        gone[row[here], column[here]] = False
+        return logits.masked_fill(gone, float("-inf"))
 
 
 def vocab_parallel_log_prob(
@@ -23,6 +46,7 @@ def vocab_parallel_log_prob(
     temperature: float = 1.0,
     chunk_size: int = -1,
     with_entropy: bool = False,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(logits / temperature)[target] per row, and the entropy of the whole distribution (nats).
 
@@ -31,10 +55,13 @@ def vocab_parallel_log_prob(
     stay float64.
     Both outputs have gradients to logits, in the dtype of logits. Every rank of `group` must pass the same t; None means that
     v_local is the whole vocabulary. Extra memory is chunk_size x v_local fp32 (-1: all rows at once) plus a few [t] vectors.
+    kept: rows whose distribution is over some words alone; their targets must be among them.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"want logits [t, v] and targets [t]; got {tuple(logits.shape)} and {tuple(targets.shape)}")
-    log_prob, entropy = _VocabParallelLogProb.apply(logits, targets, group, vocab_start, temperature, chunk_size, with_entropy)
+    log_prob, entropy = _VocabParallelLogProb.apply(
+        logits, targets, group, vocab_start, temperature, chunk_size, with_entropy, kept
+    )
     return log_prob, entropy if with_entropy else None
 
 
@@ -49,6 +76,7 @@ def linear_log_prob(
     temperature: float = 1.0,
     chunk_size: int = -1,
     with_entropy: bool = False,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """vocab_parallel_log_prob(hidden @ weight.T, targets) without ever holding [t, v_local] logits.
 
@@ -56,7 +84,7 @@ def linear_log_prob(
     (-1: 16,384) x 4096 columns: one product forward; one recomputation and two gradient products backward. The gradient of
     weight is accumulated in fp32 over the rows of a tile column and rounded once; that of hidden in an fp32 [t, h] buffer.
     The gradient of hidden is this rank's share: sum it over `group` (as a column-parallel linear does; reduce-scatter it under
-    sequence parallelism). Temperature, targets, group and collectives as in vocab_parallel_log_prob.
+    sequence parallelism). Temperature, targets, group, kept words and collectives as in vocab_parallel_log_prob.
 
     num_words: rows of weight that are words; the others pad the vocabulary, take no part and get gradient 0. None: all. A
     weight without gradient costs one product less in the backward pass.
@@ -68,7 +96,7 @@ def linear_log_prob(
         )
     words = weight.shape[0] if num_words is None else num_words
     log_prob, entropy = _LinearLogProb.apply(
-        hidden, weight, targets, group, vocab_start, words, temperature, chunk_size, with_entropy
+        hidden, weight, targets, group, vocab_start, words, temperature, chunk_size, with_entropy, kept
     )
     return log_prob, entropy if with_entropy else None
 
@@ -121,16 +149,17 @@ class _Stats:
 
 class _VocabParallelLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, group, vocab_start, temperature, chunk_size, with_entropy):
+    def forward(ctx, logits, targets, group, vocab_start, temperature, chunk_size, with_entropy, kept):
         dtype = _accumulation_dtype(logits)
         logits = logits.contiguous()
         local_targets = targets.to(torch.int64) - vocab_start
         stats = _Stats(logits.shape[0], logits.device, dtype)
         for rows in _chunks(logits.shape[0], chunk_size):
-            stats.add(rows, logits[rows], temperature, local_targets[rows])
+            stats.add(rows, _limited(logits[rows], kept, rows, vocab_start), temperature, local_targets[rows])
         lse, log_prob, entropy = stats.reduce(group)
         ctx.save_for_backward(logits, local_targets, lse, entropy)
         ctx.temperature, ctx.chunk_size, ctx.with_entropy = temperature, chunk_size, with_entropy
+        ctx.vocab_start, ctx.kept = vocab_start, kept
         return log_prob, entropy
 
     @staticmethod
@@ -140,21 +169,24 @@ class _VocabParallelLogProb(torch.autograd.Function):
         grad = torch.empty_like(logits)
         for rows in _chunks(logits.shape[0], ctx.chunk_size):
             slopes = (grad_log_prob[rows], grad_entropy[rows] if ctx.with_entropy else None)
-            _grad_logits(logits[rows], grad[rows], local_targets[rows], lse[rows], entropy[rows], *slopes, ctx.temperature)
-        return grad, None, None, None, None, None, None
+            own = _limited(logits[rows], ctx.kept, rows, ctx.vocab_start)
+            _grad_logits(own, grad[rows], local_targets[rows], lse[rows], entropy[rows], *slopes, ctx.temperature)
+        return grad, None, None, None, None, None, None, None
 
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, group, vocab_start, words, temperature, chunk_size, with_entropy):
+    def forward(ctx, hidden, weight, targets, group, vocab_start, words, temperature, chunk_size, with_entropy, kept):
         local_targets = targets.to(torch.int64) - vocab_start
         stats = _Stats(hidden.shape[0], hidden.device, _accumulation_dtype(hidden))
         for rows in _chunks(hidden.shape[0], chunk_size, DEFAULT_ROWS):
             for cols in _vocab_tiles(words):
-                stats.add(rows, _product(hidden[rows], weight[cols]), temperature, local_targets[rows] - cols.start)
+                logits = _limited(_product(hidden[rows], weight[cols]), kept, rows, vocab_start + cols.start)
+                stats.add(rows, logits, temperature, local_targets[rows] - cols.start)
         lse, log_prob, entropy = stats.reduce(group)
         ctx.save_for_backward(hidden, weight, local_targets, lse, entropy)
         ctx.words, ctx.temperature, ctx.chunk_size, ctx.with_entropy = words, temperature, chunk_size, with_entropy
+        ctx.vocab_start, ctx.kept = vocab_start, kept
         return log_prob, entropy
 
     @staticmethod
@@ -170,7 +202,7 @@ class _LinearLogProb(torch.autograd.Function):
             if trains_weight:
                 grad_tile = grad_weight[cols] if one_chunk else torch.zeros_like(weight[cols], dtype=lse.dtype)
             for rows in row_chunks:
-                logits = _product(hidden[rows], weight[cols])
+                logits = _limited(_product(hidden[rows], weight[cols]), ctx.kept, rows, ctx.vocab_start + cols.start)
                 grad_logits = torch.empty(logits.shape, dtype=hidden.dtype, device=hidden.device)
                 targets = local_targets[rows] - cols.start
                 slopes = (grad_log_prob[rows], grad_entropy[rows] if ctx.with_entropy else None)
@@ -187,7 +219,7 @@ class _LinearLogProb(torch.autograd.Function):
                 grad_weight[cols] = grad_tile
         if trains_weight:
             grad_weight[ctx.words :] = 0
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None, None, None, None
 
 
 def _grad_logits(logits, grad, local_targets, lse, entropy, grad_log_prob, grad_entropy, temperature) -> None:
@@ -205,12 +237,16 @@ def _grad_logits(logits, grad, local_targets, lse, entropy, grad_log_prob, grad_
     p = torch.exp(log_p)
     slope = -grad_log_prob[:, None]
     if grad_entropy is not None:
-        # log p = -inf only where p = 0: the finite floor makes the product 0.
-        slope = slope - grad_entropy[:, None] * (log_p.clamp_min_(torch.finfo(x.dtype).min) + entropy[:, None])
+        # log p = -inf only where p = 0, and any finite number in its place makes the product 0.
+        slope = slope - grad_entropy[:, None] * (torch.where(p > 0, log_p, 0.0) + entropy[:, None])
     slopes = p.mul_(slope)
     held = (local_targets >= 0) & (local_targets < x.shape[1])
     slopes.scatter_add_(1, local_targets.clamp(0, x.shape[1] - 1)[:, None], torch.where(held, grad_log_prob, 0.0)[:, None])
     grad.copy_(slopes.div_(temperature))
+
+
+def _limited(logits: Tensor, kept: Kept | None, rows: slice, first_word: int) -> Tensor:
+    return logits if kept is None else kept.limit(logits, rows, first_word)
 
 
 def _fused(logits: Tensor) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slime.config import view_for_call
-from slime.engine.client import RouterClient
+from slime.engine.client import RETURN_KEPT_WORDS, RouterClient
 from slime.rollout.base_types import Group, flatten
 from slime.rollout.failures import told
 from slime.rollout.grading.pool import GradingError
@@ -138,10 +138,14 @@ def num_concurrent(args: Any) -> int:
 
 def rollout_sampling_params(args: Any) -> dict[str, Any]:
     """SGLang's sampling_params for training samples."""
+    told = {}
+    if args.most_kept_words:
+        # slime's word for it, so that a generate function which hands the parameters on asks for them as well.
+        told = {"top_k": args.most_kept_words, "custom_params": {RETURN_KEPT_WORDS: True}}
     return sampling_params(
         temperature=args.rollout_temperature,
         top_p=args.rollout_top_p,
-        top_k=args.rollout_top_k,
+        **{"top_k": args.rollout_top_k, **told},
         max_new_tokens=args.rollout_max_response_len,
         stop=args.rollout_stop,
         stop_token_ids=args.rollout_stop_token_ids,

@@ -101,6 +101,9 @@ def _engine_metrics(samples: list[Sample]) -> dict[str, float]:
         metrics["rollout/spec_accept_rate"] = sum(sample.spec_info.spec_accept_token_num for sample in samples) / drafted
     if verified:
         metrics["rollout/spec_accept_length"] = sum(sample.spec_info.completion_token_num for sample in samples) / verified
+    told = [sample.rollout_top_p_token_offsets for sample in samples if sample.rollout_top_p_token_offsets is not None]
+    if drawn := sum(int((np.diff(offsets) > 0).sum()) for offsets in told):
+        metrics["rollout/top_p_kept_vocab_per_token"] = sum(int(offsets[-1]) for offsets in told) / drawn
     columns = [column for sample in samples for column in (sample.rollout_routed_experts, sample.rollout_indexer_topk)]
     chosen = [column.nbytes for column in columns if column is not None]
     if chosen:

@@ -16,6 +16,7 @@ from slime.config import view_for_call
 from slime.rollout.base_types import Group, flatten
 from slime.rollout.plugins import load_function
 from slime.types import RolloutBatch
+from slime.types.kept_words import KeptWords
 from slime.types.reward import plain_reward
 from slime.types.sample import Sample, Status
 from slime.types.selections import Selections
@@ -50,6 +51,7 @@ def make_rollout_batch(groups: list[Group], *, rollout_id: int, config: Any) -> 
         rollout_log_probs=_optional(samples, "rollout_log_probs"),
         teacher_log_probs=_optional(samples, "teacher_log_probs"),
         routed_experts=_routed_experts(args, samples),
+        kept_words=_kept_words(args, samples),
         indexer_topk=_selections(args, samples),
         weight_versions=tuple(tuple(sample.weight_versions) for sample in samples),
     )
@@ -86,6 +88,7 @@ def _with_a_response(sample: Sample) -> Sample:
     row = copy.copy(sample)
     row.tokens, row.response_length, row.loss_mask = [*sample.tokens, 0] if len(sample.tokens) else [0, 0], 1, [0]
     row.rollout_log_probs = row.teacher_log_probs = None
+    row.rollout_top_p_token_ids = row.rollout_top_p_token_offsets = None
     return row
 
 
@@ -144,6 +147,33 @@ def _routed_experts(args: Any, samples: list[Sample]) -> tuple[np.ndarray, ...] 
         nothing = np.zeros((0, args.num_layers, args.moe_router_topk), np.uint8)
         # Of an answer that a stop string cut there may be a row more than tokens need.
         column.append(nothing if said is None else np.asarray(said)[: len(sample.tokens) - 1])
+    return tuple(column)
+
+
+def _kept_words(args: Any, samples: list[Sample]) -> tuple[KeptWords, ...] | None:
+    """What top-p and top-k left each response token to be drawn from, where they cut the vocabulary."""
+    if not args.most_kept_words:
+        return None
+    column = []
+    for sample in samples:
+        n = sample.response_length
+        if sample.rollout_top_p_token_ids is None and not sample.trains_nothing:
+            raise ValueError(
+                f"sample {sample.index} does not tell what top-p or top-k left of the vocabulary, which training takes again; "
+                "ask with the sampling_params that the generate function is given, and hand meta_info to append_response_tokens"
+            )
+        if sample.rollout_top_p_token_ids is None:
+            column.append(KeptWords(np.zeros(0, np.int32), np.zeros(n + 1, np.int32)))
+            continue
+        kept = KeptWords(np.asarray(sample.rollout_top_p_token_ids), np.asarray(sample.rollout_top_p_token_offsets))
+        tokens = np.asarray(sample.tokens[len(sample.tokens) - n :])
+        without = kept.first_without(tokens, _loss_mask(sample) > 0)
+        if without is not None:
+            raise ValueError(
+                f"sample {sample.index}: response token {without} ({tokens[without]}) is trained, but not among the words that "
+                "top-p or top-k left for it; the engine's answer is not this sample's"
+            )
+        column.append(kept)
     return tuple(column)
 
 

@@ -19,7 +19,7 @@ from slime.model.head import HeadInput, LastChunk
 from slime.model.local import unwrap
 from slime.model.mtp import MtpGPTModel
 from slime.model.stream import TOLD
-from slime.ops.vocab_logprob import linear_log_prob, vocab_parallel_log_prob
+from slime.ops.vocab_logprob import Kept, linear_log_prob, vocab_parallel_log_prob
 from slime.parallel import Ranks
 from slime.training.index_replay import ReplayedIndices
 from slime.types.micro_batch import MicroBatch
@@ -119,14 +119,17 @@ def _collect(read: Callable, micro: MicroBatch, output: Output, non_loss_data: b
 def response_log_probs(
     micro: MicroBatch, output: Output, ranks: Ranks, *, vocabulary: range, temperature: float, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every response token, whole on every rank of the context-parallel group.
+    """Log-probability and entropy of every response token among the words that sampling left it, whole on every rank of the
+    context-parallel group.
 
     -> (log_probs [r], entropy [r]) fp32, differentiable; each rank's gradient is that of its own rows. vocabulary: global token
     ids of this rank's words, padding excluded (slime.model.build.own_vocabulary). chunk_size: rows of logits at once.
     """
-    log_probs, entropy = _log_probs(
-        output, micro.targets, ranks, vocabulary, temperature=temperature, chunk_size=chunk_size, with_entropy=True
-    )
+    kept = None
+    if micro.kept_limited is not None:
+        kept = Kept(micro.kept_limited, micro.kept_rows, micro.kept_words)
+    how = {"temperature": temperature, "chunk_size": chunk_size, "with_entropy": True, "kept": kept}
+    log_probs, entropy = _log_probs(output, micro.targets, ranks, vocabulary, **how)
     both = torch.stack([log_probs, entropy], dim=1)
     whole = _Whole.apply(both, micro.layout, ranks.cp_group if ranks.cp_size > 1 else None)[micro.response_rows]
     return whole[:, 0], whole[:, 1]

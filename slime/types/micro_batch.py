@@ -59,6 +59,12 @@ class MicroBatch:
     """float32 [r]: the critic's, before the rollout's steps."""
     returns: Tensor | None = None
     """float32 [r]: what the critic learns to expect."""
+    kept_limited: Tensor | None = None
+    """bool [t]: local rows whose next token was drawn from some words alone; None where no sampling cut the vocabulary."""
+    kept_rows: Tensor | None = None
+    """int64 [n], rising: local row of each such word."""
+    kept_words: Tensor | None = None
+    """int64 [n]: the word."""
     selections: tuple[Selections, ...] | None = None
     """Of each sample, what the engines' sparse attention read; None where the trainer's own indexers choose."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slime.types.kept_words import KeptWords
 from slime.types.selections import Selections
 
 
@@ -44,6 +45,8 @@ class RolloutBatch:
     routed_experts: tuple[np.ndarray, ...] | None = None
     """Per sample, whole numbers [rows, layers, topk] in the type that the engine sent: its experts of the first so many tokens,
     at most of all but the last; -1 where it named none."""
+    kept_words: tuple[KeptWords, ...] | None = None
+    """Per sample, what top-p and top-k sampling left for each response token."""
     indexer_topk: tuple[Selections, ...] | None = None
     """Per sample, what the engine's sparse attention read for its tokens."""
     weight_versions: tuple[tuple[str, ...], ...] = ()
@@ -65,8 +68,10 @@ class RolloutBatch:
                 )
         for name in ("loss_masks", "rollout_log_probs", "teacher_log_probs"):
             self._check_per_token(name)
-        if self.indexer_topk is not None and len(self.indexer_topk) != n:
-            raise ValueError(f"{where}: column indexer_topk has {len(self.indexer_topk)} rows, but there are {n} samples")
+        for name in ("kept_words", "indexer_topk"):
+            told = getattr(self, name)
+            if told is not None and len(told) != n:
+                raise ValueError(f"{where}: column {name} has {len(told)} rows, but there are {n} samples")
         for row, experts in enumerate(self.routed_experts or ()):
             if experts.ndim != 3 or len(experts) > len(self.tokens[row]) - 1:
                 raise ValueError(

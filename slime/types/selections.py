@@ -130,10 +130,10 @@ class Selections:
 
     @property
     def has_gap(self) -> bool:
-        """Is there a token of which nothing is said before others of which something is?"""
+        """Is there a token of which nothing is said before a piece begins? A piece may be empty, of an engine that lost all."""
         at = self.pieces[0].topk if self.pieces else 0
         for piece in sorted(self.pieces, key=lambda piece: piece.first):
-            if at < piece.first < piece.end:
+            if at < piece.first:
                 return True
             at = max(at, piece.end)
         return False

@@ -29,13 +29,36 @@ from tests.config.flags import MOE, config_of
         ("--no-initialization", "--perform-initialization changes nothing"),
         ("--overlap-p2p-communication", "--overlap-p2p-comm changes nothing: the schedule decides it"),
         ("--log-max-attention-logit", "--log-max-attention-logit changes nothing"),
-        ("--rollout-top-p 0.9", "--rollout-top-p 0.9 cut the vocabulary when sampling"),
-        ("--rollout-top-k 50 --rollout-top-p 0.5", "--rollout-top-p 0.5 and --rollout-top-k 50 cut the vocabulary"),
+        (
+            "--rollout-top-k 1",
+            "--rollout-top-k 1 cut the vocabulary when sampling, and the trainer's probabilities are over all",
+        ),
+        (
+            "--rollout-top-k 50 --rollout-top-p 0.5 --sglang-speculative-algorithm NEXTN",
+            "--rollout-top-p 0.5 and --rollout-top-k 50 cut the vocabulary when sampling, and the trainer's probabilities are "
+            "over all of it (SGLang does not tell what it left under speculative decoding): training is off-policy by",
+        ),
     ],
 )
 def test_a_note_says_what_changes_nothing(words: str, note: str) -> None:
     assert any(line.startswith(note) for line in config_of(*words.split()).notes), config_of(*words.split()).notes
     assert not any(line.startswith(note) for line in config_of().notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "most", "said"),
+    [
+        ("--rollout-top-p 0.9", 4000, "--rollout-top-p 0.9 cut the vocabulary"),
+        ("--rollout-top-k 50 --rollout-top-p 0.5", 50, "--rollout-top-p 0.5 and --rollout-top-k 50 cut the vocabulary"),
+    ],
+)
+def test_sampling_that_cuts_the_vocabulary_is_told_by_engines_and_taken_again(words: str, most: int, said: str) -> None:
+    config = config_of(*words.split())
+    assert config.rollout.most_kept_words == most and config_of().rollout.most_kept_words == 0
+    assert config.engine.groups[0].server_groups[0].overrides == {"sampling_mask_max_tokens": most + 96}
+    assert any(said in note for note in config.notes)
+    for other in ("--debug-rollout-only", "--loss-type sft_loss"):
+        assert config_of(*words.split(), *other.split()).rollout.most_kept_words == 0
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,13 @@ def share_of_equal_keys(model, sample) -> float:
     return min(shares)
 
 
+def left_by_sampling(log_probs: torch.Tensor, top_p: float, top_k: int) -> set[int]:
+    """The likeliest words before which less than top_p lies, top_k at most."""
+    ordered = log_probs.exp().sort(descending=True)
+    before = ordered.values.cumsum(-1) - ordered.values
+    return set(ordered.indices[(before <= top_p) & (torch.arange(len(before)) < top_k)].tolist())
+
+
 def sample_of(model, tokens: list[int], answers: list[dict]):
     """A Sample that has taken the engine's answers, each with the experts of its turn."""
     from types import SimpleNamespace

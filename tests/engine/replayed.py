@@ -10,6 +10,7 @@ from ranks import run_ranks
 from training.tiny import config_for, plans, start
 
 from slime.types import RolloutBatch
+from slime.types.kept_words import KeptWords
 
 
 def batch_of(model, prompts: list[list[int]], answers: list[dict]) -> RolloutBatch:
@@ -31,8 +32,15 @@ def batch_of(model, prompts: list[list[int]], answers: list[dict]) -> RolloutBat
         truncated=np.ones(n, bool),
         rollout_log_probs=tuple(np.array([item[0] for item in items], np.float32) for items in said),
         routed_experts=tuple(sample.rollout_routed_experts for sample in samples),
+        kept_words=_kept_words(samples),
         indexer_topk=tuple(sample.rollout_indexer_topk for sample in samples),
     )
+
+
+def _kept_words(samples) -> tuple[KeptWords, ...] | None:
+    if samples[0].rollout_top_p_token_ids is None:
+        return None
+    return tuple(KeptWords(sample.rollout_top_p_token_ids, sample.rollout_top_p_token_offsets) for sample in samples)
 
 
 def gap(checkpoint: Path, batch: RolloutBatch, **replays: bool) -> float:

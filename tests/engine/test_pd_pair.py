@@ -19,7 +19,9 @@ from callers import connects
 from engine.engines import TOKEN, make_checkpoint, payload, prompt, request, spec
 from engine.reference import (
     largest_difference,
+    left_by_sampling,
     load_reference,
+    log_probs,
     read_weights,
     restored,
     sample_of,
@@ -38,7 +40,7 @@ pytestmark = pytest.mark.slow
 
 # Both sides compute in float32; what remains is the order of additions.
 ROUND_OFF = 1e-4
-RECORDING = {"enable_return_routed_experts": True, "enable_return_indexer_topk": True}
+RECORDING = {"enable_return_routed_experts": True, "enable_return_indexer_topk": True, "sampling_mask_max_tokens": 64}
 ASKED = {"return_routed_experts": True, "return_indexer_topk": True}
 PROMPT_LENGTHS = (8, 60, 300)
 # As if they were on two nodes: each knows its own address and whose engines may connect. 127.0.0.1 is what the kernel takes as
@@ -150,6 +152,24 @@ def test_both_engines_say_what_they_chose_each_for_its_own_tokens(pair):
     assert share_of_equal_keys(pair.model, sample) > 0.97
     alone = sample_of(pair.model, prompt(32, 20), [ask(prompt(32, 20), 0, 1)])
     assert len(alone.rollout_routed_experts) == alone.rollout_indexer_topk.end == 20
+
+
+def test_both_engines_say_which_words_sampling_left_and_how_likely_a_token_was_among_them(pair):
+    """The first token is drawn by the prefill engine. A mean of many words and of few, against transformers' probabilities."""
+    tokens, count = prompt(34, 60), 0
+    for top_p, top_k in ((0.5, 40), (0.9, 7)):
+        asked = request(tokens, 16, temperature=1.0)
+        asked["sampling_params"] |= {"top_p": top_p, "top_k": top_k, "custom_params": {"return_top_p_token_ids": True}}
+        answer = sync(RouterClient(pair.router.url, TOKEN).generate(asked, timeout=120))
+        sample = sample_of(pair.model, tokens, [answer])
+        ids, offsets = sample.rollout_top_p_token_ids, sample.rollout_top_p_token_offsets
+        assert len(offsets) == 17
+        expected = log_probs(pair.model, list(sample.tokens))
+        for number, (value, token, *_) in enumerate(answer["meta_info"]["output_token_logprobs"]):
+            row, kept = expected[59 + number], ids[offsets[number] : offsets[number + 1]]
+            assert value == pytest.approx(float(row[token] - torch.logsumexp(row[torch.from_numpy(kept).long()], -1)), abs=1e-4)
+            count += set(kept.tolist()) == left_by_sampling(row, top_p, top_k)
+    assert count >= 31, "a word at the border may fall either way"
 
 
 def test_what_a_decode_engine_took_back_is_not_said_of_others(pair):

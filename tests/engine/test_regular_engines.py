@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,7 @@ from engine.reference import (
 )
 from engine.replayed import batch_of, gap
 
-from slime.engine.client import EngineClient, RouterClient, sync
+from slime.engine.client import EngineClient, RouterClient, labelled, sync
 from slime.engine.process import EngineDied, EngineProcess
 from slime.engine.router import JoinedRouter, RouterProcess, Worker
 from slime.rollout.http import enter_servers
@@ -35,7 +36,7 @@ from slime.types.sample import Sample
 pytestmark = pytest.mark.slow
 
 ROUND_OFF = 1e-4
-RECORDING = {"enable_return_routed_experts": True, "enable_return_indexer_topk": True}
+RECORDING = {"enable_return_routed_experts": True, "enable_return_indexer_topk": True, "sampling_mask_max_tokens": 64}
 ASKED = {"return_routed_experts": True, "return_indexer_topk": True}
 
 
@@ -132,6 +133,22 @@ def test_choices_taken_again_bring_a_trainer_nearer_to_an_fp8_engine(served):
         f"gap in nats: {own:.5f} as the trainer chooses, {by_experts:.5f} experts, {by_keys:.5f} keys, {both:.5f} both replayed"
     )
     assert by_experts < 0.9 * own and both < 0.9 * by_experts and by_keys < own
+
+
+def test_words_that_sampling_left_make_training_on_policy(served):
+    """Top-p 0.5 of a nearly uniform model: probabilities over all words are half of those that drew."""
+    (glm, _), (checkpoint, _), folder = served
+    model = load_reference(checkpoint, read_weights(checkpoint), folder / "top-p")
+    prompts, answers, client = [prompt(80 + i, 30) for i in range(2)], [], EngineClient(glm.url, TOKEN)
+    for tokens in prompts:
+        asked = request(tokens, 24, temperature=1.0) | ASKED
+        asked["sampling_params"] |= {"top_p": 0.5, "top_k": 60, "custom_params": {"return_top_p_token_ids": True}}
+        answers.append(sync(client.generate(labelled(asked), timeout=120)))
+    batch = batch_of(model, prompts, answers)
+    flags = {"use_routing_replay": True, "use_rollout_routing_replay": True, "use_rollout_indexer_replay": True}
+    whole, kept = (gap(checkpoint, of, **flags) for of in (replace(batch, kept_words=None), batch))
+    print(f"gap in nats: {whole:.5f} over all words, {kept:.5f} over those that sampling left")
+    assert kept < 1e-4 < 0.5 < whole
 
 
 def test_two_ranks_with_chunked_prefill_equal_transformers_before_and_after_an_update(served):

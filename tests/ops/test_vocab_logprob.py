@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from allocations import peak_bytes
 
 from slime.ops import vocab_logprob
-from slime.ops.vocab_logprob import linear_log_prob, vocab_parallel_log_prob
+from slime.ops.vocab_logprob import Kept, linear_log_prob, vocab_parallel_log_prob
 
 
 def dense(logits, targets, temperature):
@@ -98,6 +98,10 @@ def _rank_of_two(rank, port, results):
         grad_h, grad_w = torch.autograd.grad((loss_weights[0] * log_prob + loss_weights[1] * entropy).sum(), (h, shard))
         dist.all_reduce(grad_h)
         out[name] = [log_prob.detach(), entropy.detach(), grad_h, grad_w]
+    # Words of either rank, and of one alone.
+    kept = Kept(torch.arange(6) > 0, torch.tensor([1, 1, 2, 3, 4, 4, 5, 5]), torch.tensor([9, 0, 4, 5, 3, 8, 7, 6]))
+    limited, _ = linear_log_prob(h, shard, targets, **options, kept=kept)
+    out["kept"] = [limited.detach()]
     # 0 rows: the collectives still run and gradients are zeros.
     none, _ = linear_log_prob(h[:0], shard, targets[:0], group=dist.group.WORLD, vocab_start=cut.start)
     out["empty"] = [torch.autograd.grad(none.sum(), shard)[0]]
@@ -126,6 +130,11 @@ def test_two_ranks_with_unequal_shards_give_the_whole_vocabularys_numbers(tmp_pa
         for g, w in zip(got, (log_prob, entropy, grad_h, grad_w), strict=True):
             torch.testing.assert_close(g.double(), w.double(), rtol=1e-4, atol=1e-5)
     assert torch.equal(first["empty"][0], torch.zeros(4, 8))
+    logits = (hidden @ weight.t()).detach()
+    sets = [range(10), (9, 0), (4,), (5,), (3, 8), (7, 6)]
+    want = [logits[row, targets[row]] - torch.logsumexp(logits[row, list(words)], -1) for row, words in enumerate(sets)]
+    for ranks in (first, second):
+        torch.testing.assert_close(ranks["kept"][0], torch.stack(want), rtol=1e-5, atol=1e-5)
 
 
 CHUNK = 64
@@ -157,3 +166,36 @@ def test_memory_is_a_few_tiles_whatever_the_number_of_tokens_and_words():
         assert 2 * tile < forward < 4 * tile + 64 * rows
         assert 2 * tile < both < 6 * tile + gradients + 64 * rows
     assert 4 * rows * words > 10 * both, "whole logits would have been seen"
+
+
+def kept_words(sets: list[list[int] | None]) -> Kept:
+    pairs = [(row, word) for row, words in enumerate(sets) for word in words or ()]
+    rows, words = torch.tensor(pairs).t()
+    return Kept(torch.tensor([words is not None for words in sets]), rows, words)
+
+
+@pytest.mark.parametrize("chunk_size", [-1, 2])
+def test_a_row_that_keeps_some_words_is_a_softmax_over_them(monkeypatch, chunk_size):
+    """By torch over the kept columns alone; words of several tiles, in any order, one row whole and one with a single word."""
+    monkeypatch.setattr(vocab_logprob, "VOCAB_TILE", 128)
+    torch.manual_seed(3)
+    hidden = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(300, 8, dtype=torch.float64, requires_grad=True)
+    sets = [[7, 2, 290], None, [131], [129, 0, 5, 200], [40, 41]]
+    targets = torch.tensor([290, 17, 131, 0, 41])
+    rows = []
+    for row, words in enumerate(sets):
+        columns = torch.tensor(words if words is not None else list(range(300)))
+        log_p = torch.log_softmax(hidden[row] @ weight[columns].t() / 0.7, -1)
+        rows.append(torch.stack([log_p[columns == targets[row]][0], -(log_p.exp() * log_p).sum()]))
+    want, slopes = torch.stack(rows), torch.randn(5, 2, dtype=torch.float64)
+    want_grads = torch.autograd.grad((want * slopes).sum(), (hidden, weight))
+    options = dict(temperature=0.7, chunk_size=chunk_size, with_entropy=True, kept=kept_words(sets))
+    for got in (
+        linear_log_prob(hidden, weight, targets, **options),
+        vocab_parallel_log_prob(hidden @ weight.t(), targets, **options),
+    ):
+        torch.testing.assert_close(torch.stack(got, 1), want)
+        grads = torch.autograd.grad((torch.stack(got, 1) * slopes).sum(), (hidden, weight))
+        for g, w in zip(grads, want_grads, strict=True):
+            torch.testing.assert_close(g, w)

@@ -75,6 +75,14 @@ def test_what_a_router_would_drop_of_a_request_travels_as_a_label(servers):
     assert [json.loads(value) for value in labels.values()] == [{"return_routed_experts": True, "routed_experts_start_len": 0}]
 
 
+def test_sampling_parameters_that_are_handed_on_ask_for_the_kept_words(servers):
+    router = servers[0]
+    init_http_client(args_for(router))
+    params = {"top_p": 0.9, "custom_params": {"return_top_p_token_ids": True}}
+    told = asyncio.run(post(f"{router.url}/generate", {"text": "a", "sampling_params": params}))["got"]
+    assert [json.loads(value) for value in told["custom_labels"].values()] == [{"return_sampling_mask": True}]
+
+
 def test_an_engine_that_comes_up_later_is_known_by_then(servers):
     router, engine, foreign = servers
     router.workers.clear()

@@ -75,6 +75,8 @@ def test_a_piece_that_a_decode_engine_lost_is_a_gap_and_a_tail_is_none():
     pieces = [Piece.of({1: drawn(*span, 2)}, span[0], 2) for span in ((0, 5), (7, 9))]
     assert Selections(tuple(pieces)).has_gap and not Selections(tuple(pieces[:1])).has_gap
     assert not Selections(()).has_gap
+    at_the_end = Piece.of({1: np.zeros((0, 2), np.int32)}, 9, 2)
+    assert Selections((pieces[0], at_the_end)).has_gap, "it came back for the last token alone"
 
 
 @pytest.mark.parametrize(

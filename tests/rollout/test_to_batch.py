@@ -167,3 +167,27 @@ def test_the_engines_experts_travel_and_what_they_did_not_see_is_open():
     with pytest.raises(ValueError, match="sample 3 has no routed experts, which --use-rollout-routing-replay trains with"):
         make_rollout_batch([[sample(3, 0, 1.0)]], rollout_id=0, config=config)
     assert make_rollout_batch([[sample(3, 0, 1.0)]], rollout_id=0, config=make_config()).routed_experts is None
+
+
+def test_what_sampling_left_travels_and_a_trained_token_is_among_it():
+    """Response of two tokens, 8 and 9: the first drawn from three words, the second an environment's."""
+    config = make_config()
+    config = replace(config, rollout=replace(config.rollout, most_kept_words=3))
+
+    def drawn(index: int, ids: list[int], **changes):
+        made = sample(index, 0, 1.0, response=2, loss_mask=[1, 0])
+        made.tokens = [1, 2, 8, 9]
+        made.rollout_top_p_token_ids, made.rollout_top_p_token_offsets = np.array(ids, np.int32), np.array([0, 3, 3], np.int32)
+        for name, value in changes.items():
+            setattr(made, name, value)
+        return made
+
+    gone = drawn(1, [], remove_sample=True, rollout_top_p_token_ids=None, rollout_top_p_token_offsets=None)
+    batch = make_rollout_batch([[drawn(0, [4, 8, 5]), gone]], rollout_id=0, config=config)
+    assert [kept.offsets.tolist() for kept in batch.kept_words] == [[0, 3, 3], [0, 0, 0]]
+    assert batch.kept_words[0].ids.tolist() == [4, 8, 5]
+    with pytest.raises(ValueError, match=r"sample 3: response token 0 \(8\) is trained, but not among the words"):
+        make_rollout_batch([[drawn(3, [4, 9, 5])]], rollout_id=0, config=config)
+    silent = drawn(4, [], rollout_top_p_token_ids=None, rollout_top_p_token_offsets=None)
+    with pytest.raises(ValueError, match="sample 4 does not tell what top-p or top-k left of the vocabulary"):
+        make_rollout_batch([[silent]], rollout_id=0, config=config)

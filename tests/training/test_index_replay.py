@@ -41,8 +41,9 @@ def told(folder, batch: RolloutBatch, places, *, lost: range = range(0)) -> Roll
     column = []
     for sample, tokens in enumerate(batch.tokens):
         rows = {layer: places(sample, layer)[: len(tokens) - 1] for layer in layers}
-        spans = [(0, min(lost.start, len(tokens) - 1)), (lost.stop, len(tokens) - 1)] if lost else [(0, len(tokens) - 1)]
-        pieces = [Piece.of({k: v[a:b] for k, v in rows.items()}, a, topk) for a, b in spans if a < b]
+        last = len(tokens) - 1
+        spans = [(0, min(lost.start, last)), (min(lost.stop, last), last)] if lost else [(0, last)]
+        pieces = [Piece.of({k: v[a:b] for k, v in rows.items()}, a, topk) for a, b in spans]
         column.append(Selections(tuple(pieces)))
     return replace(batch, indexer_topk=tuple(column))
 

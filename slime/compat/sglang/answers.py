@@ -4,6 +4,7 @@
 |---|---|---|
 | the question | sglang-router 0.3.2 | its typed request has no field `return_routed_experts`, so none reaches an engine |
 | the prompt's part | sglang-router 0.3.2 | of a pair it hands on the decode engine's answer alone, but for log-probs |
+| the kept words | sglang 0.5.23 | they travel as a list of lists, and log-probs beside them are of the whole vocabulary |
 | few bytes | sglang 0.5.15.post1 - 0.5.23 | experts travel as int32, four times what 256 of them need |
 | stale rows | sglang 0.5.23 | a decode engine that took a request's cache back reads experts of whoever had the slots before |
 
@@ -15,23 +16,27 @@ an option of OPTIONS.
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 LABEL = "slime_return"
 """Of `custom_labels`: JSON of the fields of SGLang's request that the router does not know -> their values."""
 ENCLOSED = "slime_enclosed"
 """Key of the entry of input_token_logprobs: the prefill engine's answers by name."""
-OPTIONS = ("--enable-return-routed-experts", "--enable-return-indexer-topk")
+OPTIONS = ("--enable-return-routed-experts", "--enable-return-indexer-topk", "--sampling-mask-max-tokens")
 ANSWERS = ("routed_experts", "indexer_topk")
 _PROCESSOR = "sglang.srt.managers.scheduler_components.batch_result_processor"
 
 
 def wanted(argv: Sequence[str]) -> bool:
     """Was this engine started with an option that makes it record what trainers replay?"""
-    return not set(OPTIONS).isdisjoint(argv)
+    return any(word.partition("=")[0] in OPTIONS for word in argv)
 
 
 def install_in_server() -> None:
@@ -70,6 +75,8 @@ def _asked_by_label(generate_request: Callable) -> Callable:
         async for answer in generate_request(self, obj, request):
             if role == "prefill" and question is not None:
                 enclose(answer["meta_info"])
+            if question is not None and obj.return_sampling_mask:
+                tell_kept_words(answer["meta_info"])
             yield answer
 
     return generate
@@ -80,6 +87,21 @@ def enclose(meta_info: dict[str, Any]) -> None:
     found = {name: meta_info.pop(name) for name in ANSWERS if meta_info.get(name) is not None}
     if found and meta_info.get("input_token_logprobs") is not None:
         meta_info["input_token_logprobs"] = [*meta_info["input_token_logprobs"], {ENCLOSED: found}]
+
+
+def tell_kept_words(meta_info: dict[str, Any]) -> None:
+    """The words that sampling left, as slime's engines tell them, and log-probs among these alone."""
+    masks, log_probs = meta_info.pop("output_token_sampling_mask", None), meta_info.pop("output_token_sampling_logprobs", None)
+    if masks is None or log_probs is None:
+        return
+    ends = np.cumsum([0, *map(len, masks)], dtype=np.int32)
+    ids = np.fromiter(itertools.chain.from_iterable(masks), np.int32, count=int(ends[-1]))
+    meta_info["top_p_token_ids"], meta_info["top_p_token_offsets"] = (
+        base64.b64encode(numbers.tobytes()).decode() for numbers in (ids, ends)
+    )
+    if meta_info.get("output_token_logprobs") is not None:
+        pairs = zip(log_probs, meta_info["output_token_logprobs"], strict=True)
+        meta_info["output_token_logprobs"] = [(value, *item[1:]) for value, item in pairs]
 
 
 def _remembering_length(reset_for_retract: Callable) -> Callable:

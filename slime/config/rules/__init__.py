@@ -87,10 +87,9 @@ STAGES: tuple[Stage, ...] = (
             replay.trainable,
             lengths.what_is_left,
             effects.without_effect,
-            effects.off_policy,
         )
     ),
-    Stage((engines.groups, replay.recorded, engines.sizes, router.joined, router.options)),
+    Stage((engines.groups, replay.kept_words, replay.recorded, engines.sizes, router.joined, router.options)),
     Stage(
         (
             context.engine_context,

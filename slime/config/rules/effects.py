@@ -80,15 +80,3 @@ def without_effect(v: Values) -> None:
             v.notes.append(f"--{name.replace('_', '-')} changes nothing: {why}")
     for names, given in ((UNREAD, v["model.megatron"]), (UNREAD_OPTIMIZER, {**v["optimizer.megatron"], **v["optimizer.ddp"]})):
         v.notes += [f"--{name.replace('_', '-')} changes nothing: {why}" for name, why in names.items() if name in given]
-
-
-def off_policy(v: Values) -> None:
-    """Sampling that cuts the vocabulary: the trainer's probabilities are over all of it."""
-    cut = [f"--rollout-top-p {v['rollout_top_p']:g}"] if v["rollout_top_p"] < 1 else []
-    cut += [f"--rollout-top-k {v['rollout_top_k']}"] if v["rollout_top_k"] > 0 else []
-    if cut and not v["debug_rollout_only"]:
-        v.notes.append(
-            f"{' and '.join(cut)} cut the vocabulary when sampling, and the trainer's probabilities are over all of "
-            "it: training is "
-            "off-policy by that much"
-        )

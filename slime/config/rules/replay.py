@@ -17,24 +17,56 @@ RECORDS = {
     "use_rollout_indexer_replay": "enable_return_indexer_topk",
 }
 """Flag of ours -> option with which an engine records."""
+MOST_WORDS = 4000
+"""Words that top-p alone may leave, the likeliest first: SGLang tells of a bounded number."""
+TIED_WORDS = 96
+"""More that an engine may tell of, where several are as likely as the last one."""
 
 
 def recorded(v: Values) -> None:
     """The engines record what training takes."""
     if v["debug_train_only"]:
         return
-    options = {option: True for name, option in RECORDS.items() if v[name]}
+    options: dict[str, object] = {option: True for name, option in RECORDS.items() if v[name]}
     if options:
-        # A model beside the trained one, a judge's, may have nothing to record.
-        v["groups"] = tuple(_with(model, options) if _is_trained(v, model) else model for model in v["groups"])
         v.notes.append(f"{_asked(v)[0]} asks the engines what they chose ({', '.join(options)})")
+    if v["most_kept_words"]:
+        options["sampling_mask_max_tokens"] = v["most_kept_words"] + TIED_WORDS
+    # A model beside the trained one, a judge's, may have nothing to record.
+    v["groups"] = tuple(_with(model, options) if _is_trained(v, model) else model for model in v["groups"])
+
+
+def kept_words(v: Values) -> None:
+    """Sampling that cuts the vocabulary: the trainer's probabilities are over what it left."""
+    top_p, top_k = v["rollout_top_p"], v["rollout_top_k"]
+    cut = [f"--rollout-top-p {top_p:g}"] if top_p < 1 else []
+    cut += [f"--rollout-top-k {top_k}"] if top_k > 0 else []
+    if not cut or v["debug_rollout_only"] or v["loss_type"] == "sft_loss":
+        return
+    engines = [group for model in v["groups"] if _is_trained(v, model) for group in model.server_groups]
+    drafts = v["sglang"].get("speculative_algorithm") or any(group.overrides.get("speculative_algorithm") for group in engines)
+    obstacle = (
+        "--loss-type custom_loss is given all logits" if v["loss_type"] == "custom_loss"
+        else "--rollout-top-k 1 leaves one word, of probability 1" if top_k == 1
+        else "SGLang does not tell what it left under speculative decoding" if drafts
+        else None
+    )  # fmt: skip
+    words = " and ".join(cut)
+    if obstacle:
+        v.notes.append(
+            f"{words} cut the vocabulary when sampling, and the trainer's probabilities are over all of it ({obstacle}): "
+            "training is off-policy by that much"
+        )
+        return
+    most = top_k if top_k > 0 else MOST_WORDS
+    v.derive("most_kept_words", most, f"{words} cut the vocabulary, and engines tell what is left of it for each token")
 
 
 def _is_trained(v: Values, model: SglangModel) -> bool:
     return model.model_path is None or str(model.model_path) == str(v["hf_checkpoint"])
 
 
-def _with(model: SglangModel, options: dict[str, bool]) -> SglangModel:
+def _with(model: SglangModel, options: dict[str, object]) -> SglangModel:
     groups = tuple(replace(group, overrides=FrozenMap({**group.overrides, **options})) for group in model.server_groups)
     return replace(model, server_groups=groups)
 
