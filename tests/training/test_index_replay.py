@@ -87,6 +87,7 @@ def own_places(folder, batch: RolloutBatch):
 
 
 REPLAY = {"use_rollout_indexer_replay": True}
+LAYOUTS = {2: ("PP2 VPP2", "TP2 EP2", "CP2 EP2")}
 
 
 def test_told_what_its_own_indexers_choose_a_step_is_the_same(glm_tiny):
@@ -96,13 +97,13 @@ def test_told_what_its_own_indexers_choose_a_step_is_the_same(glm_tiny):
     plain, ran = run_ranks(1, trained, glm_tiny, batch, 1, {})[0]
     assert ran > 0
     for lost in (range(0), range(20, 24)):
-        for megatron in ({}, RECOMPUTED):
+        for megatron in ({}, RECOMPUTED) if lost else ({},):
             same, ran = run_ranks(1, trained, glm_tiny, told(glm_tiny, batch, places, lost=lost), 1, REPLAY, megatron)[0]
             assert (ran > 0) == bool(lost)
             assert same == pytest.approx(plain, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("world", CUTS)
+@pytest.mark.parametrize("world", LAYOUTS)
 def test_what_engines_read_is_what_every_layout_reads(glm_tiny, world):
     """Drawn at random it is another function of the model, and must be the same one however the rows are cut."""
     batch = rollout(seed=72, longest=50)
@@ -110,8 +111,8 @@ def test_what_engines_read_is_what_every_layout_reads(glm_tiny, world):
     (one, _), (free, _) = (run_ranks(1, trained, glm_tiny, said, 1, REPLAY)[0] for said in (here, other))
     assert one["train/ppo_kl"] == 0, "the old log-probs are of the same keys as the step's"
     assert abs(free["log_probs"] - one["log_probs"]) > 1e-4
-    for name, cut in CUTS[world].items():
-        for found, ran in run_ranks(world, trained, glm_tiny, here, world, REPLAY | cut):
+    for name in LAYOUTS[world]:
+        for found, ran in run_ranks(world, trained, glm_tiny, here, world, REPLAY | CUTS[world][name]):
             assert ran == 0, name
             assert found["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-3), name
             assert found["train/entropy_loss"] == pytest.approx(one["train/entropy_loss"], rel=1e-4), name
