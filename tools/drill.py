@@ -4,6 +4,7 @@
     .venv/bin/python tools/drill.py plan --seed 1 --count 20         what will be drilled
     .venv/bin/python tools/drill.py run BASE --seed 1 --first 0 --count 20
     .venv/bin/python tools/drill.py run BASE --seed 1 --first 7 --count 1     drill 7 alone, again
+    .venv/bin/python tools/drill.py run BASE --pick scheduler stop generate   one of your choice
     .venv/bin/python tools/drill.py table BASE --table FILE          what happened, as markdown
 
 Each drill is one line of BASE/drills.jsonl (the last of a number counts), with a transcript beside it in BASE/drills/. It is
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.drills import exact  # noqa: E402
 from tools.drills.campaign import Campaign  # noqa: E402
-from tools.drills.draw import draw  # noqa: E402
+from tools.drills.draw import draw, pick  # noqa: E402
 from tools.drills.launch import NUM_ROLLOUT, Launch  # noqa: E402
 from tools.drills.table import Row, counts, markdown, read  # noqa: E402
 
@@ -52,11 +53,11 @@ def run(given: argparse.Namespace) -> int:
     results, began, wrong = given.base / "drills.jsonl", time.monotonic(), 0
     campaign = Campaign(given.base, results, stop_seconds=given.stop_seconds)
     try:
-        for number in range(given.first, given.first + given.count):
+        for number in range(given.first, given.first + (1 if given.pick else given.count)):
             if time.monotonic() - began > given.seconds:
                 print(f"next: --first {number}")
                 break
-            drill = draw(given.seed, number)
+            drill = pick(*given.pick, tolerant=not given.without_tolerance) if given.pick else draw(given.seed, number)
             print(f"{drill} ...", flush=True)
             row = campaign.drill(drill)
             wrong += row is not None and bool(row.faults)
@@ -84,6 +85,8 @@ def main(argv: list[str]) -> int:
             one.add_argument("--first", type=int, default=0, help="number of the first drill")
             one.add_argument("--count", type=int, default=1)
         if name == "run":
+            one.add_argument("--pick", nargs=3, metavar=("PROCESS", "FAULT", "PHASE"), help="this drill, instead of drawn ones")
+            one.add_argument("--without-tolerance", action="store_true", help="a picked drill without --use-fault-tolerance")
             one.add_argument("--stop-seconds", type=float, default=120.0, help="from SIGSTOP to SIGCONT")
             one.add_argument("--seconds", type=float, default=float("inf"), help="no further drill begins after so long")
         if name == "table":

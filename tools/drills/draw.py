@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 from dataclasses import dataclass
 
 PROCESSES = (
@@ -33,6 +34,19 @@ class Drill:
 
     def __str__(self) -> str:
         return f"{self.seed}/{self.number}: {self.fault} of {self.process} in {self.phase}"
+
+
+PICKED = 0
+"""Seed of drills that somebody picked; their number is the place in the list of all."""
+
+
+def pick(process: str, fault: str, phase: str, *, tolerant: bool) -> Drill:
+    """That drill. Raises ValueError for a process, fault or phase that there is not."""
+    wanted = (process, fault, phase)
+    every = [one for one in product(PROCESSES, FAULTS, PHASES) if exists(one[0], one[2])]
+    if wanted not in every:
+        raise ValueError(f"no drill {' '.join(wanted)}: choose of {PROCESSES}, {FAULTS}, {PHASES}; writers live in save alone")
+    return Drill(PICKED, every.index(wanted), *wanted, tolerant, 0.0, 0)
 
 
 def exists(process: str, phase: str) -> bool:
