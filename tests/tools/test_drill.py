@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.drills.draw import FAULTS, PHASES, PROCESSES, draw, exists
+from tools.drills.draw import FAULTS, PHASES, PROCESSES, draw, exists, pick
 from tools.drills.faults import inflict
 from tools.drills.judge import ENDS_WITHIN, Line, Observed, judge
 from tools.drills.launch import phase_of
@@ -34,6 +34,16 @@ def test_a_drill_is_a_function_of_seed_and_number():
     assert len({(one.process, one.fault, one.phase) for one in (draw(1, number) for number in range(200))}) > 100
     with pytest.raises(AssertionError, match="numbered from 0"):
         draw(1, -1)
+
+
+def test_any_drill_can_be_picked_and_one_that_there_is_not_is_refused():
+    one = pick("writer", "kill", "save", tolerant=False)
+    assert (one.seed, one.process, one.fault, one.phase, one.tolerant) == (0, "writer", "kill", "save", False)
+    numbers = [pick(p, f, h, tolerant=True).number for p in PROCESSES for f in FAULTS for h in PHASES if exists(p, h)]
+    # 12 processes x 4 faults x 7 phases, less 6 phases of the writer and the start of three others.
+    assert sorted(numbers) == list(range(4 * (12 * 7 - 6 - 3)))
+    with pytest.raises(ValueError, match="no drill writer kill train"):
+        pick("writer", "kill", "train", tolerant=True)
 
 
 NAMED = (

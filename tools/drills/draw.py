@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from itertools import product
 from dataclasses import dataclass
+from itertools import product
 
 PROCESSES = (
     "launcher", "head", "raylet", "driver", "rollout", "engine-actor", "scheduler", "router", "trainer", "writer",
