@@ -30,22 +30,6 @@ def members(group: int) -> Iterator[int]:
             yield int(entry.name)
 
 
-def stopped(group: int) -> list[str]:
-    """A clause for each of its processes that is stopped: nobody else sees that, and whatever waits for it waits on."""
-    found = []
-    for pid in members(group):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            name = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
-        except OSError:
-            continue
-        if state in "tT":
-            found.append(
-                f"its process {pid} ({name}) is stopped (SIGSTOP, or a debugger; kill -CONT {pid} there lets it go on)"
-            )
-    return found
-
-
 def shared_files(group: int) -> set[Path]:
     """SGLang's files in shared memory that processes of the group map; being killed, they do not remove them."""
     found: set[Path] = set()

@@ -12,7 +12,6 @@ from pathlib import Path
 import httpx
 
 from slime.compat.sglang import REPOSITORY
-from slime.engine.groups import stopped
 from slime.engine.ports import ROUTER_FIRST_PORT, PortBook, require_port
 from slime.engine.process import ChildProcess, EngineDied
 
@@ -128,10 +127,6 @@ class RouterProcess:
         except httpx.TransportError as error:
             return f"GET {self.url}/workers: {type(error).__name__} {error}".rstrip()
         return None if answer.is_success else f"GET {self.url}/workers: status {answer.status_code}"
-
-    def stopped(self) -> list[str]:
-        """Of its processes, those that are stopped."""
-        return [f"router: {line}" for line in stopped(self.child.pid)]
 
     def is_alive(self) -> bool:
         return self.child.is_alive()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
-from slime.engine.groups import stopped
 from slime.engine.ports import EnginePorts
 from slime.engine.process import EngineDied, EngineProcess
 from slime.engine.spec import EngineSpec, NodePlacement
-from slime.ray.fates import Process, this_process
+from slime.ray.fates import Process, stopped_below, this_process
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class EngineActor:
     def condition(self) -> list[str]:
         """What is wrong with the server's processes: gone, or stopped; [] while all of them run."""
         gone = self.obituary()
-        return [gone] if gone else [f"engine {self._spec.label}: {line}" for line in stopped(self._process.child.pid)]
+        return [gone] if gone else [f"engine {self._spec.label}: {line}" for line in stopped_below(os.getpid())]
 
     def spoilt(self, folder: str) -> list[str]:
         """Tensors of a published version whose bytes, as this node reads them, are not the trainer's."""

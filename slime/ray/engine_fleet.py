@@ -331,9 +331,8 @@ class EngineFleet:
         """For a report of a wait: a line for each engine. While the trainer trains engines are paused, and do not answer."""
         missed = self.missed_checks(_SAY_SECONDS)
         answers = [f"{name}: {'answers' if why is None else f'does not answer ({why})'}" for name, why in missed.items()]
-        routers = [line for router in self._own_routers().values() for line in router.stopped()]
         engines = engine_nodes.unwell(list(self._nodes().values()), _SAY_SECONDS)
-        return [*answers, *routers, *engines, *self._dead_routers().values()]
+        return [*answers, *engines, *self._dead_routers().values()]
 
     def _own_routers(self) -> dict[str, RouterProcess]:
         """By name; those that somebody else runs are not ours to look after."""

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 30.0
 # A keeper writes its note within milliseconds of the end.
 _NOTE_SECONDS = 2.0
+_STOPPED = "is stopped (SIGSTOP, or a debugger; kill -CONT {} there lets it go on)"
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def read_fate(process: Process) -> str | None:
         return _read_note(process.pid)
     state, status, _ = stat
     if state in "tT":
-        return f"is stopped (SIGSTOP, or a debugger; kill -CONT {process.pid} there lets it go on)"
+        return _STOPPED.format(process.pid)
     return _how(process.pid, status) if state in "ZX" else None
 
 
@@ -160,6 +161,30 @@ def _read_note(pid: int) -> str:
             return _how(pid, int(note.read_text()))
         time.sleep(0.05)
     return "is gone"
+
+
+def stopped_below(pid: int) -> list[str]:
+    """On the process's own node: a clause for each of its descendants that is stopped. Nobody else sees that, and whoever waits
+    for one waits on: a server for its scheduler, a rank for the writer of its checkpoint."""
+    parents, states = {}, {}
+    for entry in Path("/proc").iterdir():
+        try:
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2] if entry.name.isdigit() else ("", "")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent:
+            parents[int(entry.name)], states[int(entry.name)] = int(parent), state
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return [f"its process {one} ({_title(one)}) {_STOPPED.format(one)}" for one in sorted(below - {pid}) if states[one] in "tT"]
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+    except OSError:
+        return "?"
 
 
 def _how(pid: int, status: int) -> str:

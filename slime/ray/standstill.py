@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -136,8 +137,10 @@ def ask_process(process: Process) -> Testimony | str:
     if fate is not None:
         return fate
     path = fates.witness_path(process.pid)
-    said = witness.ask(path)
-    return said if said is not None else f"runs and does not answer (kernel: {_kernel_wait(process.pid)})"
+    said, below = witness.ask(path), fates.stopped_below(process.pid)
+    if said is not None:
+        return replace(said, lines=(*said.lines, *below))
+    return "; ".join([f"runs and does not answer (kernel: {_kernel_wait(process.pid)})", *below])
 
 
 def _kernel_wait(pid: int) -> str:

@@ -226,7 +226,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
 """
 
 
-def test_a_router_that_is_stopped_misses_its_check_and_is_told(tmp_path):
+def test_a_router_that_is_stopped_misses_its_check(tmp_path):
     router = RouterProcess([], token="t", log_path=tmp_path / "router.log")
     router._book.release()
     router.child.launch([sys.executable, "-c", ROUTER, str(router.port)], dict(os.environ), "t")
@@ -234,13 +234,9 @@ def test_a_router_that_is_stopped_misses_its_check_and_is_told(tmp_path):
         deadline = time.monotonic() + 60
         while router.missed_check(5.0) is not None and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert router.missed_check(5.0) is None and router.stopped() == []
+        assert router.missed_check(5.0) is None
         os.kill(router.child.pid, signal.SIGSTOP)
         assert router.missed_check(0.5) == f"GET {router.url}/workers: ReadTimeout timed out"
-        assert router.stopped() == [
-            f"router: its process {router.child.pid} ({sys.executable}) is stopped "
-            f"(SIGSTOP, or a debugger; kill -CONT {router.child.pid} there lets it go on)"
-        ]
         os.kill(router.child.pid, signal.SIGCONT)
         router.token = "another"
         assert router.missed_check(5.0) == f"GET {router.url}/workers: status 401"

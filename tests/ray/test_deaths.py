@@ -14,11 +14,10 @@ import pytest
 import ray
 
 from slime.config.upkeep import UpkeepConfig
-from slime.engine.groups import stopped
 from slime.ray import calls, engine_nodes
 from slime.ray.calls import gather
 from slime.ray.engine_nodes import EngineNode
-from slime.ray.fates import Process, end, read_fate, this_process
+from slime.ray.fates import Process, end, read_fate, stopped_below, this_process
 from slime.ray.standstill import Patience, missing
 from slime.ray.witness import GroupState
 
@@ -240,7 +239,7 @@ class Server:
         return None if self.child.poll() is None else f"engine x was killed by signal {-self.child.returncode}"
 
     def condition(self) -> list[str]:
-        return [f"engine x: {line}" for line in stopped(self.child.pid)]
+        return [f"engine x: {line}" for line in stopped_below(os.getpid())]
 
     def stop(self) -> None:
         self.child.kill()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slime.ray.fates import Process, _stat, death, process_in, read_fate
+from slime.ray.fates import Process, _stat, death, process_in, read_fate, stopped_below
 from slime.ray.keeper import keep
 
 
@@ -39,6 +39,25 @@ def test_exit_codes_and_signals_are_told():
 
 def test_a_stopped_process_is_told_with_what_lets_it_go_on():
     assert ended(["sleep", "100"], signal.SIGSTOP).startswith("is stopped (SIGSTOP, or a debugger; kill -CONT ")
+
+
+def test_a_stopped_descendant_is_told_to_whoever_asks_after_the_one_that_waits_for_it():
+    with subprocess.Popen(["sh", "-c", "(sleep 97; true) & wait"]) as waits:
+        children = Path(f"/proc/{waits.pid}/task/{waits.pid}/children")
+        try:
+            while not (child := children.read_text().split()):
+                pass
+            assert stopped_below(waits.pid) == []
+            os.kill(int(child[0]), signal.SIGSTOP)
+            os.kill(waits.pid, signal.SIGSTOP)  # itself is told by its own fate
+            (line,) = stopped_below(waits.pid)
+            assert (
+                line
+                == f"its process {child[0]} (sh) is stopped (SIGSTOP, or a debugger; kill -CONT {child[0]} there lets it go on)"
+            )
+        finally:
+            os.kill(int(child[0]), signal.SIGKILL)
+            waits.kill()
 
 
 def test_a_process_that_runs_has_no_fate_and_a_later_one_of_its_number_is_not_taken_for_it():

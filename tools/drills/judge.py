@@ -16,7 +16,7 @@ ENDS_WITHIN = 300.0
 HAPPENED = re.compile(
     r"was killed|exited with|exit(?:ed)?[ _]code|is stopped|stopped from outside|has ended|is gone|died|ended with"
     r"|does not answer|has not answered|did not answer|cannot be asked|MemoryError|bad_alloc|[Mm]emory (?:had|has) run out"
-    r"|[Cc]annot allocate memory|out of memory|\bended(?:$|[,;:])|no process could be started|lasted",
+    r"|[Cc]annot allocate memory|out of memory|\bended(?:$|[,;:])|no process could be started|lasted|failed while",
 )
 """Words for what can become of a process."""
 # `07:41:20 [driver] ` and `07:41:20 ERROR slime.train: `: who speaks is not whom the line is about.
@@ -27,11 +27,11 @@ NAMES = {
     "head": r"gcs_server|Ray's control process",
     "raylet": r"\braylet\b",
     "driver": r"\bthe (?:job's )?driver\b|stopped from outside",
-    "rollout": r"\brollout \(pid|\brollout actor\b",
+    "rollout": r"\brollout \(pid|\brollout actor\b|\brollout failed while\b",
     "engine-actor": r"{label} cannot be asked|\b{label} \(pid {pid}",
     "scheduler": r"engine {label}\b",
     "router": r"\brouter\b",
-    "trainer": r"trainer rank \d+ \(pid {pid}\b",
+    "trainer": r"trainer rank \d+ \(pid {pid}\b|trainer rank \d+ failed while\b",
     "writer": r"process that wrote|\bwriter\b",
     "nursery": r"\bgraders?\b",
     "grader": r"\bgraders?\b",
@@ -104,7 +104,7 @@ def judge(seen: Observed) -> Verdict:
 def named(seen: Observed) -> Line | None:
     """The first line after the fault with the victim's name and what became of it."""
     label = re.escape(seen.label) if seen.label else r"default-\S+"
-    name = re.compile(NAMES[seen.process].format(pid=seen.pid, label=label))
+    name = re.compile(rf"{NAMES[seen.process].format(pid=seen.pid, label=label)}|\bits process {seen.pid}\b")
     for line in seen.lines:
         said = _SPEAKER.sub("", line.text)
         if line.at >= seen.fault_at and name.search(said) and HAPPENED.search(said):
