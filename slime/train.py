@@ -37,17 +37,17 @@ def main(argv: list[str]) -> int:
     if nothing_to_train := config.nothing_to_train():
         logger.info("%s", nothing_to_train)
         return 0
-    # Only now the heavy imports: a mistyped flag is answered in a fraction of a second.
     from slime.ray.environment import prepare
+    from slime.ray.leaving import Leaving
 
     prepare()
-    from slime.ray.leaving import Leaving
-    from slime.ray.machines import lost_machines_named
-    from slime.ray.run import Run
-
     leaving = Leaving(config.upkeep)
     leaving.listen()
     try:
+        # Only now the heavy imports: a mistyped flag is answered in a fraction of a second, and a signal of now is heard.
+        from slime.ray.machines import lost_machines_named
+        from slime.ray.run import Run
+
         with owned(config.checkpoint.save if config.trains else None, what="--save"), Run(config, leaving) as run:
             leaving.listen()  # Ray has put a handler of its own there, which prints a stack and ends the process at once
             try:

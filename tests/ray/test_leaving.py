@@ -200,6 +200,38 @@ def test_a_preemption_while_weights_are_sent_waits_for_them_and_saves_once(run_u
     assert [event for event in events if event.startswith(("save", "stop"))] == ["save 3 with {'next': 16, 'saving': 3}"]
 
 
+EARLY = """
+import os, signal, sys
+from types import SimpleNamespace
+from slime import train
+from slime.config.upkeep import UpkeepConfig
+
+class Meanwhile:
+    def find_spec(self, name, *rest):
+        if name == "slime.ray.run":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Meanwhile())
+train.load = lambda argv, env: SimpleNamespace(
+    checkpoint=SimpleNamespace(save=None), notes=(), nothing_to_train=lambda: "", trains=False,
+    upkeep=UpkeepConfig(save_on_signal={saves}),
+)
+train.plan_engines = lambda config: None
+sys.exit(train.main([]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("saves", "status", "told"),
+    [(False, 143, "stopped from outside (SIGTERM)"), (True, 0, "left before there was anything to save")],
+)
+def test_a_signal_that_comes_while_modules_are_imported_is_told(tmp_path, saves: bool, status: int, told: str):
+    environment = os.environ | {"SLIME_RUN_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", EARLY.format(saves=saves)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status and told in done.stderr, done.stderr
+
+
 def test_an_interval_saves_between_the_regular_ones(run_until):
     events = run_until({}, exit_interval=3)
     assert events[-2:] == ["train", "save 2 with {'next': 12, 'saving': 2}"]
