@@ -72,7 +72,9 @@ class LastingTrainers:
 
     def __init__(self, config: Config, placement: Placement, patience: Patience) -> None:
         rules = config.upkeep
-        self._config, self._placement, self._patience = config, placement, patience
+        self._config, self._patience = config, patience
+        self.placement = placement
+        """Of the ranks that live; another one after a node was lost."""
         self._interval = rules.snapshot_interval
         self._restarts = Restarts(rules.max_trainer_restarts)
         self._store = SnapshotStore(self._nodes(), patience, peers=rules.snapshot_peer, versions=rules.snapshot_versions)
@@ -84,13 +86,12 @@ class LastingTrainers:
         self._unfinished: tuple[int, dict | None] | None = None
         """A save that is written beside training: it is lost with the ranks."""
         self._memory: list[RankMemory] = []
-        self._asleep = False
         self._lost: ProcessLost | None = None
         """Of a trainer that was asleep: it is started anew when it has the devices."""
         self.destinations = Destinations()
 
     def _nodes(self) -> list[str]:
-        return [slot.node_ip for slot in self._placement.trainer_slots]
+        return [slot.node_ip for slot in self.placement.trainer_slots]
 
     @property
     def has_failed(self) -> bool:
@@ -147,7 +148,6 @@ class LastingTrainers:
 
     def wake(self) -> None:
         self._lasting(lambda: self._group.wake(), f"waking for rollout {self._trained + 1}")
-        self._asleep = False
 
     def sleep(self, what: str) -> None:
         if what != "weights":
@@ -157,7 +157,6 @@ class LastingTrainers:
             self._group.sleep(what)
         except ProcessLost as lost:
             self._leave_for_later(lost)
-        self._asleep = True
 
     # --- calls that engines take part in: who made them makes way for new ranks, calls `recover`, and begins anew ---
 
@@ -219,7 +218,7 @@ class LastingTrainers:
     def _replace_group(self) -> int:
         """New ranks with the state that the lost ones had before what broke. The version that they began with."""
         self._group.stop_and_wait()
-        self._placement = with_spares(self._placement, lost_nodes(set(self._nodes())))
+        self.placement = with_spares(self.placement, lost_nodes(set(self._nodes())))
         self._store.nodes = self._nodes()
         version = self._store.newest()
         if version is None or any(number not in self._kept() for number in range(version + 1, self._trained + 1)):
@@ -227,9 +226,12 @@ class LastingTrainers:
                 "no snapshot is whole in which every rank has a part: more was lost than a node and its peer keep; "
                 "run the same command again to resume from the last checkpoint"
             )
-        self._group = TrainGroup(self._config, self._placement, self._patience)
+        self._group = TrainGroup(self._config, self.placement, self._patience)
         self._group.start()
         self._group.restore(self._store.bring_home(version))
+        if self._unfinished is not None and self._unfinished[0] + 1 < version:
+            logger.warning("the save of rollout %d is lost, if it was not in force yet", self._unfinished[0] + 1)
+            self._unfinished = None
         self._save_again(version)
         for number in range(version + 1, self._trained + 1):
             rollout = self._kept()[number]

@@ -141,7 +141,8 @@ class Run:
 
     def where(self) -> tuple[set[str], str]:
         """(the addresses of the machines that are used, what is waited for or was at last)."""
-        return self._placement.addresses if self._placement is not None else set(), self._patience.doing
+        placement = self._placement if self._trainers is None else self._trainers.placement
+        return placement.addresses if placement is not None else set(), self._patience.doing
 
     def _slots(self) -> dict[str, int | bool]:
         cluster = self._config.cluster

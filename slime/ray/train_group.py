@@ -29,7 +29,7 @@ class TrainGroup:
     """One actor per trainer slot, all called at once. Implements the trainer's side of lease and weight protocol."""
 
     def __init__(self, config: Config, placement: Placement, patience: Patience):
-        self._patience = patience
+        self.placement, self._patience = placement, patience
         self._nodes = [slot.node_ip for slot in placement.trainer_slots]
         self._actors = {
             f"trainer rank {rank}": TrainActor.options(
@@ -41,7 +41,8 @@ class TrainGroup:
             for rank, slot in enumerate(placement.trainer_slots)
         }
         self.destinations = Destinations()
-        self._processes: dict[str, Process] = {}
+        self.processes: dict[str, Process] = {}
+        """By rank's name, once they are started."""
         self.has_failed = False
         """A call failed: ranks may hang in a collective, so no further call would be answered."""
 
@@ -58,8 +59,8 @@ class TrainGroup:
     def start(self) -> list[RankShare]:
         """Build the model on every rank; the ranks' shares, in order."""
         asked = {name: actor.process.remote() for name, actor in self._actors.items()}
-        self._processes = gather(asked, doing="starting their processes")
-        self._patience.processes |= self._processes
+        self.processes = gather(asked, doing="starting their processes")
+        self._patience.processes |= self.processes
         first = next(iter(self._actors.values()))
         address = gather({"trainer rank 0": first.open_store.remote(self._nodes)}, doing="opening the rendezvous store")[
             "trainer rank 0"
@@ -122,13 +123,13 @@ class TrainGroup:
         for actor in self._actors.values():
             ray.kill(actor)
         if self.has_failed:
-            end(self._processes)  # a stopped one does not hear Ray
+            end(self.processes)  # a stopped one does not hear Ray
 
     def stop_and_wait(self) -> None:
         """Until the processes have ended, and their memory is free."""
         self.has_failed = True
         self.stop()
-        until_gone(self._processes)
+        until_gone(self.processes)
 
     def can_recover(self, error: RuntimeError) -> bool:
         """Whether `recover` may be called after it: not without snapshots (slime.ray.lasting)."""
@@ -147,7 +148,7 @@ class TrainGroup:
             for rank, (name, actor) in enumerate(self._actors.items())
         }
         try:
-            return gather(refs, doing=doing, processes=self._processes, patience=self._patience)
+            return gather(refs, doing=doing, processes=self.processes, patience=self._patience)
         except RuntimeError:
             self.has_failed = True
             raise

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from slime.ray.placement import visible_index
+from slime.ray.placement import Placement, Slot, visible_index, with_spares
 
 # Two slots of a machine of which a share is visible, and what an actor in the second slot sees.
 JOB = """
@@ -44,3 +44,11 @@ def test_slots_and_actors_of_a_share_of_a_machine(visible):
     indices, seen = json.loads(done.stdout.splitlines()[-1])
     assert indices == [0, 1]
     assert seen == visible  # nothing is hidden: the slot's index picks the device
+
+
+def test_ranks_of_a_lost_node_move_to_a_spare_one_and_engines_do_not():
+    trainers = (Slot(0, "10.0.0.1", 0), Slot(1, "10.0.0.2", 0))
+    apart = Placement(None, trainers, (Slot(2, "10.0.0.3", 0),))
+    assert with_spares(apart, []) is apart
+    with pytest.raises(RuntimeError, match="node 10.0.0.2 is gone, with engines on it, .*; it resumes from the last"):
+        with_spares(Placement(None, trainers, trainers), ["10.0.0.2"])

@@ -20,7 +20,6 @@ WARM = dict(global_batch_size=4, lr_decay_style="cosine", lr_warmup_iters=3, wei
 LAYOUTS = {
     "one rank": (1, {}),
     "DP2 bf16": (2, dict(params_dtype="bf16")),
-    "PP2": (2, dict(pipeline_model_parallel_size=2)),
     "GLM EP2": (2, dict(expert_model_parallel_size=2, expert_tensor_parallel_size=1)),
 }
 
