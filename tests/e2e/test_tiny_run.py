@@ -16,6 +16,8 @@ import pytest
 import torch
 from metrics_page import not_listed
 
+from tools.drills.exact import tensors
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -282,23 +284,7 @@ def test_a_preempted_run_on_replayed_rollouts_is_resumed_and_equals_the_straight
     assert re.search(r"to continue from the newest checkpoint: .*--num-rollout 2 ", run.text), run.text[-6000:]
     assert (tmp_path / "parts" / "latest_checkpointed_iteration.txt").read_text().strip() == "0"
     train("parts", "--async-save")
-    whole, parts = (_tensors(tmp_path / name / "iter_0000001") for name in ("whole", "parts"))
+    whole, parts = (tensors(tmp_path / name / "iter_0000001") for name in ("whole", "parts"))
     assert set(whole) == set(parts) and any("exp_avg" in name for name in whole)
     different = [name for name, tensor in whole.items() if not torch.equal(tensor, parts[name])]
     assert different == []
-
-
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a torch_dist checkpoint, whole, by name."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(meta.size, dtype=meta.properties.dtype)
-        for name, meta in stored.items()
-        if isinstance(meta, TensorStorageMetadata)
-    }
-    load(state, storage_reader=FileSystemReader(folder), no_dist=True)
-    return state

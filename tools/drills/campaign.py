@@ -105,7 +105,7 @@ class Campaign:
     def _place(self, launch: Launch, drill: Drill) -> tuple[Seen, str, float, str, Callable[[], None]] | None:
         """(victim, its engine, moment, phase of that moment, how to undo it)."""
         if drill.phase == "start":
-            if not launch.until(lambda: bool(launch.scene.of(drill.process)), seconds=_READY_SECONDS):
+            if not launch.until(lambda: bool(launch.scene.of(drill.process)), seconds=_READY_SECONDS, every=0.3):
                 return None
         else:
             before = len(launch.rollouts)

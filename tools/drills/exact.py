@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tools.drills.launch import newest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIGESTS = "digests.json"
 """Iteration -> digest of the undisturbed run's checkpoint."""
 
 
-def digest(folder: Path) -> str:
-    """Of every tensor of a torch_dist checkpoint: name, type, shape and bytes."""
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a torch_dist checkpoint, whole, by name."""
     import torch
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -26,11 +30,17 @@ def digest(folder: Path) -> str:
         if isinstance(meta, TensorStorageMetadata)
     }
     load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+    return state
+
+
+def digest(folder: Path) -> str:
+    """Of every tensor of a checkpoint: name, type, shape and bytes."""
+    import torch
+
     hashed = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].contiguous()
+    for name, tensor in sorted(tensors(folder).items()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        hashed.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
 
 

@@ -123,13 +123,13 @@ class Launch:
         since = time.monotonic()
         return self.until(lambda: any(at > since and one == phase for at, one in reversed(self._began)), seconds=seconds)
 
-    def until(self, what: Callable[[], bool], *, seconds: float) -> bool:
-        """False when the launch ends first, or the time is over."""
+    def until(self, what: Callable[[], bool], *, seconds: float, every: float = _LOOK_SECONDS) -> bool:
+        """False when the launch ends first, or the time is over. every: seconds between two looks."""
         deadline = time.monotonic() + seconds
         while not what():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 return what()
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(every)
         return True
 
     def ray_folder(self) -> Path | None:
