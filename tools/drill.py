@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -51,13 +52,19 @@ def prepare(base: Path) -> int:
 
 def run(given: argparse.Namespace) -> int:
     results, began, wrong = given.base / "drills.jsonl", time.monotonic(), 0
-    campaign = Campaign(given.base, results, stop_seconds=given.stop_seconds)
+    engines = not given.without_engines
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the launch of the moment is ended on the way out
+    campaign = Campaign(given.base, results, stop_seconds=given.stop_seconds, engines=engines)
     try:
         for number in range(given.first, given.first + (1 if given.pick else given.count)):
             if time.monotonic() - began > given.seconds:
                 print(f"next: --first {number}")
                 break
-            drill = pick(*given.pick, tolerant=not given.without_tolerance) if given.pick else draw(given.seed, number)
+            drill = (
+                pick(*given.pick, tolerant=not given.without_tolerance)
+                if given.pick
+                else draw(given.seed, number, engines=engines)
+            )
             print(f"{drill} ...", flush=True)
             row = campaign.drill(drill)
             wrong += row is not None and bool(row.faults)
@@ -84,6 +91,9 @@ def main(argv: list[str]) -> int:
             one.add_argument("--seed", type=int, default=1)
             one.add_argument("--first", type=int, default=0, help="number of the first drill")
             one.add_argument("--count", type=int, default=1)
+            one.add_argument(
+                "--without-engines", action="store_true", help="recorded rollouts alone: quicker, and fewer processes"
+            )
         if name == "run":
             one.add_argument("--pick", nargs=3, metavar=("PROCESS", "FAULT", "PHASE"), help="this drill, instead of drawn ones")
             one.add_argument("--without-tolerance", action="store_true", help="a picked drill without --use-fault-tolerance")
@@ -95,7 +105,8 @@ def main(argv: list[str]) -> int:
     if given.command == "prepare":
         return prepare(given.base)
     if given.command == "plan":
-        print("\n".join(str(draw(given.seed, number)) for number in range(given.first, given.first + given.count)))
+        numbers = range(given.first, given.first + given.count)
+        print("\n".join(str(draw(given.seed, number, engines=not given.without_engines)) for number in numbers))
         return 0
     if given.command == "run":
         return run(given)

@@ -36,6 +36,12 @@ def test_a_drill_is_a_function_of_seed_and_number():
         draw(1, -1)
 
 
+def test_without_engines_only_what_is_there_is_drawn():
+    drawn = [draw(5, number, engines=False) for number in range(200)]
+    assert {one.phase for one in drawn} == {"start", "train", "save"} and not any(one.tolerant for one in drawn)
+    assert {one.process for one in drawn} == {"launcher", "head", "raylet", "driver", "rollout", "trainer", "writer"}
+
+
 def test_any_drill_can_be_picked_and_one_that_there_is_not_is_refused():
     one = pick("writer", "kill", "save", tolerant=False)
     assert (one.seed, one.process, one.fault, one.phase, one.tolerant) == (0, "writer", "kill", "save", False)

@@ -31,11 +31,12 @@ _TRIES = 5
 class Campaign:
     """Keeps at most one launch alive between drills."""
 
-    def __init__(self, base: Path, results: Path, *, stop_seconds: float):
-        self._base, self._results, self._stop_seconds = base, results, stop_seconds
+    def __init__(self, base: Path, results: Path, *, stop_seconds: float, engines: bool = True):
+        """engines: False for runs on recorded rollouts alone, which start none."""
+        self._base, self._results, self._stop_seconds, self._engines = base, results, stop_seconds, engines
         self._launch: Launch | None = None
         self._tolerant = False
-        self._folder = base / "drilled"
+        self._folder = base / ("drilled" if engines else "replayed")
         self._disturbed = False
         """A fault was inflicted on the launch that runs."""
         self._revision = subprocess.run(
@@ -63,7 +64,8 @@ class Campaign:
         verdict = judge(seen)
         row = Row(
             drill.seed, drill.number, drill.process, drill.fault, drill.phase, drill.tolerant, verdict.outcome, verdict.cause,
-            verdict.seconds_to_cause, verdict.seconds_to_end, verdict.left, verdict.faults, None, None, self._revision, hit,
+            verdict.seconds_to_cause, verdict.seconds_to_end, verdict.left, verdict.faults, None, None,
+            self._revision, hit, self._engines,
         )  # fmt: skip
         self._keep_transcript(launch, drill, at)
         if ended or verdict.outcome == "hung":
@@ -89,7 +91,9 @@ class Campaign:
 
     def _start(self, tolerant: bool) -> None:
         flags = ["--num-rollout", str(NUM_ROLLOUT), "--eval-interval", "1"]
-        flags += ["--rollout-function-path", "tools.drills.recorded.generate_rollout"]
+        dumps = str(self._base / "dumps" / "{rollout_id}.pt")
+        recorded = ["--rollout-function-path", "tools.drills.recorded.generate_rollout"]
+        flags += recorded if self._engines else ["--load-debug-rollout-data", dumps]
         self._launch = Launch(self._base, self._folder, [*flags, *(["--use-fault-tolerance"] if tolerant else [])])
         self._tolerant, self._disturbed = tolerant, False
 
@@ -169,6 +173,8 @@ class Campaign:
         elif not self._disturbed and launch.process.poll() not in (0, -15, 143):
             resumed = False
         for row in waiting:
+            if row.engines != self._engines:
+                continue
             if row.outcome == "survived" and row.exact is None:
                 self._write(replace(row, exact=same))
             elif row.outcome != "survived" and row.resumed is None and resumed is not None:

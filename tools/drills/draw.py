@@ -36,6 +36,8 @@ class Drill:
         return f"{self.seed}/{self.number}: {self.fault} of {self.process} in {self.phase}"
 
 
+_WITHOUT_ENGINES = (("launcher", "head", "raylet", "driver", "rollout", "trainer", "writer"), ("start", "train", "save"))
+"""Processes and phases of a run on recorded rollouts that starts no engines: a launch of it takes a third of the time."""
 PICKED = 0
 """Seed of drills that somebody picked; their number is the place in the list of all."""
 
@@ -56,16 +58,20 @@ def exists(process: str, phase: str) -> bool:
     return not (phase == "start" and process in ("grader", "nursery", "router"))
 
 
-def draw(seed: int, number: int) -> Drill:
-    """Drill `number` (from 0) of a seed. The first twelve have every process, fault and phase; the others are random."""
+def draw(seed: int, number: int, *, engines: bool = True) -> Drill:
+    """Drill `number` (from 0) of a seed. The first twelve have every process, fault and phase; the others are random.
+
+    engines: whether the run has any; without them all drills of a seed are random.
+    """
     assert number >= 0, f"drills are numbered from 0, not {number}"
     chance = random.Random(f"{seed} {number}")
-    if number < len(PROCESSES):
+    processes, phases = (PROCESSES, PHASES) if engines else _WITHOUT_ENGINES
+    if engines and number < len(PROCESSES):
         process, fault, phase = _first(seed)[number]
     else:
-        process, fault = chance.choice(PROCESSES), chance.choice(FAULTS)
-        phase = chance.choice([one for one in PHASES if exists(process, one)])
-    tolerant = chance.random() < 0.75
+        process, fault = chance.choice(processes), chance.choice(FAULTS)
+        phase = chance.choice([one for one in phases if exists(process, one)])
+    tolerant = engines and chance.random() < 0.75
     delay = chance.uniform(0.0, {"start": 6.0, "train": 0.2}.get(phase, 0.05))
     return Drill(seed, number, process, fault, phase, tolerant, round(delay, 3), chance.randrange(2))
 

@@ -32,14 +32,16 @@ class Row:
     """Of the project, when the drill was made."""
     hit: str = ""
     """The phase in which the fault came, where the drawn one was over by then."""
+    engines: bool = True
+    """False for a run on recorded rollouts that starts none."""
 
 
 def read(file: Path) -> list[Row]:
     """The last verdict of each drill: one that was made again counts once."""
-    rows: dict[tuple[int, int], Row] = {}
+    rows: dict[tuple[bool, int, int], Row] = {}
     for line in file.read_text().splitlines():
         row = Row(**json.loads(line))
-        rows[row.seed, row.number] = row
+        rows[not row.engines, row.seed, row.number] = row
     return [rows[key] for key in sorted(rows)]
 
 
@@ -60,12 +62,13 @@ def markdown(rows: Sequence[Row]) -> str:
     told = [("drill", "fault", "process", "phase", "ft", "outcome", "cause after", "end after", "resumed", "equal", "left")]
     for row in rows:
         told.append((
-            f"{row.seed}/{row.number}", row.fault, row.process, row.hit or row.phase,
+            f"{row.seed}/{row.number}{'' if row.engines else ' *'}", row.fault, row.process, row.hit or row.phase,
             "yes" if row.tolerant else "no", row.outcome,
             _seconds(row.seconds_to_cause), _seconds(row.seconds_to_end), _yes(row.resumed), _yes(row.exact),
             ", ".join(row.left) or "-",
         ))  # fmt: skip
-    return "\n".join([*lines, _table(told)]) + "\n"
+    starred = [] if all(row.engines for row in rows) else ["", "\\* without engines, on recorded rollouts"]
+    return "\n".join([*lines, _table(told), *starred]) + "\n"
 
 
 def _longest(rows: Sequence[Row]) -> Iterable[str]:
