@@ -2,6 +2,9 @@
 
     generate -> hand the devices to the trainer -> train -> save -> sync weights -> hand them back -> next
 
+With a --schedule that runs ahead `generate` hands over what was generated beside the training before (slime.ray.in_flight, or
+slime.rollout.stock where generation goes on all the time), and begins what comes next.
+
 Command line:
 
     python3 -m slime.train FLAGS          the flags of scripts/run-*.sh; `python3 -m slime.config --help` lists them

@@ -186,9 +186,12 @@ class EngineFleet:
         return Destinations(engines, tuple(number[address] for address in at), tuple(number))
 
     def pause(self) -> None:
-        self._each(self.updated(), lambda client: client.pause_generation(), doing="pausing")
+        mode = self._config.loop.pause_generation_mode
+        self._each(self.updated(), lambda client: client.pause_generation(mode), doing="pausing")
 
     def flush(self) -> None:
+        if self._config.loop.pause_generation_mode == "in_place":
+            return  # requests keep their cache
         self._each(self.updated(), lambda client: client.flush_cache(), doing="flushing its cache")
 
     def begin(self, version: int) -> None:

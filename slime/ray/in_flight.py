@@ -59,9 +59,12 @@ class InFlight:
         self._side, self._recovering = side, recovering
         self._begun: dict[int, _Begun] = {}
 
-    def begin(self, rollout_id: int, *, keeps_position: bool, saving: int | None) -> None:
-        """saving: the rollout before it, where a checkpoint of that may be written while this one is generated."""
+    def begin(self, rollout_id: int, *, keeps_position: bool, saving: int | None, anew: bool = False) -> None:
+        """saving: the rollout before it, where a checkpoint of that may be written while this one is generated. anew: what is
+        being generated already is given up."""
         position = self._side().state(saving) if keeps_position else None
+        if anew:
+            self._side().restore(position)
         self._begun[rollout_id] = _Begun(position, self._side().begin_rollout(rollout_id))
 
     def has_begun(self, rollout_id: int) -> bool:

@@ -49,7 +49,9 @@ class RolloutActor:
         witness.tell_also(waiting)
         self._config, self._token = config, token
         self._fleet = EngineFleet(config, placement, run_folder, token)
-        self._plugins = self._data_source = None
+        self._plugins = self._data_source = self._stream = None
+        self._version = 0
+        """Of the weights that the engines have."""
         template = config.debug.load_debug_rollout_data
         self._replay = Replay(template, share=config.debug.load_debug_rollout_data_subsample) if template else None
 
@@ -64,6 +66,7 @@ class RolloutActor:
 
     def start(self) -> None:
         """Engines start first and load while prompts are read; then all is waited for."""
+        from slime.rollout.fully_async_rollout import Stream
         from slime.rollout.http import init_http_client
 
         if self._plugins is None:
@@ -74,6 +77,8 @@ class RolloutActor:
         try:
             if self._replay is None:
                 self._data_source = self._plugins.data_source(self._config.args.for_call())
+                if self._config.loop.schedule == "fully-async":
+                    self._stream = Stream(self._data_source)
             self._save_tokenizer()
             if has_engines:
                 self._fleet.wait_ready()
@@ -121,7 +126,8 @@ class RolloutActor:
         else:
             seed_generators(self._config.data.rollout_seed, rollout_id)
             with self._watched():
-                output = self._plugins.rollout(self._args, rollout_id, self._data_source)
+                args = self._args.with_runtime(weight_version=self._version)
+                output = self._plugins.rollout(args, rollout_id, self._stream or self._data_source)
         seconds = time.monotonic() - started
         if self._config.debug.save_debug_rollout_data:
             # Before anything is made of the samples: a rollout that cannot be trained is the one to look at.
@@ -156,30 +162,39 @@ class RolloutActor:
         )
 
     def state(self, saving: int | None = None) -> dict | None:
-        """Which prompts come next; while replaying, as of when the last replayed rollout was made.
+        """Which prompts come next, and which were begun; while replaying, as of when the last replayed rollout was made.
 
         saving: the rollout whose checkpoint gets it.
         """
         from slime.rollout.data_source import state_of
 
-        return state_of(self._data_source, saving=saving) if self._replay is None else self._replay.data_state
+        if self._replay is not None:
+            return self._replay.data_state
+        return state_of(self._data_source, saving=saving) if self._stream is None else self._stream.position(saving)
 
     def restore(self, state: dict) -> None:
         from slime.rollout.data_source import return_to
 
-        if self._replay is None:
-            return_to(self._data_source, state)
-        else:
+        if self._replay is not None:
             self._replay.data_state = state
+        elif self._stream is not None:
+            self._stream.go_back(state)
+        else:
+            return_to(self._data_source, state)
 
     def destinations(self) -> Destinations:
         return self._fleet.destinations()
 
     def fleet(self, method: str, *args):
         """One of the fleet's calls (pause, flush, begin, ...)."""
-        return getattr(self._fleet, method)(*args)
+        answer = getattr(self._fleet, method)(*args)
+        if method == "end":
+            (self._version,) = args
+        return answer
 
     def stop(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
         self._fleet.stop()
 
 

@@ -83,7 +83,8 @@ class Run:
         self._saved: int | None = None
         self._in_flight = InFlight(lambda: self._rollout, self._recovering)
         self._evaluation: _Evaluation | None = None
-        self._num_mended = 0
+        self._num_mended = self._begun_at = 0
+        """How often servers were started again, and how often when a rollout was begun last."""
         self._released = False
         self._rehearsed: str | None = None
         self.lease: Lease = FreeLease(self._revive)
@@ -234,16 +235,19 @@ class Run:
         if not self._in_flight.has_begun(rollout_id):
             self._begin(rollout_id)
         rollout = self._in_flight.finish(rollout_id)
-        if self._config.loop.runs_ahead and rollout_id + 1 < self.num_rollout:
+        if self._config.loop.schedule == "one-step-ahead" and rollout_id + 1 < self.num_rollout:
             self._begin(rollout_id + 1)
         return rollout
 
     def _begin(self, rollout_id: int) -> None:
         if self._tolerates_deaths:
             self._mend()  # who died while the devices changed hands
-        may_go_back = self._tolerates_deaths or self.leaving.saves_on_signal or self._config.loop.runs_ahead
+        may_go_back = self._tolerates_deaths or self.leaving.saves_on_signal or self._config.loop.schedule == "one-step-ahead"
         saving = rollout_id - 1 if self._config.checkpoint.save and rollout_id > self.start_rollout_id else None
-        self._in_flight.begin(rollout_id, keeps_position=may_go_back, saving=saving)
+        # What a server broke that died beside training, and has been started again since.
+        anew = self._config.loop.schedule == "fully-async" and self._num_mended != self._begun_at
+        self._begun_at = self._num_mended
+        self._in_flight.begin(rollout_id, keeps_position=may_go_back, saving=saving, anew=anew)
 
     def _recovering(self, wait: Callable[[], T], again: Callable[[], None]) -> T:
         """`wait()` for engines; with --use-fault-tolerance dead servers are started again, and what they broke is done again.
@@ -276,7 +280,6 @@ class Run:
         """Dead servers are started again and get the trainer's weights: which."""
         started_again = self._revive()
         if started_again:
-            self._num_mended += 1
             with self.lease.training():
                 pass  # on shared devices the trainer has to be awake to send weights
             with self.lease.syncing():
@@ -296,6 +299,7 @@ class Run:
             return []
         prepare()
         started_again = self._rollout.recover()
+        self._num_mended += 1
         logger.warning("started again: %s", ", ".join(started_again))
         return started_again
 

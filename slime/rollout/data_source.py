@@ -84,14 +84,64 @@ def state_of(source: Any, *, saving: int | None = None) -> dict[str, Any]:
     return {"saved_by_the_source": saving}
 
 
-def return_to(source: Any, state: dict[str, Any]) -> None:
-    """Bring a data source to the position that `state_of` told."""
+def return_to(
+    source: Any,
+    state: dict[str, Any],
+    *,
+    put_back: Callable[[list[Group]], None] | None = None,
+    same_run: bool = False,
+) -> None:
+    """Bring a data source to the position that `state_of` told.
+
+    put_back: takes groups that a fully asynchronous run had begun and not trained, where the source has no buffer for them;
+    None: `source.add_samples` does. same_run: versions of weights have not been counted anew since.
+    """
+    state = dict(state)
+    begun = state.pop("begun", None)
+    groups = [] if begun is None else begun["groups"]
+    if begun is not None and not same_run:
+        groups, state = _renumbered(groups, begun["version"]), state | _renumbered_buffer(state, begun["version"])
+    if "buffer" in state:
+        groups, state["buffer"] = [], [*groups, *state["buffer"]]
     if has_a_state(source):
         source.load_state_dict(state)
     elif state.get("saved_by_the_source") is not None:
         source.load(state["saved_by_the_source"])
     else:
         logger.warning("%s has no state_dict: it goes on with its next prompts", type(source).__name__)
+    if groups:
+        (put_back or source.add_samples)([[_unpack(item) for item in group] for group in groups])
+
+
+def with_begun(state: dict[str, Any], groups: list[Group], *, run: str, version: int) -> dict[str, Any]:
+    """A position, and the groups that were taken before it and are not trained. version: of the newest weights of this run."""
+    packed = [[_pack(item) for item in group] for group in groups]
+    return state | {"begun": {"groups": packed, "run": run, "version": version}}
+
+
+def made_by(state: dict[str, Any], run: str) -> bool:
+    return state.get("begun", {}).get("run") == run
+
+
+def _renumbered(packed: list, newest: int) -> list:
+    """Packed groups whose weight versions count down from 0, the newest of the run that wrote them; the next counts from 1."""
+
+    def item(one: dict | list) -> dict | list:
+        if isinstance(one, list):
+            return [item(part) for part in one]
+        spans = [[_minus(version, newest), count] for version, count in one.get("weight_version_spans", [])]
+        versions = [_minus(version, newest) for version in one.get("weight_versions", [])]
+        return one | {"weight_versions": versions, "weight_version_spans": spans}
+
+    return [item(group) for group in packed]
+
+
+def _renumbered_buffer(state: dict[str, Any], newest: int) -> dict[str, Any]:
+    return {"buffer": _renumbered(state["buffer"], newest)} if "buffer" in state else {}
+
+
+def _minus(version: str, newest: int) -> str:
+    return str(int(version) - newest) if version.lstrip("-").isdigit() else version
 
 
 class RolloutDataSource(DataSource):

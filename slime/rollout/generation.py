@@ -215,6 +215,8 @@ async def generate_once(
         meta_info["routed_experts_start_len"] = payload["routed_experts_start_len"]
     tokens, log_probs = read_output(meta_info)
     sample.append_response_tokens(args, tokens=tokens, log_probs=log_probs, meta_info=meta_info, text=answer.get("text", ""))
+    if args.mask_offpolicy_in_partial_rollout:
+        _mask_older_weights(sample)
     return meta_info
 
 
@@ -232,6 +234,13 @@ def _choices_to_replay(args: Any, sample: Sample) -> dict[str, Any]:
         "return_indexer_topk": args.use_rollout_indexer_replay,
         "routed_experts_start_len": min(*known, len(sample.tokens) - 1),
     }
+
+
+def _mask_older_weights(sample: Sample) -> None:
+    """Train only what the newest weights wrote of an answer in whose middle they changed."""
+    written = sample.token_weight_versions
+    newest = next((version for version in reversed(written) if version), "")
+    sample.loss_mask = [mask if version in ("", newest) else 0 for mask, version in zip(sample.loss_mask, written, strict=True)]
 
 
 def _room(sample: Sample, max_new_tokens: int, max_context_len: int | None) -> int:

@@ -65,9 +65,10 @@ def rollout_metrics(groups: list[Group], extra: Mapping[str, float] | None = Non
         metrics["rollout/raw_reward"] = float(np.mean(rewards))
         metrics |= _zero_std(groups)
     versions = [version for sample in samples for version in sample.weight_versions]
-    numbers = [int(version) for version in versions if version.isdigit()]
+    numbers = [int(version) for version in versions if version.lstrip("-").isdigit()]
     if numbers:
         metrics |= {"rollout/weight_version/min": float(min(numbers)), "rollout/weight_version/max": float(max(numbers))}
+        metrics["rollout/mixed_versions_ratio"] = float(np.mean([len(set(sample.weight_versions)) > 1 for sample in samples]))
     metrics |= _engine_metrics(samples)
     metrics |= dict(extra or {})
     seconds = metrics.get("perf/rollout_time")

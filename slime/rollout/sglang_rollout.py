@@ -34,7 +34,7 @@ from slime.rollout.generation import (
 from slime.rollout.http import address_of, router_url
 from slime.rollout.plugins import load_function
 from slime.rollout.watch import Watch
-from slime.types.sample import Status
+from slime.types.sample import Sample, Status
 
 __all__ = [
     "GenerateState", "abort", "current_state", "eval_rollout", "generate", "generate_and_rm", "generate_and_rm_group",
@@ -149,19 +149,15 @@ async def _collect(
             kept = len(ledger.kept)
             _settle(args, ledger, task.result(), original=group, num_pending=len(pending), target=target)
             ledger.in_a_row = 0 if len(ledger.kept) > kept else ledger.in_a_row + 1
-        _tell_drops(args, state.rollout_id, ledger)
+        tell_drops(args, state.rollout_id, ledger)
 
 
 def _settle(args: Any, ledger: Ledger, group: list, *, original: Group, num_pending: int, target: int) -> None:
     """Enter one finished group into the ledger."""
-    samples = flatten(group)
-    failed = [sample for sample in samples if sample.status is Status.FAILED and not sample.is_settled]
-    if failed:
-        ledger.dropped["failed"] += 1
-        ledger.last_error = failed[0].metadata.get("error", "")
-        _refuse_many_failures(args, ledger)
+    if failure := failure_in(group):
+        count_failure(args, ledger, failure)
         return
-    if any(sample.status not in (Status.COMPLETED, Status.TRUNCATED) and not sample.is_settled for sample in samples):
+    if is_unfinished(group):
         # Aborted by us or by somebody else (an operator), or never begun; with --partial-rollout what is there is not lost.
         _put_back(args, ledger, original, reason="aborted")
         return
@@ -169,14 +165,36 @@ def _settle(args: Any, ledger: Ledger, group: list, *, original: Group, num_pend
     if len(ledger.kept) >= target:
         _put_back(args, ledger, group, reason="surplus")
         return
-    if args.dynamic_sampling_filter_path:
-        keeps = load_function("--dynamic-sampling-filter-path", args.dynamic_sampling_filter_path)
-        verdict = filter_output(keeps(view_for_call(args), group))
-        enough_without = len(ledger.kept) + num_pending >= target
-        if not verdict.keep and (enough_without or not verdict.keep_when_insufficient):
-            ledger.dropped[verdict.reason or "filtered"] += 1
-            return
+    if reason := why_dropped(args, group, enough_without=len(ledger.kept) + num_pending >= target):
+        ledger.dropped[reason] += 1
+        return
     ledger.kept.append(group)
+
+
+def failure_in(group: list) -> Sample | None:
+    """A sample of a group that came back which can never be trained."""
+    failed = (sample for sample in flatten(group) if sample.status is Status.FAILED and not sample.is_settled)
+    return next(failed, None)
+
+
+def is_unfinished(group: list) -> bool:
+    return any(sample.status not in (Status.COMPLETED, Status.TRUNCATED) and not sample.is_settled for sample in flatten(group))
+
+
+def why_dropped(args: Any, group: list, *, enough_without: bool) -> str | None:
+    """The dynamic filter's reason against a finished group. enough_without: others can take its place."""
+    if not args.dynamic_sampling_filter_path:
+        return None
+    keeps = load_function("--dynamic-sampling-filter-path", args.dynamic_sampling_filter_path)
+    verdict = filter_output(keeps(view_for_call(args), group))
+    drops = not verdict.keep and (enough_without or not verdict.keep_when_insufficient)
+    return (verdict.reason or "filtered") if drops else None
+
+
+def count_failure(args: Any, ledger: Ledger, failed: Sample) -> None:
+    ledger.dropped["failed"] += 1
+    ledger.last_error = failed.metadata.get("error", "")
+    _refuse_many_failures(args, ledger)
 
 
 def _refuse_many_failures(args: Any, ledger: Ledger) -> None:
@@ -190,7 +208,7 @@ def _refuse_many_failures(args: Any, ledger: Ledger) -> None:
         )
 
 
-def _tell_drops(args: Any, rollout_id: int, ledger: Ledger) -> None:
+def tell_drops(args: Any, rollout_id: int, ledger: Ledger) -> None:
     """A line whenever the drops have doubled. Raises RuntimeError when nothing is kept any more."""
     target, total = args.rollout_batch_size, ledger.dropped.total()
     progress = f"rollout {rollout_id + 1}: {len(ledger.kept)} of {target} groups are kept so far"
@@ -311,6 +329,11 @@ def _finish(args: Any, rollout_id: int, data_source: Any, ledger: Ledger, *, sec
     ledger.check()
     if ledger.returned:
         data_source.add_samples(sorted(ledger.returned, key=_index_of))
+    return hand_over(args, rollout_id, data_source, ledger, seconds=seconds)
+
+
+def hand_over(args: Any, rollout_id: int, data_source: Any, ledger: Ledger, *, seconds: float) -> RolloutFnTrainOutput:
+    """The kept groups in the order of their prompts, as the user's functions leave them, and what became of the others."""
     ledger.kept.sort(key=_index_of)
     if args.rollout_sample_filter_path:
         load_function("--rollout-sample-filter-path", args.rollout_sample_filter_path)(view_for_call(args), ledger.kept)

@@ -104,6 +104,35 @@ def _first(meta_info: dict[str, Any], *names: str) -> Any:
     return next((meta_info[name] for name in names if meta_info.get(name) is not None), None)
 
 
+def _versions(meta_info: dict[str, Any]) -> list[str]:
+    """Of one answer; SGLang 0.5.23 tells all of them where weights changed in its middle."""
+    if spans := meta_info.get("weight_versions"):
+        return [str(span["version"]) for span in spans]
+    version = meta_info.get("weight_version")
+    return [] if version is None else [str(version)]
+
+
+def _version_spans(meta_info: dict[str, Any], count: int, trainable: bool) -> list[list]:
+    """[version, tokens] of the `count` tokens of one append."""
+    versions = _versions(meta_info) if trainable else []
+    if not versions:
+        return [["", count]]
+    ends = [int(span["end"]) for span in meta_info["weight_versions"]] if meta_info.get("weight_versions") else []
+    ends = [*(min(end, count) for end in ends[:-1]), count]
+    return [[version, end - start] for version, start, end in zip(versions, [0, *ends], ends, strict=False)]
+
+
+def _with_spans(spans: list[list], length: int, new: list[list]) -> list[list]:
+    """`spans` of a response of `length` tokens, with `new` behind them; neighbours of one version are one span."""
+    grown: list[list] = []
+    for version, count in [*spans, ["", length - sum(count for _, count in spans)], *new]:
+        if count > 0 and grown and grown[-1][0] == version:
+            grown[-1] = [version, grown[-1][1] + count]
+        elif count > 0:
+            grown.append([version, count])
+    return grown
+
+
 @dataclass
 class Sample:
     """One prompt with one (perhaps unfinished) response."""
@@ -136,7 +165,9 @@ class Sample:
     loss_mask: list[int] | None = None
     """Per response token: 1 trained, 0 not; None means all ones."""
     weight_versions: list[str] = field(default_factory=list)
-    """Versions of the weights that answered, in order of the requests."""
+    """Versions of the weights that answered, in order; one request has several where weights changed in its middle."""
+    weight_version_spans: list[list] = field(default_factory=list)
+    """[version, tokens] along the response: which weights wrote how many; version "" for tokens that no engine wrote."""
     rollout_log_probs: list[float] | None = None
     """Per response token: the engine's log-prob, 0 for tokens that it did not generate."""
     rollout_top_p_token_ids: np.ndarray | None = None
@@ -175,6 +206,12 @@ class Sample:
     def effective_response_length(self) -> int:
         """Trained tokens of the response."""
         return sum(self.loss_mask) if self.loss_mask is not None else self.response_length
+
+    @property
+    def token_weight_versions(self) -> list[str]:
+        """Per response token the version of the weights that wrote it, "" where nobody recorded one."""
+        known = [version for version, count in self.weight_version_spans for _ in range(count)]
+        return (known + [""] * self.response_length)[: self.response_length]
 
     @property
     def trains_nothing(self) -> bool:
@@ -259,6 +296,9 @@ class Sample:
             self.rollout_indexer_topk = selections
         # A new list: a plugin may have given the same prompt ids to several samples, or an array, whose + adds numbers.
         self.tokens = [*self.tokens, *tokens] if isinstance(self.tokens, list) else [*map(int, self.tokens), *tokens]
+        self.weight_version_spans = _with_spans(
+            self.weight_version_spans, before, _version_spans(meta_info, len(tokens), trainable)
+        )
         self.response_length += len(tokens)
         if text is not None:
             self.response += text
@@ -270,8 +310,7 @@ class Sample:
         if getattr(args, "sglang_speculative_algorithm", None):
             self.spec_info.add(meta_info)
         self.prefix_cache_info.add(meta_info)
-        if meta_info.get("weight_version") is not None:
-            self.weight_versions = [*self.weight_versions, str(meta_info["weight_version"])]
+        self.weight_versions = [*self.weight_versions, *_versions(meta_info)]
         self.status = _FINISH_STATUS.get(meta_info["finish_reason"]["type"], self.status)
 
     def _checked_log_probs(self, count: int, log_probs: list[float] | None, trainable: bool) -> list[float] | None:
@@ -376,8 +415,8 @@ class Sample:
         fresh = Sample()
         for name in ("response", "response_length", "reward", "loss_mask", "rollout_log_probs", "teacher_log_probs",
                      "rollout_top_p_token_ids", "rollout_top_p_token_offsets", "rollout_routed_experts", "rollout_indexer_topk",
-                     "weight_versions",
-                     "spec_info", "prefix_cache_info", "non_generation_time", "remove_sample"):  # fmt: skip
+                     "weight_versions", "weight_version_spans", "spec_info", "prefix_cache_info", "non_generation_time",
+                     "remove_sample"):  # fmt: skip
             setattr(self, name, getattr(fresh, name))
         self.tokens, self.status = prompt_ids, Status.PENDING
 

@@ -38,6 +38,7 @@ GATES: Mapping[str, str] = {
     "update_weight_transport=disk": """engine.update_weight_mode engine.update_weight_disk_dir
         engine.update_weight_disk_keep_files engine.update_weight_delta_encoding engine.update_weight_delta_checksum
         engine.update_weight_local_checkpoint_dir""",
+    "schedule=fully-async": "loop.max_weight_staleness loop.on_stale_group",
     "load_debug_rollout_data": "debug.load_debug_rollout_data_subsample",
     "ci_test": "debug.ci_disable_kl_checker debug.ci_train_rollout_logprob_abs_diff_threshold",
     "save_on_signal": "upkeep.save_on_signal_seconds",

@@ -51,6 +51,7 @@ class Side:
         return {"next": self.next_prompt}
 
     def restore(self, state):
+        self.events.append(f"back to {state['next']}")
         self.next_prompt = state["next"]
 
 
@@ -58,11 +59,11 @@ class Side:
 def run_with(monkeypatch):
     monkeypatch.setattr("slime.ray.in_flight.ray.get", lambda ref: ref)
 
-    def make(attempts, *, tolerant: bool = True) -> tuple[Run, Side]:
+    def make(attempts, *, tolerant: bool = True, schedule: str = "sync") -> tuple[Run, Side]:
         debug = SimpleNamespace(debug_rollout_only=False, debug_train_only=False)
         data, checkpoint = SimpleNamespace(num_rollout=9), SimpleNamespace(save=None)
         engine = SimpleNamespace(use_fault_tolerance=tolerant)
-        run = Run(SimpleNamespace(debug=debug, data=data, engine=engine, checkpoint=checkpoint, loop=LoopConfig()))
+        run = Run(SimpleNamespace(debug=debug, data=data, engine=engine, checkpoint=checkpoint, loop=LoopConfig(schedule)))
         side = run._rollout = Side(attempts)
 
         @contextmanager
@@ -83,7 +84,7 @@ AGAIN = ["devices to the trainer", "devices to the sync", "weights"]
 def test_a_rollout_that_a_death_broke_is_made_again_from_the_same_prompts_with_the_trainers_weights(run_with):
     run, side = run_with([(["decode-1"], True), ([], False), ([], False)])
     assert run.generate(3).batch == 10
-    assert side.events == ["generate from 10", *AGAIN, "generate from 10"]
+    assert side.events == ["generate from 10", *AGAIN, "back to 10", "generate from 10"]
     assert run.generate(4).batch == 15, "and the prompts go on behind those"
 
 
@@ -92,6 +93,13 @@ def test_who_died_while_the_devices_changed_hands_is_mended_before_the_next_prom
     side.dead = ["decode-1"]
     assert run.generate(3).batch == 10
     assert side.events == [*AGAIN, "generate from 10"]
+
+
+def test_where_generation_goes_on_all_the_time_it_begins_anew_once_who_died_beside_training_is_mended(run_with):
+    run, side = run_with([([], False)], schedule="fully-async")
+    side.dead = ["decode-1"]
+    assert run.generate(3).batch == 10
+    assert side.events == [*AGAIN, "back to 10", "generate from 10"]
 
 
 def test_a_rollout_that_the_other_engines_finished_stands(run_with):

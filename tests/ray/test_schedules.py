@@ -126,6 +126,17 @@ def test_one_step_ahead_the_next_rollout_is_begun_before_training_and_ends_befor
     assert staleness == [0, 1, 1], "the first is of the weights that it trains, the others are a version behind"
 
 
+def test_all_the_time_the_driver_asks_when_the_weights_are_new_and_a_sync_waits_for_no_sample(loop):
+    """What is generated meanwhile is the rollout actor's (tests/rollout/test_fully_async.py)."""
+    both, staleness = loop("fully-async", rollouts=2, evaluate=1)
+    assert both.events == [
+        "evaluate -1 by v1",
+        "begin 0 by v1", "end 0", "train 0", "save 0", "scores -1", "sync v2", "evaluate 0 by v2",
+        "begin 1 by v2", "end 1", "train 1", "save 1", "scores 0", "sync v3", "evaluate 1 by v3", "scores 1",
+    ]  # fmt: skip
+    assert staleness == [0, 0]
+
+
 def test_with_an_interval_of_two_a_rollout_is_not_waited_for_in_between(loop):
     both, staleness = loop("one-step-ahead", rollouts=5, interval=2)
     assert [event for event in both.events if event.startswith(("sync", "begin"))] == [

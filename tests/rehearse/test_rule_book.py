@@ -170,6 +170,11 @@ LEGAL: dict[str, Edit] = {
         without("--colocate"),
         flags("--rollout-num-gpus", "256", "--schedule", "one-step-ahead", "--update-weights-interval", "2"),
     ),
+    "all the time": all_of(
+        without("--colocate"),
+        flags("--rollout-num-gpus", "256", "--schedule", "fully-async", "--max-weight-staleness", "2"),
+        flags("--on-stale-group", "drop", "--pause-generation-mode", "in_place", "--mask-offpolicy-in-partial-rollout"),
+    ),
     "a replay": flags("--load-debug-rollout-data", "/d/{rollout_id}.pt"),
     "slices": flags("--prompt-data", "/p.jsonl@[-500:]"),
     "slices from both ends": flags("--prompt-data", "/p.jsonl@[10:-10]"),

@@ -17,6 +17,27 @@ WRONG_ALGORITHMS: dict[str, tuple[Edit, str]] = {
         flags("--schedule", "one-step-ahead"),
         "--schedule one-step-ahead generates while the trainer trains, and --colocate gives both the same GPUs",
     ),
+    "all the time on the same GPUs": (
+        flags("--rollout-function-path", "slime.rollout.fully_async_rollout.generate_rollout_fully_async"),
+        "--schedule fully-async generates while the trainer trains, and --colocate gives both the same GPUs",
+    ),
+    "all the time, in turn": (
+        flags(
+            "--rollout-function-path", "slime.rollout.fully_async_rollout.generate_rollout_fully_async", "--schedule", "sync"
+        ),
+        "generates all the time, and --schedule sync in turn; leave one out",
+    ),
+    "all the time by somebody else's loop": (
+        all_of(
+            without("--colocate"),
+            flags("--rollout-num-gpus", "256", "--schedule", "fully-async", "--rollout-function-path", "my.own.rollout"),
+        ),
+        "--schedule fully-async generates by this project's own loop, and --rollout-function-path is my.own.rollout",
+    ),
+    "engines that are not there, all the time": (
+        all_of(without("--colocate"), flags("--schedule", "fully-async", "--load-debug-rollout-data", "/d/{rollout_id}.pt")),
+        "--schedule fully-async keeps engines generating, and --debug-train-only (which --load-debug-rollout-data implies)",
+    ),
     "old log-probs by weights that are gone": (
         all_of(without("--colocate"), flags("--rollout-num-gpus", "256", "--schedule", "one-step-ahead", "--keep-old-actor")),
         "--keep-old-actor with --schedule one-step-ahead asks for old log-probs by the weights that generated",

@@ -24,7 +24,8 @@ def make_config(**values) -> Config:
 
 @dataclass
 class FakeRouter:
-    """Answers /generate with what `answer(text, payload)` says: (response text, finish type), or an int for an HTTP error.
+    """Answers /generate with what `answer(text, payload)` says: (response text, finish type[, more of meta_info]), or an int
+    for an HTTP error.
 
     A POST without input_ids gets `answer(path, payload)` as it is.
     """
@@ -81,7 +82,7 @@ class FakeRouter:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server.server_port}"
 
-    def generated(self, text: str, finish: str) -> dict:
+    def generated(self, text: str, finish: str, meta: dict | None = None) -> dict:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         by_token = finish == "stop" and ids and ids[-1] in self.tokenizer.all_special_ids
         return {
@@ -92,6 +93,7 @@ class FakeRouter:
                 "weight_version": "3",
                 "prompt_tokens": 10,
                 "cached_tokens": 4,
+                **(meta or {}),
             },
         }
 

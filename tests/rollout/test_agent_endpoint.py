@@ -152,17 +152,6 @@ def test_a_session_without_room_is_told_as_openai_tells_it_and_a_closed_one_has_
         seen[0].chat.completions.create(model="policy", messages=[{"role": "user", "content": "2 plus 2"}])
 
 
-def test_an_engine_that_refuses_is_the_samples_failure_and_not_the_clients(agent_rollout, router):
-    router.answer = policy(lambda text: 400)
-
-    async def play(address):
-        client = openai.AsyncOpenAI(base_url=address.base_url, api_key=address.api_key)
-        await client.chat.completions.create(model="policy", messages=address.messages)
-
-    with pytest.raises(RuntimeError, match="EngineError: POST .*/generate answered 400: made to fail"):
-        agent_rollout(served(play))
-
-
 def test_a_client_that_goes_away_leaves_nothing_behind(agent_rollout, router):
     left = threading.Event()
 

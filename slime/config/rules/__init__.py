@@ -61,7 +61,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         converts=True,
     ),
-    Stage((external.external, placement.debug_modes, placement.placement)),
+    Stage((external.external, placement.debug_modes, loop.chosen, placement.placement)),
     Stage((layout.layout,), converts=True),
     Stage((layout.sequences, layout.stage_starts, training.multi_token_prediction, training.recomputation)),
     Stage(

@@ -48,8 +48,8 @@ def batch(v: Values) -> None:
         f"--over-sampling-batch-size {v['over_sampling_batch_size']} is below --rollout-batch-size {prompts}; raise it",
     )
     v.require(
-        v["partial_rollout"] or not v["mask_offpolicy_in_partial_rollout"],
-        "--mask-offpolicy-in-partial-rollout needs --partial-rollout; pass both",
+        v["partial_rollout"] or v["schedule"] == "fully-async" or not v["mask_offpolicy_in_partial_rollout"],
+        "--mask-offpolicy-in-partial-rollout needs --partial-rollout (or --schedule fully-async); pass both",
     )
     _ranks(v)
 

@@ -165,7 +165,9 @@ def _cost(done: Rehearsal) -> list[str]:
 
 def staleness_said(config: Config) -> str:
     """How far behind the weights are that wrote what is trained."""
-    return f"--schedule {config.loop.schedule}: samples are trained at most 1 weight version after the one that wrote them"
+    bound = 1 if config.loop.schedule == "one-step-ahead" else config.loop.max_weight_staleness
+    most = "any number of weight versions" if bound is None else f"at most {bound} weight version{'s' if bound != 1 else ''}"
+    return f"--schedule {config.loop.schedule}: samples are trained {most} after the one that wrote them"
 
 
 def _remedies(done: Rehearsal) -> list[str]:

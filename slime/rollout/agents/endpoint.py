@@ -18,7 +18,7 @@ import socket
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
@@ -113,8 +113,6 @@ class _Open:
     session: Session
     context: contextvars.Context
     """Of the sample that the session belongs to: the server's own is that of whoever started it."""
-    failures: list[Exception] = field(default_factory=list)
-    """What broke behind requests of the session."""
 
 
 class Endpoint:
@@ -142,13 +140,9 @@ class Endpoint:
     @contextlib.asynccontextmanager
     async def opened(self, session: Session) -> AsyncIterator[Address]:
         key = f"sk-{secrets.token_hex(24)}"
-        opened = self._open[key] = _Open(session, contextvars.copy_context())
+        self._open[key] = _Open(session, contextvars.copy_context())
         try:
             yield Address(self.base_url, key, session.messages)
-        except Exception as error:
-            if opened.failures and not session.ended:
-                raise opened.failures[0] from error
-            raise
         finally:
             del self._open[key]
 
@@ -181,9 +175,6 @@ class Endpoint:
             return _refusal(400, str(error), code="context_length_exceeded")
         except ValueError as error:
             return _refusal(400, str(error))
-        except Exception as error:  # it would reach the agent as an error of its client, whose reason nobody knows
-            opened.failures.append(error)
-            return _refusal(500, f"{type(error).__name__}: {error}")
         if turn is None:
             return _refusal(499, "the client has gone")
         return _streamed(turn, body) if body.stream else JSONResponse(_completion(turn))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -57,16 +56,16 @@ async def run_agent(
     try:
         reward = await agent(session)
     except Exception:
-        if not session.ended:
+        if not session.has_ended:
             raise
     if session.aborted:
         sample.status = Status.ABORTED
         return [sample]
     samples = session.samples()
     if not samples:
-        raise ValueError(session.ended or "the agent asked the policy for nothing, so there is nothing to train")
+        raise ValueError("the agent asked the policy for nothing, so there is nothing to train")
     for one in samples:
-        one.reward = copy.copy(reward)
+        one.reward = reward
     samples[0].non_generation_time += time.monotonic() - started - session.seconds
     return samples
 

@@ -79,8 +79,8 @@ class Session:
         self.turns: list[Turn] = []
         self.aborted = False
         """The rollout ended before the agent did."""
-        self.ended = ""
-        """Why a request was refused: a limit, or the rollout's end."""
+        self.has_ended = False
+        """A request was refused because a limit is reached or the rollout is over."""
         self.seconds = 0.0
         """Spent in the engines."""
 
@@ -112,7 +112,7 @@ class Session:
         tools = tools or None
         parent = self._continued(messages, tools)
         self._num_asked += 1
-        if self.aborted or self._state.aborted:
+        if self.aborted:
             raise self._over()
         if self._max_turns is not None and self._num_asked > self._max_turns:
             raise self._cut(parent, f"the session has had its {self._max_turns} turns")
@@ -184,14 +184,14 @@ class Session:
         return limit is not None and len(sample.tokens) >= limit
 
     def _over(self) -> SessionEnded:
-        self.aborted, self.ended = True, "the rollout has ended"
-        return SessionEnded(self.ended)
+        self.aborted = self.has_ended = True
+        return SessionEnded("the rollout has ended")
 
     def _cut(self, parent: Turn | None, why: str) -> SessionEnded:
         """The agent wanted to go on from there and may not: that answer is the end of a truncated sample."""
         if parent is not None:
             parent.sample.status = Status.TRUNCATED
-        self.ended = why
+        self.has_ended = True
         return SessionEnded(why)
 
     def _read_end(self, ids: list[int], meta_info: dict[str, Any]) -> tuple[str, str]:
