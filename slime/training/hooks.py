@@ -25,7 +25,7 @@ CALLS: dict[str, Call] = {
     ),
 }
 _SPEC = Call("fn(args, config, vp_stage)", 3)
-_PROVIDER = Call("fn(pre_process, post_process[, vp_stage])", 0, ("pre_process", "post_process"), offered=("vp_stage",))
+PROVIDER = Call("fn(pre_process, post_process[, vp_stage])", 0, ("pre_process", "post_process"), offered=("vp_stage",))
 
 
 def load_hook(flag: str, path: str | None) -> Callable[..., Any] | None:
@@ -36,7 +36,7 @@ def load_hook(flag: str, path: str | None) -> Callable[..., Any] | None:
 def named_hooks(config: Config) -> list[tuple[str, str, Call]]:
     """(flag, path, how it is called) of the functions of a user's that the trainer's flags name."""
     named = [(flag, getattr(config.algorithm, flag.removeprefix("--").replace("-", "_")), call) for flag, call in CALLS.items()]
-    named.append(("--custom-model-provider-path", config.model.custom_model_provider_path, _PROVIDER))
+    named.append(("--custom-model-provider-path", config.model.custom_model_provider_path, PROVIDER))
     spec = config.model.spec
     if spec and not spec[0].startswith("slime_plugins."):  # ours are known, and take seconds to import
         named.append(("--spec", ".".join(spec), _SPEC))

@@ -1,0 +1,99 @@
+"""The trainer's functions: of two samples with 3 and 2 response tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from slime.training.columns import Columns, call_with_rollout_data
+from slime.types import RolloutBatch
+
+LENGTHS = (3, 2)
+
+
+def _batch(*, advantages: bool) -> tuple[Columns, RolloutBatch]:
+    log_probs = {row: torch.full((length,), -0.5) for row, length in enumerate(LENGTHS)}
+    ones = {row: torch.ones(length) for row, length in enumerate(LENGTHS)}
+    columns = Columns(
+        positions=(0, 1), old_log_probs=log_probs, kl={row: torch.zeros(length) for row, length in enumerate(LENGTHS)},
+        advantages=ones if advantages else None, returns=ones if advantages else None,
+    )  # fmt: skip
+    batch = RolloutBatch(
+        rollout_id=0, tokens=tuple(np.arange(1, 3 + length) for length in LENGTHS), response_lengths=np.array(LENGTHS),
+        loss_masks=tuple(np.ones(length, np.float32) for length in LENGTHS), rewards=np.array([1.0, -1.0], np.float32),
+        raw_rewards=np.array([1.0, 0.0], np.float32), groups=np.array([0, 0]), trajectories=np.array([0, 1]),
+        sample_ids=np.array([0, 1]), truncated=np.zeros(2, bool),
+        rollout_log_probs=tuple(np.full(length, -0.5, np.float32) for length in LENGTHS),
+    )  # fmt: skip
+    return columns, batch
+
+
+def _leaves_one_advantage_a_token(function, stage, flag: str, *first: Any) -> None:
+    columns, batch = _batch(advantages=bool(first))
+    call_with_rollout_data(function, columns, batch, stage.args(), *first, flag=flag)
+    for name in ("advantages", "returns"):
+        for row, values in getattr(columns, name).items():
+            assert values.shape == (LENGTHS[row],), (
+                f"{name} of sample {row} have shape {tuple(values.shape)}; it has {LENGTHS[row]} tokens"
+            )
+            assert torch.isfinite(values).all(), f"{name} of sample {row} are {values.tolist()}"
+
+
+def sets_an_advantage_and_a_return_for_every_token(function, stage) -> None:
+    _leaves_one_advantage_a_token(function, stage, "--custom-advantage-function-path")
+
+
+def leaves_an_advantage_and_a_return_for_every_token(function, stage) -> None:
+    _leaves_one_advantage_a_token(function, stage, "--rollout-data-postprocess-path", 0)
+
+
+def _weighed(function, stage, gaps: list[float]) -> tuple:
+    train = torch.tensor(gaps)
+    return function(
+        args=stage.args(), pg_loss=torch.ones(5), train_log_probs=list(train.split(LENGTHS)),
+        rollout_log_probs=list(torch.zeros(5).split(LENGTHS)), loss_masks=[torch.ones(length) for length in LENGTHS],
+        total_lengths=[length + 2 for length in LENGTHS], response_lengths=list(LENGTHS),
+    )  # fmt: skip
+
+
+def gives_a_loss_masks_and_values_by_token(function, stage) -> None:
+    answer = _weighed(function, stage, [0.0, 0.1, -0.1, 0.0, 0.2])
+    assert isinstance(answer, tuple) and len(answer) == 3, (
+        f"it gave a {type(answer).__name__}; expected (pg_loss, masks, values)"
+    )
+    loss, masks, values = answer
+    assert tuple(loss.shape) == (5,), f"pg_loss has shape {tuple(loss.shape)}; there are 5 tokens"
+    shapes = [tuple(mask.shape) for mask in masks]
+    assert shapes == [(3,), (2,)], f"masks have shapes {shapes}; expected (3,) and (2,)"
+    for name, value in values.items():
+        assert tuple(value.shape) == (5,), f"{name} has shape {tuple(value.shape)}; reported values are by token"
+
+
+def gives_no_nan_where_a_ratio_is_infinite(function, stage) -> None:
+    """A token that the engine calls impossible."""
+    loss, masks, _ = _weighed(function, stage, [0.0, 100.0, -100.0, 0.0, 0.0])
+    kept = torch.cat(list(masks)) > 0
+    assert torch.isfinite(loss[kept]).all(), f"the loss of trained tokens is {loss[kept].tolist()} where a log-ratio is 100"
+
+
+def gives_a_function_that_sums(function, stage) -> None:
+    reduce = function([5, 4], list(LENGTHS), [torch.ones(length) for length in LENGTHS], False)
+    assert callable(reduce), f"it gave a {type(reduce).__name__}; expected a function of the token losses"
+    one, two = reduce(torch.ones(5)), reduce(2 * torch.ones(5))
+    assert one.dim() == 0, f"its sum has shape {tuple(one.shape)}; expected one number"
+    assert torch.isclose(two, 2 * one), f"twice the loss gives {float(two):g}, and the loss {float(one):g}: it is no sum"
+
+
+PROMISES = {
+    "--custom-advantage-function-path": (sets_an_advantage_and_a_return_for_every_token,),
+    "--rollout-data-postprocess-path": (leaves_an_advantage_and_a_return_for_every_token,),
+    "--custom-tis-function-path": (gives_a_loss_masks_and_values_by_token, gives_no_nan_where_a_ratio_is_infinite),
+    "--custom-pg-loss-reducer-function-path": (gives_a_function_that_sums,),
+    "--custom-loss-function-path": (),
+    "--custom-megatron-init-path": (),
+    "--custom-megatron-before-log-prob-hook-path": (),
+    "--custom-megatron-before-train-step-hook-path": (),
+    "--custom-model-provider-path": (),
+}
