@@ -7,8 +7,9 @@
 # BASE_DIR   where everything goes                                    (default: outputs/glm5.2-tiny of this project)
 # SFT_DATA   conversations of the warm start, .jsonl with "messages"  (default: arithmetic, made here)
 # SEED       of the checkpoint, the data and the run                  (default 1234)
-# NUM_NODES  2: a pipeline stage and an engine on each; BASE_DIR is then on a shared disk, and MASTER_ADDR, HOSTFILE and SOCKET_IFNAME
-#            (default eth0) are given as for the 744B recipe. tools/cluster_box.py makes two nodes of one machine   (default 1)
+# NUM_NODES  2: a pipeline stage and an engine on each; 4: two copies of the two stages, one prefill and three decode engines. BASE_DIR
+#            is then on a shared disk, and MASTER_ADDR, HOSTFILE and SOCKET_IFNAME (default eth0) are given as for the 744B recipe.
+#            tools/cluster_box.py makes nodes of one machine   (default 1)
 # Steps that are done already are skipped, and training continues from its last checkpoint: delete BASE_DIR to start anew.
 set -euo pipefail
 
@@ -21,17 +22,18 @@ source "${SCRIPT_DIR}/lib/launch.sh"
 TRANSFER=mooncake # a CPU engine takes its TCP half, and says so
 NUM_DEVICES=$(visible_gpus)
 export NUM_NODES="${NUM_NODES:-1}"
-[[ $NUM_NODES == [12] ]] || die "NUM_NODES=${NUM_NODES}: choose 1 or 2"
+[[ $NUM_NODES == [124] ]] || die "NUM_NODES=${NUM_NODES}: choose 1, 2 or 4"
 if ((NUM_DEVICES == 0)); then
-   export GLM52_TINY=cpu NUM_GPUS=$((2 / NUM_NODES)) LOGICAL_GPUS=1
+   export GLM52_TINY=cpu NUM_GPUS=$((NUM_NODES > 1 ? 1 : 2)) LOGICAL_GPUS=1
    # Sequences have about 24 tokens, three times the keys that sparse attention keeps.
    TINY_MODEL=(--index-topk 8) DATA_ARGS=() MAX_TOKENS=512 PROMPTS=32 SFT_BATCH=64 SFT_LR=3e-3 RL_LR=5e-4
 else
-   export GLM52_TINY=h200 NUM_GPUS="${NUM_GPUS:-$((NUM_DEVICES > 1 ? 2 / NUM_NODES : 1))}"
+   export GLM52_TINY=h200 NUM_GPUS="${NUM_GPUS:-$((NUM_DEVICES > 1 && NUM_NODES == 1 ? 2 : 1))}"
    TINY_MODEL=() DATA_ARGS=(--examples 120) MAX_TOKENS=16384 PROMPTS=16 SFT_BATCH=32 SFT_LR=3e-4 RL_LR=5e-5
    compgen -G '/sys/class/infiniband/*' >/dev/null || TRANSFER=mooncake_tcp # no RDMA device
 fi
 NUM_SLOTS=$((NUM_GPUS * NUM_NODES))
+NUM_STAGES=$((NUM_SLOTS > 1 ? 2 : 1))
 source "${SCRIPT_DIR}/models/glm5.2-tiny.sh"
 
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
@@ -42,8 +44,9 @@ export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" NUM_CPUS=8
 RUN_DIR="${RUN_DIR:-${BASE_DIR}/run}"
 mkdir -p "${BASE_DIR}" "${RUN_DIR}" || die "BASE_DIR=${BASE_DIR} and RUN_DIR=${RUN_DIR} cannot be made: name folders of your own"
 
-# Two pipeline stages on two slots. Each starts on a layer that computes its own indices: layers 1, 2, 3 and 7 of 8 do.
-PIPELINE_ARGS=(--pipeline-model-parallel-size "${NUM_SLOTS}")
+# Two pipeline stages on two slots, and again on two more. Each starts on a layer that computes its own indices: layers 1, 2, 3 and 7 of
+# 8 do.
+PIPELINE_ARGS=(--pipeline-model-parallel-size "${NUM_STAGES}")
 ((NUM_SLOTS == 1)) || PIPELINE_ARGS+=(--decoder-first-pipeline-num-layers 6 --decoder-last-pipeline-num-layers 2)
 
 PERF_ARGS=(
@@ -174,7 +177,8 @@ OPTIMIZER_ARGS=(
    --adam-beta2 0.98
 )
 
-# One prefill and one decode engine, as the 744B recipe has one and three; a single GPU holds one engine that does both.
+# One prefill engine, and one for decoding on each further slot: four make one and three, as in the 744B recipe. A single GPU holds one
+# engine that does both.
 SGLANG_CONFIG="${RUN_DIR}/sglang.yaml"
 if ((NUM_SLOTS == 1)); then
    cat >"${SGLANG_CONFIG}" <<'YAML'
@@ -186,7 +190,7 @@ sglang:
         num_gpus_per_engine: 1
 YAML
 else
-   cat >"${SGLANG_CONFIG}" <<'YAML'
+   cat >"${SGLANG_CONFIG}" <<YAML
 sglang:
   - name: default
     server_groups:
@@ -194,7 +198,7 @@ sglang:
         num_gpus: 1
         num_gpus_per_engine: 1
       - worker_type: decode
-        num_gpus: 1
+        num_gpus: $((NUM_SLOTS - 1))
         num_gpus_per_engine: 1
 YAML
 fi
@@ -247,8 +251,8 @@ fi
 
 # 2. BF16 Hugging Face -> Megatron torch_dist, the command of the 744B recipe with smaller numbers.
 if runs && [[ ! -f ${BASE_DIR}/GLM-5.2-tiny_torch_dist/latest_checkpointed_iteration.txt ]]; then
-   say "2/4 converting it to torch_dist on ${NUM_SLOTS} ranks"
-   run_ranks "${NUM_SLOTS}" "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
+   say "2/4 converting it to torch_dist on ${NUM_STAGES} ranks"
+   run_ranks "${NUM_STAGES}" "${PROJECT_ROOT}/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
       --tensor-model-parallel-size 1 \
       "${PIPELINE_ARGS[@]}" \
       --expert-model-parallel-size 1 \
