@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +142,9 @@ def _cuda(spec, place, column, asked, common, env) -> tuple[dict[str, object], d
 def _host(spec, place, column, asked, common, env) -> tuple[dict[str, object], dict[str, str], list[str]]:
     if not column.cpu_engine:
         raise ValueError(f"sglang {column.version} cannot serve on a CPU here; install 0.5.23 (scripts/setup.sh, extra cpu)")
-    if spec.num_nodes > 1:
-        raise ValueError(f"engine {spec.label} spans {spec.num_nodes} nodes; a CPU engine runs on one")
+    interface = env.get("GLOO_SOCKET_IFNAME") if spec.num_nodes > 1 else "lo"
+    if why := why_not_over_nodes(spec, interface, processor=_processor()):
+        raise ValueError(why)
     if spec.pp_size > 1:
         raise ValueError(
             f"engine {spec.label} has pipeline parallel size {spec.pp_size}; a CPU engine has tensor parallelism only"
@@ -178,8 +180,29 @@ def _host(spec, place, column, asked, common, env) -> tuple[dict[str, object], d
     if model_override:
         common["json_model_override_args"] = json.dumps(model_override)
     notes += _override_notes(common, kept)
-    env = host_environment(cores=_cores(spec), host=place.host, peers=place.peers, base=env)
+    env = host_environment(cores=_cores(spec), host=place.host, peers=place.peers, interface=interface, base=env)
     return common | kept, env, notes
+
+
+def why_not_over_nodes(spec: EngineSpec, interface: str | None, *, processor: str) -> str | None:
+    """Why a CPU engine cannot be on as many nodes; None where it can. processor: kind and flags, as the kernel tells them."""
+    if spec.num_nodes == 1:
+        return None
+    spans = f"engine {spec.label} spans {spec.num_nodes} nodes"
+    if shared := [word for word in ("amx_tile", "aarch64") if word in processor.split()]:
+        return (
+            f"{spans}; on this processor ({shared[0]}) SGLang reduces in one machine's shared memory: give each its own engine"
+        )
+    if not interface or interface == "lo":
+        return (
+            f"{spans}, and GLOO_SOCKET_IFNAME is {interface or 'not set'}: set it to the interface between them (SOCKET_IFNAME)"
+        )
+    return None
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return " ".join([platform.machine(), *(line.partition(":")[2] for line in lines if line.startswith("flags"))][:2])
 
 
 def _override_notes(common: Mapping[str, object], asked: Mapping[str, object]) -> list[str]:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from callers import connects
 
 from slime.engine.groups import group_exists
+from slime.engine.kinds import why_not_over_nodes
 from slime.engine.ports import EnginePorts, bind_when_free
 from slime.engine.process import ChildProcess, EngineDied, EngineProcess, seconds_until_missed
 from slime.engine.router import RouterProcess
@@ -111,7 +113,7 @@ def engine(tmp_path: Path, **changes) -> EngineProcess:
     [
         ({}, "has no config.json; --hf-checkpoint must be a local Hugging Face folder"),
         ({"settings": {"max_running_request": 3}}, "has no such option; nearest: --sglang-max-running-requests"),
-        ({"num_nodes": 2}, "spans 2 nodes; a CPU engine runs on one"),
+        ({"num_nodes": 2}, "spans 2 nodes"),
         ({"pp_size": 2}, "pipeline parallel size 2; a CPU engine has tensor parallelism only"),
     ],
 )
@@ -123,6 +125,19 @@ def test_what_cannot_start_is_refused_before_a_process_exists(tmp_path, changes,
         process.start()
     assert not process.is_alive()
     process.stop()
+
+
+def test_a_cpu_engine_over_nodes_needs_an_interface_and_a_processor_that_reduces_over_one(tmp_path):
+    over_two = replace(engine(tmp_path).spec, num_nodes=2, num_gpus=2, tp_size=2)
+    plain, amx = "x86_64 fpu avx512f", "x86_64 fpu avx512f amx_tile"
+    assert why_not_over_nodes(over_two, "eth0", processor=plain) is None
+    assert why_not_over_nodes(over_two, None, processor=plain) == (
+        "engine default-regular-0 spans 2 nodes, and GLOO_SOCKET_IFNAME is not set: set it to the interface between them "
+        "(SOCKET_IFNAME)"
+    )
+    assert "reduces in one machine's shared memory" in why_not_over_nodes(over_two, "eth0", processor=amx)
+    assert "(aarch64)" in why_not_over_nodes(over_two, "eth0", processor="aarch64 fp asimd")
+    assert why_not_over_nodes(replace(over_two, num_nodes=1), None, processor=amx) is None
 
 
 def test_an_engine_without_a_token_is_refused(tmp_path):

@@ -44,11 +44,13 @@ def host_environment(
     cores: Sequence[int],
     host: str = "127.0.0.1",
     peers: Sequence[str] = (),
+    interface: str = "lo",
     base: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The environment of an engine process on the CPU; one entry of `cores` per tensor-parallel rank.
 
     host: where its KV transfer listens. peers: addresses of the nodes that may connect there; none where it is loopback.
+    interface: over which its ranks meet.
     base: the environment to start from (None: this process's). Returns a new dict; os.environ is not touched.
     """
     if not cores:
@@ -65,8 +67,7 @@ def host_environment(
         # More threads than the bound cores make small matrix products several times slower.
         OMP_NUM_THREADS="1",
         SGLANG_CPU_OMP_THREADS_BIND="|".join(str(core) for core in cores),
-        # The ranks of a CPU engine are on one node.
-        GLOO_SOCKET_IFNAME="lo",
+        GLOO_SOCKET_IFNAME=interface,
         # By default SGLang and mooncake choose an address of the machine. They tell it to their partners, too.
         SGLANG_HOST_IP=host,
         MC_TCP_BIND_ADDRESS=host,
