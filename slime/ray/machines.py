@@ -62,18 +62,19 @@ def lost_machines_named(where: Callable[[], tuple[set[str], str]]) -> Iterator[N
     try:
         yield
     except Exception as error:
-        addresses, doing = where()
-        if not (lost := _lost(addresses)):
+        addresses, doing, lost = _lost(where)
+        if not lost:
             raise
         raise RuntimeError(f"{verdict(lost, addresses, doing)}. It was missed first by this: {error}") from error
 
 
-def _lost(addresses: set[str]) -> list[str]:
-    """Of several machines; of one there is nobody else who could tell, and where the cluster cannot be asked neither."""
+def _lost(where: Callable[[], tuple[set[str], str]]) -> tuple[set[str], str, list[str]]:
+    """Nobody of one machine, where nobody else could tell, and nobody where the cluster cannot be asked."""
     try:
-        return lost_nodes(addresses) if len(addresses) > 1 else []
+        addresses, doing = where()
+        return addresses, doing, lost_nodes(addresses) if len(addresses) > 1 else []
     except Exception:
-        return []
+        return set(), "", []
 
 
 def verdict(lost: list[str], addresses: set[str], doing: str) -> str:

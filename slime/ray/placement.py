@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from slime.ray.machines import alive_nodes
+from slime.ray.machines import alive_nodes, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +103,12 @@ def _bundles_on(placement: Placement, nodes: Sequence[str]) -> list[int]:
 
 def _wait_until_ready(group: PlacementGroup, total: int, wait_seconds: float) -> None:
     started, said = time.monotonic(), 0.0
-    ready = group.ready()
+    ready, joined = group.ready(), set(alive_nodes())
     while not ray.wait([ready], timeout=2.0)[0]:
         waited = time.monotonic() - started
+        if gone := joined - (alive := set(alive_nodes())):
+            raise RuntimeError(verdict(sorted(gone), joined, "waiting for devices"))
+        joined = alive
         have = ray.cluster_resources()
         slots, cpus = have.get("GPU", 0), have.get("CPU", 0)
         missing = f"{slots:.0f} device slots and {cpus:.0f} CPUs are in the Ray cluster, {total} of each are needed"

@@ -26,6 +26,7 @@ from slime.ray.in_flight import InFlight, Rollout
 from slime.ray.lasting import Trainers, make_trainers
 from slime.ray.lease import Awake, FreeLease, Holder, Lease
 from slime.ray.leaving import Leaving
+from slime.ray.machines import alive_nodes
 from slime.ray.placement import Placement, place, slot_counts
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
 from slime.ray.standstill import Patience
@@ -143,7 +144,7 @@ class Run:
     def where(self) -> tuple[set[str], str]:
         """(the addresses of the machines that are used, what is waited for or was at last)."""
         placement = self._placement if self._trainers is None else self._trainers.placement
-        return placement.addresses if placement is not None else set(), self._patience.doing
+        return set(alive_nodes()) if placement is None else placement.addresses, self._patience.doing
 
     def _slots(self) -> dict[str, int | bool]:
         cluster = self._config.cluster

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -13,23 +14,34 @@ from ray.cluster_utils import Cluster
 
 from slime.ray.fates import Process, fates
 from slime.ray.machines import alive_nodes, lost_machines_named, lost_nodes, silent, verdict
+from slime.ray.placement import place
 
 THERE = "127.0.0.2"
 
 
 @pytest.fixture(scope="module")
-def raylet() -> Iterator[subprocess.Popen]:
-    """Of the second node."""
+def cluster() -> Iterator[Cluster]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    node = cluster.add_node(num_cpus=1, node_ip_address=THERE, wait=True)
-    yield node.all_processes["raylet"][0].process
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
 
 
 @pytest.mark.slow
-def test_a_dead_raylet_is_a_lost_machine_before_ray_says_so(raylet: subprocess.Popen):
+def test_a_machine_that_leaves_while_devices_are_awaited_ends_the_wait(cluster: Cluster):
+    node = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.3", wait=True)
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(place, num_trainer=9, num_engine=0, colocate=False, wait_seconds=120.0)
+        time.sleep(1.0)
+        cluster.remove_node(node)
+        with pytest.raises(RuntimeError, match=r"^node 127\.0\.0\.3 is gone, waiting for devices: bring it back or replace it"):
+            waits.result()
+
+
+@pytest.mark.slow
+def test_a_dead_raylet_is_a_lost_machine_before_ray_says_so(cluster: Cluster):
+    raylet: subprocess.Popen = cluster.add_node(num_cpus=1, node_ip_address=THERE, wait=True).all_processes["raylet"][0].process
     addresses = set(alive_nodes())
     assert THERE in addresses and len(addresses) == 2
     assert lost_nodes(addresses) == []
