@@ -1,0 +1,59 @@
+"""How a drill of a box is judged: by transcripts written by hand, and by what is really left on a node."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tools import cluster_box
+from tools.box_drill import Row, left_on, says_all, table
+
+ENDED = Row("die", "train", "train", "named", "node 10.98.0.2 is gone, ...", 9.4, 31.0, 2.2, [], 1, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "whole"),
+    [
+        ("the run stopped: node 10.98.0.2 is gone, training: replace it, and run the same command again; it resumes", True),
+        ("the run stopped: trainer rank 1 (pid 7 on 10.98.0.2) was killed by signal 9 (SIGKILL), while training", False),
+        ("node 10.98.0.2 is gone: replace it, and run the same command again", False),
+        ("node 10.98.0.1 is gone, training: replace it, and run the same command again", False),
+    ],
+)
+def test_one_line_has_to_name_node_phase_and_remedy(line: str, whole: bool):
+    assert says_all(line, "10.98.0.2") is whole
+
+
+def test_a_drill_fails_by_silence_by_what_stays_and_by_a_resume_from_elsewhere():
+    assert not ENDED.failed
+    for change in ({"outcome": "hung"}, {"outcome": "unnamed"}, {"left": ["node2: process x"]}, {"resumed": False}):
+        assert replace(ENDED, **change).failed, change
+    assert table([ENDED]).splitlines()[-1] == "| all processes of node 2 end | train | named | 9 s | 31 s | 2 s | yes |"
+
+
+@pytest.mark.skipif(cluster_box.why_not() is not None, reason=f"no cluster in a box: {cluster_box.why_not()}")
+def test_what_is_left_on_a_living_node_is_found_and_a_dead_node_keeps_nothing():
+    code = (
+        "import socket, time; socket.socket(socket.AF_UNIX).bind('/tmp/slime-ray-x/a'); print('up', flush=True); time.sleep(99)"
+    )
+    with tempfile.TemporaryDirectory(prefix="bd-", dir="/tmp") as folder:
+        box = cluster_box.make(Path(folder) / "box", 2)
+        try:
+            assert left_on(box) == []
+            script = f'mkdir -p /tmp/slime-ray-x/tmp; touch /dev/shm/one; exec "{sys.executable}" -c "{code}"'
+            on = subprocess.Popen(cluster_box.entering(box, 2, ["bash", "-c", script]), stdout=subprocess.PIPE, text=True)
+            assert on.stdout.readline() == "up\n"
+            found = left_on(box)
+            assert [what.split(":")[0] for what in found] == ["node2"] * 4
+            for what in ("process ", "dev/shm/one", "1 sockets in slime-ray-x", "slime-ray-x/tmp"):
+                assert sum(what in one for one in found) == 1, (what, found)
+            cluster_box.die(box, 2)
+            assert left_on(box) == []
+            on.wait(20)
+        finally:
+            cluster_box.remove(box.folder)
