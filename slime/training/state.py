@@ -28,6 +28,7 @@ from slime.model.hf_io import SafetensorsReader, load_hf
 from slime.model.names import NameTable
 from slime.training import checkpoint
 from slime.training.optimizer import restore_schedule
+from slime.training.shared_folder import refuse_unshared
 
 if TYPE_CHECKING:
     from slime.training.trainer import Trainer
@@ -54,6 +55,8 @@ def load(trainer: Trainer) -> LoadedState:
     """Weights of reference and teacher into snapshots (where an objective needs them), then the actor's own state; see
     checkpoint.resolve."""
     config = trainer.config
+    if config.checkpoint.save and trainer.ranks.world_size > 1:
+        refuse_unshared(Path(config.checkpoint.save), "--save")
     load_beside(trainer)
     source = checkpoint.resolve(config)
     start = source.start_rollout_id(config.checkpoint.start_rollout_id)
