@@ -139,15 +139,12 @@ def _join(box: Box, script: str) -> list[str]:
     return [f"(again) {line}" for line in again.stderr.splitlines()]
 
 
-def run(name: str) -> bool:
+def run(box: Box, name: str) -> bool:
     misfit = MISFITS[name]
-    with tempfile.TemporaryDirectory(prefix="bf-", dir="/tmp") as folder:
-        box = cluster_box.make(Path(folder) / "box", 2)
-        try:
-            misfit.prepare(box)
-            lines, seconds = preflight(cluster_box.load(box.folder), misfit)
-        finally:
-            cluster_box.remove(box.folder)
+    misfit.prepare(box)
+    lines, seconds = preflight(cluster_box.load(box.folder), misfit)
+    cluster_box.boot(cluster_box.die(cluster_box.load(box.folder), 2), 2)
+    (box.folder / "hostfile").write_text("".join(f"{node.address}\n" for node in box.nodes))
     told = next((line for line in lines if re.search(misfit.told, line)), "")
     again = next((line for line in lines if line.startswith("(again) this machine has joined")), "")
     found = bool(told) and (not misfit.by_hand or bool(again))
@@ -164,7 +161,12 @@ def main(argv: Sequence[str]) -> int:
         sys.exit(f"{__doc__}\nno such name: {', '.join(wrong)}; there are {', '.join(MISFITS)}")
     if "clock" in (argv or MISFITS) and not FAKETIME.exists():
         sys.exit("clock: install Debian's libfaketime")
-    found = [run(name) for name in argv or MISFITS]
+    with tempfile.TemporaryDirectory(prefix="bf-", dir="/tmp") as folder:
+        box = cluster_box.make(Path(folder) / "box", 2)
+        try:
+            found = [run(cluster_box.load(box.folder), name) for name in argv or MISFITS]
+        finally:
+            cluster_box.remove(box.folder)
     return 0 if all(found) else 1
 
 

@@ -62,8 +62,8 @@ mkdir -p "$TMP_OF_NODE/tmp"
 chmod 1777 "$TMP_OF_NODE/tmp"
 case "$BOX" in /tmp/*) mount --rbind "$TMP_OF_NODE/tmp" /tmp ;; *) mount --bind "$TMP_OF_NODE/tmp" /tmp ;; esac
 cd /
-login=("$PYTHON" -I -S "$LOGIN" serve "$ADDRESS")
-unset TMP_OF_NODE BOX SHM NAME PYTHON LOGIN ADDRESS
+login=("$PYTHON" -I -S "$LOGIN" serve 0.0.0.0)
+unset TMP_OF_NODE BOX SHM NAME PYTHON LOGIN
 "${login[@]}" &
 wait
 """
@@ -195,7 +195,7 @@ def boot(box: Box, which: str | int, env: Mapping[str, str] | None = None) -> Bo
     shutil.rmtree(own, ignore_errors=True)
     own.mkdir(parents=True)
     settle = {
-        "BOX": str(box.folder), "TMP_OF_NODE": str(own), "NAME": node.name, "ADDRESS": node.address, "SHM": node.shm,
+        "BOX": str(box.folder), "TMP_OF_NODE": str(own), "NAME": node.name, "SHM": node.shm,
         "PYTHON": sys.executable, "LOGIN": str(LOGIN),
     }  # fmt: skip
     apart = str(_SECONDS_APART * (box.nodes.index(node) + 1))
