@@ -181,7 +181,7 @@ node_keeper() {
     keeper=$(printf %q "$PROJECT_ROOT/scripts/lib/keeper.sh")
     # Nothing of it may hold the login's output open: ssh waits for that.
     # shellcheck disable=SC2016
-    printf 'if [[ -f %s ]]; then env -u SLIME_LAUNCH setsid bash %s "$pid" %q "$folder" </dev/null >/dev/null 2>&1 9>&- & fi\n' \
+    printf 'if [[ -f %s ]]; then env -u SLIME_LAUNCH setsid bash %s "$pid" %q "$folder" "" </dev/null >/dev/null 2>&1 9>&- & fi\n' \
         "$keeper" "$keeper" "$SLIME_LAUNCH"
 }
 
@@ -194,6 +194,21 @@ on_node() { # ADDRESS   a script on standard input, which the node runs: a comma
     # shellcheck disable=SC2086  # SSH is a command with options
     ${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3} "$1" bash -s
 }
+
+# On the node: its Ray is up, or why it is not, in a line. Ray tells a mismatch in five.
+# shellcheck disable=SC2016
+JOINED_OR_WHY='for ((second = 0; second < most; second++)); do
+    kill -0 $pid 2>/dev/null || break
+    ! grep -qs "runtime started" "$log" || { echo $pid; exit 0; }
+    sleep 1
+done
+if kill -0 $pid 2>/dev/null; then
+    kill $pid
+    echo "Ray has not come up there within $most s; its last line: $(tail -n 1 "$log")" >&2
+else
+    { tail -n 5 "$log"; sed -n "/Version mismatch/,\$p" "$log" | tr -s " \n" " "; echo; } | grep . >&2
+fi
+exit 1'
 
 # Every node of HOSTFILE joins, all at once; one that cannot ends the launch. --preflight names it and asks the others.
 join_workers() {
@@ -209,11 +224,9 @@ join_workers() {
 $(node_preamble)
 log="\$folder/head.log"
 setsid $(join_command --node-ip-address "$address") >"\$log" 2>&1 </dev/null &
-pid=\$!
+pid=\$! most=${RAY_START_TIMEOUT:-300}
 $(node_keeper)
-sleep ${RAY_WORKER_GRACE:-5}
-kill -0 \$pid 2>/dev/null || { tail -n 5 "\$log" >&2; exit 1; }
-echo \$pid
+$JOINED_OR_WHY
 NODE
         pids+=("$! $address")
     done

@@ -109,7 +109,7 @@ class Desk:
         base = {
             "PATH": f"{self.root / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(self.root), "CALLS": str(calls), "BASE_DIR": str(self.root / "base"), "MASTER_ADDR": "10.0.0.1",
-            "HOSTFILE": str(self.root / "hostfile"), "RAY_TEMP_DIR": str(self.ray), "RAY_WORKER_GRACE": "0",
+            "HOSTFILE": str(self.root / "hostfile"), "RAY_TEMP_DIR": str(self.ray),
             "RAY_PORT": "", "PYTHON": sys.executable, "RUN_DIR": str(self.root / "run"),
         }  # fmt: skip
         environment = {name: value for name, value in {**base, **environment}.items() if name not in without}

@@ -48,7 +48,7 @@ class Shell:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"PATH": "/usr/bin:/bin", "HOME": str(self.folder), "CALLS": str(self.folder / "calls"), "RAY_WORKER_GRACE": "0"}
+        return {"PATH": "/usr/bin:/bin", "HOME": str(self.folder), "CALLS": str(self.folder / "calls")}
 
     def start(self, command: str, *, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
         (self.folder / "calls").unlink(missing_ok=True)
@@ -340,6 +340,40 @@ def test_a_preempted_launcher_waits_for_the_save_and_a_second_signal_does_not(sh
     assert continued(said), "by the same command, not by one with more rollouts"
     if status:
         shutil.rmtree(re.search(r"its logs: (/tmp/slime-ray-\w+)", said)[1])
+
+
+MISMATCH = """Version mismatch: The cluster was started with:
+    Ray: 2.60.0
+    Python: 3.11.7
+This process on node 10.0.0.2 was started with:
+    Ray: 2.40.0
+    Python: 3.11.7"""
+
+
+@pytest.mark.parametrize(
+    ("ray", "most", "status", "out", "line"),
+    [
+        ("sleep 1; echo Ray runtime started.; sleep 20", 20, 0, r"\d+\n", r"^$"),
+        ("echo no route to the head >&2; exit 1", 20, 1, "", r"^no route to the head$"),
+        (
+            f"sleep 1; echo '{MISMATCH}'; exit 1",
+            20,
+            1,
+            "",
+            r"^Version mismatch: .* Ray: 2\.60\.0 .* on node 10\.0\.0\.2 .* Ray: 2\.40\.0 ",
+        ),
+        ("echo connecting; sleep 20", 2, 1, "", r"^Ray has not come up there within 2 s; its last line: connecting$"),
+    ],
+)
+def test_a_node_has_joined_when_its_ray_is_up_and_says_why_it_is_not(ray, most, status, out, line, tmp_path: Path):
+    text = (ROOT / "scripts" / "lib" / "cluster.sh").read_text()
+    script = re.search(r"^JOINED_OR_WHY='(.*?)'$", text, re.MULTILINE | re.DOTALL)[1]
+    start = f"log={tmp_path}/head.log most={most}; setsid bash -c {shlex.quote(ray)} >$log 2>&1 </dev/null & pid=$!\n"
+    done = subprocess.run(["bash"], input=start + script, capture_output=True, text=True, timeout=60)
+    if status == 0:
+        os.killpg(int(done.stdout), signal.SIGKILL)
+    assert done.returncode == status and re.fullmatch(out, done.stdout), done
+    assert re.search(line, (done.stderr.splitlines() or [""])[-1]), done.stderr
 
 
 def test_a_machine_that_was_started_anew_waits_until_its_own_record_is_stale(shell: Shell):
