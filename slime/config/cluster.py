@@ -68,8 +68,9 @@ class EngineConfig:
     """Send the weights to the engines after every so many rollouts, where the schedule runs ahead."""
     update_weight_mode: Literal["full", "delta"] = "full"
     """Write all weights, or the bytes that changed since the last version; delta needs the transport disk."""
-    update_weight_transport: Literal["nccl", "disk"] = "nccl"
-    """Carrier of the weights: a broadcast to engines on GPUs of their own (others share memory), or files."""
+    update_weight_transport: Literal["nccl", "receivers", "disk"] = "nccl"
+    """Carrier of the weights: a broadcast of all to engines on GPUs of their own, or each rank's share to a process beside it
+    (engines on the trainer's GPUs share memory in both), or files."""
     update_weight_disk_dir: str | None = None
     """Folder of published weight versions, which trainer and engines see; older ones in it are removed."""
     update_weight_disk_keep_files: bool = False

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ray.actor import ActorHandle
+
 from slime.weights.serving import Receiver
 
 
@@ -19,6 +21,8 @@ class EngineTarget:
     """Its GPUs, and which of them keep what."""
     starts: int = 1
     """How often it was started: a new process at the old address has joined no group."""
+    receivers: tuple[ActorHandle, ...] = ()
+    """A `WeightReceiver` beside each of its ranks; none where weights come by another way."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,27 @@ class Destinations:
 
 
 def homes_of(engines: Sequence[EngineTarget], world: int, num_gpus: int) -> list[int]:
-    """Of each GPU the trainer rank that holds its bucket: its own, or, beyond the trainer's GPUs, one that stands for all
-    such GPUs of the engine. Engines go to different ranks, so that they are fed at the same time."""
+    """Of each GPU the process that holds its bucket. Receivers count behind the trainer's ranks, as in `receivers_of`.
+
+    A trainer rank holds that of its own GPU; beyond the trainer's GPUs, where an engine has no receivers, one stands for all
+    such GPUs of the engine. Engines go to different ranks, so that they are fed at the same time.
+    """
     homes = [*range(world), *[0] * (num_gpus - world)]
+    with_receivers = [gpu for engine in engines if engine.receivers for gpu in engine.receiver.gpus]
+    for number, gpu in enumerate(with_receivers):
+        homes[gpu] = world + number
+    engines = [engine for engine in engines if not engine.receivers]
     elsewhere = [engine.receiver for engine in engines if max(engine.receiver.gpus) >= world]
     for number, receiver in enumerate(elsewhere):
         for gpu in receiver.gpus:
             if gpu >= world:
                 homes[gpu] = number * world // len(elsewhere)
     return homes
+
+
+def receivers_of(engines: Sequence[EngineTarget]) -> list[ActorHandle]:
+    """All receivers, engine by engine, rank by rank."""
+    return [receiver for engine in engines for receiver in engine.receivers]
 
 
 def beside(target: EngineTarget, homes: Sequence[int]) -> tuple[int, ...]:

@@ -33,13 +33,15 @@ class EngineFeed:
         group: dist.ProcessGroup | None,
         *,
         label: str,
+        on_its_gpus: bool = False,
     ):
-        """group: gloo, of the processes beside the engine where there are several. label: of the sync, for errors."""
+        """group: gloo, of the processes beside the engine where there are several. label: of the sync, for errors. on_its_gpus:
+        each of them sits on the GPU of the engine rank whose bucket it holds, whatever the homes' numbers."""
         self.target, self._rank, self._group, self._label = target, rank, group, label
         self._members = beside(target, homes)
         self.gpus = tuple(gpu for gpu in target.receiver.gpus if homes[gpu] == rank)
         # A handle names memory of this device; on the way to an engine on others only bytes make sense.
-        shares = all(homes[gpu] == gpu for gpu in target.receiver.gpus)
+        shares = on_its_gpus or all(homes[gpu] == gpu for gpu in target.receiver.gpus)
         self._device = device if shares else HostDevice()
         self._client: EngineClient | None = None
         self._flying: Future[None] | None = None

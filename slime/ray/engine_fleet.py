@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ray
+from ray.actor import ActorHandle
 
 from slime.compat.peers import peers_of
 from slime.config import Config
@@ -27,6 +28,7 @@ from slime.ray.engine_actor import EngineActor, EngineAddress
 from slime.ray.engine_nodes import Death, EngineNode
 from slime.ray.external_engines import absent, ask_all, node_of
 from slime.ray.placement import ALL_DEVICES, ENGINE_SHARE, Placement
+from slime.ray.weight_receivers import start_receiver
 from slime.weights.follow import wait_for_copy
 from slime.weights.serving import Receiver
 
@@ -63,6 +65,8 @@ class EngineFleet:
         self._config, self._placement, self._log_folder, self._token = config, placement, log_folder, token
         self.engines: list[Engine] = []
         self._known_dead: frozenset[str] = frozenset()
+        self._receivers: dict[str, tuple[ActorHandle, ...]] = {}
+        """Engine -> its `WeightReceiver`s, rank by rank."""
         self.routers: dict[str, RouterProcess | JoinedRouter] = {}
         """By the name of the model, the trained one first."""
 
@@ -104,6 +108,21 @@ class EngineFleet:
             router.start()
         for router in self.routers.values():
             router.wait_ready()
+        self._start_receivers()
+
+    def _start_receivers(self) -> None:
+        """A process beside each rank of an engine on GPUs of its own, where weights go that way."""
+        if self._config.engine.update_weight_transport != "receivers":
+            return
+        shared = set(self._placement.trainer_slots)
+        for engine in self.updated():
+            first, count = engine.spec.gpu_offset, engine.spec.num_gpus
+            slots = self._placement.engine_slots[first : first + count]
+            if not engine.is_external and not shared & set(slots):
+                self._receivers[engine.label] = tuple(
+                    start_receiver(self._placement, slot, f"receiver {engine.label} {number}", self._log_folder)
+                    for number, slot in enumerate(slots)
+                )
 
     def _models(self) -> Sequence[SglangModel]:
         return self._config.engine.groups
@@ -173,7 +192,14 @@ class EngineFleet:
         """GPUs count through the trainer's ranks, then through the slots of engines elsewhere."""
         placement, first = self._placement, slots_of(self._config).first_rollout_gpu
         engines = tuple(
-            EngineTarget(engine.label, engine.url, self._token, Receiver.of(engine.spec, first_gpu=first), engine.starts)
+            EngineTarget(
+                engine.label,
+                engine.url,
+                self._token,
+                Receiver.of(engine.spec, first_gpu=first),
+                engine.starts,
+                self._receivers.get(engine.label, ()),
+            )
             for engine in self.updated()
         )
         shared = set(placement.trainer_slots)
@@ -418,8 +444,8 @@ class EngineFleet:
         self._let_go()
         nodes = list(self._nodes().values())
         engine_nodes.stop(nodes)
-        for node in nodes:
-            ray.kill(node.actor)
+        for actor in (*(node.actor for node in nodes), *(one for beside in self._receivers.values() for one in beside)):
+            ray.kill(actor)
         self.engines.clear()
 
     def _let_go(self) -> None:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Shares of one device slot. They leave room for a critic beside actor and engine, and let all three be on the same device.
 TRAINER_SHARE = 0.4
 ENGINE_SHARE = 0.2
+RECEIVER_SHARE = 0.1
 
 ALL_DEVICES = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 """Environment of an actor that picks its device by the slot's index: Ray must not hide the node's others."""
@@ -175,3 +176,17 @@ def _address_key(address: str) -> tuple[int, int]:
     except ValueError:
         parsed = ipaddress.ip_address(socket.gethostbyname(address))
     return parsed.version, int(parsed)
+
+
+def rank_environment(*, one_node: bool) -> dict[str, str]:
+    """Of an actor that is a rank of a torch group."""
+    # Ranks of one node need nothing but loopback; gloo would listen at the address that the host's name stands for.
+    loopback = {} if not one_node or os.environ.get("GLOO_SOCKET_IFNAME") else {"GLOO_SOCKET_IFNAME": "lo"}
+    return {
+        **ALL_DEVICES,
+        **loopback,
+        "NCCL_CUMEM_ENABLE": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        # megatron-core warns on every import about each optional package that is not there.
+        "PYTHONWARNINGS": "ignore",
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from slime.config import Config
 from slime.ray.calls import gather
 from slime.ray.destinations import Destinations
 from slime.ray.fates import Process, end, until_gone
-from slime.ray.placement import ALL_DEVICES, TRAINER_SHARE, Placement
+from slime.ray.placement import TRAINER_SHARE, Placement, rank_environment
 from slime.ray.standstill import Patience
 from slime.ray.train_actor import RankMemory, TrainActor
 from slime.weights.protocol import StreamReport
@@ -36,7 +35,7 @@ class TrainGroup:
                 num_gpus=TRAINER_SHARE,
                 num_cpus=TRAINER_SHARE,
                 scheduling_strategy=placement.strategy(slot),
-                runtime_env={"env_vars": _environment(one_node=len(set(self._nodes)) == 1)},
+                runtime_env={"env_vars": rank_environment(one_node=len(set(self._nodes)) == 1)},
             ).remote(config, rank, len(placement.trainer_slots), slot.device_index)
             for rank, slot in enumerate(placement.trainer_slots)
         }
@@ -156,16 +155,3 @@ class TrainGroup:
     @staticmethod
     def _first(results: dict[str, object]):
         return next(iter(results.values()))
-
-
-def _environment(*, one_node: bool) -> dict[str, str]:
-    # Ranks of one node need nothing but loopback; gloo would listen at the address that the host's name stands for.
-    loopback = {} if not one_node or os.environ.get("GLOO_SOCKET_IFNAME") else {"GLOO_SOCKET_IFNAME": "lo"}
-    return {
-        **ALL_DEVICES,
-        **loopback,
-        "NCCL_CUMEM_ENABLE": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        # megatron-core warns on every import about each optional package that is not there.
-        "PYTHONWARNINGS": "ignore",
-    }

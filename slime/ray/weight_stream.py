@@ -20,6 +20,7 @@ from slime.ray.destinations import Destinations, EngineTarget, beside, homes_of
 from slime.ray.engine_broadcast import EngineBroadcast
 from slime.ray.engine_feed import EngineFeed
 from slime.ray.train_actor import meeting_place
+from slime.ray.weight_receivers import Order, Receivers
 from slime.types.weight_bucket import WeightBucket
 from slime.weights.buckets import unpack_bucket
 from slime.weights.digest import plan_digest, plan_size
@@ -56,35 +57,37 @@ class WeightStream:
         self._limit_bytes, self._read_back = limit_bytes, read_back
         self._expected: dict[str, tuple[int | None, Expected]] = {}
         self._broadcast: EngineBroadcast | None = None
+        self._others: Receivers | None = None
         self._trainer: Trainer | None = None
         self._plans: dict[tuple, SyncPlan] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def send(self, version: int, to: Destinations) -> StreamReport:
-        """Every weight to every engine: trainer ranks serve an engine that shares their devices, one of them broadcasts to
-        those on others, or stands for the rest of an engine that shares some.
+        """Every weight to every engine: trainer ranks serve an engine that shares their devices, or stand for the rest of one
+        that shares some; receivers serve an engine on others, or a trainer rank broadcasts to it.
 
         The next round is made while the engines load one. An engine that is gone is named in the report and the others get
         everything: the ranks stay together.
         """
         world, label = self._ranks.world_size, f"weights v{version}"
-        away = [engine for engine in to.engines if is_elsewhere(engine.receiver, world)]
-        shared = [engine for engine in to.engines if engine not in away]
-        receivers = [self._as_it_serves(engine.receiver) for engine in to.engines]
-        plan = self._plan(
-            self._hf,
-            planned(receivers, trainer_gpus=world, num_gpus=len(to.nodes)),
-            (*to.nodes, to.nodes[0]) if away else to.nodes,
-        )
-        homes = homes_of(shared, world, len(plan.nodes))
+        received = [engine for engine in to.engines if engine.receivers]
+        away = [engine for engine in to.engines if not engine.receivers and is_elsewhere(engine.receiver, world)]
+        shared = [engine for engine in to.engines if engine not in (*away, *received)]
+        served = [self._as_it_serves(engine.receiver) for engine in to.engines]
+        receivers = planned(served, trainer_gpus=world, num_gpus=len(to.nodes), broadcasts=bool(away))
+        plan = self._plan(self._hf, receivers, (*to.nodes, to.nodes[0]) if away else to.nodes)
+        homes = homes_of([*shared, *received], world, len(plan.nodes))
+        others = self._receivers(received, to) if received else None
         feeds = [self._feed(engine, homes, label) for engine in shared]
         posts = [feed for feed in feeds if feed.posts]
         lost: list[str] = []
         broadcast = self._joined(away, to, lost) if away and self._ranks.rank == homes[-1] else None
         self._expect([feed.target for feed in posts], away if broadcast is not None else ())
         buckets: Mapping[int, WeightBucket] = {}
+        if others is not None:
+            others.begin(self._order(plan, receivers, received, homes, label))
         try:
-            for buckets in self._rounds(plan, homes):
+            for buckets in self._rounds(plan, homes, None if others is None else others.group):
                 lost += _finish(feeds, broadcast)
                 self._keep(buckets, whole=len(to.nodes))
                 for feed in feeds:
@@ -95,6 +98,7 @@ class WeightStream:
         finally:
             for feed in posts:
                 feed.close()
+        lost += [] if others is None else others.finish()
         del buckets  # the last ones would be held while the cache is emptied
         self._device.empty_cache()
         lost += [feed.lost for feed in posts if feed.lost is not None]
@@ -107,6 +111,8 @@ class WeightStream:
         """
         expected, self._expected = self._expected, {}
         found = []
+        if self._ranks.rank == 0:  # of these nobody kept what was sent
+            found = [ReadBack(engine.name, "", complete=False) for engine in to.engines if engine.receivers]
         with asyncio.Runner() as runner:
             for engine in to.engines:
                 if engine.name in expected:
@@ -144,10 +150,12 @@ class WeightStream:
             self._plans[key] = plan_sync(self._table, hf, self._trainer, receivers, nodes=nodes, limit_bytes=self._limit_bytes)
         return self._plans[key]
 
-    def _rounds(self, plan: SyncPlan, homes: Sequence[int]) -> Iterator[Mapping[int, WeightBucket]]:
+    def _rounds(
+        self, plan: SyncPlan, homes: Sequence[int], group: dist.ProcessGroup | None = None
+    ) -> Iterator[Mapping[int, WeightBucket]]:
         """This rank's buckets by GPU, complete in the device's memory when they are given."""
         parts = TrainedParts(self._model, self._table, self._ranks, block=self._block)
-        execution = Execution(plan, homes, self._ranks.rank, self._device.torch_device, parts)
+        execution = Execution(plan, homes, self._ranks.rank, self._device.torch_device, parts, group)
         for number in range(plan.rounds):
             buckets = execution.round(number)
             self._device.synchronize()
@@ -173,6 +181,37 @@ class WeightStream:
             except EngineGone as error:
                 lost.append(str(error))
         return self._broadcast
+
+    def _receivers(self, engines: Sequence[EngineTarget], to: Destinations) -> Receivers:
+        """The group with the receivers of these engines: the one that there is, or a new one where they are others."""
+        if self._others is not None and not self._others.serve(engines):
+            self._others.close()
+            self._others = None
+        if self._others is None:
+            address, peers = meeting_place(to.hosts)
+            world = {"rank": self._ranks.rank, "world": self._ranks.world_size}
+            self._others = Receivers(engines, **world, device=self._device, address=address, peers=peers)
+        return self._others
+
+    def _order(
+        self,
+        plan: SyncPlan,
+        receivers: tuple[Receiver, ...],
+        engines: Sequence[EngineTarget],
+        homes: Sequence[int],
+        label: str,
+    ) -> Order:
+        return Order(
+            label=label,
+            hf=dict(self._hf),
+            with_mtp=self._with_mtp,
+            trainer=self._trainer,
+            receivers=receivers,
+            nodes=plan.nodes,
+            limit_bytes=self._limit_bytes,
+            engines=tuple(engines),
+            homes=tuple(homes),
+        )
 
     def _expect(self, posted: Sequence[EngineTarget], joined: Sequence[EngineTarget]) -> None:
         """For `check`: what this rank gives to the engines that it posts to, and once what it broadcasts."""

@@ -44,7 +44,8 @@ def plan_of_sync(reading: Reading, specs: Sequence[EngineSpec], rates: Rates) ->
         return None
     plan = _plan(reading, receivers)
     num_gpus = max(slots.trainer_gpus, slots.first_rollout_gpu + slots.rollout_num_gpus)
-    carried_out = planned(receivers, trainer_gpus=slots.trainer_gpus, num_gpus=num_gpus)
+    broadcasts = reading.config.engine.update_weight_transport != "receivers"
+    carried_out = planned(receivers, trainer_gpus=slots.trainer_gpus, num_gpus=num_gpus, broadcasts=broadcasts)
     whole = plan if carried_out == tuple(receivers) else _plan(reading, carried_out)
     links = Links(network=rates.nic_gb_per_s, nvlink=rates.nvlink_gb_per_s, load=rates.engine_load_gb_per_s)
     return PlannedSync(plan, price(plan, links), _most_tensors(plan), links, whole)

@@ -15,9 +15,11 @@ def is_elsewhere(receiver: Receiver, trainer_gpus: int) -> bool:
     return min(receiver.gpus) >= trainer_gpus
 
 
-def planned(receivers: Sequence[Receiver], *, trainer_gpus: int, num_gpus: int) -> tuple[Receiver, ...]:
-    """The receivers that a plan is made for. Engines that are wholly elsewhere are one, on a GPU of its own behind all others
-    (number `num_gpus`): one trainer rank gathers the whole model there and broadcasts it to every rank of those engines."""
+def planned(receivers: Sequence[Receiver], *, trainer_gpus: int, num_gpus: int, broadcasts: bool) -> tuple[Receiver, ...]:
+    """The receivers that a plan is made for. With a broadcast, engines that are wholly elsewhere are one, on a GPU of its own
+    behind all others (number `num_gpus`): one trainer rank gathers the whole model there and sends it to every rank of them."""
+    if not broadcasts:
+        return tuple(receivers)
     here = [receiver for receiver in receivers if not is_elsewhere(receiver, trainer_gpus)]
     away = [receiver for receiver in receivers if is_elsewhere(receiver, trainer_gpus)]
     if not away:

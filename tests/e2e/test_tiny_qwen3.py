@@ -248,3 +248,17 @@ def test_engines_of_somebody_else_follow_differences_and_serve_on_when_the_run_h
     assert sync(client.weight_version()) == "2"
     answer = sync(client.generate({"input_ids": [1, 2], "sampling_params": {"max_new_tokens": 2, "ignore_eos": True}}))
     assert answer["meta_info"]["completion_tokens"] == 2
+
+
+def test_an_engine_of_two_ranks_elsewhere_gets_its_weights_from_a_receiver_beside_each(checkpoint, tmp_path):
+    devices = ("--actor-num-gpus-per-node", 1, "--num-gpus-per-node", 3, "--rollout-num-gpus", 2)
+    more = ("--rollout-num-gpus-per-engine", 2, "--update-weight-transport", "receivers", "--check-weight-update-equal")
+    ended = run(checkpoint, tmp_path, *more, devices=devices)
+    text = ended.stdout + ended.stderr
+    assert ended.returncode == 0, text[-6000:]
+    same = r"weights v(\d): 70 parameters of default-regular-0 stay as they are when all is sent again"  # 35 on each rank
+    assert re.findall(same, text) == ["1", "2"], text[-6000:]
+    [gap] = re.findall(r"rollout 1/1 \| reward .* \| gap ([\d.]+) ", text)
+    assert float(gap) < 0.05, gap
+    logs = "".join(file.read_text() for file in (tmp_path / "logs").rglob("trainer*.log"))
+    assert logs.count("2 receivers of 1 engines joined") == 1, "once, for both syncs"

@@ -17,6 +17,10 @@ WRONG_ENGINES: dict[str, tuple[Edit, str]] = {
         flags(EXTERNAL, "10.0.0.7:30000"),
         "--colocate is about engines that the run starts, and --rollout-external-engine-addrs names some that already run",
     ),
+    "receivers beside somebody else's engines": (
+        flags(EXTERNAL, "10.0.0.7:30000", "--update-weight-transport", "receivers"),
+        "starts a process beside each engine rank, which external engines do not have",
+    ),
     "somebody else's engine by its name alone": (flags(EXTERNAL, "node7"), "'node7' is no host:port"),
     "somebody else's engine twice": (
         flags(EXTERNAL, "10.0.0.7:30000", "http://10.0.0.7:30000/"),

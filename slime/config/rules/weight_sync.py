@@ -39,6 +39,16 @@ def weight_sync(v: Values) -> None:
         "between; use --update-weight-mode full",
     )
     v.require(
+        v["update_weight_transport"] != "receivers" or not v["rollout_external_engine_addrs"],
+        "--update-weight-transport receivers starts a process beside each engine rank, which external engines do not "
+        "have; use nccl, "
+        "or disk",
+    )
+    if v["update_weight_transport"] == "receivers" and v["colocate"]:
+        v.notes.append(
+            "--update-weight-transport receivers changes nothing with --colocate: the engines are on the trainer's GPUs"
+        )
+    v.require(
         not (on_disk and v["rehearsed"]),
         "--rehearsed compares the plan by which weights travel, and --update-weight-transport disk has none; leave one out",
     )

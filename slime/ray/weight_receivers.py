@@ -1,0 +1,206 @@
+"""Weights for engines on GPUs of their own, each rank its share: a process beside every rank takes part in the plan.
+
+Trainer ranks and receivers are one group in which each sends point to point what the plan says; a receiver then hands its
+engine rank the bucket as a trainer rank on the same GPU would. Nothing travels that the rank does not serve.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import ray
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from torch.distributed.distributed_c10d import _new_process_group_helper, _world
+
+from slime.device import Device
+from slime.model.hf_config import HfConfig
+from slime.ray.calls import gather
+from slime.ray.destinations import EngineTarget, receivers_of
+from slime.ray.fates import Process, this_process
+from slime.ray.placement import RECEIVER_SHARE, Placement, Slot, rank_environment
+from slime.weights.lanes import Trainer
+from slime.weights.serving import Receiver
+
+logger = logging.getLogger(__name__)
+
+JOIN_SECONDS = 120.0
+SEND_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a receiver has to know of a sync; all make the same plan of it."""
+
+    label: str
+    hf: Mapping[str, object]
+    with_mtp: bool
+    trainer: Trainer
+    receivers: tuple[Receiver, ...]
+    nodes: tuple[int, ...]
+    limit_bytes: int
+    engines: tuple[EngineTarget, ...]
+    """Those with receivers."""
+    homes: tuple[int, ...]
+
+
+def joint_group(store: dist.Store, *, name: str, rank: int, world: int, backend: str) -> dist.ProcessGroup:
+    """The group of trainer ranks and receivers, which are of different default groups."""
+    group, _ = _new_process_group_helper(
+        world, rank, [], dist.Backend(backend), dist.PrefixStore(name, store), group_name=name,
+        timeout=timedelta(seconds=SEND_SECONDS),
+    )  # fmt: skip
+    _world.pg_group_ranks[group] = {number: number for number in range(world)}
+    return group
+
+
+@ray.remote
+class WeightReceiver:
+    """Sits in the slot of one engine rank. Its calls are collectives of the trainer's ranks and of all receivers."""
+
+    def __init__(self, name: str, device_index: int, log_folder):
+        from slime.device import get_device
+        from slime.observability.log import setup_logging
+
+        setup_logging(name, folder=log_folder)
+        self._device: Device = get_device()
+        self._device.init_process(device_index)
+        self._group: dist.ProcessGroup | None = None
+        self._feeds: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._plans: dict[Order, object] = {}
+
+    def process(self) -> Process:
+        return this_process()
+
+    def join(self, address: str, port: int, *, name: str, first: int, number: int, count: int) -> None:
+        """first: trainer ranks; number: this receiver among `count`."""
+        if self._group is not None:
+            self.leave()
+        wait = timedelta(seconds=JOIN_SECONDS)
+        store = dist.TCPStore(address, port, first + count, is_master=False, timeout=wait)
+        dist.init_process_group("gloo", store=dist.PrefixStore(f"{name}-beside", store), rank=number, world_size=count)
+        self._first, self._number = first, number
+        self._group = joint_group(store, name=name, rank=first + number, world=first + count, backend=self._device.backend)
+
+    def leave(self) -> None:
+        self._group, self._feeds = None, {}
+        dist.destroy_process_group()
+
+    def receive(self, order: Order) -> list[str]:
+        """One sync; the engines of this receiver that were lost, with how. Raises EngineError for one that refuses."""
+        from slime.ray.engine_feed import EngineFeed
+        from slime.weights.execute import Execution
+
+        plan, rank = self._plan(order), self._first + self._number
+        execution = Execution(plan, order.homes, rank, self._device.torch_device, None, self._group)
+        local = [home - self._first for home in order.homes]
+        feeds = [
+            EngineFeed(
+                engine, local, self._number, self._device, self._beside(engine, local), label=order.label, on_its_gpus=True
+            )
+            for engine in order.engines
+        ]
+        mine = next(feed for feed in feeds if feed.gpus)
+        try:
+            for number in range(plan.rounds):
+                buckets = execution.round(number)
+                self._device.synchronize()
+                mine.finish()
+                mine.deliver(buckets)
+            mine.finish()
+        finally:
+            mine.close()
+        del buckets
+        self._device.empty_cache()
+        return [mine.lost] if mine.posts and mine.lost is not None else []
+
+    def _plan(self, order: Order):
+        from slime.model.names import NameTable
+        from slime.weights.plan import plan_sync
+
+        key = (order.trainer, order.receivers, order.nodes, order.limit_bytes)
+        if key not in self._plans:
+            hf = HfConfig(order.hf)
+            table = NameTable.for_model(hf, with_mtp=order.with_mtp)
+            self._plans = {
+                key: plan_sync(table, hf, order.trainer, order.receivers, nodes=order.nodes, limit_bytes=order.limit_bytes)
+            }
+        return self._plans[key]
+
+    def _beside(self, engine: EngineTarget, local: Sequence[int]) -> dist.ProcessGroup | None:
+        """Receivers of one engine, a gloo group; all receivers open the groups of all engines in the same order."""
+        members = tuple(local[gpu] for gpu in engine.receiver.gpus)
+        if len(members) > 1 and members not in self._feeds:
+            self._feeds[members] = dist.new_group(list(members), backend="gloo")
+        return self._feeds.get(members)
+
+
+def start_receiver(placement: Placement, slot: Slot, name: str, log_folder: Path) -> ActorHandle:
+    """In the engine's slot; its process is on the engine's device."""
+    one_node = len({slot.node_ip for slot in (*placement.trainer_slots, *placement.engine_slots)}) == 1
+    return WeightReceiver.options(
+        num_gpus=RECEIVER_SHARE,
+        num_cpus=RECEIVER_SHARE,
+        scheduling_strategy=placement.strategy(slot),
+        runtime_env={"env_vars": rank_environment(one_node=one_node)},
+    ).remote(name, slot.device_index, log_folder)
+
+
+class Receivers:
+    """One trainer rank's view of all receivers, for as long as they are the same."""
+
+    def __init__(
+        self, engines: Sequence[EngineTarget], *, rank: int, world: int, device: Device, address: str, peers: Sequence[str]
+    ):
+        """A collective of the trainer's ranks: rank 0 opens the store and calls the receivers. address, peers: as for
+        `serve_store`."""
+        from slime.compat.store import serve_store
+
+        self._handles = receivers_of(engines)
+        self._names = {
+            f"receiver {number} of engine {engine.name}": handle
+            for engine in engines
+            for number, handle in enumerate(engine.receivers)
+        }
+        self._rank, total = rank, world + len(self._handles)
+        where: list[tuple[str, int, str] | None] = [None]
+        calls = {}
+        if rank == 0:
+            self._store = serve_store(address, peers, world_size=total, timeout=timedelta(seconds=JOIN_SECONDS))
+            where = [(address, self._store.port, f"slime-{secrets.token_hex(4)}")]
+        dist.broadcast_object_list(where, src=0)
+        host, port, name = where[0]
+        if rank == 0:
+            count = len(self._handles)
+            for number, (label, handle) in enumerate(self._names.items()):
+                calls[label] = handle.join.remote(host, port, name=name, first=world, number=number, count=count)
+        else:
+            self._store = dist.TCPStore(host, port, total, is_master=False, timeout=timedelta(seconds=JOIN_SECONDS))
+        self.group = joint_group(self._store, name=name, rank=rank, world=total, backend=device.backend)
+        if calls:
+            gather(calls, doing="joining the group for weights", timeout=JOIN_SECONDS)
+            logger.info("%d receivers of %d engines joined", len(calls), len(engines))
+        self._calls: dict[str, ray.ObjectRef] = {}
+
+    def serve(self, engines: Sequence[EngineTarget]) -> bool:
+        return receivers_of(engines) == self._handles
+
+    def begin(self, order: Order) -> None:
+        """Rank 0 sets all receivers going; the others take part by the plan alone."""
+        if self._rank == 0:
+            told = ray.put(order)
+            self._calls = {label: handle.receive.remote(told) for label, handle in self._names.items()}
+
+    def finish(self) -> list[str]:
+        """Engines that were lost. Raises RuntimeError naming a receiver that failed."""
+        calls, self._calls = self._calls, {}
+        answers = gather(calls, doing="handing weights to engines", timeout=SEND_SECONDS) if calls else {}
+        return [line for lost in answers.values() for line in lost]
+
+    def close(self) -> None:
+        dist.destroy_process_group(self.group)
