@@ -99,6 +99,7 @@ def make_config(folder: str, hf: HfConfig, **layout: object) -> SimpleNamespace:
         only_train_params_name_list=None, freeze_params_name_list=None,
         mtp_num_layers=1 if mtp else None, position_embedding_type="rope",
         rotary_percent=1.0 if hf.is_mla else hf.partial_rotary_factor,
+        use_rope_scaling=False,
         post_self_attn_layernorm=hf.has_sandwich_norms, post_mlp_layernorm=hf.has_sandwich_norms,
     )  # fmt: skip
     args = SimpleNamespace(hf_checkpoint=folder, **parallel)
