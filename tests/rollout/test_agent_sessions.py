@@ -58,7 +58,8 @@ def test_a_tool_answers_between_two_turns_and_only_the_policys_tokens_are_traine
         assert sample.loss_mask == batch.loss_masks[row].tolist()
         own = [-0.5 - i / 8 for i in range(len(written))], [-0.5 - i / 8 for i in range(len(last))]
         assert sample.rollout_log_probs == own[0] + [0.0] * len(answered) + own[1]
-        assert sample.weight_versions == ["3", "3"] and sample.metadata["num_turns"] == 2
+        written_by = [["3", len(written)], ["", len(answered)], ["3", len(last)]]
+        assert sample.weight_version_spans == written_by and sample.metadata["num_turns"] == 2
         assert sample.tokens[: sample.prompt_length] in requests, "the first request is the prompt"
         assert sample.tokens[: -len(last)] in requests, "the second is the first, its answer and the tool's, token by token"
         assert (sample.reward == 1) == (b != "4")
@@ -245,3 +246,21 @@ def test_messages_that_say_the_same():
         {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 2}'}}]},
     ):
         assert not same_message(said, other)
+
+
+def test_a_tool_is_defined_by_its_hints_and_its_docstring():
+    async def python(code: str, seconds: int = 5) -> str:
+        """Runs Python.
+
+        Args:
+            code: The program.
+            seconds: How long it may take.
+        """
+
+    properties = {
+        "code": {"type": "string", "description": "The program."},
+        "seconds": {"type": "integer", "description": "How long it may take."},
+    }
+    tool = Tool.of(python)
+    assert tool.name == "python" and tool.definition["function"]["description"] == "Runs Python."
+    assert tool.definition["function"]["parameters"] == {"type": "object", "properties": properties, "required": ["code"]}
