@@ -92,14 +92,15 @@ def with_spares(placement: Placement, lost: Sequence[str], wait_seconds: float =
             raise RuntimeError(f"node {', '.join(sorted(still))} is out of reach, but Ray still counts on it; end Ray there")
         time.sleep(1)
     logger.warning("node %s is gone; waiting for a spare one with as many free devices, %.0f s at most", nodes, wait_seconds)
-    total = len({slot.bundle for slot in (*placement.trainer_slots, *placement.engine_slots)})
-    _wait_until_ready(placement.group, total, wait_seconds)
-    moved = {slot.bundle: slot for slot in _slots(placement.group, _bundles_on(placement, lost))}
+    there = [slot.bundle for slot in placement.trainer_slots if slot.node_ip in lost]
+    try:
+        moved = {slot.bundle: slot for slot in _slots(placement.group, there, wait_seconds)}
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(
+            f"no spare node with {len(there)} free devices has come in the place of {nodes} ({type(error).__name__}): bring it "
+            "back or replace it and run the same command again; it resumes from the last checkpoint"
+        ) from None
     return replace(placement, trainer_slots=tuple(moved.get(slot.bundle, slot) for slot in placement.trainer_slots))
-
-
-def _bundles_on(placement: Placement, nodes: Sequence[str]) -> list[int]:
-    return [slot.bundle for slot in placement.trainer_slots if slot.node_ip in nodes]
 
 
 def _wait_until_ready(group: PlacementGroup, total: int, wait_seconds: float) -> None:
@@ -153,8 +154,8 @@ def _ordered_slots(group: PlacementGroup, total: int) -> list[Slot]:
     return sorted(_slots(group, range(total)), key=lambda slot: (_address_key(slot.node_ip), slot.device_index))
 
 
-def _slots(group: PlacementGroup, bundles: Iterable[int]) -> list[Slot]:
-    """Where Ray has put these bundles."""
+def _slots(group: PlacementGroup, bundles: Iterable[int], wait_seconds: float | None = None) -> list[Slot]:
+    """Where Ray has put these bundles. GetTimeoutError where it has not within that time."""
     bundles = list(bundles)
     probes = [
         _Probe.options(
@@ -164,9 +165,11 @@ def _slots(group: PlacementGroup, bundles: Iterable[int]) -> list[Slot]:
         ).remote()
         for bundle in bundles
     ]
-    found = ray.get([probe.where.remote() for probe in probes])
-    for probe in probes:
-        ray.kill(probe)
+    try:
+        found = ray.get([probe.where.remote() for probe in probes], timeout=wait_seconds)
+    finally:
+        for probe in probes:
+            ray.kill(probe)
     return [Slot(bundle, ip, device) for bundle, (ip, device) in zip(bundles, found, strict=True)]
 
 

@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from slime.batch.plan import plan_steps  # noqa: E402
 from slime.config import Config, load  # noqa: E402
-from slime.ray.environment import prepare  # noqa: E402
 from slime.ray.placement import Placement, place  # noqa: E402
 from slime.ray.snapshot_keeper import SnapshotStore  # noqa: E402
 from slime.ray.standstill import Patience  # noqa: E402
@@ -119,7 +118,6 @@ def main(argv: list[str]) -> int:
     cut = argv.index("--")
     args = parser.parse_args(argv[:cut])
     config, clock = config_of(args, argv[cut + 1 :]), Clock()
-    prepare()
     ray.init("local", num_gpus=args.ranks, num_cpus=args.ranks + 4, include_dashboard=False, log_to_driver=False)
     placement = place(num_trainer=args.ranks, num_engine=0, colocate=False)
     store = SnapshotStore([slot.node_ip for slot in placement.trainer_slots], Patience(), peers=False)
