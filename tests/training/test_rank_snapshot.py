@@ -89,6 +89,21 @@ def test_before_the_first_step_there_are_weights_alone(qwen3, tmp_path):
     assert (tmp_path / "memory" / "0").stat().st_size == pytest.approx(3 * first, rel=0.1)
 
 
+def measured(rank: int, folder) -> tuple[int, int, int]:
+    trainer = start(config_for(folder, global_batch_size=8))
+    train(trainer, [0])
+    parameters = [parameter for chunk in trainer.model for parameter in chunk.parameters()]
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return RankSnapshot(trainer).nbytes, trained, sum(parameter.numel() for parameter in parameters) - trained
+
+
+def test_its_size_is_the_predicted_one(glm_tiny):
+    """12 bytes of each trained parameter, 4 of each frozen one (the indexers); index and random streams are 0.3% here."""
+    ((found, trained, frozen),) = run_ranks(1, measured, glm_tiny)
+    assert (trained, frozen) == (1_900_416, 599_040)
+    assert found == pytest.approx(12 * trained + 4 * frozen, rel=0.005)
+
+
 def test_the_critic_goes_on_too(qwen3, tmp_path):
     both(1, qwen3, tmp_path / "memory", dict(advantage_estimator="ppo"))
 
