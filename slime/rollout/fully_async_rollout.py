@@ -21,6 +21,7 @@ from slime.rollout.generation import GenerateState, enter, generate_and_rm_group
 from slime.rollout.sglang_rollout import (
     Ledger,
     count_failure,
+    drops_limit,
     failure_in,
     hand_over,
     is_unfinished,
@@ -80,6 +81,7 @@ class Stream:
             await self._end()
             raise
         stock.check()
+        self._too_old = stock.num_too_old
         ledger, self._ledger = self._ledger, self._new_ledger()
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
         ledger.kept = groups
@@ -99,7 +101,7 @@ class Stream:
         self._stock.put_back(self._put_back)
         self._state = GenerateState(args, max_context_len=args.rollout_max_context_len)
         enter(self._state)
-        self._ledger, self._since = self._new_ledger(), time.monotonic()
+        self._ledger, self._since, self._too_old = self._new_ledger(), time.monotonic(), 0
         self._changed = asyncio.Event()
         self._broken: Exception | None = None
 
@@ -118,8 +120,24 @@ class Stream:
             raise self._broken
         self._feed()
         groups = self._stock.take()
+        self._refuse_what_never_gets_young()
         self._feed()
         return groups
+
+    def _refuse_what_never_gets_young(self) -> None:
+        """What is generated again is by the newest weights, whatever the bound; unless a function of the user's says otherwise.
+        New weights may make all that was ahead too old at once."""
+        args, stock = self._args, self._stock
+        if args.max_weight_staleness is None:
+            return
+        too_old = stock.num_too_old - self._too_old
+        ahead = (args.max_weight_staleness + 1) * args.update_weights_interval * args.rollout_batch_size
+        if too_old > ahead + drops_limit(args):
+            raise RuntimeError(
+                f"rollout {self._state.rollout_id + 1}: {too_old} groups were older than --max-weight-staleness "
+                f"{args.max_weight_staleness}, and so were those in their place; look at the weight_versions that "
+                f"--custom-generate-function-path ({args.custom_generate_function_path}) leaves in its samples"
+            )
 
     # ------------------------------------------------------------------------------------------------------------ generation
 

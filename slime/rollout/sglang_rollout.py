@@ -215,7 +215,7 @@ def tell_drops(args: Any, rollout_id: int, ledger: Ledger) -> None:
     if total >= max(8, target, 2 * ledger.told):
         ledger.told = total
         logger.info("%s, %d were dropped (%s)", progress, total, ledger.drops())
-    limit = args.max_drops_in_a_row or max(_MOST_DROPS_IN_A_ROW, 16 * target)
+    limit = drops_limit(args)
     if ledger.in_a_row >= limit:
         back = f", {len(ledger.returned)} went back into the buffer" if ledger.returned else ""
         raise RuntimeError(
@@ -223,6 +223,11 @@ def tell_drops(args: Any, rollout_id: int, ledger: Ledger) -> None:
             f"cannot fill a rollout: change them, the reward or --dynamic-sampling-filter-path "
             f"({args.dynamic_sampling_filter_path}), or raise --max-drops-in-a-row ({limit})"
         )
+
+
+def drops_limit(args: Any) -> int:
+    """Groups in a row without one that is trained, after which the run ends."""
+    return args.max_drops_in_a_row or max(_MOST_DROPS_IN_A_ROW, 16 * args.rollout_batch_size)
 
 
 def _put_back(args: Any, ledger: Ledger, group: list, *, reason: str) -> None:

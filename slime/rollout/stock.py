@@ -153,6 +153,10 @@ class Stock:
 
     # ------------------------------------------------------------------------------------------------------------ ledger
 
+    @property
+    def num_too_old(self) -> int:
+        return self.regenerated + self.dropped["stale"]
+
     def check(self) -> None:
         dropped, places = dict(self.dropped), {name: len(getattr(self, name)) for name in ("waiting", "started", "ready")}
         accounted = self.trained + sum(dropped.values()) + sum(places.values())

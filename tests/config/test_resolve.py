@@ -17,6 +17,9 @@ TP2PP2CP2 = [
     "--sequence-parallel",
 ]  # fmt: skip
 
+APART = ["--colocate", "none", "--rollout-num-gpus", "1"]
+ALL_THE_TIME = "slime.rollout.fully_async_rollout.generate_rollout_fully_async"
+
 
 @pytest.mark.parametrize(
     ("words", "section", "name", "value", "because"),
@@ -63,6 +66,14 @@ TP2PP2CP2 = [
         (["--mtp-num-layers", "1"], "model", "mtp_num_layers", None, "without --enable-mtp-training"),
         (["--mtp-num-layers", "1", "--enable-mtp-training", "--untie-embeddings-and-output-weights"],
          "model", "mtp_num_layers", 1, None),
+        ([*APART, "--schedule", "one-step-ahead"], "loop", "runs_ahead", True, "generates while the trainer trains"),
+        ([*APART, "--schedule", "one-step-ahead", "--update-weights-interval", "3"],
+         "engine", "update_weights_interval", 3, None),
+        (["--update-weights-interval", "3"], "engine", "update_weights_interval", 1, "sends the weights after every rollout"),
+        ([*APART, "--schedule", "fully-async"], "rollout", "rollout_function_path", ALL_THE_TIME, "generates all the time"),
+        ([*APART, "--schedule", "one-step-ahead", "--rollout-function-path", ALL_THE_TIME],  # slime's train_async.py with it
+         "loop", "schedule", "fully-async", "generates all the time"),
+        (["--debug-rollout-only", "--schedule", "fully-async"], "loop", "schedule", "sync", "trains nothing"),
     ],
 )  # fmt: skip
 def test_derived_values_and_why(words: list[str], section: str, name: str, value: object, because: str | None):

@@ -116,6 +116,14 @@ def test_what_waited_longer_than_the_bound_is_generated_again_or_dropped(stream_
         assert counts == [0, 4] and min(indices(output)) == 8, "four prompts are lost, and counted"
 
 
+@pytest.mark.parametrize("policy", ["regenerate", "drop"])
+def test_answers_that_stay_too_old_end_the_run(stream_of, router, policy):
+    answering(router, [1])
+    _, hand_over = stream_of(max_weight_staleness=1, max_drops_in_a_row=20, on_stale_group=policy)
+    with pytest.raises(RuntimeError, match=r"older than --max-weight-staleness 1, and so were those in their place; look at"):
+        hand_over(0, 5)
+
+
 @pytest.mark.parametrize("source_class", [RolloutDataSourceWithBuffer, RolloutDataSource])
 def test_a_killed_run_goes_on_with_all_that_was_begun_and_trains_nothing_twice(stream_of, router, source_class):
     held = threading.Event()
