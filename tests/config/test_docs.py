@@ -20,6 +20,8 @@ OF_OTHER_PROGRAMS = {
     "--nodes", "--ntasks-per-node", "--gpus-per-node", "--exclusive", "--signal",  # sbatch
     "--pid",  # py-spy
     "--max-children",  # mutmut
+    "--security-opt",  # docker
+    "--contract-args",  # pytest tests/plugin_contracts
 }  # fmt: skip
 MEANT_WRONG = {"--rolout-batch-size", "--x", "--y", "--prompt", "--sglang-mem-fraction-statik"}
 """The answer to a typo, shown; and `--x`, `--y` for any flags."""
