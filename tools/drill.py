@@ -20,13 +20,14 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.drills import exact  # noqa: E402
 from tools.drills.campaign import Campaign  # noqa: E402
-from tools.drills.draw import draw, pick  # noqa: E402
+from tools.drills.draw import Drill, draw, pick  # noqa: E402
 from tools.drills.launch import NUM_ROLLOUT, Launch  # noqa: E402
 from tools.drills.table import Row, counts, markdown, read  # noqa: E402
 
@@ -56,15 +57,10 @@ def run(given: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the launch of the moment is ended on the way out
     campaign = Campaign(given.base, results, stop_seconds=given.stop_seconds, engines=engines)
     try:
-        for number in range(given.first, given.first + (1 if given.pick else given.count)):
+        for drill in chosen(given, engines=engines, done=read(results) if results.exists() else []):
             if time.monotonic() - began > given.seconds:
-                print(f"next: --first {number}")
+                print("the time is over: the same command goes on")
                 break
-            drill = (
-                pick(*given.pick, tolerant=not given.without_tolerance)
-                if given.pick
-                else draw(given.seed, number, engines=engines)
-            )
             print(f"{drill} ...", flush=True)
             row = campaign.drill(drill)
             wrong += row is not None and bool(row.faults)
@@ -72,6 +68,15 @@ def run(given: argparse.Namespace) -> int:
     finally:
         campaign.leave()
     return 1 if wrong else 0
+
+
+def chosen(given: argparse.Namespace, *, engines: bool, done: Sequence[Row]) -> list[Drill]:
+    """What was asked for and has no verdict yet; a single one is made again. Drills of one kind of launch come together."""
+    if given.pick:
+        return [pick(*given.pick, tolerant=not given.without_tolerance)]
+    drills = [draw(given.seed, number, engines=engines) for number in range(given.first, given.first + given.count)]
+    known = {(row.seed, row.number) for row in done if row.engines == engines} if given.count > 1 else set()
+    return sorted((one for one in drills if (one.seed, one.number) not in known), key=lambda one: not one.tolerant)
 
 
 def told(row: Row) -> str:
