@@ -30,7 +30,7 @@ SPENT: frozenset[str] = frozenset(
     evaluation.eval_prompt_data evaluation.eval_config evaluation.eval_input_key evaluation.eval_label_key
     evaluation.eval_tool_key evaluation.eval_temperature evaluation.eval_top_p evaluation.eval_top_k
     evaluation.eval_max_response_len evaluation.eval_max_prompt_len evaluation.eval_min_new_tokens
-    evaluation.eval_max_context_len algorithm.tis_clip algorithm.tis_clip_low algorithm.keep_old_actor
+    evaluation.eval_max_context_len algorithm.tis_clip algorithm.tis_clip_low
     algorithm.megatron_config_path engine.sglang_config engine.prefill_num_servers debug.custom_config_path
     model.model_name model.use_rope_scaling model.rope_scaling_factor model.recompute_activations""".split()
 ) | {f"front_end.{name}" for name in WHY}

@@ -223,6 +223,7 @@ class TrainActor:
     def stream(self, version: int, to: Destinations) -> StreamReport:
         """Send all weights to the engines, each rank of them what it serves."""
         with self._trainer.peaks("weight sync"):
+            self._trainer.note_sent(version)
             if self._config.engine.update_weight_transport == "disk":
                 return self._weight_files().publish(version)
             return self._weight_stream().send(version, to)

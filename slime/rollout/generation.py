@@ -173,17 +173,24 @@ def sampling_params(
 # ------------------------------------------------------------------------------------------------------- one request
 
 
-async def generate(args: Any, sample: Sample, sampling_params: dict[str, Any], *, state: GenerateState | None = None) -> Sample:
+async def generate(
+    args: Any,
+    sample: Sample,
+    sampling_params: dict[str, Any],
+    *,
+    state: GenerateState | None = None,
+    evaluation: bool = False,
+) -> Sample:
     """Generate (or continue) one response through the router. Raises ValueError or EngineError when that is not possible.
 
-    A custom generate function may call it too; `state` is then the running rollout's.
+    A custom generate function may call it too; `state` is then the running rollout's. evaluation: nothing of it is trained.
     """
-    await generate_once(args, sample, sampling_params, state=state or state_for(args))
+    await generate_once(args, sample, sampling_params, state=state or state_for(args), evaluation=evaluation)
     return sample
 
 
 async def generate_once(
-    args: Any, sample: Sample, sampling_params: dict[str, Any], *, state: GenerateState
+    args: Any, sample: Sample, sampling_params: dict[str, Any], *, state: GenerateState, evaluation: bool = False
 ) -> dict[str, Any] | None:
     """The request of generate(), and what the engine told beside the tokens (meta_info); None where it was not answered."""
     if sample.status not in (Status.PENDING, Status.ABORTED):
@@ -203,7 +210,8 @@ async def generate_once(
         sample.status = Status.TRUNCATED
         return None
     payload = {"input_ids": sample.tokens, "sampling_params": params, "return_logprob": True}
-    payload |= _choices_to_replay(args, sample)
+    if not evaluation:
+        payload |= _choices_to_replay(args, sample)
     answer = await persistently(
         lambda: state.client.generate(payload, routing_key=sample.session_id), tries=_TRIES, stopped=lambda: state.aborted
     )
@@ -338,7 +346,7 @@ async def _call_generate(
 ) -> Sample | list[Sample]:
     path = sample.generate_function_path or args.custom_generate_function_path
     if not path:
-        return await generate(args, sample, sampling_params, state=state)
+        return await generate(args, sample, sampling_params, state=state, evaluation=evaluation)
     function = load_function("--custom-generate-function-path", path)
     # A function of the user's gets its own copy of the parameters: changing it must not reach other samples.
     params = copy.deepcopy(sampling_params)

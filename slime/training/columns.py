@@ -85,6 +85,8 @@ def passes_of(config: Config, num_steps: int) -> Passes:
         reasons.append("--use-opd compares them with a teacher's")
     if rules.use_routing_replay and not rules.use_rollout_routing_replay:
         reasons.append("--use-routing-replay takes its experts from that pass")
+    if rules.keep_old_actor:
+        reasons.append("--keep-old-actor takes them from the weights that wrote the rollout")
     if rules.use_rollout_logprobs and not rules.get_mismatch_metrics:
         return Passes(old=bool(reasons), ref=ref, teacher=teacher, values=values, reasons=tuple(reasons))
     if num_steps != 1:

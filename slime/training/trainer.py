@@ -39,6 +39,7 @@ from slime.training.guard import Guard
 from slime.training.hooks import load_hook
 from slime.training.index_replay import check_selections
 from slime.training.loss import Objective
+from slime.training.old_actor import OldActor
 from slime.training.optimizer import (
     clip_gradients,
     forget_history,
@@ -124,6 +125,7 @@ class Trainer:
         self.replay = RoutingReplay(self.model) if config.algorithm.use_routing_replay and objective is None else None
         self.replays_selections = config.algorithm.use_rollout_indexer_replay and objective is None
         self.snapshots = Snapshots(self.model)
+        self.old_actor = OldActor(self.snapshots) if config.algorithm.keep_old_actor and objective is None else None
         self.pending_save: PendingSave | None = None
         rules = config.optimizer
         self.guard = Guard(
@@ -218,7 +220,7 @@ class Trainer:
                 columns.values = self.critic.values(batch, steps)
         if passes.old:
             with clock("log_probs"), self.peaks("log-probs"), self._experts_of_old():
-                columns.old_log_probs, columns.entropy = self._log_probs(batch, steps, "", replay=True)
+                columns.old_log_probs, columns.entropy = self._old_log_probs(batch, steps)
         rules = self.config.algorithm
         if not self.ranks.is_last_stage:
             return Columns(positions=mine)
@@ -228,6 +230,23 @@ class Trainer:
             arguments = (self.config.args, batch.rollout_id)
             call_with_rollout_data(self._hooks["data"], columns, batch, *arguments, flag="--rollout-data-postprocess-path")
         return columns
+
+    def _old_log_probs(self, batch: RolloutBatch, steps: Sequence[StepPlan]) -> tuple[dict, dict]:
+        """By the weights as they are, or with --keep-old-actor each sample by those that wrote it: a pass for each of them."""
+        if self.old_actor is None:
+            return self._log_probs(batch, steps, "", replay=True)
+        found: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
+        for tag, rows in self.old_actor.writers(batch.weight_versions).items():
+            with self.snapshots.playing(tag):
+                told = self._log_probs(batch, steps, "", replay=True)
+            for column, values in zip(found, told, strict=True):
+                column.update((row, values[row]) for row in rows if row in values)
+        return found
+
+    def note_sent(self, version: int) -> None:
+        """The weights as they are now go to the engines as `version`."""
+        if self.old_actor is not None:
+            self.old_actor.remember(version, self.steps_done)
 
     def _fill_replay(self, batch: RolloutBatch, steps: Sequence[StepPlan]) -> None:
         if batch.routed_experts is None:

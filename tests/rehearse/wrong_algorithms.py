@@ -38,9 +38,23 @@ WRONG_ALGORITHMS: dict[str, tuple[Edit, str]] = {
         all_of(without("--colocate"), flags("--schedule", "fully-async", "--load-debug-rollout-data", "/d/{rollout_id}.pt")),
         "--schedule fully-async keeps engines generating, and --debug-train-only (which --load-debug-rollout-data implies)",
     ),
-    "old log-probs by weights that are gone": (
-        all_of(without("--colocate"), flags("--rollout-num-gpus", "256", "--schedule", "one-step-ahead", "--keep-old-actor")),
-        "--keep-old-actor with --schedule one-step-ahead asks for old log-probs by the weights that generated",
+    "old log-probs by several weights": (
+        all_of(without("--colocate"), flags("--rollout-num-gpus", "256", "--schedule", "fully-async", "--keep-old-actor")),
+        "--keep-old-actor with --schedule fully-async asks for old log-probs by the weights that generated",
+    ),
+    "old log-probs by two weights": (
+        all_of(
+            without("--colocate", "--use-tis"),
+            flags("--rollout-num-gpus", "256", "--schedule", "one-step-ahead", "--keep-old-actor", "--use-rollout-logprobs"),
+        ),
+        "--keep-old-actor with --use-rollout-logprobs: both say what old log-probs are",
+    ),
+    "a sample by two weights": (
+        all_of(
+            without("--colocate"),
+            flags("--rollout-num-gpus", "256", "--schedule", "one-step-ahead", "--keep-old-actor", "--partial-rollout"),
+        ),
+        "--keep-old-actor with --partial-rollout: a sample is then of several weights",
     ),
     "rejection against itself": (
         flags("--use-rs", "--use-rollout-logprobs"),

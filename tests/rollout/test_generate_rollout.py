@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import copy
+import json
 import re
 import time
 
@@ -18,6 +20,7 @@ from slime.rollout.filter_hub.base_types import DynamicFilterOutput
 from slime.rollout.sglang_rollout import generate, generate_rollout
 from slime.rollout.to_batch import make_rollout_batch
 from slime.types.sample import Sample, Status
+from slime.types.selections import Piece, Selections
 
 CHECK_STD = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
 
@@ -41,6 +44,29 @@ def right_every_second_time(counter):
         return f"\\boxed{{{value}}}<|endoftext|>", "stop"
 
     return answer
+
+
+def test_training_asks_for_choices_to_replay_once_a_token_and_evaluation_for_none(rollout_config, runtime_args, router):
+    """A first turn from the beginning, a second from the tokens that the first one's answer told of."""
+    flags = {"use_rollout_routing_replay": True, "use_rollout_indexer_replay": True}
+    args = runtime_args(rollout_config(**flags))
+
+    async def turns() -> None:
+        sample = Sample(prompt="1 plus 1", index=0)
+        await generate(args, sample, {"max_new_tokens": 8})
+        sample.rollout_routed_experts = np.zeros((len(sample.tokens) - 1, 1, 1), np.uint8)
+        rows = np.zeros((len(sample.tokens) - 1, 1), np.int32)
+        sample.rollout_indexer_topk = Selections((Piece.of({0: rows}, 0, 1),))
+        sample.append_response_tokens(tokens=sample.tokens[:3], trainable=False)
+        sample.status, known = Status.PENDING, len(sample.rollout_routed_experts)
+        await generate(args, sample, {"max_new_tokens": 20})
+        await generate(args, Sample(prompt="1 plus 1", index=1), {"max_new_tokens": 8}, evaluation=True)
+        questions = [payload.get("custom_labels") for payload, _ in router.requests]
+        asked = [json.loads(next(iter(labels.values()))) for labels in questions[:2]]
+        assert [question["routed_experts_start_len"] for question in asked] == [0, known] and questions[2] is None
+        assert all(question["return_routed_experts"] and question["return_indexer_topk"] for question in asked)
+
+    asyncio.run(turns())
 
 
 def test_samples_carry_what_the_engine_said(run, router):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -95,3 +97,34 @@ def test_what_the_steps_train_on_is_written_once_per_sample(qwen3, tmp_path, nam
         assert row["tokens"].tolist() == batch.tokens[position].tolist()
         assert row["rollout_log_probs"].tolist() == batch.rollout_log_probs[position].tolist()
         assert torch.allclose(row["advantages"], torch.full((len(row["advantages"]),), float(batch.rewards[position])))
+
+
+def test_old_log_probs_are_of_the_weights_that_wrote_the_rollout(qwen3):
+    """One step ahead: rollout 1 was written by version 1, and the trainer has trained rollout 0 and sent version 2 since."""
+
+    def run(rank: int) -> tuple[float, dict, dict]:
+        config = config_for(qwen3, keep_old_actor=True)
+        trainer = start(config)
+        first, second = (replace(rollout(n), weight_versions=(("1",),) * 8) for n in range(2))
+        trainer.note_sent(1)
+        before = trainer.log_probs(second, plans(second, config, 1))
+        expected = sum(float(before[row][mask > 0].mean()) for row, mask in enumerate(second.loss_masks) if mask.any()) / 8
+        trainer.train(first, plans(first, config, 1))
+        trainer.note_sent(2)
+        trainer.note_sent(3)  # an engine was started anew meanwhile: the same weights
+        own = weights_of(trainer)
+        trained = replace(second, weight_versions=(("1",),) * 4 + (("3",),) * 4)
+        halves = trainer.old_actor.writers(trained.weight_versions)
+        report = trainer.train(second, plans(second, config, 1))
+        assert any(not torch.equal(weight, own[name]) for name, weight in trainer.named_weights())
+        with pytest.raises(ValueError, match="row 0 was written by weights 7, and the trainer has 1, 2, 3; take the engines'"):
+            trainer.train(replace(second, weight_versions=(("7",),) * 8), plans(second, config, 1))
+        trainer.note_sent(4)
+        with pytest.raises(ValueError, match="row 0 was written by weights 1, and the trainer has 2, 3, 4"):
+            trainer.old_actor.writers(second.weight_versions)
+        return expected, halves, report.metrics | report.per_step[0]
+
+    expected, halves, told = run_ranks(1, run)[0]
+    assert told["rollout/log_probs"] == pytest.approx(expected, abs=1e-6)
+    assert sorted(halves.values()) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert abs(told["train/ppo_kl"]) > 1e-5, "the steps begin at other weights than those that wrote"

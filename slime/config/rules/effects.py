@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 ONE_ANSWER: Mapping[str, str] = {
     "train_backend": "there is one, megatron-core",
     "distributed_backend": "collectives are the device's (NCCL on CUDA, gloo elsewhere)",
-    "keep_old_actor": "training starts from the weights that generated the rollout, so the old log-probs are theirs",
     "rollout_data_transport": "rollouts go through Ray's object store",
     "use_distributed_optimizer": "the optimizer is always distributed",
     "accumulate_allreduce_grads_in_fp32": "gradients are always summed in float32",

@@ -35,6 +35,7 @@ def schedule(v: Values) -> None:
     asked = f"--schedule {v['schedule']}"
     if v["schedule"] == "sync":
         v.derive("update_weights_interval", 1, "--schedule sync sends the weights after every rollout")
+        _no_old_actor(v)
     else:
         v.derive("runs_ahead", True, f"{asked} generates while the trainer trains")
         _ahead(v, asked)
@@ -55,12 +56,18 @@ def _ahead(v: Values, asked: str) -> None:
         "out and give the engines GPUs of their own with --rollout-num-gpus",
         holds="generation and training have GPUs of their own",
     )
-    v.require(
-        not v["keep_old_actor"],
-        f"--keep-old-actor with {asked} asks for old log-probs by the weights that generated, which the trainer no longer has; "
-        "take the engines' own, --use-rollout-logprobs",
-    )
-    if v["loss_type"] == "policy_loss" and not v["debug_train_only"] and not any(v[name] for name in OFF_POLICY_REMEDIES):
+    if v["debug_train_only"]:
+        _no_old_actor(v)
+    for name, why in (
+        ("use_rollout_logprobs", "both say what old log-probs are"),
+        ("partial_rollout", "a sample is then of several weights"),
+    ):
+        v.require(
+            not (v["keep_old_actor"] and v[name]),
+            f"--keep-old-actor with --{name.replace('_', '-')}: {why}; use one",
+        )
+    weighs = v["keep_old_actor"] or any(v[name] for name in OFF_POLICY_REMEDIES)
+    if v["loss_type"] == "policy_loss" and not v["debug_train_only"] and not weighs:
         v.notes.append(
             f"{asked} trains samples of older weights and nothing here weighs that; --use-tis, or --use-rollout-logprobs, does"
         )
@@ -77,6 +84,20 @@ def _all_the_time(v: Values, asked: str) -> None:
         f"{asked} generates by this project's own loop, and --rollout-function-path is {v['rollout_function_path']}; leave it "
         "out (--custom-generate-function-path makes one sample), or take --schedule one-step-ahead",
     )
+    v.require(
+        not v["keep_old_actor"],
+        f"--keep-old-actor with {asked} asks for old log-probs by the weights that generated, maybe several of one answer; "
+        "take the engines' own, --use-rollout-logprobs",
+    )
     for name in ("partial_rollout", "over_sampling_batch_size"):
         if name in v.given:
             v.notes.append(f"--{name.replace('_', '-')} changes nothing: {asked} begins groups as training takes them")
+
+
+def _no_old_actor(v: Values) -> None:
+    if v["keep_old_actor"]:
+        v["keep_old_actor"] = False
+        v.notes.append(
+            "--keep-old-actor changes nothing: training starts from the weights that generated the rollout, so the old "
+            "log-probs are theirs"
+        )

@@ -128,7 +128,8 @@ def weight_copies(config: Config) -> int:
     """Whole copies of the weights that a rank keeps in main memory (slime.training.snapshots)."""
     rules = config.algorithm
     reference = bool(rules.use_kl_loss or rules.kl_coef)
-    beside = reference + (rules.use_opd and rules.opd_type == "megatron")
+    sent = 2 if rules.keep_old_actor else 0  # slime.training.old_actor
+    beside = reference + sent + (rules.use_opd and rules.opd_type == "megatron")
     return beside + 1 if beside else 0  # the trained ones lie there while another plays
 
 

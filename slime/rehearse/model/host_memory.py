@@ -42,7 +42,7 @@ def host_memory(
     if shapes.critic:
         loaded["critic"] = weights + loaded["gradients"] + loaded["optimizer"]
     if shapes.copies:
-        loaded["copies of weights (reference, teacher)"] = weights * shapes.copies
+        loaded["copies of weights (reference, teacher, old actor)"] = weights * shapes.copies
     held = {**loaded, "libraries in use": int(assumed.host_libraries_gb * GB)}
     kept, moving = in_flight(share.stage, grid, shapes), _transients(hf, grid, shapes, share)
     holders = index_holder(hf, grid, shapes) * share.computing
