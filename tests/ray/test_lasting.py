@@ -101,10 +101,10 @@ def train(trainers, config, number: int) -> list:
 
 
 def checkpoint(trainers, rollout_id: int) -> dict:
-    from tests.e2e.test_tiny_run import _tensors
+    from tools.drills.exact import tensors
 
     trainers.save(rollout_id, None)
-    return _tensors(Path(trainers._config.checkpoint.save) / f"iter_{rollout_id:07d}")
+    return tensors(Path(trainers._config.checkpoint.save) / f"iter_{rollout_id:07d}")
 
 
 @pytest.fixture(scope="module")
