@@ -223,29 +223,48 @@ def _words(pid: int) -> str:
 class Campaign:
     def __init__(self, box: Box):
         self._folder, self._box = box.folder, box
+        self._launch: Launch | None = None
 
     def drill(self, name: str) -> Row | None:
         """None where the phase never came."""
         fault, phase = FAULTS[name.split("/")[0]], name.split("/")[1]
-        before = newest(self._checkpoints)
-        launch = Launch(self._box)
-        try:
+        if phase == "start":
+            self.leave()
+        if (launch := self._launch) is None:
+            before, launch = newest(self._checkpoints), Launch(self._box)
+            self._launch = launch
             placed = launch.comes_to(phase)
             self._settle(launch, before)
-            if not placed:
-                self._transcribe(launch, name, time.monotonic())
-                return None
-            at, hit = time.monotonic(), launch.phase
+        else:  # it survived the drill before
+            placed = launch.comes_to(phase)
+        if not placed:
+            self._transcribe(launch, name, time.monotonic())
+            self.leave()
+            return None
+        at, hit = time.monotonic(), launch.phase
+        try:
             fault.do(cluster_box.load(self._box.folder), fault.node)
             launch.until(lambda: launch.reported_since(at) >= _SURVIVED_ROLLOUTS, seconds=ENDS_WITHIN)
             row = self._judge(launch, fault, name, at, hit)
             self._transcribe(launch, name, at)
         finally:
             fault.mend(cluster_box.load(self._box.folder), fault.node)
-            launch.leave()
-            self._empty()
+        if row.outcome != "survived":
+            self.leave()
         self._write(row)
         return row
+
+    def leave(self) -> None:
+        """End the launch that runs, if one does. Whatever it left has been told; the next one begins on empty nodes."""
+        if self._launch is None:
+            return
+        self._launch.leave()
+        self._launch = None
+        for node in cluster_box.load(self._box.folder).nodes:
+            if node.pids() or not node.init:
+                cluster_box.boot(cluster_box.die(cluster_box.load(self._box.folder), node.name), node.name)
+            for folder in self._box.tmp(node).glob("slime-*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def _checkpoints(self) -> Path:
@@ -278,23 +297,10 @@ class Campaign:
             self._write(replace(rows[-1], resumed=began == (0 if before is None else before + 1) + 1))
 
     def undisturbed(self) -> None:
-        before, launch = newest(self._checkpoints), Launch(self._box)
-        try:
-            launch.until(lambda: bool(launch.rollouts), seconds=2 * READY_WITHIN)
-            self._settle(launch, before)
-            self._transcribe(launch, "undisturbed", time.monotonic())
-        finally:
-            launch.leave()
-            self._empty()
-
-    def _empty(self) -> None:
-        """Whatever a drill left has been told; the next one begins on empty nodes."""
-        for node in cluster_box.load(self._box.folder).nodes:
-            if node.pids():
-                cluster_box.boot(cluster_box.die(cluster_box.load(self._box.folder), node.name), node.name)
-            root = Path(f"/proc/{cluster_box.load(self._box.folder).node(node.name).init}/root")
-            for folder in (root / "tmp").glob("slime-*"):
-                shutil.rmtree(folder, ignore_errors=True)
+        before, self._launch = newest(self._checkpoints), Launch(self._box)
+        self._launch.until(lambda: bool(self._launch.rollouts), seconds=2 * READY_WITHIN)
+        self._settle(self._launch, before)
+        self._transcribe(self._launch, "undisturbed", time.monotonic())
 
     def _transcribe(self, launch: Launch, name: str, at: float) -> None:
         folder = self._folder / "transcripts"
@@ -339,6 +345,7 @@ def run(folder: Path, names: Sequence[str]) -> int:
             failed += row is None or row.failed
         if not names:
             campaign.undisturbed()
+        campaign.leave()
     finally:
         cluster_box.remove(folder)
     return 1 if failed else 0
