@@ -5,6 +5,7 @@
 #   bash scripts/run-glm5.2-tiny.sh [FLAGS...]      FLAGS win over the launcher's, e.g. --num-rollout 4
 #
 # BASE_DIR   where everything goes                                    (default: outputs/glm5.2-tiny of this project)
+# INDEX_TOPK keys that sparse attention keeps on a CPU                (default 8, a third of a sequence here)
 # SFT_DATA   conversations of the warm start, .jsonl with "messages"  (default: arithmetic, made here)
 # SEED       of the checkpoint, the data and the run                  (default 1234)
 # NUM_NODES  2: a pipeline stage and an engine on each; 4: two copies of the two stages, one prefill and three decode engines. BASE_DIR
@@ -26,7 +27,7 @@ export NUM_NODES="${NUM_NODES:-1}"
 if ((NUM_DEVICES == 0)); then
    export GLM52_TINY=cpu NUM_GPUS=$((NUM_NODES > 1 ? 1 : 2)) LOGICAL_GPUS=1
    # Sequences have about 24 tokens, three times the keys that sparse attention keeps.
-   TINY_MODEL=(--index-topk 8) DATA_ARGS=() MAX_TOKENS=512 PROMPTS=32 SFT_BATCH=64 SFT_LR=3e-3 RL_LR=5e-4
+   TINY_MODEL=(--index-topk "${INDEX_TOPK:-8}") DATA_ARGS=() MAX_TOKENS="${MAX_TOKENS:-512}" PROMPTS=32 SFT_BATCH="${SFT_BATCH:-64}" SFT_LR=3e-3 RL_LR=5e-4
 else
    export GLM52_TINY=h200 NUM_GPUS="${NUM_GPUS:-$((NUM_DEVICES > 1 && NUM_NODES == 1 ? 2 : 1))}"
    TINY_MODEL=() DATA_ARGS=(--examples 120) MAX_TOKENS=16384 PROMPTS=16 SFT_BATCH=32 SFT_LR=3e-4 RL_LR=5e-5

@@ -7,7 +7,6 @@
 #   make_data PROGRAM             once; PROGRAM writes its files into the folder that it is given
 #   write_settings <<YAML         a file for --custom-config-path
 #   run_tiny FLAGS...
-#   is_proven FLAGS...            whether the launcher was asked for a rehearsal or a preflight, which run nothing
 
 PROJECT_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../../.." && pwd)"
 
@@ -15,7 +14,7 @@ example() {
     export BASE_DIR="${BASE_DIR:-${PROJECT_ROOT}/outputs/$1}"
     [[ $BASE_DIR == /* ]] || BASE_DIR="${PWD}/${BASE_DIR}"
     DATA="${BASE_DIR}/data" SETTINGS_FILE="${BASE_DIR}/settings.yaml"
-    export PYTHONPATH="${HERE}:${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}"
+    export PYTHONPATH="${HERE}:${HERE}/..:${PROJECT_ROOT}${PYTHONPATH:+:${PYTHONPATH}}"
 }
 
 make_data() {
@@ -29,10 +28,8 @@ write_settings() {
 }
 
 run_tiny() {
+    # All keys: what is copied from one end of a turn to the other must be seen.
+    export INDEX_TOPK="${INDEX_TOPK:-256}" MAX_TOKENS="${MAX_TOKENS:-2048}" SFT_BATCH="${SFT_BATCH:-32}"
     export SFT_DATA="${SFT_DATA:-${DATA}/sft.jsonl}"
     exec bash "${PROJECT_ROOT}/scripts/run-glm5.2-tiny.sh" "$@"
-}
-
-is_proven() {
-    [[ ${REHEARSE:-0}${PREFLIGHT:-0} != 00 || " $* " == *" --rehearse "* || " $* " == *" --preflight "* ]]
 }
