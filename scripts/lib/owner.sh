@@ -35,6 +35,17 @@ disown_folders() {
         run_python -m slime.observability.owner release "$folder" --pid $$
     done
     OWNED=()
+    # A driver that was killed could not give back its --save.
+    local word last=""
+    for word in "${JOB_FLAGS[@]}"; do
+        [[ $last != --save ]] || forget_record "$word"
+        [[ $word != --save=* ]] || forget_record "${word#--save=}"
+        last=$word
+    done
+}
+
+forget_record() { # FOLDER   if it is of this launch
+    ! grep -qsF "\"launch\": \"$SLIME_LAUNCH\"" "$1/.slime-owner" || rm -f -- "$1/.slime-owner"
 }
 
 # A process in a session of its own that waits for this one to disappear without a word (kill -9, a lost machine's shell).

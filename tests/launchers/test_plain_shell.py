@@ -295,6 +295,29 @@ def test_a_second_launcher_is_refused_and_one_that_was_killed_leaves_nothing(she
     shutil.rmtree(folder, ignore_errors=True)
 
 
+KILLED = """
+import json, os, pathlib, signal
+folder = pathlib.Path(os.environ["SAVES"])
+folder.mkdir()
+(folder / ".slime-owner").write_text(json.dumps({"launch": os.environ["SLIME_LAUNCH"], "pid": os.getpid()}))
+(folder / "checkpoint").touch()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_folder_of_a_driver_that_was_killed_is_given_back(shell: Shell):
+    fake = shell.folder / "fake" / "slime"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").touch()
+    (fake / "train.py").write_text(KILLED)
+    saves = shell.folder / "saves"
+    process = shell.start(f"exec {QWEN} --save {saves}", BASE_DIR="my base", DRIVER=str(fake.parent), SAVES=str(saves))
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode != 0, said
+    assert [file.name for file in saves.iterdir()] == ["checkpoint"], said
+    shutil.rmtree(re.search(r"its logs: (/tmp/slime-ray-\w+)", said)[1])
+
+
 DRIVER = """
 import os, signal, sys, time
 
