@@ -13,6 +13,7 @@ import copy
 import inspect
 import logging
 import math
+import re
 import time
 import uuid
 import weakref
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _TRIES = 4
 _FAILURES_SHOWN = 3
+_FLOAT32_MAX = 3.4028234e38
 _FINISHED = (Status.COMPLETED, Status.TRUNCATED)
 
 
@@ -218,6 +220,8 @@ async def generate_once(
     if answer is None:  # the rollout has ended while the router did not answer
         sample.status = Status.ABORTED
         return None
+    if not isinstance(answer, dict):
+        raise ValueError(f"the engine's answer is a {type(answer).__name__}, no JSON object: {answer!r:.60}")
     meta_info = answer.get("meta_info") or {}
     if "routed_experts_start_len" in payload:
         meta_info["routed_experts_start_len"] = payload["routed_experts_start_len"]
@@ -257,15 +261,28 @@ def _room(sample: Sample, max_new_tokens: int, max_context_len: int | None) -> i
 
 
 def read_output(meta_info: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """New token ids and their log-probs. Raises ValueError unless every token has a finite one."""
+    """New token ids and their log-probs. Raises ValueError unless every token has a finite one, or where tokens are missing."""
     items = meta_info.get("output_token_logprobs")
     if items is None:
         raise ValueError("the engine's answer holds no output_token_logprobs, although return_logprob was asked for")
-    tokens, log_probs = [int(item[1]) for item in items], [item[0] for item in items]
-    for position, value in enumerate(log_probs):
-        if value is None or not math.isfinite(value):
-            raise ValueError(f"the engine's log-prob of response token {position} is {value}")
-    return tokens, [float(value) for value in log_probs]
+    said = meta_info.get("completion_tokens")
+    if isinstance(said, int) and len(items) < said:
+        raise ValueError(f"the engine's answer holds {len(items)} tokens and says that it made {said}: it was cut on its way")
+    reason = meta_info.get("finish_reason")
+    if reason is not None and not (isinstance(reason, dict) and "type" in reason):
+        raise ValueError(f"the engine's finish_reason is {reason!r}; expected a mapping with a type")
+    tokens, log_probs = [], []
+    for position, item in enumerate(items):
+        if not isinstance(item, list | tuple) or len(item) < 2:
+            raise ValueError(f"the engine's response token {position} is {item!r}; expected [log-prob, token id, ...]")
+        value, token = item[0], item[1]
+        if not isinstance(token, int) or token < 0:
+            raise ValueError(f"the engine's response token {position} is {token!r}; token ids are whole numbers from 0")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"the engine's log-prob of response token {position} is {value!r}; expected a finite number")
+        tokens.append(token)
+        log_probs.append(float(value))
+    return tokens, log_probs
 
 
 # -------------------------------------------------------------------------------------------------- sample and group
@@ -300,8 +317,9 @@ def _fail(samples: list[Sample], error: Exception, state: GenerateState) -> None
         sample.status, sample.reward = Status.FAILED, None
         sample.metadata["error"] = words
     state.failures[reason] += len(samples)
-    new = words not in state.told and len(state.told) < _FAILURES_SHOWN
-    state.told.add(words)
+    kind = re.sub(r"0x[0-9a-f]+|\d+", "#", words)  # the same of another sample is nothing new
+    new = kind not in state.told and len(state.told) < _FAILURES_SHOWN
+    state.told.add(kind)
     logger.log(logging.WARNING if new else logging.DEBUG, "sample %s failed: %s", samples[0].index, words)
 
 
@@ -363,6 +381,7 @@ async def _call_generate(
         item.index = sample.index if item.index is None else item.index
         item.group_index = sample.group_index if item.group_index is None else item.group_index
         item.validate()
+        item.validate_values()
     return result
 
 
@@ -423,10 +442,18 @@ async def _grade(args: Any, samples: list[Sample], *, together: bool) -> None:
 def _check_reward(sample: Sample, reward: Any) -> None:
     values = reward.values() if isinstance(reward, dict) else [reward]
     numbers = [value for value in values if isinstance(value, int | float)]
-    if not numbers or not all(math.isfinite(value) for value in numbers):
+    if not numbers or not all(_is_finite(value) for value in numbers):
         raise ValueError(
-            f"the reward of sample {sample.index} is {reward!r}; expected a finite number, or a mapping that holds one"
+            f"the reward of sample {sample.index} is {reward!r:.200}; expected a finite number, or a mapping that holds one"
         )
+
+
+def _is_finite(value: float) -> bool:
+    """In float32, which rewards are trained in."""
+    try:
+        return abs(float(value)) <= _FLOAT32_MAX
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 async def generate_and_rm_group(

@@ -7,6 +7,7 @@ never a decision made by the first sample. Samples of which nothing is trained n
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -203,12 +204,16 @@ def _rewards(args: Any, samples: list[Sample], groups: np.ndarray) -> tuple[np.n
     """(raw, what advantages are made of), float32 [n]."""
     if args.custom_reward_post_process_path:
         path = args.custom_reward_post_process_path
-        raw, rewards = load_function("--custom-reward-post-process-path", path)(view_for_call(args), samples)
+        answer = load_function("--custom-reward-post-process-path", path)(view_for_call(args), samples)
+        who = f"--custom-reward-post-process-path {path}"
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            raise ValueError(f"{who} gave a {type(answer).__name__}; expected (raw_rewards, rewards)")
+        raw, rewards = answer
         if len(raw) != len(samples) or len(rewards) != len(samples):
             raise ValueError(
                 f"--custom-reward-post-process-path {path} gave {len(raw)} and {len(rewards)} rewards for {len(samples)}"
             )
-        return np.asarray(raw, dtype=np.float32), np.asarray(rewards, dtype=np.float32)
+        return _finite(raw, samples, who), _finite(rewards, samples, who)
     raw = np.array([raw_reward(args, sample) for sample in samples], dtype=np.float32)
     shaped = np.array([float(sample.get_reward_value(args)) for sample in samples], dtype=np.float32)
     if args.overlong_buffer_len:
@@ -226,6 +231,20 @@ def _rewards(args: Any, samples: list[Sample], groups: np.ndarray) -> tuple[np.n
     return raw, normalize_by_group(shaped, groups, divide)
 
 
+def _finite(rewards: Any, samples: list[Sample], who: str) -> np.ndarray:
+    """float32 [n]. Raises ValueError naming `who` and the sample of the first that is no finite number."""
+    try:
+        with np.errstate(over="ignore"):
+            column = np.asarray(rewards, dtype=np.float32)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{who}: rewards are no numbers ({error})") from None
+    odd = np.flatnonzero(~np.isfinite(column.reshape(-1)))
+    if len(odd):
+        index = samples[odd[0]].index if len(samples) == len(column) else odd[0]
+        raise ValueError(f"{who}: the reward of sample {index} is {column.reshape(-1)[odd[0]]}; expected a finite number")
+    return column
+
+
 _CUSTOM_REQUIRED = ("tokens", "response_lengths", "rewards", "loss_masks", "rollout_ids")
 
 
@@ -233,6 +252,9 @@ def _from_custom(args: Any, samples: list[Sample], groups: np.ndarray, rollout_i
     """The mapping of a --custom-convert-samples-to-train-data-path function, with slime's keys, as columns."""
     path = args.custom_convert_samples_to_train_data_path
     data = load_function("--custom-convert-samples-to-train-data-path", path)(view_for_call(args), samples)
+    who = f"--custom-convert-samples-to-train-data-path {path}"
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{who} gave a {type(data).__name__}; expected a mapping of columns")
     missing = [key for key in _CUSTOM_REQUIRED if key not in data]
     if missing:
         raise ValueError(f"--custom-convert-samples-to-train-data-path {path}: its mapping lacks {', '.join(missing)}")
@@ -243,18 +265,24 @@ def _from_custom(args: Any, samples: list[Sample], groups: np.ndarray, rollout_i
             f"{path} turned {len(samples)} samples into {n} rows; add a key group_indices that says which prompt each is of"
         )
 
+    def column_of(key: str, kind: type) -> tuple[np.ndarray, ...]:
+        try:
+            return tuple(np.asarray(row, dtype=kind) for row in data[key])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{who}: column {key}: {error}") from None
+
     def per_token(key: str) -> tuple[np.ndarray, ...] | None:
-        return tuple(np.asarray(row, dtype=np.float32) for row in data[key]) if data.get(key) is not None else None
+        return column_of(key, np.float32) if data.get(key) is not None else None
 
     experts = data.get("rollout_routed_experts")
     _, trajectories = np.unique(np.asarray(data["rollout_ids"]), return_inverse=True)
     return RolloutBatch(
         rollout_id=rollout_id,
-        tokens=tuple(np.asarray(row, dtype=np.int64) for row in data["tokens"]),
+        tokens=column_of("tokens", np.int64),
         response_lengths=np.asarray(data["response_lengths"], dtype=np.int64),
         loss_masks=per_token("loss_masks"),
-        rewards=np.asarray(data["rewards"], dtype=np.float32),
-        raw_rewards=np.asarray(data.get("raw_reward", data["rewards"]), dtype=np.float32),
+        rewards=_finite(data["rewards"], samples, who),
+        raw_rewards=_finite(data.get("raw_reward", data["rewards"]), samples, who),
         groups=np.asarray(column, dtype=np.int64),
         trajectories=trajectories.astype(np.int64),
         sample_ids=np.asarray(data.get("sample_indices", np.arange(n)), dtype=np.int64),

@@ -7,6 +7,8 @@ Sample is whole at every moment: `loss_mask` and `rollout_log_probs` are either 
 from __future__ import annotations
 
 import base64
+import math
+import operator
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -79,6 +81,21 @@ _FINISH_STATUS = {"length": Status.TRUNCATED, "abort": Status.ABORTED, "stop": S
 
 _TYPE_OF_SIZE = {1: np.uint8, 2: np.int16, 4: np.int32}
 """Of what engines say of experts: our own say it in as few bytes as it takes."""
+
+
+def _is_token(value: Any) -> bool:
+    """A whole number from 0, of Python, NumPy or torch."""
+    try:
+        return operator.index(value) >= 0
+    except TypeError:
+        return False
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, str | bytes) and float(value) is not None
+    except (TypeError, ValueError):
+        return False
 
 
 def _int32(value: Any) -> np.ndarray:
@@ -252,6 +269,25 @@ class Sample:
                 f"sample {self.index}: top-p offsets must be {n + 1} numbers from 0 to {len(ids)}; "
                 f"got {len(offsets)} from {offsets[:1]} to {offsets[-1:]}"
             )
+
+    def validate_values(self) -> None:
+        """What a plugin filled in is what its name says. Raises ValueError with the first value that is not."""
+        odd = next((i for i, token in enumerate(self.tokens) if not _is_token(token)), None)
+        if odd is not None:
+            raise ValueError(f"sample {self.index}: token {odd} is {self.tokens[odd]!r}; token ids are whole numbers from 0")
+        for name in ("loss_mask", "rollout_log_probs", "teacher_log_probs"):
+            values = getattr(self, name)
+            odd = next((i for i, value in enumerate(values if values is not None else ()) if not _is_number(value)), None)
+            if odd is not None:
+                raise ValueError(f"sample {self.index}: {name} of response token {odd} is {values[odd]!r}; expected a number")
+        if self.trains_nothing or self.rollout_log_probs is None:
+            return
+        for i, value in enumerate(self.rollout_log_probs):
+            if not math.isfinite(value) and (self.loss_mask is None or self.loss_mask[i]):
+                raise ValueError(
+                    f"sample {self.index}: rollout_log_probs of response token {i} is {value}, and that token is trained; "
+                    "mask it"
+                )
 
     # ------------------------------------------------------------------------------------------------------ growing
 
