@@ -27,6 +27,8 @@ class SequenceLayout:
     padding is a sequence of its own, so no sample ever attends to it or it to a sample."""
     cp_rank: int
     cp_size: int
+    is_a_slice: bool = False
+    """The rows are consecutive rows of the stream, then padding."""
 
     @staticmethod
     def contiguous(lengths: Sequence[int], *, cp_rank: int = 0, cp_size: int = 1, multiple: int = 1) -> SequenceLayout:
@@ -39,7 +41,7 @@ class SequenceLayout:
         share = max(1, -(-total // (cp_size * multiple))) * multiple
         rows = torch.arange(cp_rank * share, (cp_rank + 1) * share)
         rows[rows >= total] = -1
-        return SequenceLayout(rows, tuple(lengths), _boundaries(lengths, share * cp_size), cp_rank, cp_size)
+        return SequenceLayout(rows, tuple(lengths), _boundaries(lengths, share * cp_size), cp_rank, cp_size, is_a_slice=True)
 
     @staticmethod
     def zigzag(lengths: Sequence[int], *, cp_rank: int = 0, cp_size: int = 1, multiple: int = 1) -> SequenceLayout:
@@ -103,6 +105,7 @@ class SequenceLayout:
             self.cu_seqlens.to(device, non_blocking=True),
             self.cp_rank,
             self.cp_size,
+            self.is_a_slice,
         )
 
 

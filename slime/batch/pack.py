@@ -39,10 +39,7 @@ def pack(
     make = SequenceLayout.contiguous if contiguous else SequenceLayout.zigzag
     lengths = [len(batch.tokens[position]) for position in positions]
     layout = make(lengths, cp_rank=cp_rank, cp_size=cp_size, multiple=multiple)
-    tokens = _join([batch.tokens[position] for position in positions], np.int64)
-    following = _join([_shifted(batch.tokens[position], 1) for position in positions], np.int64)
-    second = _join([_shifted(batch.tokens[position], 2) for position in positions], np.int64)
-    within = _join([np.arange(length) for length in lengths], np.int64)
+    tokens = [batch.tokens[position] for position in positions]
     responses = [int(batch.response_lengths[position]) for position in positions]
     # The row of token j - 1 predicts token j, so a response of R tokens ends one row before its sample does.
     rows = [
@@ -59,10 +56,10 @@ def pack(
     return MicroBatch(
         positions=positions,
         layout=layout,
-        tokens=layout.take(tokens, 0)[None],
-        position_ids=layout.take(within, 0)[None],
-        targets=layout.take(following, 0),
-        draft_targets=layout.take(second, 0),
+        tokens=_local(layout, tokens)[None],
+        position_ids=_local(layout, [np.arange(length) for length in lengths])[None],
+        targets=_local(layout, tokens, ahead=1),
+        draft_targets=_local(layout, tokens, ahead=2),
         response_rows=_join(rows, np.int64),
         draft_rows=_join(draft_rows, np.int64),
         segments=_join([np.full(response, number) for number, response in enumerate(responses)], np.int64),
@@ -96,9 +93,25 @@ def _kept(batch: RolloutBatch, positions: Sequence[int], layout: SequenceLayout)
     return {name: torch.from_numpy(value) for name, value in fields.items()}
 
 
-def _shifted(tokens: np.ndarray, by: int) -> np.ndarray:
-    """Each row's token `by` places on in the same sample, 0 where it has ended."""
-    return np.append(tokens[by:], np.zeros(min(by, len(tokens)), np.int64))
+def _local(layout: SequenceLayout, pieces: Sequence[np.ndarray], *, ahead: int = 0) -> Tensor:
+    """int64 [t]: each local row's value of its sample, or that `ahead` places on; 0 on padding and where a sample has ended.
+
+    Every value is written once, straight to its row: a stream of all ranks in between would be a copy of the batch.
+    """
+    local = np.zeros(len(layout.rows), np.int64)
+    rows = layout.rows.numpy()
+    held = np.flatnonzero(rows >= 0)
+    if layout.is_a_slice:
+        first = int(rows[0]) if len(held) else 0
+        for start, piece in zip(layout.starts, pieces, strict=True):
+            low, high = max(start, first), min(start + len(piece) - ahead, first + len(held))
+            if low < high:
+                local[low - first : high - first] = piece[low - start + ahead : high - start + ahead]
+        return torch.from_numpy(local)
+    for start, piece in zip(layout.starts, pieces, strict=True):
+        own = held[(rows[held] >= start) & (rows[held] < start + len(piece) - ahead)]
+        local[own] = piece[rows[own] - start + ahead]
+    return torch.from_numpy(local)
 
 
 def _join(pieces: Sequence[np.ndarray], dtype: type) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slime.batch.plan import _even_bins_with_room, plan_steps
+from slime.batch.plan import _even_bins_with_room, _first_fit, plan_steps
 
 
 @dataclass(frozen=True)
@@ -176,3 +176,25 @@ def test_micro_batches_that_are_exactly_full_stay_so():
     """5 + 3 and 4 + 4 tokens in room for 8: two bins, not three."""
     lengths = np.array([5, 4, 4, 3])
     assert sorted(map(sorted, _even_bins_with_room([0, 1, 2, 3], lengths, lengths.astype(float), 8))) == [[0, 3], [1, 2]]
+
+
+def first_fit_by_the_definition(positions: list[int], lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """A search through all micro-batches for every sample."""
+    bins: list[list[int]] = []
+    for position in positions:
+        need = int(lengths[position])
+        rooms = [capacity - int(lengths[bin_].sum()) for bin_ in bins]
+        target = next((index for index, room in enumerate(rooms) if room >= need), None)
+        if target is None:
+            bins.append([position])
+        else:
+            bins[target].append(position)
+    return bins
+
+
+def test_the_first_micro_batch_with_room_is_found_among_any_number():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        count, capacity = int(draw.integers(1, 60)), int(draw.integers(1, 200))
+        lengths, positions = draw.integers(1, 120, count), draw.permutation(count).tolist()
+        assert _first_fit(positions, lengths, capacity) == first_fit_by_the_definition(positions, lengths, capacity)
