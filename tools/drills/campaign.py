@@ -19,7 +19,7 @@ from tools.drills.launch import NUM_ROLLOUT, ROOT, Launch, newest
 from tools.drills.scene import Seen, label_of
 from tools.drills.table import Row, read
 
-_READY_SECONDS = 300.0
+_READY_SECONDS = 600.0
 _PHASE_SECONDS = 60.0
 _CLEAN_SECONDS = 60.0
 """From the end of a launcher to the end of what it had started: one that was killed leaves that to its keeper."""

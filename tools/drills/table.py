@@ -31,7 +31,7 @@ class Row:
     revision: str = ""
     """Of the project, when the drill was made."""
     hit: str = ""
-    """The phase in which the fault came, where the drawn one was over by then."""
+    """The phase in which the fault came: a drawn one may be over by then."""
     engines: bool = True
     """False for a run on recorded rollouts that starts none."""
 
