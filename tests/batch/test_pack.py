@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from slime.batch.pack import pack
 from slime.batch.plan import plan_steps
 from slime.types import RolloutBatch
+from slime.types.kept_words import KeptWords
 
 
 def make_batch(lengths, responses, seed=0):
@@ -85,6 +87,39 @@ def test_the_row_that_predicts_each_response_token_has_it_as_target_in_every_lay
         assert torch.equal(
             micro.rollout_log_probs, torch.from_numpy(np.concatenate([batch.rollout_log_probs[p] for p in order]))
         )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=4),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_kept_words_are_on_the_row_that_predicts_their_token_in_every_layout(shapes, cp_size, multiple, contiguous, seed):
+    """Word 1000 * sample + token of each response token that has any, and as many more as its number says."""
+    batch, rng = make_batch([p + r for p, r in shapes], [r for _, r in shapes]), np.random.default_rng(seed)
+    column, expected = [], {}
+    for sample, (prompt, response) in enumerate(shapes):
+        spans = [1000 * sample + np.arange(token, token + rng.integers(0, 4)) for token in range(response)]
+        offsets = np.cumsum([0, *map(len, spans)])
+        column.append(KeptWords(np.concatenate(spans).astype(np.int32), offsets.astype(np.int32)))
+        expected |= {(sample, prompt - 1 + token): words.tolist() for token, words in enumerate(spans) if len(words)}
+    batch, order, found = replace(batch, kept_words=tuple(column)), list(range(len(shapes)))[::-1], {}
+    for rank in range(cp_size):
+        cut = {"contiguous": contiguous, "cp_rank": rank, "cp_size": cp_size, "multiple": multiple}
+        micro = pack(batch, order, loss_weight=np.ones(len(order)), **cut)
+        assert (micro.kept_rows.diff() >= 0).all() and set(micro.kept_rows.tolist()) == set(
+            micro.kept_limited.nonzero()[:, 0].tolist()
+        )
+        for row, word in zip(micro.kept_rows.tolist(), micro.kept_words.tolist(), strict=True):
+            place = int(micro.layout.rows[row])
+            number = int(np.searchsorted(micro.layout.starts, place, side="right")) - 1
+            found.setdefault((order[number], place - micro.layout.starts[number]), []).append(word)
+    assert found == expected
+    empty = pack(batch, [], loss_weight=np.ones(len(order)), multiple=multiple)
+    assert not empty.kept_limited.any() and len(empty.kept_words) == 0
 
 
 def test_an_empty_micro_batch_is_padding_only():

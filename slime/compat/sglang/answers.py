@@ -62,20 +62,22 @@ def install_in_ranks() -> None:
 
 def _asked_by_label(generate_request: Callable) -> Callable:
     async def generate(self: Any, obj: Any, request: Any = None):
-        labels = dict(getattr(obj, "custom_labels", None) or {})
-        if (question := labels.pop(LABEL, None)) is not None:
+        labels, asked = dict(getattr(obj, "custom_labels", None) or {}), {}
+        if LABEL in labels:
+            asked = json.loads(labels.pop(LABEL))
             obj.custom_labels = labels or None
-            for name, value in json.loads(question).items():
+            for name, value in asked.items():
                 setattr(obj, name, value)
-            obj.return_routed_experts |= obj.return_indexer_topk  # when one ends, a prefill engine asks for experts alone
+            if asked.get("return_indexer_topk"):
+                obj.return_routed_experts = True  # a prefill engine that is done with a request looks for experts alone
         role = self.disaggregation_mode.value
-        if role == "decode" and question is not None:
+        if role == "decode" and asked:
             # What it would say of the prompt is not its own.
-            obj.routed_experts_start_len = len(obj.input_ids)
+            obj.routed_experts_start_len = len(obj.input_ids or ())
         async for answer in generate_request(self, obj, request):
-            if role == "prefill" and question is not None:
+            if role == "prefill" and asked:
                 enclose(answer["meta_info"])
-            if question is not None and obj.return_sampling_mask:
+            if asked.get("return_sampling_mask"):
                 tell_kept_words(answer["meta_info"])
             yield answer
 
