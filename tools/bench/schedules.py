@@ -53,7 +53,7 @@ def prepare(folder: Path) -> Path:
     if not (folder / "train.jsonl").exists():
         make_checkpoint(["--preset", "qwen3", "--seed", "3", "--output", str(folder / "model")])
         make_data(["--output", str(folder), "--train", "4096", "--eval", "8", "--max-operand", "9"])
-    return next(path.parent for path in (folder / "model").rglob("config.json"))
+    return folder / "model" / "bf16"
 
 
 def run(folder: Path, checkpoint: Path, schedule: str, seed: int, own: argparse.Namespace) -> list[dict[str, float]]:
