@@ -69,6 +69,8 @@ def death(error: Exception, process: Process | None) -> str:
     said = " ".join(str(error).split())[:400]
     if "low on memory" in said:
         return f"was killed by Ray's memory monitor: {said}"
+    if "receives a SIGTERM" in said:  # Ray's own handler then leaves with 1, which says less
+        return "was ended by a SIGTERM that somebody sent"
     fate = fates({"": process})[""] if process is not None else None
     return fate if fate not in (None, "is gone") else f"died ({type(error).__name__}: {said})"
 

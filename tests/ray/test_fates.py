@@ -93,6 +93,15 @@ def test_rays_memory_monitor_is_told_as_the_cause():
     )
 
 
+def test_a_worker_that_heard_sigterm_is_told_by_rays_words_for_it_leaves_with_1():
+    said = (
+        "The actor died unexpectedly before finishing this task. The actor is dead because its worker process has "
+        "died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker exits unexpectedly. Worker exits with an exit code 1. "
+        "The process receives a SIGTERM."
+    )
+    assert death(RuntimeError(said), None) == "was ended by a SIGTERM that somebody sent"
+
+
 @pytest.mark.parametrize("script, status", [("exit 3", 3 << 8), ("kill -9 $$", 9), ("kill -15 $$", 15)])
 def test_a_keeper_writes_how_the_process_ended_although_it_is_not_its_parent(tmp_path, script, status):
     note = tmp_path / "note"

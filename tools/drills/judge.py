@@ -14,7 +14,7 @@ ENDS_WITHIN = 300.0
 """Seconds from a fault to the end of a run that does not survive it."""
 
 HAPPENED = re.compile(
-    r"was killed|exited with|exit(?:ed)?[ _]code|is stopped|stopped from outside|has ended|is gone|died|ended with"
+    r"was killed|was ended by|exited with|exit(?:ed)?[ _]code|is stopped|stopped from outside|has ended|is gone|died|ended with"
     r"|does not answer|has not answered|did not answer|cannot be asked|MemoryError|bad_alloc|[Mm]emory (?:had|has) run out"
     r"|[Cc]annot allocate memory|out of memory|\bended(?:$|[,;:])|no process could be started|lasted|failed while",
 )
