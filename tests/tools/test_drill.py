@@ -15,7 +15,7 @@ from tools.drills.draw import FAULTS, PHASES, PROCESSES, draw, exists, pick
 from tools.drills.faults import inflict
 from tools.drills.judge import ENDS_WITHIN, Line, Observed, judge
 from tools.drills.launch import phase_of
-from tools.drills.scene import MARK, Scene, Seen, by_role
+from tools.drills.scene import MARK, Scene, Seen, by_role, forks_of, look
 from tools.drills.table import Row, counts, markdown, read
 
 
@@ -209,6 +209,19 @@ def test_what_a_launch_leaves_behind_is_seen_also_of_a_child_that_hides(tmp_path
     while (left := scene.left([tmp_path], None)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
+
+
+def test_a_fork_is_found_by_its_parent_and_other_children_are_not():
+    code = "import os, subprocess, time; subprocess.Popen(['sleep', '60']); print(os.fork(), flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        fork = max(int(parent.stdout.readline()), int(parent.stdout.readline()))
+        seen = look()
+        try:
+            assert [one.pid for one in forks_of([seen[parent.pid]])] == [fork]
+        finally:
+            for one in (seen[pid] for pid in seen if seen[pid].parent == parent.pid):
+                os.kill(one.pid, signal.SIGKILL)
+            parent.kill()
 
 
 HOLDS = "import sys, time\nprint('up', flush=True)\nsys.stdin.readline()\nbytearray(1 << 28)\nprint('has it', flush=True)"

@@ -16,7 +16,7 @@ from tools.drills.draw import Drill
 from tools.drills.faults import inflict
 from tools.drills.judge import ENDS_WITHIN, Observed, judge
 from tools.drills.launch import NUM_ROLLOUT, ROOT, Launch, newest
-from tools.drills.scene import Seen, label_of
+from tools.drills.scene import Seen, forks_of, label_of
 from tools.drills.table import Row, read
 
 _READY_SECONDS = 600.0
@@ -26,6 +26,8 @@ _CLEAN_SECONDS = 60.0
 _ROLLOUTS_FOR_A_DRILL = 8
 _SURVIVED_ROLLOUTS = 2
 _TRIES = 5
+_WRITER_SECONDS = 1.5
+"""After the beginning of a save."""
 
 
 class Campaign:
@@ -133,9 +135,12 @@ class Campaign:
 
     @staticmethod
     def _victim(launch: Launch, drill: Drill) -> Seen | None:
-        deadline = time.monotonic() + (1.0 if drill.process == "writer" else 0.0)
-        while not (found := launch.scene.of(drill.process)) and time.monotonic() < deadline:
-            pass
+        if drill.process != "writer":
+            found = launch.scene.of(drill.process)
+        else:
+            ranks, deadline = launch.scene.of("trainer"), time.monotonic() + _WRITER_SECONDS
+            while not (found := forks_of(ranks)) and time.monotonic() < deadline:
+                pass
         return found[drill.which % len(found)] if found else None
 
     def _observe(self, launch: Launch, since: float) -> None:
