@@ -32,7 +32,9 @@ SPENT: frozenset[str] = frozenset(
     evaluation.eval_max_response_len evaluation.eval_max_prompt_len evaluation.eval_min_new_tokens
     evaluation.eval_max_context_len algorithm.tis_clip algorithm.tis_clip_low
     algorithm.megatron_config_path engine.sglang_config engine.prefill_num_servers debug.custom_config_path
-    model.model_name model.use_rope_scaling model.rope_scaling_factor model.recompute_activations""".split()
+    batch.log_probs_max_tokens_per_gpu rollout.http_proxy
+    rollout.use_distributed_post model.model_name
+    model.use_rope_scaling model.rope_scaling_factor model.recompute_activations""".split()
 ) | {f"front_end.{name}" for name in WHY}
 """section.field that rules carry into other fields, compare with config.json or answer with a note: nothing is left to read."""
 FOR_PLUGINS = frozenset({"parallel.world_size"})

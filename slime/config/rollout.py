@@ -125,9 +125,9 @@ class RolloutConfig:
     """Replaces the normalisation of rewards."""
     custom_convert_samples_to_train_data_path: str | None = None
     """Replaces the conversion of samples to training columns."""
-    use_distributed_post: bool = flag(False, later="HTTP requests from several processes")
+    use_distributed_post: bool = False
     """Send HTTP requests from Ray actors."""
-    http_proxy: str | None = flag(None, later="an HTTP proxy (requests between our own processes never use one)")
+    http_proxy: str | None = None
     """Proxy."""
     rollout_buffer_url: str | None = flag(None, later=_BUFFER_SERVER)
     """Address of the buffer server."""

@@ -157,8 +157,8 @@ class BatchConfig:
     """Fill micro-batches up to --max-tokens-per-gpu."""
     max_tokens_per_gpu: int | None = flag(None, low=1)
     """Tokens of one micro-batch per rank; a micro-batch holds this times the context-parallel size."""
-    log_probs_max_tokens_per_gpu: int | None = flag(None, later="a token cap of its own for passes without gradient")
-    """The same for passes without gradient; None takes max_tokens_per_gpu."""
+    log_probs_max_tokens_per_gpu: int | None = flag(None, low=1)
+    """The same for passes without gradient."""
     balance_data: bool = False
     """Spread the samples so that data-parallel ranks get equal work."""
     balance_by_flops: bool = False

@@ -23,6 +23,11 @@ from tests.config.flags import MOE, config_of
         ("--manual-gc --manual-gc-interval 10", "--manual-gc-interval changes nothing: Python collects when it wants to"),
         ("--use-flash-attn", "--use-flash-attn changes nothing"),
         ("--log-throughput", "--log-throughput changes nothing: perf/tokens_per_sec is always there"),
+        ("--log-probs-max-tokens-per-gpu 4096", "--log-probs-max-tokens-per-gpu changes nothing: passes without gradient"),
+        (
+            "--use-distributed-post --http-proxy http://p",
+            "--http-proxy changes nothing: requests between the run's own processes",
+        ),
         ("--model-name qwen3", "--model-name changes nothing: model_type of config.json"),
         ("--attention-softmax-in-fp32", "--attention-softmax-in-fp32 changes nothing: attention here always sums in float32"),
         ("--init-method-std 0.01", "--init-method-std changes nothing: every parameter comes from a checkpoint"),

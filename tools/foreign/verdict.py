@@ -38,7 +38,7 @@ OF_OTHER_VERSIONS = {
     "--qkv-format": "batches are always packed (thd), as in newer versions of slime; leave it out",
     "--megatron-to-hf-mode": "there is one way to name weights; leave it out",
     "--train-memory-margin-bytes": "the rehearsal says what fits; leave it out",
-    "--rollout-external": "engines that somebody else started",
+    "--rollout-external": "engines that somebody else started are named with --rollout-external-engine-addrs; leave it out",
     "--num-gpus-per-engine": "spelt --rollout-num-gpus-per-engine",
 }
 """Flags of other versions of slime -> what they are."""

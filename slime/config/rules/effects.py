@@ -20,6 +20,9 @@ ONE_ANSWER: Mapping[str, str] = {
     "main_params_dtype": "master weights are float32",
     "add_position_embedding": "the model families here are rotary and have no such table",
     "model_name": "model_type of config.json names the table of weight names",
+    "log_probs_max_tokens_per_gpu": "passes without gradient run over the steps' own micro-batches, as in slime",
+    "http_proxy": "requests between the run's own processes never use one, as in slime",
+    "use_distributed_post": "the rollout actor sends every request itself",
     **front_end.WHY,
 }
 """Attribute -> why its flag changes nothing."""
