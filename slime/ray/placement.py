@@ -109,6 +109,7 @@ def _wait_until_ready(group: PlacementGroup, total: int, wait_seconds: float) ->
     while not ray.wait([ready], timeout=2.0)[0]:
         waited = time.monotonic() - started
         if gone := joined - (alive := set(alive_nodes())):
+            remove_placement_group(group)
             raise RuntimeError(verdict(sorted(gone), joined, "waiting for devices"))
         joined = alive
         have = ray.cluster_resources()
