@@ -136,7 +136,7 @@ def sync_with(run_with, monkeypatch):
     def make(deaths: list[list[str]], **how) -> tuple[Run, Side]:
         run, side = run_with([], **how)
         del run.sync_weights
-        run._trainers = SimpleNamespace(has_failed=False)
+        run._trainers = SimpleNamespace(has_failed=False, can_recover=lambda broken: False)
         run._config.engine.check_weight_update_equal = False
         left = list(deaths)
 
