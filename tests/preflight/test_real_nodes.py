@@ -183,6 +183,15 @@ def _lines_until(stream, words: str) -> str:
     raise AssertionError(f"{words!r} is not in:\n{said[-3000:]}")
 
 
+def _as_of_another_machine(script: Path, folder: Path) -> None:
+    """Another machine has a folder of its own at the path in the script, and none of the launcher's processes."""
+    folder.mkdir()
+    text = script.read_text()
+    for assigned, own in ((r"^folder=(\S+)$", str(folder)), (r"^export SLIME_LAUNCH=(\w+)$", "f" * 32)):
+        text = text.replace(re.search(assigned, text, re.MULTILINE)[1], own)
+    script.write_text(text)
+
+
 @pytest.mark.slow
 def test_a_node_that_is_joined_by_hand_is_waited_for(tmp_path: Path) -> None:
     """The 744B launcher without a hostfile, for two nodes of 64 slots each: the second joins by the printed line, and late."""
@@ -198,9 +207,10 @@ def test_a_node_that_is_joined_by_hand_is_waited_for(tmp_path: Path) -> None:
     node = None
     try:
         said = _lines_until(launcher.stdout, "preflight: 1 of 2 nodes have joined (0 s, at most 1800)")
-        line = re.search(r"on each of the other 1 nodes: (bash .*)", said)[1]
+        script = Path(re.search(r"on each of the other 1 nodes: bash (.*)", said)[1])
+        _as_of_another_machine(script, tmp_path / "there")
         node = subprocess.Popen(
-            ["bash", "-c", line], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ["bash", str(script)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         said += launcher.communicate(timeout=300)[0]
     finally:
