@@ -42,6 +42,9 @@ GATES: Mapping[str, str] = {
     "load_debug_rollout_data": "debug.load_debug_rollout_data_subsample",
     "ci_test": "debug.ci_disable_kl_checker debug.ci_train_rollout_logprob_abs_diff_threshold",
     "save_on_signal": "upkeep.save_on_signal_seconds",
+    "use_wandb": """tracking.wandb_always_use_train_step tracking.wandb_dir tracking.wandb_group tracking.wandb_host
+        tracking.wandb_key tracking.wandb_mode tracking.wandb_project tracking.wandb_random_suffix tracking.wandb_run_id
+        tracking.wandb_team""",
     "snapshot_interval": "upkeep.snapshot_peer upkeep.snapshot_versions upkeep.max_trainer_restarts",
 }
 """What opens the gate (a flag that is on, or has that value) -> section.field that are read behind it."""

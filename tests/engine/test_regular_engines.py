@@ -218,50 +218,6 @@ def test_a_teacher_gives_the_log_prob_of_every_response_token_at_temperature_one
     assert post_process_rewards(args, samples) == ([0.0] * 3, [0.0] * 3)
 
 
-@pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
-def test_weights_change_in_the_middle_of_an_answer_and_each_token_says_which_wrote_it(served, tmp_path, mode):
-    """As --pause-generation-mode asks: log-probs against both models, on either side of the change."""
-    (_, qwen), (_, checkpoint), _ = served
-    client, weights, generator = EngineClient(qwen.url, TOKEN), read_weights(checkpoint), torch.Generator().manual_seed(8)
-    changed = {name: tensor * (1 + 0.2 * torch.randn(tensor.shape, generator=generator)) for name, tensor in weights.items()}
-    old, new = (load_reference(checkpoint, one, tmp_path / f"{i}") for i, one in enumerate((weights, changed)))
-    update(qwen, 1, list(weights.items()), "11")
-    tokens, count = prompt(31, 12), 250
-    sample = Sample(tokens=tokens)
-
-    def add(answer: dict) -> None:
-        said = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
-        sample.append_response_tokens(tokens=answer["output_ids"], log_probs=said, meta_info=answer["meta_info"])
-
-    answer = sync_later(client.generate(request(tokens, count), timeout=120))
-    while not sync(client.call("GET", "/v1/loads", timeout=30)).json()["loads"][0]["num_running_reqs"]:
-        assert not answer.done()
-    sync(client.pause_generation(mode))
-    if mode != "in_place":
-        sync(client.flush_cache())
-    sync(client.begin_weight_update("12"))
-    sync(client.update_weights_from_tensor([payload(list(changed.items()))]))
-    sync(client.end_weight_update("12"))
-    sync(client.continue_generation())
-    add(answer.result())
-    if mode == "abort":
-        assert sample.status is Sample.Status.ABORTED
-        add(sync(client.generate(request(sample.tokens, count - sample.response_length), timeout=120)))
-
-    first = sample.token_weight_versions.count("11")
-    assert sample.weight_version_spans == [["11", first], ["12", count - first]] and 0 < first < count
-    at = torch.arange(len(tokens) - 1, len(sample.tokens) - 1)
-    written = torch.tensor(sample.tokens)[at + 1]
-    before, after = (
-        log_probs(model, sample.tokens)[at, written] - torch.tensor(sample.rollout_log_probs) for model in (old, new)
-    )
-    assert before[:first].abs().max() < ROUND_OFF
-    if mode == "in_place":
-        assert after[first:].abs().max() > ROUND_OFF, "its cache is that of the older weights"
-    else:
-        assert after[first:].abs().max() < ROUND_OFF
-
-
 def test_a_dense_model_is_served_by_sglangs_own_class_and_updated_too(served, tmp_path):
     (_, qwen), (_, checkpoint), _ = served
     weights = read_weights(checkpoint)
@@ -337,3 +293,48 @@ def test_an_agents_turns_keep_the_engines_tokens_and_log_probs(served, tmp_path)
         assert recorded == (pytest.approx(again, abs=1e-3) if kept else 0.0)
     assert [message["content"].strip() for message in read] == ["So", "So"]
     assert [json.loads(message["tool_calls"][0]["function"]["arguments"]) for message in read] == [{"a": 2}, {"a": 2}]
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
+def test_weights_change_in_the_middle_of_an_answer_and_each_token_says_which_wrote_it(served, tmp_path, mode):
+    """As --pause-generation-mode asks: log-probs against both models, on either side of the change. Last in this file, for the
+    engine keeps the second."""
+    (_, qwen), (_, checkpoint), _ = served
+    client, weights, generator = EngineClient(qwen.url, TOKEN), read_weights(checkpoint), torch.Generator().manual_seed(8)
+    changed = {name: tensor * (1 + 0.2 * torch.randn(tensor.shape, generator=generator)) for name, tensor in weights.items()}
+    old, new = (load_reference(checkpoint, one, tmp_path / f"{i}") for i, one in enumerate((weights, changed)))
+    update(qwen, 1, list(weights.items()), "11")
+    tokens, count = prompt(31, 12), 250
+    sample = Sample(tokens=tokens)
+
+    def add(answer: dict) -> None:
+        said = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+        sample.append_response_tokens(tokens=answer["output_ids"], log_probs=said, meta_info=answer["meta_info"])
+
+    answer = sync_later(client.generate(request(tokens, count), timeout=120))
+    while not sync(client.call("GET", "/v1/loads", timeout=30)).json()["loads"][0]["num_running_reqs"]:
+        assert not answer.done()
+    sync(client.pause_generation(mode))
+    if mode != "in_place":
+        sync(client.flush_cache())
+    sync(client.begin_weight_update("12"))
+    sync(client.update_weights_from_tensor([payload(list(changed.items()))]))
+    sync(client.end_weight_update("12"))
+    sync(client.continue_generation())
+    add(answer.result())
+    if mode == "abort":
+        assert sample.status is Sample.Status.ABORTED
+        add(sync(client.generate(request(sample.tokens, count - sample.response_length), timeout=120)))
+
+    first = sample.token_weight_versions.count("11")
+    assert sample.weight_version_spans == [["11", first], ["12", count - first]] and 0 < first < count
+    at = torch.arange(len(tokens) - 1, len(sample.tokens) - 1)
+    written = torch.tensor(sample.tokens)[at + 1]
+    before, after = (
+        log_probs(model, sample.tokens)[at, written] - torch.tensor(sample.rollout_log_probs) for model in (old, new)
+    )
+    assert before[:first].abs().max() < ROUND_OFF
+    if mode == "in_place":
+        assert after[first:].abs().max() > ROUND_OFF, "its cache is that of the older weights"
+    else:
+        assert after[first:].abs().max() < ROUND_OFF

@@ -78,10 +78,10 @@ class Rank:
     def keep_nothing(self) -> None:
         from types import SimpleNamespace
 
-        from slime.rollout.sglang_rollout import Ledger, _tell_drops
+        from slime.rollout.sglang_rollout import Ledger, tell_drops
 
         args = SimpleNamespace(rollout_batch_size=4, max_drops_in_a_row=3, dynamic_sampling_filter_path="my.filter")
-        _tell_drops(args, 2, Ledger(in_a_row=3))
+        tell_drops(args, 2, Ledger(in_a_row=3))
 
     def break_elsewhere(self) -> None:
         import torch
