@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 
+from slime.compat.joint_group import joint_group
 from slime.compat.store import serve_store
 from slime.device import Device
 from slime.engine.client import EngineClient, EngineError, EngineGone, sync, sync_later
@@ -86,13 +86,8 @@ class EngineBroadcast:
                 )
 
     def _join(self, world: int) -> None:
-        store = dist.PrefixStore(self._name, self._store)  # as SGLang's ranks name it
-        group, _ = _new_process_group_helper(
-            world, 0, [], dist.Backend(self._device.backend), store, group_name=self._name,
-            timeout=timedelta(seconds=SEND_SECONDS),
-        )  # fmt: skip
-        _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
-        self._group = group
+        told = {"backend": self._device.backend, "timeout": timedelta(seconds=SEND_SECONDS)}
+        self._group = joint_group(self._store, name=self._name, rank=0, world=world, **told)
 
     def serves(self, engines: Sequence[EngineTarget]) -> bool:
         """Whether these are the engines that joined, none of them started anew since, and the group is whole."""

@@ -16,15 +16,15 @@ from pathlib import Path
 import ray
 import torch.distributed as dist
 from ray.actor import ActorHandle
-from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 
+from slime.compat.joint_group import joint_group
 from slime.device import Device
 from slime.model.hf_config import HfConfig
 from slime.ray.calls import gather
 from slime.ray.destinations import EngineTarget, receivers_of
-from slime.ray.fates import Process, this_process
 from slime.ray.placement import RECEIVER_SHARE, Placement, Slot, rank_environment
 from slime.weights.lanes import Trainer
+from slime.weights.plan import SyncPlan, plan_sync
 from slime.weights.serving import Receiver
 
 logger = logging.getLogger(__name__)
@@ -49,16 +49,6 @@ class Order:
     homes: tuple[int, ...]
 
 
-def joint_group(store: dist.Store, *, name: str, rank: int, world: int, backend: str) -> dist.ProcessGroup:
-    """The group of trainer ranks and receivers, which are of different default groups."""
-    group, _ = _new_process_group_helper(
-        world, rank, [], dist.Backend(backend), dist.PrefixStore(name, store), group_name=name,
-        timeout=timedelta(seconds=SEND_SECONDS),
-    )  # fmt: skip
-    _world.pg_group_ranks[group] = {number: number for number in range(world)}
-    return group
-
-
 @ray.remote
 class WeightReceiver:
     """Sits in the slot of one engine rank. Its calls are collectives of the trainer's ranks and of all receivers."""
@@ -72,10 +62,8 @@ class WeightReceiver:
         self._device.init_process(device_index)
         self._group: dist.ProcessGroup | None = None
         self._feeds: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self._plans: dict[Order, object] = {}
-
-    def process(self) -> Process:
-        return this_process()
+        self._made: tuple[tuple, SyncPlan] | None = None
+        """The last plan, and what it was made from."""
 
     def join(self, address: str, port: int, *, name: str, first: int, number: int, count: int) -> None:
         """first: trainer ranks; number: this receiver among `count`."""
@@ -85,7 +73,8 @@ class WeightReceiver:
         store = dist.TCPStore(address, port, first + count, is_master=False, timeout=wait)
         dist.init_process_group("gloo", store=dist.PrefixStore(f"{name}-beside", store), rank=number, world_size=count)
         self._first, self._number = first, number
-        self._group = joint_group(store, name=name, rank=first + number, world=first + count, backend=self._device.backend)
+        told = {"backend": self._device.backend, "timeout": timedelta(seconds=SEND_SECONDS)}
+        self._group = joint_group(store, name=name, rank=first + number, world=first + count, **told)
 
     def leave(self) -> None:
         self._group, self._feeds = None, {}
@@ -119,18 +108,16 @@ class WeightReceiver:
         self._device.empty_cache()
         return [mine.lost] if mine.posts and mine.lost is not None else []
 
-    def _plan(self, order: Order):
+    def _plan(self, order: Order) -> SyncPlan:
         from slime.model.names import NameTable
-        from slime.weights.plan import plan_sync
 
-        key = (order.trainer, order.receivers, order.nodes, order.limit_bytes)
-        if key not in self._plans:
+        of = (order.trainer, order.receivers, order.nodes)  # the rest is the same for all of a run
+        if self._made is None or self._made[0] != of:
             hf = HfConfig(order.hf)
             table = NameTable.for_model(hf, with_mtp=order.with_mtp)
-            self._plans = {
-                key: plan_sync(table, hf, order.trainer, order.receivers, nodes=order.nodes, limit_bytes=order.limit_bytes)
-            }
-        return self._plans[key]
+            plan = plan_sync(table, hf, order.trainer, order.receivers, nodes=order.nodes, limit_bytes=order.limit_bytes)
+            self._made = (of, plan)
+        return self._made[1]
 
     def _beside(self, engine: EngineTarget, local: Sequence[int]) -> dist.ProcessGroup | None:
         """Receivers of one engine, a gloo group; all receivers open the groups of all engines in the same order."""
@@ -181,13 +168,14 @@ class Receivers:
                 calls[label] = handle.join.remote(host, port, name=name, first=world, number=number, count=count)
         else:
             self._store = dist.TCPStore(host, port, total, is_master=False, timeout=timedelta(seconds=JOIN_SECONDS))
-        self.group = joint_group(self._store, name=name, rank=rank, world=total, backend=device.backend)
+        told = {"backend": device.backend, "timeout": timedelta(seconds=SEND_SECONDS)}
+        self.group = joint_group(self._store, name=name, rank=rank, world=total, **told)
         if calls:
             gather(calls, doing="joining the group for weights", timeout=JOIN_SECONDS)
             logger.info("%d receivers of %d engines joined", len(calls), len(engines))
         self._calls: dict[str, ray.ObjectRef] = {}
 
-    def serve(self, engines: Sequence[EngineTarget]) -> bool:
+    def serves(self, engines: Sequence[EngineTarget]) -> bool:
         return receivers_of(engines) == self._handles
 
     def begin(self, order: Order) -> None:

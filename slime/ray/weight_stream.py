@@ -184,7 +184,7 @@ class WeightStream:
 
     def _receivers(self, engines: Sequence[EngineTarget], to: Destinations) -> Receivers:
         """The group with the receivers of these engines: the one that there is, or a new one where they are others."""
-        if self._others is not None and not self._others.serve(engines):
+        if self._others is not None and not self._others.serves(engines):
             self._others.close()
             self._others = None
         if self._others is None:
