@@ -21,7 +21,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,10 +31,10 @@ sys.path.insert(0, str(ROOT))
 
 from tools import cluster_box  # noqa: E402
 from tools.cluster_box import Box  # noqa: E402
-from tools.drills.judge import Line  # noqa: E402
-from tools.drills.launch import newest, phase_of  # noqa: E402
+from tools.drills.draw import PHASES  # noqa: E402
+from tools.drills.following import Followed  # noqa: E402
+from tools.drills.launch import newest  # noqa: E402
 
-PHASES = ("start", "generate", "hand-over", "train", "save", "sync", "evaluate")
 ENDS_WITHIN, CLEAN_WITHIN, READY_WITHIN = 240.0, 150.0, 240.0
 """Seconds: from the fault to the end of the launch; from there until no node keeps anything of it; and until a phase comes."""
 FLAP_SECONDS, SLOW_MBIT = 6.0, 4.0
@@ -45,7 +44,6 @@ FLAGS = (
     "--num-steps-per-rollout", "1",
     "--save-interval", "1", "--eval-interval", "1", "--skip-eval-before-train", "--num-rollout", "100000",
 )  # fmt: skip
-_ROLLOUT = re.compile(r"INFO slime\.\S+: rollout +(\d+)/\d+ \|")
 _REMEDY = "run the same command again"
 
 
@@ -113,61 +111,18 @@ class Row:
         return self.outcome in ("unnamed", "hung") or bool(self.left) or self.resumed is False
 
 
-class Launch:
-    """The tiny launcher on node 1 of a box. What it prints and its driver's log become `lines`."""
+class Launch(Followed):
+    """The tiny launcher on node 1 of a box."""
 
     def __init__(self, box: Box, flags: Sequence[str] = FLAGS):
         self.box, self.base = box, box.folder / "base"
-        self.lines: list[Line] = []
-        self.began: list[tuple[float, str]] = []
-        self.rollouts: list[tuple[float, int]] = []
         tool = f"{sys.executable} {Path(cluster_box.__file__).resolve()}"
         settings = {
             "BASE_DIR": str(self.base), "HOSTFILE": str(box.folder / "hostfile"), "MASTER_ADDR": box.nodes[0].address,
             "NUM_NODES": str(len(box.nodes)), "SFT_STEPS": "3", "SSH": f"{tool} ssh {box.folder}",
         }  # fmt: skip
-        self.process = subprocess.Popen(
-            cluster_box.entering(box, 1, ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *flags]),
-            env=os.environ | settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        self._log = self.base / "run" / "driver.log"
-        self._position = self._log.stat().st_size if self._log.exists() else 0
-        self._closed = threading.Event()
-        for work in (self._read, self._tail):
-            threading.Thread(target=work, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self._take(line.decode(errors="replace").rstrip("\n"))
-
-    def _tail(self) -> None:
-        while not self._closed.wait(0.01):
-            if not self._log.exists() or self._log.stat().st_size <= self._position:
-                continue
-            with self._log.open("rb") as log:
-                log.seek(self._position)
-                text = log.read().rpartition(b"\n")[0]
-            self._position += len(text) + bool(text)
-            for line in text.decode(errors="replace").splitlines():
-                self._take(line)
-
-    def _take(self, text: str) -> None:
-        now = time.monotonic()
-        if (phase := phase_of(text)) is not None:
-            self.began.append((now, phase))
-        if reported := _ROLLOUT.search(text):
-            self.rollouts.append((now, int(reported[1])))
-        self.lines.append(Line(now, text))
-
-    def until(self, what: Callable[[], bool], *, seconds: float) -> bool:
-        """False when the launch ends first, or the time is over."""
-        deadline = time.monotonic() + seconds
-        while not what():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                return what()
-            time.sleep(0.01)
-        return True
+        command = cluster_box.entering(box, 1, ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *flags])
+        super().__init__(command, os.environ | settings, [self.base / "run" / "driver.log"])
 
     def comes_to(self, phase: str) -> bool:
         """A phase of an iteration is awaited after the first rollout: the weights' first way is also a start."""
@@ -180,13 +135,6 @@ class Launch:
         since = time.monotonic()
         return self.until(lambda: any(at > since and one == phase for at, one in self.began[-20:]), seconds=60.0)
 
-    @property
-    def phase(self) -> str:
-        return self.began[-1][1] if self.began else "start"
-
-    def reported_since(self, moment: float) -> int:
-        return sum(at > moment for at, _ in self.rollouts)
-
     def leave(self, *, seconds: float = 90.0) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -194,7 +142,7 @@ class Launch:
                 self.process.wait(seconds)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        self._closed.set()
+        self.close()
 
 
 def left_on(box: Box) -> list[str]:

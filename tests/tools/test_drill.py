@@ -13,8 +13,8 @@ import pytest
 
 from tools.drills.draw import FAULTS, PHASES, PROCESSES, draw, exists, pick
 from tools.drills.faults import inflict
+from tools.drills.following import phase_of
 from tools.drills.judge import ENDS_WITHIN, Line, Observed, judge
-from tools.drills.launch import phase_of
 from tools.drills.scene import MARK, Scene, Seen, by_role, forks_of, look
 from tools.drills.table import Row, counts, markdown, read
 

@@ -2,7 +2,8 @@
 
 draw.py       which process, which fault, in which phase: a function of seed and number
 scene.py      the processes of one launch and what each is; what a launch has left behind
-launch.py     one run of the tiny launcher, its lines with their times, and in which phase it is
+following.py  a launch that is followed: its lines with their times, and in which phase it is
+launch.py     one run of the tiny launcher on this machine, and what it leaves
 recorded.py   rollouts that are generated, graded, and then replaced by recorded ones
 campaign.py   one drill after another on one folder
 faults.py     kill, stop, terminate, take memory away

@@ -1,4 +1,4 @@
-"""One run of the tiny launcher: its lines with their times, and in which phase it is."""
+"""One run of the tiny launcher on this machine, and what it leaves."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from tools.drills.judge import Line
+from tools.drills.following import Followed
 from tools.drills.scene import MARK, Scene
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_ROLLOUT = 48
 """That are recorded; a folder that is near its end is begun again."""
-_LOOK_SECONDS = 0.005
 _SHARED_SECONDS = 4.0
 SMALL = (
     "--rollout-batch-size", "1", "--n-samples-per-prompt", "2", "--n-samples-per-eval-prompt", "1",
@@ -26,23 +25,6 @@ SMALL = (
     "--save-interval", "1", "--hang-report-minutes", "0.5", "--hang-exit-minutes", "3",
     "--rollout-health-check-interval", "10", "--rollout-health-check-timeout", "10",
 )  # fmt: skip
-_WAITS = re.compile(r"DEBUG slime\.ray\.standstill: waits for: (.*)")
-_PHASES = (
-    (r"generating rollout ", "generate"),
-    (r"evaluating after ", "evaluate"),
-    (r"fleet (release|resume)_memory|waking the trainer|putting the trainer's ", "hand-over"),
-    (r"training$", "train"),
-    (r"saving rollout ", "save"),
-    (r"sending weights |fleet (pause|flush|begin|end|versions|proceed)", "sync"),
-    (r"loading |starting |joining ", "start"),
-)
-_ROLLOUT = re.compile(r"INFO slime\.\S+: rollout +(\d+)/\d+ \|")
-
-
-def phase_of(line: str) -> str | None:
-    """The phase that begins with a line of driver.log; None for any other line."""
-    waits = _WAITS.search(line)
-    return next((phase for pattern, phase in _PHASES if waits and re.match(pattern, waits[1])), None)
 
 
 def newest(checkpoints: Path) -> int | None:
@@ -53,84 +35,28 @@ def newest(checkpoints: Path) -> int | None:
         return None
 
 
-class Launch:
-    """Starts at once. Everything that it prints, its driver and its jobs write becomes `lines`."""
+class Launch(Followed):
+    """The tiny launcher, at its smallest, on checkpoints of its own; `scene` has its processes."""
 
     def __init__(self, base: Path, checkpoints: Path, flags: Sequence[str]):
         self.base, self.checkpoints = base, checkpoints
         self.before = newest(checkpoints)
-        self.lines: list[Line] = []
-        self._began: list[tuple[float, str]] = []
-        self.rollouts: list[tuple[float, int]] = []
-        """When each was reported, and its number (from 1)."""
         mark = uuid.uuid4().hex
         environment = os.environ | {"BASE_DIR": str(base), "SFT_STEPS": "3", MARK: mark}
-        logs = [base / "run" / name for name in ("driver.log", "console.log")]
-        self._logs = {file: file.stat().st_size if file.exists() else 0 for file in logs}
         folder = ("--load", str(checkpoints), "--save", str(checkpoints))
-        self.process = subprocess.Popen(
-            ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *SMALL, *folder, *flags],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        command = ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *SMALL, *folder, *flags]
+        super().__init__(command, environment, [base / "run" / name for name in ("driver.log", "console.log")])
         self.scene = Scene(self.process.pid, mark)
-        self._closed = threading.Event()
-        for work in (self._read, self._tail, self._watch):
-            threading.Thread(target=work, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self._take(line.decode(errors="replace").rstrip("\n"))
-
-    def _tail(self) -> None:
-        while not self._closed.wait(_LOOK_SECONDS):
-            for file, position in self._logs.items():
-                try:
-                    if file.stat().st_size <= position:
-                        continue
-                    with file.open("rb") as log:
-                        log.seek(position)
-                        text = log.read().rpartition(b"\n")[0]
-                except OSError:
-                    continue
-                self._logs[file] = position + len(text) + bool(text)
-                for line in text.decode(errors="replace").splitlines():
-                    self._take(line)
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while not self._closed.wait(_SHARED_SECONDS):
+        while not self.closed.wait(_SHARED_SECONDS):
             self.scene.update(maps=True)
-
-    def _take(self, text: str) -> None:
-        now = time.monotonic()
-        if (phase := phase_of(text)) is not None:
-            self._began.append((now, phase))
-        if reported := _ROLLOUT.search(text):
-            self.rollouts.append((now, int(reported[1])))
-        self.lines.append(Line(now, text))
-
-    @property
-    def phase(self) -> str:
-        return self._began[-1][1] if self._began else "start"
-
-    def reported_since(self, moment: float) -> int:
-        return sum(at > moment for at, _ in self.rollouts)
 
     def wait_for_phase(self, phase: str, *, seconds: float) -> bool:
         """Until it begins once more."""
         since = time.monotonic()
-        return self.until(lambda: any(at > since and one == phase for at, one in reversed(self._began)), seconds=seconds)
-
-    def until(self, what: Callable[[], bool], *, seconds: float, every: float = _LOOK_SECONDS) -> bool:
-        """False when the launch ends first, or the time is over. every: seconds between two looks."""
-        deadline = time.monotonic() + seconds
-        while not what():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                return what()
-            time.sleep(every)
-        return True
+        return self.until(lambda: any(at > since and one == phase for at, one in reversed(self.began)), seconds=seconds)
 
     def ray_folder(self) -> Path | None:
         found = [re.search(r"logs (/\S+/slime-ray-\w+|/tmp/\S+)$", line.text) for line in self.lines]
@@ -163,6 +89,3 @@ class Launch:
                 os.kill(seen.pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-
-    def close(self) -> None:
-        self._closed.set()
