@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -230,14 +231,15 @@ class EngineFleet:
     def load(self, version: int, folder: str) -> None:
         """A published version, by every engine: the folder itself, or, of differences, the nodes' own copies."""
         options, nodes = self._config.engine, self._nodes(self.updated())
-        copies: dict[str, str] = {}
+        places = {engine.label: folder for engine in self.updated()}
         if options.update_weight_mode == "delta":
             local, origin = options.update_weight_local_checkpoint_dir, self._config.checkpoint.hf_checkpoint
             root = options.update_weight_disk_dir
             calls = {name: node.actor.follow.remote(local, origin, root, version) for name, node in nodes.items()}
             gather(calls, doing=f"following weights v{version}", timeout=UPDATE_SECONDS)
-            folder = local
-            copies = {engine.label: wait_for_copy(root, engine.url, version, UPDATE_SECONDS) for engine in self._external()}
+            for engine in self.updated():
+                copy = wait_for_copy(root, engine.url, version, UPDATE_SECONDS) if engine.is_external else local
+                places[engine.label] = copy
         elif options.check_weight_update_equal:
             calls = {name: node.actor.spoilt.remote(folder) for name, node in nodes.items()}
             for name, wrong in gather(calls, doing=f"checking {folder}", timeout=UPDATE_SECONDS).items():
@@ -246,14 +248,10 @@ class EngineFleet:
                         f"{name} reads other bytes than the trainer wrote to {folder}: {len(wrong)} tensors, "
                         f"{', '.join(wrong[:5])}; the engines stay paused. Look at the disk, and start the run again"
                     )
-        doing = f"loading weights v{version} from {folder}"
-        ours = [engine for engine in self.updated() if engine.label not in copies]
-        self._each(ours, lambda client: client.update_weights_from_disk(folder), doing=doing)
-        for engine in self._external():
-            if engine.label in copies:
-                copy = copies[engine.label]
-                doing = f"loading weights v{version} from {copy}"
-                self._each([engine], lambda client, copy=copy: client.update_weights_from_disk(copy), doing=doing)
+        for place in dict.fromkeys(places.values()):
+            there = [engine for engine in self.updated() if places[engine.label] == place]
+            load = partial(EngineClient.update_weights_from_disk, folder=place)
+            self._each(there, load, doing=f"loading weights v{version} from {place}")
 
     def end(self, version: int) -> None:
         self._each(

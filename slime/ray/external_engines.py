@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from slime.config.external import engine_url
 from slime.engine.client import EngineClient, EngineError, sync
 from slime.engine.spec import EngineSpec
 from slime.engine.versions import capabilities, translate
+
+T = TypeVar("T")
 
 _LOOK_SECONDS = 10.0
 SETTINGS = ("speculative_algorithm", "enable_eplb", "ep_num_redundant_experts", "enable_return_routed_experts")
@@ -51,16 +54,20 @@ def ask_all(
     return found
 
 
-def _info(url: str, token: str) -> Mapping[str, object]:
-    async def ask() -> Mapping[str, object]:
+def _ask(url: str, token: str, call: Callable[[EngineClient], Awaitable[T]]) -> T:
+    async def once() -> T:
         client = EngineClient(url, token)
         try:
-            return await client.server_info()
+            return await call(client)
         finally:
             await client.close()
 
+    return sync(once())
+
+
+def _info(url: str, token: str) -> Mapping[str, object]:
     try:
-        return sync(ask())
+        return _ask(url, token, EngineClient.server_info)
     except EngineError as error:
         hint = "give the run its key in SLIME_ENGINE_TOKEN" if error.status == 401 else "start it first, or correct the address"
         raise ValueError(f"external engine {url} cannot be asked what it is ({error}); {hint}") from None
@@ -115,16 +122,8 @@ def _compare(url: str, version: str, info: Mapping[str, object], asked: Mapping[
 
 def absent(url: str, token: str) -> str | None:
     """Why an engine does not answer; None where it does, or is only busy."""
-
-    async def look() -> None:
-        client = EngineClient(url, token)
-        try:
-            await client.call("GET", "/health", timeout=_LOOK_SECONDS)
-        finally:
-            await client.close()
-
     try:
-        sync(look())
+        _ask(url, token, lambda client: client.call("GET", "/health", timeout=_LOOK_SECONDS))
     except EngineError as error:
         return None if error.status in (503, 429) else str(error)
     return None
