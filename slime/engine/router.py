@@ -146,6 +146,8 @@ class JoinedRouter:
     """A router that somebody else runs (--sglang-router-ip, --sglang-router-port): our engines are its workers while the run
     lasts. It is never started or stopped; what it is asked carries the run's token."""
 
+    name = "router"
+
     def __init__(self, workers: Sequence[Worker], *, host: str, port: int, token: str, report: Callable[[str], None]):
         self.workers, self.host, self.port, self._token, self._report = tuple(workers), host.strip("[]"), port, token, report
 

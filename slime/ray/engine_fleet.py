@@ -1,4 +1,9 @@
-"""All engines of a run and their router: started, addressed together, watched."""
+"""All engines of a run and the router of each model: started, addressed together, watched.
+
+In:  the config (which engines of which model, or the addresses of somebody else's), the placement's slots, the run's token.
+Out: addresses for the rollout (`routers`) and for the weights (`destinations`); the engines' side of the weight protocol and of
+     the lease; who has died (`obituaries`), and servers started again (`recover`). Lives in the rollout actor.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,6 @@ from ray.actor import ActorHandle
 
 from slime.compat.peers import peers_of
 from slime.config import Config
-from slime.config.engine_groups import SglangModel
 from slime.engine.client import UPDATE_SECONDS, EngineClient, EngineError
 from slime.engine.plan import plan_engines, slots_of
 from slime.engine.ports import EnginePorts
@@ -104,7 +108,8 @@ class EngineFleet:
     def wait_ready(self) -> None:
         heads = [engine.nodes[0] for engine in self.engines if not engine.is_external]
         gather({head.name: head.actor.wait_ready.remote() for head in heads}, doing="coming up")
-        self.routers = {model.name: self._make_router(model.name, number) for number, model in enumerate(self._models())}
+        models = enumerate(self._config.engine.groups)
+        self.routers = {model.name: self._make_router(model.name, number) for number, model in models}
         for router in self.routers.values():
             router.start()
         for router in self.routers.values():
@@ -124,9 +129,6 @@ class EngineFleet:
                     start_receiver(self._placement, slot, f"receiver {engine.label} {number}", self._log_folder)
                     for number, slot in enumerate(slots)
                 )
-
-    def _models(self) -> Sequence[SglangModel]:
-        return self._config.engine.groups
 
     def _make_router(self, model: str, number: int) -> RouterProcess | JoinedRouter:
         """number: 0 for the model whose address the flags give; a router of another takes a free port."""
@@ -363,7 +365,7 @@ class EngineFleet:
 
     def _own_routers(self) -> dict[str, RouterProcess]:
         """By name; those that somebody else runs are not ours to look after."""
-        found = {self._router_name(model): router for model, router in self.routers.items()}
+        found = {router.name: router for router in self.routers.values()}
         return {name: router for name, router in found.items() if isinstance(router, RouterProcess)}
 
     def end_server(self, name: str) -> None:
@@ -411,10 +413,7 @@ class EngineFleet:
                 router.start()
                 router.wait_ready()
         self._known_dead = frozenset()
-        return [*labels, *(self._router_name(model) for model in routers_died)]
-
-    def _router_name(self, model: str) -> str:
-        return "router" if model == next(iter(self.routers)) else f"router of {model}"
+        return [*labels, *(self.routers[model].name for model in routers_died)]
 
     def _abort_on(self, engines: list[Engine]) -> None:
         async def abort(client: EngineClient) -> None:
