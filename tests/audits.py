@@ -25,10 +25,11 @@ def audited(base: Path, *words: str, passed: dict[str, str]) -> dict:
 def check(found: dict, *, passed: dict[str, str]) -> None:
     """No secret is where somebody else could read it, and nothing answers without one but what is on the list."""
     assert {"Ray's token", *passed} <= set(found["secrets"])
-    assert found["leaks"] == [] and found["writable"] == [] and found["shared"] == []
+    opened = {kind: found[kind] for kind in ("leaks", "writable", "shared")}
+    assert opened == {"leaks": [], "writable": [], "shared": []}
     if SEEN_AS_ROOT:
         assert "the engines' token" in found["secrets"]
-        assert found["unexplained"] == []
+        assert found["unexplained"] == [], found["unexplained"]
     # Beyond this node, what answers without a secret says no more than that it lives.
     beyond = [row for row in found["rows"] if row["kind"] == "tcp" and not row["place"].startswith("127.")]
     assert {gives for row in beyond if row["outside"] != "not reached" for gives in row["gives"]} <= {

@@ -90,6 +90,8 @@ start_ray_head() {
     # Ray's three metrics ports ask for no secret and listen on every interface: the agents' is not opened, and by a number that is no
     # port neither are those of the autoscaler and the dashboard.
     export RAY_enable_metrics_collection=0 AUTOSCALER_METRIC_PORT=-1 DASHBOARD_METRIC_PORT=-1
+    # Of finished calls Ray's control process remembers 100,000, at 3.5 kB each: a run makes 20 and more in a rollout.
+    export RAY_task_events_max_num_task_in_gcs="${RAY_task_events_max_num_task_in_gcs:-2000}"
     # A driver that is told to stop ends its engines first; Ray would kill it after 3 s.
     export RAY_JOB_STOP_WAIT_TIME_S=25
     # Ray holds back a line that it has seen before, for seconds, and prints it among later ones.

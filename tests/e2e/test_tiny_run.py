@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import audits
 import pytest
@@ -28,6 +29,8 @@ ROLLOUT_LINE = re.compile(r"rollout +(\d+)/(\d+) \| reward +(-?[\d.]+) .*\| gap 
 class Launch:
     """One run of the launcher, its output read while it runs."""
 
+    begun: ClassVar[list["Launch"]] = []
+
     def __init__(self, base: Path, *flags: str, **environment: str):
         passed = " ".join(name for name in ("RAY_worker_niceness", "RECORD_READS") if name in os.environ)
         environment = os.environ | {"BASE_DIR": str(base), "SFT_STEPS": "3", "PASS_ENV": passed} | environment
@@ -41,6 +44,7 @@ class Launch:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        Launch.begun.append(self)
 
     def _read(self) -> None:
         for line in self.process.stdout:
@@ -93,6 +97,17 @@ def _processes_mentioning(text: str) -> list[str]:
             if text in command:
                 found.append(f"{entry.name} {command[:200]}")
     return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    """A run whose test has failed would hold the folder that the next test works in."""
+    yield
+    for run in Launch.begun:
+        if run.process.poll() is None:
+            run.process.send_signal(signal.SIGTERM)
+            run.process.wait(60)
+    Launch.begun.clear()
 
 
 @pytest.fixture(scope="module")

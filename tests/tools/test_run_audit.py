@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tools.audit import sockets
 
 ROOT = Path(__file__).resolve().parents[2]
 # An HTTP server that gives a page to everybody, one that asks for a secret, a Unix socket for its user and one without modes
@@ -135,3 +138,21 @@ def test_a_folder_without_a_run_is_told(tmp_path: Path):
     asked = subprocess.run([sys.executable, "-m", "tools.audit", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     told = f"audit: {tmp_path} has no .slime-owner: no run works there; give the launcher's BASE_DIR or process id\n"
     assert (asked.returncode, asked.stderr) == (2, told)
+
+
+def test_a_secret_to_look_for_that_is_not_set_is_told_by_its_name(tmp_path: Path):
+    command = [sys.executable, "-m", "tools.audit", str(tmp_path), "--passed", "NOBODYS_KEY"]
+    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert asked.returncode == 2 and "--passed NOBODYS_KEY: no such variable here; set it to" in asked.stderr
+
+
+@pytest.mark.parametrize("title", ["ray::TrainActor", "ray::TrainActor.train", "ray::TrainActor.train (of a group)"])
+def test_an_actor_has_one_name_whatever_it_does(title: str):
+    """Ray's title of an actor has the method behind it while one runs."""
+    actor = subprocess.Popen(["bash", "-c", f"exec -a '{title}' cat"], stdin=subprocess.PIPE)
+    try:
+        while not (named := Path(f"/proc/{actor.pid}/cmdline").read_text()).startswith("ray"):
+            time.sleep(0.01)
+        assert named == f"{title}\0" and sockets.who(actor.pid) == "ray::TrainActor"
+    finally:
+        actor.communicate()

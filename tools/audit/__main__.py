@@ -94,6 +94,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--outside", type=int, metavar="PID")
     parser.add_argument("--json", type=Path, metavar="FILE")
     given = parser.parse_args(argv)
+    if unset := [name for name in given.passed if not os.environ.get(name)]:
+        parser.error(f"--passed {unset[0]}: no such variable here; set it to what the run was given")
     try:
         pids = processes_of(given.run)
     except ValueError as error:

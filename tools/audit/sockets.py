@@ -106,8 +106,9 @@ def who(pid: int) -> str:
     words = _read(Path(f"/proc/{pid}/cmdline")).rstrip("\0").split("\0")
     if "-m" in words[:4]:
         return words[words.index("-m") + 1]
-    if len(words) == 1:  # a title that the process gave itself
-        return words[0].split(" (")[0].strip() or "?"
+    if len(words) == 1:  # a title that the process gave itself; an actor's names the method while one runs
+        name = words[0].split(" (")[0].strip()
+        return name.split(".")[0] if name.startswith("ray::") else name or "?"
     scripts = [word for word in words[1:4] if word.endswith((".py", ".sh"))]
     return Path(scripts[0] if scripts else words[0]).name
 
