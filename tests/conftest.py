@@ -23,7 +23,6 @@ SERVERS = (
     "tests/engine/",
     "tests/launchers/",
     "tests/ray/",
-    "tests/rollout/",
     "tests/preflight/",
 )
 """Tests that start engines, routers and Ray: they pick ports one after the other and wait for each other's answers."""
