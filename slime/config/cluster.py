@@ -81,8 +81,8 @@ class EngineConfig:
     """Digest of every tensor of a published version."""
     update_weight_local_checkpoint_dir: str | None = None
     """Folder on each engine's node: a copy of the serving checkpoint that differences are applied to."""
-    custom_update_weight_post_write_path: str | None = flag(None, later="weight sync through a shared disk")
-    """Hook of every rank after a version was written."""
+    custom_update_weight_post_write_path: str | None = None
+    """Called with (args, version_dir, rollout_engines) on every trainer rank between writing and loading a version."""
     check_weight_update_equal: bool = False
     """Compare every engine's weights with those sent, after each sync; where they differ the run stops, engines paused."""
     rehearsed: str | None = None

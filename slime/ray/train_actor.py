@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import ray
@@ -225,7 +226,7 @@ class TrainActor:
         with self._trainer.peaks("weight sync"):
             self._trainer.note_sent(version)
             if self._config.engine.update_weight_transport == "disk":
-                return self._weight_files().publish(version)
+                return self._weight_files().publish(version, to.engines)
             return self._weight_stream().send(version, to)
 
     def check_weights(self, version: int, to: Destinations) -> list[ReadBack]:
@@ -252,8 +253,10 @@ class TrainActor:
 
     def _weight_files(self):
         from slime.ray.weight_files import WeightFiles
+        from slime.training.hooks import POST_WRITE, load_hook
 
         if self._files is None:
+            hook = load_hook(POST_WRITE, self._config.engine.custom_update_weight_post_write_path)
             self._files = WeightFiles(
                 self._trainer.model,
                 self._hf_config,
@@ -261,6 +264,7 @@ class TrainActor:
                 self._config.engine,
                 origin=self._config.checkpoint.hf_checkpoint,
                 with_mtp=bool(self._config.model.mtp_num_layers),
+                post_write=hook and partial(hook, self._config.args),
             )
         return self._files
 

@@ -10,6 +10,7 @@ from slime.config.dotted import Call, find_callable
 if TYPE_CHECKING:
     from slime.config import Config
 
+POST_WRITE = "--custom-update-weight-post-write-path"
 _TIS = ("args", "pg_loss", "train_log_probs", "rollout_log_probs", "loss_masks", "total_lengths", "response_lengths")
 
 CALLS: dict[str, Call] = {
@@ -23,6 +24,7 @@ CALLS: dict[str, Call] = {
     "--custom-pg-loss-reducer-function-path": Call(
         "fn(total_lengths, response_lengths, loss_masks, calculate_per_token_loss)", 4
     ),
+    POST_WRITE: Call("fn(args, version_dir, rollout_engines)", 3),
 }
 _SPEC = Call("fn(args, config, vp_stage)", 3)
 PROVIDER = Call("fn(pre_process, post_process[, vp_stage])", 0, ("pre_process", "post_process"), offered=("vp_stage",))
@@ -35,7 +37,11 @@ def load_hook(flag: str, path: str | None) -> Callable[..., Any] | None:
 
 def named_hooks(config: Config) -> list[tuple[str, str, Call]]:
     """(flag, path, how it is called) of the functions of a user's that the trainer's flags name."""
-    named = [(flag, getattr(config.algorithm, flag.removeprefix("--").replace("-", "_")), call) for flag, call in CALLS.items()]
+    sections = {POST_WRITE: config.engine}
+    named = [
+        (flag, getattr(sections.get(flag, config.algorithm), flag.removeprefix("--").replace("-", "_")), call)
+        for flag, call in CALLS.items()
+    ]
     named.append(("--custom-model-provider-path", config.model.custom_model_provider_path, PROVIDER))
     spec = config.model.spec
     if spec and not spec[0].startswith("slime_plugins."):  # ours are known, and take seconds to import

@@ -14,6 +14,10 @@ from tests.config.flags import MOE, config_of
     ("words", "note"),
     [
         ("--update-weight-disk-dir /w", "--update-weight-disk-dir changes nothing without --update-weight-transport disk"),
+        (
+            "--custom-update-weight-post-write-path a.b",
+            "--custom-update-weight-post-write-path changes nothing without --update-we",
+        ),
         ("--rollout-data-transport object-store", "--rollout-data-transport changes nothing: rollouts go through Ray's object"),
         ("--keep-old-actor", "--keep-old-actor changes nothing: training starts from the weights that generated the rollout"),
         ("--train-backend megatron", "--train-backend changes nothing: there is one"),

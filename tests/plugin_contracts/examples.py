@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 
 from slime.rollout.data_source import RolloutDataSourceWithBuffer
@@ -127,3 +130,8 @@ def custom_megatron_before_train_step_hook_path(args, rollout_id, step_id, model
 
 def custom_model_provider_path(pre_process, post_process, vp_stage=None):
     pass
+
+
+def custom_update_weight_post_write_path(args, version_dir, rollout_engines):
+    version = json.loads((Path(version_dir) / "version.json").read_text())["version"]
+    print(f"version {version} is written for {', '.join(engine.url for engine in rollout_engines)}")

@@ -149,6 +149,11 @@ def squares(total_lengths, response_lengths, loss_masks, calculate_per_token_los
     return lambda values: (values**2).sum()
 
 
+def empties(args, version_dir, rollout_engines):
+    for file in Path(version_dir).glob("*.json"):
+        file.unlink()
+
+
 RM, GENERATE = "--custom-rm-path", "--custom-generate-function-path"
 MISTAKES = [
     (RM, "nan", rewards.gives_a_finite_number_or_a_mapping_that_holds_one, "the reward is nan"),
@@ -184,6 +189,12 @@ MISTAKES = [
     ("--custom-tis-function-path", "unbounded", training.gives_a_loss_masks_and_values_by_token, "tis has shape"),
     ("--custom-tis-function-path", "unbounded", training.gives_no_nan_where_a_ratio_is_infinite, "the loss of trained tokens"),
     ("--custom-pg-loss-reducer-function-path", "squares", training.gives_a_function_that_sums, "it is no sum"),
+    (
+        "--custom-update-weight-post-write-path",
+        "empties",
+        training.leaves_a_version_as_it_was_written,
+        "it changed config.json, model.safetensors.index.json, version.json of weight_v000001",
+    ),
 ]
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
+from slime.ray.destinations import EngineTarget
 from slime.training.columns import Columns, call_with_rollout_data
 from slime.types import RolloutBatch
+from slime.weights.published import Header, PartWriter, publish_version
+from slime.weights.serving import Receiver
 
 LENGTHS = (3, 2)
 
@@ -86,6 +92,32 @@ def gives_a_function_that_sums(function, stage) -> None:
     assert torch.isclose(two, 2 * one), f"twice the loss gives {float(two):g}, and the loss {float(one):g}: it is no sum"
 
 
+def _published(folder: Path, *, encoding: str | None) -> Path:
+    """Version 1 of a checkpoint with one tensor: whole, or the difference that there is where nothing has changed."""
+    origin, partial = folder / "checkpoint", folder / ".part"
+    origin.mkdir()
+    partial.mkdir()
+    save_file({"a": torch.ones(4)}, origin / "model.safetensors", {"format": "pt"})
+    (origin / "config.json").write_text("{}")
+    writer = PartWriter(folder, origin=origin, part=0, encoding=encoding, checksum="xxh3-128")
+    written = writer.write(partial, [("a", torch.ones(4))], max_bytes=2**20)
+    header = Header("contract", 1, 0 if encoding else None, encoding or "xor", "xxh3-128", {}, {})
+    return publish_version(folder, [written], partial, header, origin=origin, mtp_kept=True)
+
+
+def leaves_a_version_as_it_was_written(function, stage) -> None:
+    """Whole, and as a difference without a single tensor; engines are told by name, address and the run's token."""
+    engines = (EngineTarget("default-regular-0", stage.router.url, "", Receiver(0, (0,), tp=1)),)
+    for encoding in (None, "xor"):
+        with TemporaryDirectory() as name:
+            folder = _published(Path(name), encoding=encoding)
+            before = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+            function(stage.args(), str(folder), engines)
+            held = {file.name: file.read_bytes() for file in sorted(folder.iterdir())} if folder.is_dir() else {}
+            changed = [file for file in before if held.get(file) != before[file]]
+            assert not changed, f"it changed {', '.join(changed)} of {folder.name}, which the engines load after it"
+
+
 PROMISES = {
     "--custom-advantage-function-path": (sets_an_advantage_and_a_return_for_every_token,),
     "--rollout-data-postprocess-path": (leaves_an_advantage_and_a_return_for_every_token,),
@@ -96,4 +128,5 @@ PROMISES = {
     "--custom-megatron-before-log-prob-hook-path": (),
     "--custom-megatron-before-train-step-hook-path": (),
     "--custom-model-provider-path": (),
+    "--custom-update-weight-post-write-path": (leaves_a_version_as_it_was_written,),
 }

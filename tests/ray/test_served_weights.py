@@ -1,6 +1,7 @@
 """What a real engine serves after a sync equals what the trainer sent; one wrong value in one tensor is found."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,9 +119,19 @@ def test_published_versions_whole_and_as_differences_give_the_engine_what_a_stre
         options = EngineConfig(
             update_weight_transport="disk", update_weight_mode=mode, update_weight_disk_dir=str(tmp_path / mode)
         )
-        files = WeightFiles(chunks, hf, ranks, options, origin=str(serving), with_mtp=False)
-        report = files.publish(1)
-        assert files.publish(1) is report, "what is sent again has not changed"
+        told: list[tuple[bool, tuple[str, ...]]] = []
+
+        def hook(folder: str, engines: tuple[EngineTarget, ...]) -> None:
+            told.append(((Path(folder) / "version.json").is_file(), tuple(engine.name for engine in engines)))
+            if rank == 1 and len(told) == 1:
+                raise KeyError("upload")
+
+        files = WeightFiles(chunks, hf, ranks, options, origin=str(serving), with_mtp=False, post_write=hook)
+        with pytest.raises(RuntimeError, match=r"--custom-update-weight-post-write-path failed: rank 1: KeyError: 'upload'"):
+            files.publish(1, to.engines)
+        report = files.publish(1, to.engines)
+        assert files.publish(1, to.engines) is report, "what is sent again has not changed"
+        assert told == [(True, ("e",))] * 2, "when it is whole, and again after a failure"
         return report
 
     def holding(load) -> list[dict[str, str]]:

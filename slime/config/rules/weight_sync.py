@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
 
-DISK = ("update_weight_disk_dir", "update_weight_disk_keep_files", "update_weight_delta_checksum")
+DISK = (
+    "update_weight_disk_dir", "update_weight_disk_keep_files", "update_weight_delta_checksum",
+    "custom_update_weight_post_write_path",
+)  # fmt: skip
 DELTA = ("update_weight_delta_encoding", "update_weight_local_checkpoint_dir")
 
 OTHERS = (
