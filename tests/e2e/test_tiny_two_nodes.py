@@ -8,8 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import audits
 import pytest
 
 from tools import cluster_box
@@ -21,11 +24,13 @@ pytestmark = [
 ]
 
 
-def test_the_launcher_trains_over_two_nodes_and_leaves_nothing_on_them():
+def test_the_launcher_trains_over_two_nodes_with_nothing_open_to_a_third_and_leaves_nothing_on_them():
     with tempfile.TemporaryDirectory(prefix="box-", dir="/tmp") as folder:
-        box = cluster_box.make(Path(folder) / "box", 2)
+        box = cluster_box.make(Path(folder) / "box", 3)
         try:
-            status, said = launched(box)
+            with launched(box) as run:
+                check_the_doors(box)
+            status, said = run.returncode, (box.folder / "said").read_text()
             assert status == 0, said[-6000:]
             assert "1 other nodes joined" in said
             engines = dict(re.findall(r"engine (default-\w+-\d): ready at http://([\d.]+):", said))
@@ -47,18 +52,44 @@ def test_the_launcher_trains_over_two_nodes_and_leaves_nothing_on_them():
             cluster_box.remove(box.folder)
 
 
-def launched(box: cluster_box.Box) -> tuple[int, str]:
-    tool = f"{sys.executable} {ROOT / 'tools' / 'cluster_box.py'}"
+@contextmanager
+def launched(box: cluster_box.Box) -> Iterator[subprocess.Popen]:
+    """The launcher on nodes 1 and 2; the block runs while it trains."""
+    tool, base, hosts = f"{sys.executable} {ROOT / 'tools' / 'cluster_box.py'}", box.folder / "base", box.folder / "two"
+    hosts.write_text("".join(f"{node.address}\n" for node in box.nodes[:2]))
     settings = {
-        "BASE_DIR": str(box.folder / "base"), "HOSTFILE": str(box.folder / "hostfile"), "MASTER_ADDR": box.nodes[0].address,
-        "NUM_NODES": "2", "SFT_STEPS": "2", "SSH": f"{tool} ssh {box.folder}",
+        "BASE_DIR": str(base), "HOSTFILE": str(hosts), "MASTER_ADDR": box.nodes[0].address, "NUM_NODES": "2", "SFT_STEPS": "2",
+        "SSH": f"{tool} ssh {box.folder}", "PYTHONPATH": str(Path(__file__).with_name("hooks")),
     }  # fmt: skip
     flags = (
         "--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--num-rollout", "1", "--save-interval", "1",
         "--eval-interval", "1000", "--skip-eval-before-train", "--check-weight-update-equal",
+        "--custom-megatron-before-train-step-hook-path", "step_hook.wait",
     )  # fmt: skip
     command = cluster_box.entering(box, "1", ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *flags])
-    done = subprocess.run(
-        command, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-    )
-    return done.returncode, done.stdout
+    said = box.folder / "said"
+    with said.open("w") as out:
+        run = subprocess.Popen(command, env=os.environ | settings, stdout=out, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 600
+    while not (base / "training").exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        assert (base / "training").exists(), said.read_text()[-6000:]
+        yield run
+    finally:
+        base.mkdir(exist_ok=True)
+        (base / "go").touch()
+        run.wait(300)
+
+
+def check_the_doors(box: cluster_box.Box) -> None:
+    """Every listener of both nodes, called from there as another user, and from the third node, which is not of the run."""
+    found = audits.audited(box.folder / "base", "--outside", str(box.nodes[2].init), passed={})
+    assert found["not_done"] == []
+    audits.check(found, passed={})
+    reached = {(row["who"], row["protocol"], row["verdict"]) for row in found["rows"] if row["outside"] == "reached"}
+    # gloo's, which a rank opens at its node's address, take any connection and say nothing.
+    assert {(who, verdict) for who, _, verdict in reached if verdict == "silent"} <= {("ray::TrainActor", "silent")}, reached
+    assert {protocol for _, protocol, _ in reached} <= {"HTTP", "gRPC", ""}, reached
+    nodes = {row["place"].rpartition(":")[0] for row in found["rows"] if row["who"] == "slime.engine.serve"}
+    assert nodes >= {node.address for node in box.nodes[:2]}, nodes
