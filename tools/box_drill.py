@@ -1,14 +1,14 @@
-"""Drills of a cluster in a box: a node dies, a link is cut, flaps or is slow, while the tiny launcher trains over two nodes.
+"""Drills of a cluster in a box: nodes die, links are cut, flap or are slow, while the tiny launcher trains over its nodes.
 
     .venv/bin/python tools/box_drill.py run FOLDER die/train down/save      these, one after another (as root)
     .venv/bin/python tools/box_drill.py list                                what there is
     .venv/bin/python tools/box_drill.py table FOLDER                        what happened, as markdown
 
-A drill is FAULT/PHASE. All drills of a folder share one run: each launch is the same command, and resumes what the drill
-before it ended; `run` without drills is one that nobody disturbs. Judged are: one line that names the node, the phase and what
-to do; the time until then and until the end; that no node keeps a process of the launch, a socket or shared memory; and that
-the next launch goes on from the newest checkpoint. Every drill is a line of FOLDER/drills.jsonl, the last of a name counts, and
-has a transcript in FOLDER/transcripts.
+A drill is FAULT/PHASE. All drills of a folder share one run, so they need as many nodes: each launch is the same command, and
+resumes what the drill before it ended; `run` without drills is one that nobody disturbs. Judged are: one line that names the
+node, the phase and what to do; the time until then and until the end; that no node keeps a process of the launch, a socket or
+shared memory; and that the next launch goes on from the newest checkpoint. Every drill is a line of FOLDER/drills.jsonl, the
+last of a name counts, and has a transcript in FOLDER/transcripts.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from tools.drills.draw import PHASES  # noqa: E402
 from tools.drills.following import Followed  # noqa: E402
 from tools.drills.launch import newest  # noqa: E402
 
-ENDS_WITHIN, CLEAN_WITHIN, READY_WITHIN = 240.0, 150.0, 240.0
-"""Seconds: from the fault to the end of the launch; from there until no node keeps anything of it; and until a phase comes."""
-FLAP_SECONDS, SLOW_MBIT = 6.0, 4.0
+ENDS_WITHIN, CLEAN_WITHIN, READY_WITHIN = 240.0, 150.0, 480.0
+"""Seconds: from the fault to the end of the launch; from there until no node keeps anything of it; and until a phase comes, of
+which a node that was started anew waits three minutes for the record of the run before."""
+FLAP_SECONDS, FLAPS, SLOW_MBIT = 6.0, 4, 4.0
 _SURVIVED_ROLLOUTS = 2
 FLAGS = (
     "--rollout-batch-size", "2", "--n-samples-per-prompt", "2", "--n-samples-per-eval-prompt", "1",
@@ -50,39 +51,64 @@ _REMEDY = "run the same command again"
 @dataclass(frozen=True)
 class Fault:
     what: str
-    node: int
-    do: Callable[[Box, int], object]
-    mend: Callable[[Box, int], object]
+    nodes: tuple[int, ...]
+    """That it befalls; all have to be named."""
+    do: Callable[[Box, tuple[int, ...]], object]
+    mend: Callable[[Box, tuple[int, ...]], object]
+    num_nodes: int = 2
+    """Of the box."""
     survives: bool = False
-    takes_launcher: bool = False
-    """The node is the launcher's own: nobody is left who could say anything."""
 
 
-def _flap(box: Box, node: int) -> None:
-    cluster_box.set_link(box, node, "down")
+def _die(box: Box, nodes: tuple[int, ...]) -> None:
+    for node in nodes:
+        box = cluster_box.die(box, node)
+
+
+def _boot(box: Box, nodes: tuple[int, ...]) -> None:
+    for node in nodes:
+        box = box if box.node(node).init else cluster_box.boot(box, node)
+
+
+def _down(box: Box, nodes: tuple[int, ...]) -> None:
+    for node in nodes:
+        cluster_box.set_link(box, node, "down")
+
+
+def _up(box: Box, nodes: tuple[int, ...]) -> None:
+    for node in nodes:
+        cluster_box.set_link(box, node, "up")
+
+
+def _flap(box: Box, nodes: tuple[int, ...]) -> None:
+    _down(box, nodes)
     time.sleep(FLAP_SECONDS)
-    cluster_box.set_link(box, node, "up")
+    _up(box, nodes)
 
 
-def _boot(box: Box, node: int) -> None:
-    if not box.node(node).init:
-        cluster_box.boot(box, node)
+def _flaps(box: Box, nodes: tuple[int, ...]) -> None:
+    for _ in range(FLAPS):
+        _flap(box, nodes)
+        time.sleep(FLAP_SECONDS)
 
 
-def _up(box: Box, node: int) -> None:
-    cluster_box.set_link(box, node, "up")
+def _slow(box: Box, nodes: tuple[int, ...]) -> None:
+    for node in nodes:
+        cluster_box.slow(box, node, SLOW_MBIT)
 
 
 FAULTS = {
-    "die": Fault("all processes of node 2 end", 2, cluster_box.die, _boot),
-    "down": Fault("the link of node 2 goes down", 2, lambda box, node: cluster_box.set_link(box, node, "down"), _up),
-    "cut": Fault("the link of node 1 goes down", 1, lambda box, node: cluster_box.set_link(box, node, "down"), _up),
-    "head": Fault("all processes of node 1 end", 1, cluster_box.die, _boot, takes_launcher=True),
-    "flap": Fault(f"the link of node 2 is down for {FLAP_SECONDS:.0f} s", 2, _flap, _up, survives=True),
-    "slow": Fault(
-        f"the link of node 2 carries {SLOW_MBIT:g} Mbit/s", 2, lambda box, node: cluster_box.slow(box, node, SLOW_MBIT), _up,
-        survives=True,
+    "die": Fault("all processes of node 2 end", (2,), _die, _boot),
+    "down": Fault("the link of node 2 goes down and stays so", (2,), _down, _up),
+    "cut": Fault("the link of node 1, where launcher and head are, goes down and stays so", (1,), _down, _up),
+    "head": Fault("all processes of node 1, where launcher and head are, end", (1,), _die, _boot),
+    "part": Fault("nodes 3 and 4 of four reach each other alone", (3, 4), cluster_box.part, _up, num_nodes=4),
+    "flap": Fault(f"the link of node 2 is down for {FLAP_SECONDS:.0f} s", (2,), _flap, _up, survives=True),
+    "flaps": Fault(
+        f"the link of node 2 is down for {FLAP_SECONDS:.0f} s, {FLAPS} times in {2 * FLAPS * FLAP_SECONDS:.0f} s", (2,), _flaps,
+        _up, survives=True,
     ),
+    "slow": Fault(f"the link of node 2 carries {SLOW_MBIT:g} Mbit/s", (2,), _slow, _up, survives=True),
 }  # fmt: skip
 
 
@@ -95,12 +121,12 @@ class Row:
     hit: str
     """The phase that the run was in when the fault came."""
     outcome: str
-    """ "survived", "named", "unnamed", "hung"; of a launcher that died with its node "gone"."""
+    """ "survived", "named", "unnamed" or "hung"."""
     cause: str
     seconds_to_cause: float | None
     seconds_to_end: float | None
     seconds_to_clean: float | None
-    """From the launch's end, or its node's, until the living nodes kept nothing; None where they kept something."""
+    """From the launch's end until the living nodes kept nothing; None where they kept something."""
     left: list[str]
     status: int | None
     resumed: bool | None = None
@@ -122,7 +148,8 @@ class Launch(Followed):
             "NUM_NODES": str(len(box.nodes)), "SFT_STEPS": "3", "SSH": f"{tool} ssh {box.folder}",
         }  # fmt: skip
         command = cluster_box.entering(box, 1, ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *flags])
-        super().__init__(command, os.environ | settings, [self.base / "run" / "driver.log"])
+        logs = [self.base / "run" / name for name in ("driver.log", "console.log")]
+        super().__init__(command, os.environ | settings, logs)
 
     def comes_to(self, phase: str) -> bool:
         """A phase of an iteration is awaited after the first rollout: the weights' first way is also a start."""
@@ -176,6 +203,7 @@ class Campaign:
     def drill(self, name: str) -> Row | None:
         """None where the phase never came."""
         fault, phase = FAULTS[name.split("/")[0]], name.split("/")[1]
+        assert fault.num_nodes == len(self._box.nodes), f"{name} needs a box of {fault.num_nodes} nodes"
         if phase == "start":
             self.leave()
         if (launch := self._launch) is None:
@@ -191,12 +219,12 @@ class Campaign:
             return None
         at, hit = time.monotonic(), launch.phase
         try:
-            fault.do(cluster_box.load(self._box.folder), fault.node)
+            fault.do(cluster_box.load(self._box.folder), fault.nodes)
             launch.until(lambda: launch.reported_since(at) >= _SURVIVED_ROLLOUTS, seconds=ENDS_WITHIN)
             row = self._judge(launch, fault, name, at, hit)
             self._transcribe(launch, name, at)
         finally:
-            fault.mend(cluster_box.load(self._box.folder), fault.node)
+            fault.mend(cluster_box.load(self._box.folder), fault.nodes)
         if row.outcome != "survived":
             self.leave()
         self._write(row)
@@ -226,10 +254,9 @@ class Campaign:
             while (left := left_on(self._box)) and time.monotonic() < now + CLEAN_WITHIN:
                 time.sleep(0.5)
             clean = None if left else time.monotonic() - now
-        node = self._box.node(fault.node)
-        told = next((one for one in launch.lines if one.at >= at and says_all(one.text, node.address)), None)
-        outcome = "survived" if went_on else "hung" if status is None else "gone" if fault.takes_launcher else None
-        outcome = outcome or ("named" if told else "unnamed")
+        addresses = [self._box.node(node).address for node in fault.nodes]
+        told = next((one for one in launch.lines if one.at >= at and says_all(one.text, addresses)), None)
+        outcome = "survived" if went_on else "hung" if status is None else "named" if told else "unnamed"
         if outcome == "survived" and not fault.survives:
             outcome = "unnamed"
         return Row(
@@ -264,9 +291,9 @@ class Campaign:
 _PHASE_WORDS = r"starting|loading|opening|joining|generating|evaluating|handing|training|saving|sending|reading|between two"
 
 
-def says_all(line: str, address: str) -> bool:
-    """Whether one line names the node, the phase and what to do."""
-    return address in line and _REMEDY in line and re.search(_PHASE_WORDS, line) is not None
+def says_all(line: str, addresses: Sequence[str]) -> bool:
+    """Whether one line names the nodes, the phase and what to do."""
+    return all(one in line for one in addresses) and _REMEDY in line and re.search(_PHASE_WORDS, line) is not None
 
 
 def read(folder: Path) -> list[Row]:
@@ -281,7 +308,10 @@ def read(folder: Path) -> list[Row]:
 
 def run(folder: Path, names: Sequence[str]) -> int:
     failed = 0
-    box = cluster_box.make(folder, 2)
+    counts = {FAULTS[name.split("/")[0]].num_nodes for name in names} or {2}
+    if len(counts) > 1:
+        raise SystemExit(f"these drills need boxes of {sorted(counts)} nodes: one call for each")
+    box = cluster_box.make(folder, counts.pop())
     try:
         campaign = Campaign(box)
         for name in names:

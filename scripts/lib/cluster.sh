@@ -183,9 +183,14 @@ node_keeper() {
     keeper=$(printf %q "$PROJECT_ROOT/scripts/lib/keeper.sh")
     # Nothing of it may hold the login's output open: ssh waits for that.
     # shellcheck disable=SC2016
-    printf 'if [[ -f %s ]]; then env -u SLIME_LAUNCH setsid bash %s "$pid" %q "$folder" "" </dev/null >/dev/null 2>&1 9>&- & fi\n' \
-        "$keeper" "$keeper" "$SLIME_LAUNCH"
+    printf 'if [[ -f %s ]]; then HEAD_OF_RUN=%q LOGS_OF_RUN=%q PYTHON=%q env -u SLIME_LAUNCH setsid bash %s "$pid" %q "$folder" "" </dev/null >/dev/null 2>&1 9>&- & fi\n' \
+        "$keeper" "$MASTER_ADDR" "${RUN_DIR:-}" "$PYTHON" "$keeper" "$SLIME_LAUNCH"
 }
+
+# On the disk that the nodes share, as long as nobody has ended the launch: a head that is gone without a word leaves it, and a node says
+# so then (keeper.sh).
+note_launch() { [[ -z ${RUN_DIR:-} ]] || printf '%s\n' "$SLIME_LAUNCH" >"$RUN_DIR/.launched"; }
+forget_launch() { [[ -z ${RUN_DIR:-} ]] || ! grep -qsxF "$SLIME_LAUNCH" "$RUN_DIR/.launched" || rm -f -- "$RUN_DIR/.launched"; }
 
 join_command() { # OPTIONS... -> what joins a node to this cluster
     printf 'ray start --block --address %q --num-gpus %q --disable-usage-stats' "$RAY_ADDRESS_OF_HEAD" "$NUM_GPUS"
@@ -219,6 +224,7 @@ join_workers() {
         ((${NUM_NODES:-1} <= 1)) || print_join_line
         return 0
     fi
+    note_launch
     local address pids=() answers="$RAY_TEMP_DIR/workers"
     mkdir -p "$answers"
     for address in "${WORKER_ADDRESSES[@]}"; do
@@ -252,6 +258,7 @@ NODE
 print_join_line() {
     JOIN_SCRIPT="${RUN_DIR:-$RAY_TEMP_DIR}/join.sh"
     mkdir -p -- "$(dirname -- "$JOIN_SCRIPT")"
+    note_launch
     # No --node-ip-address: Ray takes the address from which the node reaches the head.
     # shellcheck disable=SC2016
     (umask 077 && printf '%s\npid=$$\n%s\nexec %s\n' "$(node_preamble)" "$(node_keeper)" "$(join_command)" >"$JOIN_SCRIPT")
@@ -308,6 +315,7 @@ cleanup() {
     local status=$? entry
     trap - EXIT INT TERM HUP
     set +e
+    forget_launch
     for entry in "${RAY_WORKERS[@]}"; do
         stop_worker "${entry%% *}" "${entry##* }" "$status" &
     done

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Waits for a launcher to end. A launcher ends its keeper first: one that is still there ends what the launcher started, says so
-# where the launcher spoke, and takes away what the launcher would have.
+# where the launcher spoke, and takes away what the launcher would have. On another node of the run it waits for that node's Ray, does
+# the same, and says in the run's logs (LOGS_OF_RUN) that the head (HEAD_OF_RUN) is gone, where nobody is left there who could.
 #
 #   bash scripts/lib/keeper.sh PID LAUNCH RAY-TEMP-DIR RUN-DIR [OWNED-FOLDER...]        (started by launch.sh, not by hand)
 set -uo pipefail
 trap '' PIPE HUP # the terminal may have gone with the launcher
 launcher=$1 launch=$2 ray_folder=$3 run_folder=$4
 shift 4
+began=$EPOCHSECONDS
 
 started() { # PID -> when, in the kernel's clock; empty for a process that is gone
     local fields
@@ -25,6 +27,7 @@ while [[ -n $when && $(started "$launcher") == "$when" ]]; do
     ((SECONDS % 30 > 1)) || for folder in "$@"; do touch -c -- "$folder/.slime-owner" 2>/dev/null; done
 done
 
+[[ -z $run_folder ]] || rm -f -- "$run_folder/.launched"
 printf '[launch] the launcher (pid %s) was killed without a word: what it started is being ended; %s\n' "$launcher" \
     "the same command goes on from the newest checkpoint" >&2
 mapfile -t shared < <(for pid in $(members); do grep -hsoE '/dev/shm/(sglang|sgl_shm)_[^ ]*$' "/proc/$pid/maps"; done | sort -u)
@@ -45,3 +48,7 @@ fi
 for folder in "$@"; do
     ! grep -qsF "\"launch\": \"$launch\"" "$folder/.slime-owner" || rm -f -- "$folder/.slime-owner"
 done
+if [[ -n ${LOGS_OF_RUN:-} ]] && grep -qsxF "$launch" "$LOGS_OF_RUN/.launched"; then
+    root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
+    PYTHONPATH=$root "$PYTHON" -m slime.ray.head_lost "$HEAD_OF_RUN" "$LOGS_OF_RUN" --since "$began"
+fi

@@ -79,13 +79,17 @@ def _lost(where: Callable[[], tuple[set[str], str]]) -> tuple[set[str], str, lis
 
 def verdict(lost: list[str], addresses: set[str], doing: str) -> str:
     """The line that a run ends with: which machine, in which phase, what to do."""
-    phase = next((words for pattern, words in _PHASES if re.match(pattern, doing)), doing or "starting")
-    here = addresses - set(lost)
+    phase, here = phase_of(doing), addresses - set(lost)
     if len(lost) > 1 and len(here) == 1:
         who = f"no other node can be reached from {here.pop()} ({', '.join(lost)} cannot)"
-        return f"{who}, {phase}: mend this node's network, and run the same command again; {_RESUMES}"
+        return f"{who}, {phase}: mend this node's network, and run the same command again; {RESUMES}"
     who, them = (f"node {lost[0]} is", "it") if len(lost) == 1 else (f"nodes {', '.join(lost)} are", "them")
-    return f"{who} gone, {phase}: bring {them} back or replace {them}, and run the same command again; {_RESUMES}"
+    return f"{who} gone, {phase}: bring {them} back or replace {them}, and run the same command again; {RESUMES}"
 
 
-_RESUMES = "it resumes from the last checkpoint"
+def phase_of(doing: str) -> str:
+    """What the driver calls a wait, in a reader's words."""
+    return next((words for pattern, words in _PHASES if re.match(pattern, doing)), doing or "starting")
+
+
+RESUMES = "it resumes from the last checkpoint"

@@ -438,8 +438,14 @@ def test_a_node_is_joined_once_by_the_line_that_is_printed_and_its_keeper_outliv
     assert (twice.returncode, twice.stderr) == (1, told)
     # The launcher cannot reach this machine; what carries the launch's name there ends with the machine's Ray.
     stray = subprocess.Popen(["sleep", "600"], env=os.environ | {"SLIME_LAUNCH": other}, start_new_session=True)
+    # Its launch has not been ended by anybody, so that it has the last word on it; the launcher's own has not come to that.
+    launched, console = (shell.base / "run" / name for name in (".launched", "console.log"))
+    assert re.fullmatch(r"\w{32}\n", launched.read_text()) and launch in launched.read_text()
+    launched.write_text(f"{other}\n")
     os.kill(joined["pid"], signal.SIGKILL)
     assert stray.wait(60) == -signal.SIGTERM
+    wait_for(lambda: not launched.exists())
+    assert re.search(r"node 127\.0\.0\.1 is gone or out of reach, and with it Ray's head, starting: ", console.read_text())
     assert joined["env"] == head["env"] | {"RAY_AUTH_TOKEN_PATH": str(there / "token")} and "RAY_ADDRESS" not in joined["all"]
     assert joined["token"] == head["token"] and len(head["token"]) == 64
     assert head["token"] not in " ".join(joined["argv"])

@@ -26,7 +26,7 @@ ENDED = Row("die", "train", "train", "named", "node 10.98.0.2 is gone, ...", 9.4
     ],
 )
 def test_one_line_has_to_name_node_phase_and_remedy(line: str, whole: bool):
-    assert says_all(line, "10.98.0.2") is whole
+    assert says_all(line, ["10.98.0.2"]) is whole
 
 
 def test_a_drill_fails_by_silence_by_what_stays_and_by_a_resume_from_elsewhere():
