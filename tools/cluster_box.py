@@ -152,6 +152,8 @@ def make(folder: Path, num_nodes: int, *, shm: str = "2g") -> Box:
         raise ValueError(f"no cluster in a box: {reason}")
     if not 2 <= num_nodes <= MOST_NODES:
         raise ValueError(f"--nodes {num_nodes}: a box has 2 to {MOST_NODES} nodes")
+    if hidden := [path for path in (sys.executable, str(LOGIN.absolute())) if path.startswith("/tmp/")]:
+        raise ValueError(f"{hidden[0]} is in /tmp, where a node has files of its own: put project and environment elsewhere")
     folder = folder.resolve()
     if (folder / STATE).exists():
         raise ValueError(f"{folder} is a box already; remove it first, or name another folder")

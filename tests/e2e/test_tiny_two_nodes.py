@@ -60,6 +60,7 @@ def launched(box: cluster_box.Box) -> Iterator[subprocess.Popen]:
     settings = {
         "BASE_DIR": str(base), "HOSTFILE": str(hosts), "MASTER_ADDR": box.nodes[0].address, "NUM_NODES": "2", "SFT_STEPS": "2",
         "SSH": f"{tool} ssh {box.folder}", "PYTHONPATH": str(Path(__file__).with_name("hooks")),
+        "PASS_ENV": " ".join(name for name in ("RAY_worker_niceness",) if name in os.environ),
     }  # fmt: skip
     flags = (
         "--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--num-rollout", "1", "--save-interval", "1",

@@ -130,6 +130,12 @@ def test_parted_nodes_reach_each_other_alone_and_clocks_since_boot_differ(box: P
     assert 990 < clocks[1] - clocks[0] < 1090
 
 
+def test_a_project_in_tmp_is_told_that_nodes_do_not_see_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(cluster_box, "LOGIN", Path("/tmp/project/tools/box_login.py"))
+    with pytest.raises(ValueError, match=r"^/tmp/project/tools/box_login\.py is in /tmp, where a node has files of its own"):
+        cluster_box.make(tmp_path, 2)
+
+
 def test_mistakes_are_told_in_a_line(box: Path, tmp_path: Path):
     for words, told in (
         (("make", box), f"{box} is a box already; remove it first, or name another folder"),
