@@ -19,8 +19,9 @@ from slime.config.engine_sizes import merged
 from slime.engine.imports import needed
 from slime.engine.ports import FIRST_PORT
 from slime.engine.versions import CONSTRAINTS
+from slime.observability.packages import PACKAGES
 from slime.preflight.ask import ask_nodes, wait_for_nodes
-from slime.preflight.facts import PACKAGES, Wanted
+from slime.preflight.facts import Wanted
 from slime.preflight.judge import judge
 from slime.rehearse.findings import Findings
 from slime.rehearse.options import Options

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
-import platform
 import shutil
 import socket
 import struct
@@ -15,14 +13,11 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from slime.engine.imports import import_errors
+from slime.observability import packages
 
-PACKAGES = ("torch", "megatron-core", "sglang", "ray", "transformers", "numpy", "sglang-router")
-SOURCES = ("slime", "slime_plugins")
-"""This project's own packages, of which nodes may have different checkouts."""
 PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 NO_PROXY = ("no_proxy", "NO_PROXY")
 SIOCGIFADDR = 0x8915
@@ -59,7 +54,7 @@ class NodeFacts:
     proxies: Mapping[str, str]
     """Proxy variables that are set, `no_proxy` among them."""
     packages: Mapping[str, str]
-    python: str
+    """With "python", and "slime" by its sources."""
     unreachable: Mapping[str, str] = field(default_factory=dict)
     """Other node's name -> the error of connecting to it."""
     unloadable: Mapping[str, str] = field(default_factory=dict)
@@ -114,8 +109,7 @@ def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts
         disk_free_gb=_free_gb("/tmp"),
         busy_ports=tuple(port for port in wanted.ports if _is_busy(port)),
         proxies={name: os.environ[name] for name in PROXIES + NO_PROXY if os.environ.get(name)},
-        packages={name: _version(name) for name in PACKAGES} | {"slime": source_digest(Path(__file__).resolve().parents[2])},
-        python=platform.python_version(),
+        packages=packages.versions(),
         unloadable=import_errors(wanted.modules),
         memory_gb=memory_gb(Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")),
     )
@@ -175,22 +169,6 @@ def _is_busy(port: int) -> bool:
         except OSError:
             return True
     return False
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "-"
-
-
-def source_digest(root: Path) -> str:
-    """Eight digits of a hash over every Python file of this project's packages: commits differ, versions do not."""
-    hashed = hashlib.sha256()
-    for file in sorted(path for name in SOURCES for path in (root / name).rglob("*.py")):
-        hashed.update(f"{file.relative_to(root)}\n".encode())
-        hashed.update(file.read_bytes())
-    return hashed.hexdigest()[:8]
 
 
 def try_shared(path: str, seed: str | None) -> str:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from slime.compat import megatron
 from slime.engine.versions import OLDEST, release_key
-from slime.preflight.facts import NO_PROXY, PACKAGES, PROXIES, NodeFacts, Wanted
+from slime.observability import packages
+from slime.observability.packages import PACKAGES
+from slime.preflight.facts import NO_PROXY, PROXIES, NodeFacts, Wanted
 from slime.rehearse.findings import Findings
 
 MAX_SKEW_SECONDS = 1.0
@@ -285,18 +287,12 @@ def _compare_with_pins(nodes: Sequence[NodeFacts], wanted: Wanted, findings: Fin
 
 
 def _judge_packages(nodes: Sequence[NodeFacts], findings: Findings) -> None:
-    wrong: dict[str, str] = {}
-    for package in (*PACKAGES, "python", "slime"):
-        found = {node.name: node.python if package == "python" else node.packages.get(package, "-") for node in nodes}
-        usual = Counter(found.values()).most_common(1)[0][0]
-        for name, has in found.items():
-            if has != usual:
-                wrong[name] = (f"{wrong[name]}, " if name in wrong else "") + f"{package} {has}, the others {usual}"
+    wrong = packages.differences({node.name: node.packages for node in nodes})
     findings.check(
         not wrong,
         "nodes",
         "package versions are equal on all nodes",
         wrong=f"package versions differ on {len(wrong)} nodes",
         values=_told(wrong),
-        fix="run scripts/setup.sh on the named nodes; of slime, bring the head's checkout there (told is a hash of its files)",
+        fix=packages.REMEDY,
     )

@@ -24,6 +24,7 @@ from slime.ray.calls import ProcessLost
 from slime.ray.destinations import Destinations
 from slime.ray.machines import lost_nodes
 from slime.ray.placement import Placement, with_spares
+from slime.ray.same_packages import SamePackages
 from slime.ray.snapshot_keeper import SnapshotStore
 from slime.ray.standstill import Patience
 from slime.ray.train_actor import RankMemory
@@ -218,7 +219,9 @@ class LastingTrainers:
     def _replace_group(self) -> int:
         """New ranks with the state that the lost ones had before what broke. The version that they began with."""
         self._group.stop_and_wait()
-        self.placement = with_spares(self.placement, lost_nodes(set(self._nodes())))
+        if lost := lost_nodes(set(self._nodes())):
+            self.placement = with_spares(self.placement, lost)
+            SamePackages(self._nodes()).check()
         self._store.nodes = self._nodes()
         version = self._store.newest()
         if version is None or any(number not in self._kept() for number in range(version + 1, self._trained + 1)):

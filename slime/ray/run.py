@@ -29,6 +29,7 @@ from slime.ray.leaving import Leaving
 from slime.ray.machines import alive_nodes
 from slime.ray.placement import Placement, place, slot_counts
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
+from slime.ray.same_packages import SamePackages
 from slime.ray.standstill import Patience
 from slime.ray.telling import Telling, Training
 from slime.rollout.reports import Report
@@ -158,6 +159,7 @@ class Run:
         if config.engine.rehearsed:  # before anything starts: the file may be wrong
             self._rehearsed = rehearsed_digest(config.engine.rehearsed, key=os.environ.get(KEY_VARIABLE))
         self._placement = place(**self._slots())
+        packages = SamePackages(self._placement.addresses)
         # It takes no CPU from the slots. Four threads: a rollout, an evaluation,
         # a call of the sync, and `stop`, which must get through whatever the others wait for.
         actor = RolloutActor.options(num_cpus=0, max_concurrency=4, runtime_env={"env_vars": QUIET}).remote(
@@ -168,6 +170,7 @@ class Run:
         if self._has_trainer:
             self._trainers = make_trainers(config, self._placement, self._patience)
         self._check_plugins()
+        packages.check()
         engines_ready = self._rollout.begin_start()
         if self._has_trainer:
             if config.cluster.colocate and self._has_engines and self._trainers.device_kind() == "cuda":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from slime.observability.packages import source_digest
 from slime.preflight.ask import patience, waits_on
 from slime.preflight.command import pins, scouts_variables, wanted_of, with_plan
 from slime.preflight.facts import (
@@ -21,7 +22,6 @@ from slime.preflight.facts import (
     memory_gb,
     rdma_devices,
     reach,
-    source_digest,
     try_shared,
 )
 from slime.preflight.judge import judge
@@ -42,8 +42,14 @@ GOOD = NodeFacts(
     900.0,
     (),
     {},
-    {"torch": "2.14.1+cu130", "ray": "2.60.0", "sglang": "0.5.23", "megatron-core": "0.16.1", "slime": "12345678"},
-    "3.11.9",
+    {
+        "torch": "2.14.1+cu130",
+        "ray": "2.60.0",
+        "sglang": "0.5.23",
+        "megatron-core": "0.16.1",
+        "slime": "12345678",
+        "python": "3.11.9",
+    },
     memory_gb=2100.0,
 )
 WANTED = Wanted(
@@ -86,7 +92,7 @@ FAULTS: dict[str, tuple[Callable[[NodeFacts], NodeFacts], str]] = {
         lambda n: replace(n, packages={**n.packages, "slime": "0badc0de"}),
         "slime 0badc0de, the others 12345678",
     ),
-    "python": (lambda n: replace(n, python="3.12.1"), "python 3.12.1, the others 3.11.9"),
+    "python": (lambda n: replace(n, packages={**n.packages, "python": "3.12.1"}), "python 3.12.1, the others 3.11.9"),
     "a library of another CUDA": (
         lambda n: replace(n, unloadable={"mooncake.engine": "ImportError: libcudart.so.12: cannot open"}),
         "mooncake.engine: ImportError: libcudart.so.12",

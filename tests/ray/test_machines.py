@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import ray
@@ -15,6 +18,7 @@ from ray.cluster_utils import Cluster
 from slime.ray.fates import Process, fates
 from slime.ray.machines import alive_nodes, lost_machines_named, lost_nodes, silent, verdict
 from slime.ray.placement import place
+from slime.ray.same_packages import SamePackages
 
 THERE = "127.0.0.2"
 
@@ -37,6 +41,29 @@ def test_a_machine_that_leaves_while_devices_are_awaited_ends_the_wait(cluster: 
         cluster.remove_node(node)
         with pytest.raises(RuntimeError, match=r"^node 127\.0\.0\.3 is gone, waiting for devices: bring it back or replace it"):
             waits.result()
+
+
+@pytest.mark.slow
+def test_a_run_does_not_begin_on_a_machine_with_other_packages(cluster: Cluster, tmp_path: Path):
+    (here,) = alive_nodes()
+    SamePackages([here]).check()
+    (tmp_path / "transformers-4.0.1.dist-info").mkdir()
+    (tmp_path / "transformers-4.0.1.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 4.0.1\n")
+    other = cluster.add_node(
+        num_cpus=1,
+        node_ip_address="127.0.0.4",
+        wait=True,
+        env_vars={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH')}"},
+    )
+    packages = SamePackages(["127.0.0.4", here])
+    with pytest.raises(ValueError) as told:
+        packages.check()
+    cluster.remove_node(other)
+    assert str(told.value) == (
+        f"starting: node 127.0.0.4 has transformers 4.0.1, the others {version('transformers')}: run scripts/setup.sh on the "
+        "named nodes; of slime, bring the head's checkout there (told is a hash of its files), and run the same command again; "
+        "it resumes from the last checkpoint"
+    )
 
 
 @pytest.mark.slow
