@@ -37,6 +37,8 @@ class Misfit:
     """Pattern of the line that names it."""
     by_hand: bool = False
     """The second node joins by the printed script, late, and once more."""
+    runs: bool = False
+    """Without --preflight."""
 
 
 def _node2(box: Box, script: str) -> None:
@@ -74,6 +76,12 @@ MISFITS = {
         _metadata,
         r"versions differ on 1 nodes.*10\.98\.0\.2: transformers 4\.0\.1, the others",
     ),
+    "run": Misfit(
+        "node 2 has another transformers, and nobody asks for a preflight",
+        _metadata,
+        r"the run stopped: starting: node 10\.98\.0\.2 has transformers 4\.0\.1, the others .* run the same command again",
+        runs=True,
+    ),
     "checkout": Misfit(
         "node 2 has another commit of slime", _checkout, r"versions differ on 1 nodes.*10\.98\.0\.2: slime \w{8}, the others"
     ),
@@ -101,8 +109,9 @@ def preflight(box: Box, misfit: Misfit) -> tuple[list[str], float]:
     if not misfit.by_hand:
         settings["HOSTFILE"] = str(box.folder / "hostfile")
     began = time.monotonic()
+    words = ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *(() if misfit.runs else ("--preflight",))]
     launcher = subprocess.Popen(
-        cluster_box.entering(box, 1, ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), "--preflight"]),
+        cluster_box.entering(box, 1, words),
         env=os.environ | settings, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     signal.alarm(int(_WITHIN))  # a launcher that says nothing must not hold this up
