@@ -20,9 +20,14 @@ started() { # PID -> when, in the kernel's clock; empty for a process that is go
 
 members() { grep -lsxzF "SLIME_LAUNCH=$launch" /proc/[0-9]*/environ | cut -d/ -f3; }
 
-when=$(started "$launcher")
+# What engines list of their shared memory (ChildProcess of slime/engine/process.py), for all nodes: names that are not this node's do no
+# harm. The lists of a launch that ends in order go with it, perhaps before a node that it cannot reach has noticed.
+listed() { cat -- "${run_folder:-${LOGS_OF_RUN:-/nowhere}}"/*.shared 2>/dev/null | grep -E '^/dev/shm/(sglang|sgl_shm)_'; }
+
+when=$(started "$launcher") lists=""
 while [[ -n $when && $(started "$launcher") == "$when" ]]; do
     sleep 2 2>/dev/null # it outlives this keeper, and whoever reads the launcher's output waits for its end
+    ((SECONDS % 30 > 1)) || lists=$(listed)
     # From another machine a run counts as alive while its records are touched (slime/observability/owner.py).
     ((SECONDS % 30 > 1)) || for folder in "$@"; do touch -c -- "$folder/.slime-owner" 2>/dev/null; done
 done
@@ -39,8 +44,9 @@ for signal in TERM KILL; do
         sleep 1
     done
 done
-mapfile -t -O "${#shared[@]}" shared < <(cat -- "$run_folder"/*.shared 2>/dev/null | grep -E '^/dev/shm/(sglang|sgl_shm)_')
-rm -f -- "${shared[@]}" "$run_folder"/*.shared
+mapfile -t -O "${#shared[@]}" shared < <(listed; printf '%s\n' "$lists")
+rm -f -- "${shared[@]}"
+[[ -z $run_folder ]] || rm -f -- "$run_folder"/*.shared
 if [[ -n $ray_folder ]]; then
     rm -rf -- "$ray_folder/tmp" "$ray_folder/token"
     find "$ray_folder" -type s -delete

@@ -442,9 +442,14 @@ def test_a_node_is_joined_once_by_the_line_that_is_printed_and_its_keeper_outliv
     launched, console = (shell.base / "run" / name for name in (".launched", "console.log"))
     assert re.fullmatch(r"\w{32}\n", launched.read_text()) and launch in launched.read_text()
     launched.write_text(f"{other}\n")
+    # An engine that died with its node's Ray left a file, which is on the list that engines keep beside the logs.
+    left = Path(f"/dev/shm/sglang_{other}_{os.getpid()}")
+    left.touch()
+    (shell.base / "run" / "default-decode-1-0.shared").write_text(f"{left}\n")
     os.kill(joined["pid"], signal.SIGKILL)
     assert stray.wait(60) == -signal.SIGTERM
     wait_for(lambda: not launched.exists())
+    assert not left.exists()
     assert re.search(r"node 127\.0\.0\.1 is gone or out of reach, and with it Ray's head, starting: ", console.read_text())
     assert joined["env"] == head["env"] | {"RAY_AUTH_TOKEN_PATH": str(there / "token")} and "RAY_ADDRESS" not in joined["all"]
     assert joined["token"] == head["token"] and len(head["token"]) == 64
