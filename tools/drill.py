@@ -5,6 +5,7 @@
     .venv/bin/python tools/drill.py run BASE --seed 1 --first 0 --count 20
     .venv/bin/python tools/drill.py run BASE --seed 1 --first 7 --count 1     drill 7 alone, again
     .venv/bin/python tools/drill.py run BASE --pick scheduler stop generate   one of your choice
+    .venv/bin/python tools/drill.py run BASE --pick trainer kill train --flags '--snapshot-interval 1'
     .venv/bin/python tools/drill.py table BASE --table FILE          what happened, as markdown
 
 Each drill is one line of BASE/drills.jsonl (the last of a number counts), with a transcript beside it in BASE/drills/. It is
@@ -16,6 +17,7 @@ are checkpoints made after it those of an undisturbed run, to the bit. The statu
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import signal
 import sys
@@ -55,7 +57,7 @@ def run(given: argparse.Namespace) -> int:
     results, began, wrong = given.base / "drills.jsonl", time.monotonic(), 0
     engines = not given.without_engines
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the launch of the moment is ended on the way out
-    campaign = Campaign(given.base, results, stop_seconds=given.stop_seconds, engines=engines)
+    campaign = Campaign(given.base, results, stop_seconds=given.stop_seconds, engines=engines, flags=given.flags)
     try:
         for drill in chosen(given, engines=engines, done=read(results) if results.exists() else []):
             if time.monotonic() - began > given.seconds:
@@ -75,7 +77,8 @@ def chosen(given: argparse.Namespace, *, engines: bool, done: Sequence[Row]) -> 
     if given.pick:
         return [pick(*given.pick, tolerant=not given.without_tolerance)]
     drills = [draw(given.seed, number, engines=engines) for number in range(given.first, given.first + given.count)]
-    known = {(row.seed, row.number) for row in done if row.engines == engines} if given.count > 1 else set()
+    alike = [row for row in done if (row.engines, row.flags) == (engines, shlex.join(given.flags))]
+    known = {(row.seed, row.number) for row in alike} if given.count > 1 else set()
     return sorted((one for one in drills if (one.seed, one.number) not in known), key=lambda one: not one.tolerant)
 
 
@@ -102,6 +105,9 @@ def main(argv: list[str]) -> int:
         if name == "run":
             one.add_argument("--pick", nargs=3, metavar=("PROCESS", "FAULT", "PHASE"), help="this drill, instead of drawn ones")
             one.add_argument("--without-tolerance", action="store_true", help="a picked drill without --use-fault-tolerance")
+            one.add_argument(
+                "--flags", type=shlex.split, default=[], help="of the launch besides, e.g. '--snapshot-interval 1'"
+            )
             one.add_argument("--stop-seconds", type=float, default=120.0, help="from SIGSTOP to SIGCONT")
             one.add_argument("--seconds", type=float, default=float("inf"), help="no further drill begins after so long")
         if name == "table":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -283,10 +285,15 @@ def test_the_table_counts_and_names_the_longest():
     assert "| 1/2 | kill | router | sync | yes | named | 7 s | 20 s | **no** | - | process 7 x |" in text
 
 
-def test_a_drill_that_was_made_again_counts_once(tmp_path: Path):
-    import json
-    from dataclasses import asdict
+def test_a_drill_with_flags_of_its_own_is_another_one_and_says_them(tmp_path: Path):
+    rows = [row(0, "named"), replace(row(0, "survived"), flags="--snapshot-interval 1")]
+    file = tmp_path / "drills.jsonl"
+    file.write_text("".join(json.dumps(asdict(one)) + "\n" for one in rows))
+    assert [(one.outcome, one.flags) for one in read(file)] == [("named", ""), ("survived", "--snapshot-interval 1")]
+    assert "| 1/0 `--snapshot-interval 1` | kill | router |" in markdown(read(file))
 
+
+def test_a_drill_that_was_made_again_counts_once(tmp_path: Path):
     file = tmp_path / "drills.jsonl"
     file.write_text("".join(json.dumps(asdict(one)) + "\n" for one in (row(1, "hung"), row(0, "survived"), row(1, "named"))))
     assert [(one.number, one.outcome) for one in read(file)] == [(0, "survived"), (1, "named")]

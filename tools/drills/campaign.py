@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,8 +35,9 @@ _WRITER_SECONDS = 1.5
 class Campaign:
     """Keeps at most one launch alive between drills."""
 
-    def __init__(self, base: Path, results: Path, *, stop_seconds: float, engines: bool = True):
-        """engines: False for runs on recorded rollouts alone, which start none."""
+    def __init__(self, base: Path, results: Path, *, stop_seconds: float, engines: bool = True, flags: Sequence[str] = ()):
+        """engines: False for runs on recorded rollouts alone, which start none. flags: of every launch besides."""
+        self._flags = flags
         self._base, self._results, self._stop_seconds, self._engines = base, results, stop_seconds, engines
         self._launch: Launch | None = None
         self._tolerant = False
@@ -67,7 +70,7 @@ class Campaign:
         row = Row(
             drill.seed, drill.number, drill.process, drill.fault, drill.phase, drill.tolerant, verdict.outcome, verdict.cause,
             verdict.seconds_to_cause, verdict.seconds_to_end, verdict.left, verdict.faults, None, None,
-            self._revision, hit, self._engines,
+            self._revision, hit, self._engines, shlex.join(self._flags),
         )  # fmt: skip
         self._keep_transcript(launch, drill, at)
         if ended or verdict.outcome == "hung":
@@ -96,7 +99,8 @@ class Campaign:
         dumps = str(self._base / "dumps" / "{rollout_id}.pt")
         recorded = ["--rollout-function-path", "tools.drills.recorded.generate_rollout"]
         flags += recorded if self._engines else ["--load-debug-rollout-data", dumps]
-        self._launch = Launch(self._base, self._folder, [*flags, *(["--use-fault-tolerance"] if tolerant else [])])
+        tolerance = ["--use-fault-tolerance"] if tolerant else []
+        self._launch = Launch(self._base, self._folder, [*flags, *tolerance, *self._flags])
         self._tolerant, self._disturbed = tolerant, False
 
     def _finish(self, tolerant: bool) -> None:
@@ -192,5 +196,6 @@ class Campaign:
     def _keep_transcript(self, launch: Launch, drill: Drill, at: float) -> None:
         folder = self._results.with_suffix("")
         folder.mkdir(exist_ok=True)
+        kind = "-".join(["", *([] if self._engines else ["replayed"]), *re.findall(r"\w+", shlex.join(self._flags))])
         text = [f"{line.at - at:8.1f} {line.text}\n" for line in launch.lines]
-        (folder / f"{drill.seed}-{drill.number}.log").write_text("".join(text))
+        (folder / f"{drill.seed}-{drill.number}{kind}.log").write_text("".join(text))

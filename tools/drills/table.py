@@ -34,14 +34,16 @@ class Row:
     """The phase in which the fault came: a drawn one may be over by then."""
     engines: bool = True
     """False for a run on recorded rollouts that starts none."""
+    flags: str = ""
+    """That the launch had besides, e.g. "--snapshot-interval 1"."""
 
 
 def read(file: Path) -> list[Row]:
     """The last verdict of each drill: one that was made again counts once."""
-    rows: dict[tuple[bool, int, int], Row] = {}
+    rows: dict[tuple[bool, int, int, str], Row] = {}
     for line in file.read_text().splitlines():
         row = Row(**json.loads(line))
-        rows[not row.engines, row.seed, row.number] = row
+        rows[not row.engines, row.seed, row.number, row.flags] = row
     return [rows[key] for key in sorted(rows)]
 
 
@@ -62,7 +64,7 @@ def markdown(rows: Sequence[Row]) -> str:
     told = [("drill", "fault", "process", "phase", "ft", "outcome", "cause after", "end after", "resumed", "equal", "left")]
     for row in rows:
         told.append((
-            f"{row.seed}/{row.number}{'' if row.engines else ' *'}", row.fault, row.process, row.hit or row.phase,
+            _number(row), row.fault, row.process, row.hit or row.phase,
             "yes" if row.tolerant else "no", row.outcome,
             _seconds(row.seconds_to_cause), _seconds(row.seconds_to_end), _yes(row.resumed), _yes(row.exact),
             ", ".join(row.left) or "-",
@@ -78,6 +80,10 @@ def _longest(rows: Sequence[Row]) -> Iterable[str]:
             row = max(ended, key=lambda one: getattr(one, field))
             what = f"{row.fault} of {row.process} in {row.phase}"
             yield f"Longest time from a fault to the {title}: {getattr(row, field):.0f} s ({row.seed}/{row.number}, {what})."
+
+
+def _number(row: Row) -> str:
+    return f"{row.seed}/{row.number}{'' if row.engines else ' *'}{f' `{row.flags}`' if row.flags else ''}"
 
 
 def _seconds(value: float | None) -> str:
