@@ -28,8 +28,8 @@ _CLEAN_SECONDS = 60.0
 _ROLLOUTS_FOR_A_DRILL = 8
 _SURVIVED_ROLLOUTS = 2
 _TRIES = 5
-_WRITER_SECONDS = 1.5
-"""After the beginning of a save."""
+_WRITER_SECONDS = 10.0
+"""From the beginning of a save, which is over earlier unless the machine is very busy."""
 
 
 class Campaign:
@@ -121,12 +121,14 @@ class Campaign:
             before = len(launch.rollouts)
             if not launch.until(lambda: len(launch.rollouts) > before, seconds=_READY_SECONDS):
                 return None
+        # Found before the phase begins: a look at all processes of a busy machine lasts longer than a writer.
+        ranks = launch.scene.of("trainer") if drill.process == "writer" else []
         for _ in range(1 if drill.phase == "start" else _TRIES):
             if drill.phase != "start" and not launch.wait_for_phase(drill.phase, seconds=_PHASE_SECONDS):
                 return None
             if drill.process != "writer":  # it lives for some hundredths of a second
                 time.sleep(drill.delay)
-            if found := self._victim(launch, drill):
+            if found := self._victim(launch, drill, ranks):
                 label = label_of(found) if drill.process in ("scheduler", "engine-actor") else ""
                 at, hit = time.monotonic(), launch.phase
                 try:
@@ -138,12 +140,13 @@ class Campaign:
         return None
 
     @staticmethod
-    def _victim(launch: Launch, drill: Drill) -> Seen | None:
+    def _victim(launch: Launch, drill: Drill, ranks: Sequence[Seen]) -> Seen | None:
+        """ranks: the trainer's, where their writers are looked for."""
         if drill.process != "writer":
             found = launch.scene.of(drill.process)
         else:
-            ranks, deadline = launch.scene.of("trainer"), time.monotonic() + _WRITER_SECONDS
-            while not (found := forks_of(ranks)) and time.monotonic() < deadline:
+            deadline = time.monotonic() + _WRITER_SECONDS
+            while not (found := forks_of(ranks)) and launch.phase == "save" and time.monotonic() < deadline:
                 pass
         return found[drill.which % len(found)] if found else None
 
