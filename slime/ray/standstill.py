@@ -24,6 +24,8 @@ _MARGIN = 2.0
 _TOLD_PROCESSES = 32
 """Spelled out; of 256 ranks most wait at the same place, and are told as many."""
 
+_NOBODY = "no actor has told of its process yet: Ray is starting them"
+
 
 class Patience:
     """How long the driver waits for one answer: then a report, once for each wait, and where a flag says so the end.
@@ -57,9 +59,8 @@ class Patience:
     def explain(self) -> str:
         """A line for each process and group; never an error of its own."""
         try:
-            return "\n  ".join(
-                [*_told(self.processes, _ask_all(self.processes)), *(line for tell in self.also for line in tell())]
-            )
+            told = _told(self.processes, _ask_all(self.processes)) if self.processes else [_NOBODY]
+            return "\n  ".join([*told, *(line for tell in self.also for line in tell())])
         except Exception as error:
             return f"what everybody waits for cannot be told: {type(error).__name__}: {error}"
 

@@ -54,6 +54,10 @@ def test_a_rank_in_a_collective_says_in_which_line_and_who_is_missing(tmp_path):
     assert missing(states) == ["tensor-parallel (ranks 0, 1): collective 2 has begun on trainer rank 0; trainer rank 1 is at 1"]
 
 
+def test_a_wait_before_anybody_is_known_says_so():
+    assert Patience().explain() == "no actor has told of its process yet: Ray is starting them"
+
+
 def test_what_took_long_before_is_expected_to_take_as_long_again():
     patience = Patience(UpkeepConfig(hang_report_minutes=10, hang_exit_minutes=45))
     patience.note("generating rollout 3", 400)

@@ -22,6 +22,7 @@ from tools.drills.scene import Seen, forks_of, label_of
 from tools.drills.table import Row, read
 
 _READY_SECONDS = 600.0
+"""For a whole start on a busy machine; a survivor of a fault in it has all of it still before it."""
 _PHASE_SECONDS = 60.0
 _CLEAN_SECONDS = 60.0
 """From the end of a launcher to the end of what it had started: one that was killed leaves that to its keeper."""
@@ -57,7 +58,7 @@ class Campaign:
             return None
         victim, label, at, hit, undo = placed
         deaf = self._stop_seconds if drill.fault == "stop" else 0.0
-        self._observe(launch, at + deaf)
+        self._observe(launch, at + deaf, seconds=_READY_SECONDS if drill.phase == "start" else ENDS_WITHIN)
         undo()
         went_on = self._went_on(launch, at + deaf)
         ended = launch.process.poll() is not None
@@ -150,10 +151,10 @@ class Campaign:
                 pass
         return found[drill.which % len(found)] if found else None
 
-    def _observe(self, launch: Launch, since: float) -> None:
+    def _observe(self, launch: Launch, since: float, *, seconds: float) -> None:
         """Until the launch has ended, or has gone on for two rollouts after the fault was over."""
-        seconds = max(0.0, since + ENDS_WITHIN - time.monotonic())
-        launch.until(lambda: launch.reported_since(since) >= _SURVIVED_ROLLOUTS, seconds=seconds)
+        left = max(0.0, since + seconds - time.monotonic())
+        launch.until(lambda: launch.reported_since(since) >= _SURVIVED_ROLLOUTS, seconds=left)
 
     @staticmethod
     def _went_on(launch: Launch, since: float) -> bool:
