@@ -26,7 +26,7 @@ from tools import cluster_box  # noqa: E402
 from tools.cluster_box import Box  # noqa: E402
 
 LATE_SECONDS = 20
-_WITHIN = 200.0
+_WITHIN = 400.0
 
 
 @dataclass(frozen=True)

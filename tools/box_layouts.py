@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from tools import cluster_box  # noqa: E402
 from tools.box_drill import Launch, left_on  # noqa: E402
 
-_WITHIN = 500.0
+_WITHIN = 800.0
 _CLEAN_WITHIN = 30.0
 FLAGS = (
     "--rollout-batch-size", "4", "--n-samples-per-prompt", "2", "--num-steps-per-rollout", "1", "--num-rollout", "1",

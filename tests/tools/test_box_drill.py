@@ -29,6 +29,12 @@ def test_one_line_has_to_name_node_phase_and_remedy(line: str, whole: bool):
     assert says_all(line, ["10.98.0.2"]) is whole
 
 
+def test_of_nodes_that_are_parted_all_have_to_be_named():
+    line = "nodes 10.98.0.3, 10.98.0.4 are gone, training: bring them back or replace them, and run the same command again; it"
+    assert says_all(line, ["10.98.0.3", "10.98.0.4"])
+    assert not says_all(line.replace(", 10.98.0.4", ""), ["10.98.0.3", "10.98.0.4"])
+
+
 def test_a_drill_fails_by_silence_by_what_stays_and_by_a_resume_from_elsewhere():
     assert not ENDED.failed
     for change in ({"outcome": "hung"}, {"outcome": "unnamed"}, {"left": ["node2: process x"]}, {"resumed": False}):
