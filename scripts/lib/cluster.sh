@@ -184,7 +184,7 @@ node_keeper() {
     # Nothing of it may hold the login's output open: ssh waits for that.
     # shellcheck disable=SC2016
     printf 'if [[ -f %s ]]; then HEAD_OF_RUN=%q LOGS_OF_RUN=%q PYTHON=%q env -u SLIME_LAUNCH setsid bash %s "$pid" %q "$folder" "" </dev/null >/dev/null 2>&1 9>&- & fi\n' \
-        "$keeper" "$MASTER_ADDR" "${RUN_DIR:-}" "$PYTHON" "$keeper" "$SLIME_LAUNCH"
+        "$keeper" "$RAY_ADDRESS_OF_HEAD" "${RUN_DIR:-}" "$PYTHON" "$keeper" "$SLIME_LAUNCH"
 }
 
 # On the disk that the nodes share, as long as nobody has ended the launch: a head that is gone without a word leaves it, and a node says

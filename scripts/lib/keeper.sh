@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Waits for a launcher to end. A launcher ends its keeper first: one that is still there ends what the launcher started, says so
-# where the launcher spoke, and takes away what the launcher would have. On another node of the run it waits for that node's Ray, does
-# the same, and says in the run's logs (LOGS_OF_RUN) that the head (HEAD_OF_RUN) is gone, where nobody is left there who could.
+# where the launcher spoke, and takes away what the launcher would have. On another node of the run it waits for that node's Ray to end,
+# or for the head (HEAD_OF_RUN, address:port) to be out of reach, does the same, and says in the run's logs (LOGS_OF_RUN) that the head is
+# gone, where nobody is left there who could.
 #
 #   bash scripts/lib/keeper.sh PID LAUNCH RAY-TEMP-DIR RUN-DIR [OWNED-FOLDER...]        (started by launch.sh, not by hand)
 set -uo pipefail
@@ -24,9 +25,19 @@ members() { grep -lsxzF "SLIME_LAUNCH=$launch" /proc/[0-9]*/environ | cut -d/ -f
 # harm. The lists of a launch that ends in order go with it, perhaps before a node that it cannot reach has noticed.
 listed() { cat -- "${run_folder:-${LOGS_OF_RUN:-/nowhere}}"/*.shared 2>/dev/null | grep -E '^/dev/shm/(sglang|sgl_shm)_'; }
 
+# Ray counts on a head whose packets are lost for minutes, and by then the head has long given this node up.
+patience=${HEAD_SECONDS:-90} seen=0
+head_is_lost() {
+    [[ -n ${HEAD_OF_RUN:-} ]] || return 1
+    # shellcheck disable=SC2016
+    ! timeout 3 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "${HEAD_OF_RUN%:*}" "${HEAD_OF_RUN##*:}" 2>/dev/null || seen=$SECONDS
+    ((SECONDS - seen > patience))
+}
+
 when=$(started "$launcher") lists=""
 while [[ -n $when && $(started "$launcher") == "$when" ]]; do
     sleep 2 2>/dev/null # it outlives this keeper, and whoever reads the launcher's output waits for its end
+    ((SECONDS % 4 > 1)) || ! head_is_lost || break
     ((SECONDS % 30 > 1)) || lists=$(listed)
     # From another machine a run counts as alive while its records are touched (slime/observability/owner.py).
     ((SECONDS % 30 > 1)) || for folder in "$@"; do touch -c -- "$folder/.slime-owner" 2>/dev/null; done
@@ -56,5 +67,5 @@ for folder in "$@"; do
 done
 if [[ -n ${LOGS_OF_RUN:-} ]] && grep -qsxF "$launch" "$LOGS_OF_RUN/.launched"; then
     root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
-    PYTHONPATH=$root "$PYTHON" -m slime.ray.head_lost "$HEAD_OF_RUN" "$LOGS_OF_RUN" --since "$began"
+    PYTHONPATH=$root "$PYTHON" -m slime.ray.head_lost "${HEAD_OF_RUN%:*}" "$LOGS_OF_RUN" --since "$began"
 fi

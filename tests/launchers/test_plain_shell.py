@@ -462,6 +462,20 @@ def test_a_node_is_joined_once_by_the_line_that_is_printed_and_its_keeper_outliv
     shutil.rmtree(re.search(r"its logs: (/tmp/slime-ray-\w+)", said)[1])
 
 
+def test_a_node_whose_head_is_out_of_reach_ends_what_the_launch_has_there(tmp_path: Path):
+    """Ray itself may count on such a head for minutes: here it is a process that waits for ever."""
+    launch, keeper = "e" * 32, str(ROOT / "scripts" / "lib" / "keeper.sh")
+    ray = subprocess.Popen(["sleep", "600"], env=os.environ | {"SLIME_LAUNCH": launch}, start_new_session=True)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        told = {"HEAD_OF_RUN": f"127.0.0.1:{head.getsockname()[1]}", "HEAD_SECONDS": "1"}
+        keeps = subprocess.Popen(["bash", keeper, str(ray.pid), launch, str(tmp_path), ""], env=os.environ | told)
+        for _ in range(2):
+            head.accept()[0].close()
+        assert ray.poll() is None
+    assert ray.wait(60) == -signal.SIGTERM
+    assert keeps.wait(60) == 0
+
+
 def test_help_is_the_launchers_heading_and_starts_nothing(shell: Shell):
     process = shell.start(f"{QWEN} --help")
     told, said = process.communicate(timeout=60)
