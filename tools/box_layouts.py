@@ -55,7 +55,9 @@ LAYOUTS = {
         ),
     ),
     "wide": Layout(
-        "one engine of two ranks over two nodes", 2, ("--sglang-config", "{box}/engines.yaml"), 0,
+        # In BF16: halves of a tiny FP8 matrix would cut its blocks.
+        "one engine of two ranks over two nodes", 2,
+        ("--sglang-config", "{box}/engines.yaml", "--hf-checkpoint", "{box}/base/GLM-5.2-tiny"), 0,
         (r"weights v2: (\d+) of \1 tensors read back equal from default-regular-0", r"rollout +1/1 \|"),
     ),
     "own-disk": Layout(
