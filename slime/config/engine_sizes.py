@@ -25,8 +25,12 @@ OURS = (
     "api_key",
     "admin_api_key",
     "disaggregation_bootstrap_port",
+    "disaggregation_mode",
+    "base_gpu_id",
+    "gpu_id_step",
 )
-"""Set per process by the engine room; a flag or override of them would break addressing or open the server to others."""
+"""Set per process by the engine room; a flag or override of them would break addressing, give a process another's GPUs or
+role, or open the server to others."""
 
 DEFAULT_TRANSFER = "mooncake"
 """How SGLang moves KV between a prefill and a decode engine when nothing is said."""
@@ -84,6 +88,13 @@ class EngineSizes:
         """The same as a number; None also for what is no whole number (the option's own type is checked elsewhere)."""
         try:
             return int(self.text(name) or "")
+        except ValueError:
+            return None
+
+    def number(self, name: str) -> float | None:
+        """The same, whole or not."""
+        try:
+            return float(self.text(name) or "")
         except ValueError:
             return None
 

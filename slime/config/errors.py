@@ -46,7 +46,10 @@ def load_yaml(file: str, *, flag: str) -> object:
 
     try:
         with open(file, encoding="utf-8") as stream:
-            return yaml.safe_load(stream)
+            root = yaml.compose(stream, Loader=yaml.SafeLoader)
+        if twice := _key_twice(root):
+            raise ConfigError(f"{flag}: {file!r} has {twice}; keep one, the earlier would be ignored")
+        return None if root is None else yaml.SafeLoader("").construct_document(root)
     except FileNotFoundError:
         raise ConfigError(f"{flag}: no file {file!r}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -55,3 +58,26 @@ def load_yaml(file: str, *, flag: str) -> object:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{flag}: {file!r} is not YAML{where}: {getattr(error, 'problem', None) or error}") from None
+
+
+def _key_twice(root: object) -> str:
+    """`dp_size twice, at lines 9 and 12`, or nothing: YAML forbids a key to be there twice, and PyYAML takes the last one."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        children = getattr(node, "value", None)
+        if id(node) in seen or not isinstance(children, list):
+            continue
+        seen.add(id(node))  # an anchor that holds itself
+        lines: dict[tuple[str, str], int] = {}
+        for child in children:
+            if not isinstance(child, tuple):
+                waiting.append(child)
+                continue
+            key, value = child
+            waiting.append(value)
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines:
+                return f"{key.value} twice, at lines {lines[name]} and {line}"
+            lines[name] = line
+    return ""

@@ -120,7 +120,7 @@ def memory_gb(meminfo: Path, limit: Path) -> float:
     lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
     sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
     word = limit.read_text().strip() if limit.is_file() else "max"
-    return min(sizes + ([int(word)] if word.isdigit() else []), default=0) / 1e9
+    return min(sizes + ([int(word)] if word.isdecimal() else []), default=0) / 1e9
 
 
 def _gpus() -> tuple[Gpu, ...]:

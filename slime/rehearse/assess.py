@@ -92,7 +92,7 @@ def _engines(specs: Sequence[EngineSpec], ranks: Sequence[EngineRank], caches: S
     served = []
     for key, rank, cache in zip(keys, ranks, caches, strict=True):
         said, held = str(first[key].settings.get("max_running_requests", "")), cache.at_once or 0
-        held = min(held, int(said)) if said.isdigit() else held
+        held = min(held, int(said)) if said.isdecimal() else held
         served.append(Served(first[key], rank, sum(alike(spec) == key for spec in mine), held))
     return Engines(
         tuple(kind for kind in served if kind.spec.role != "prefill"),

@@ -142,3 +142,45 @@ def test_a_router_that_already_runs_has_a_port() -> None:
     ):
         config_of("--sglang-router-ip", "10.0.0.1")
     assert config_of("--sglang-router-ip", "10.0.0.1", "--sglang-router-port", "3000").engine.sglang_router_ip == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("words", "with_it"),
+    [
+        ("--use-unbiased-kl", "--use-kl-loss --kl-loss-coef 0.1 --ref-load /ref"),
+        ("--kl-loss-type k2", "--kl-coef 0.1 --ref-load /ref"),
+        ("--opsm-delta 0.1", "--use-opsm"),
+        ("--eval-temperature 0.5", "--eval-prompt-data a /a.jsonl"),
+        ("--skip-eval-before-train", "--eval-prompt-data a /a.jsonl"),
+        ("--wandb-project p", "--use-wandb"),
+        ("--disable-wandb-random-suffix", "--use-wandb"),
+        ("--tb-experiment-name e", "--use-tensorboard --tb-project-name p"),
+        ("--rollout-health-check-timeout 9", "--use-fault-tolerance"),
+        ("--gamma 0.9", "--advantage-estimator reinforce_plus_plus --normalize-advantages"),
+        ("--lr-wsd-decay-iters 1", "--lr-decay-style WSD"),
+        ("--sgd-momentum 0.5", "--optimizer sgd"),
+        ("--adam-beta1 0.8", "--optimizer adam"),
+        ("--mtp-loss-scaling-factor 0.3", "--mtp-num-layers 1 --enable-mtp-training --untie-embeddings-and-output-weights"),
+        ("--micro-batch-size 2", ""),
+        ("--max-tokens-per-gpu 4096", "--use-dynamic-batch-size"),
+        ("--apply-chat-template-kwargs {}", "--apply-chat-template"),
+    ],
+)
+def test_a_flag_of_something_that_is_not_there_is_said_to_change_nothing(words: str, with_it: str) -> None:
+    flag = words.split()[0]
+
+    def said(*more: str) -> bool:
+        config = config_of(*words.split(), *more, facts=Facts(ref_load="megatron"))
+        return any(note.startswith(f"{flag} changes nothing: ") for note in config.notes)
+
+    without = {"--micro-batch-size": "--use-dynamic-batch-size --max-tokens-per-gpu 4096", "--adam-beta1": "--optimizer sgd"}
+    assert said(*without.get(flag, "").split()) and not said(*with_it.split())
+
+
+def test_one_sample_of_a_prompt_learns_nothing_from_its_own_mean() -> None:
+    one = "--n-samples-per-prompt 1"
+    said = "--n-samples-per-prompt 1 learns nothing: --advantage-estimator grpo takes the mean"
+    assert any(note.startswith(said) for note in config_of(*one.split()).notes)
+    for other in ("--disable-rewards-normalization", "--advantage-estimator ppo", "--entropy-coef 0.1"):
+        assert not any("learns nothing" in note for note in config_of(*one.split(), *other.split()).notes)
+    assert not any("learns nothing" in note for note in config_of("--n-samples-per-prompt", "2").notes)

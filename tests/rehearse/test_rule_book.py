@@ -97,6 +97,11 @@ LEGAL: dict[str, Edit] = {
         SGLANG_DEEPEP_V2_NUM_MAX_DISPATCH_TOKENS_PER_RANK="64", CUDA_DEVICE_MAX_COPY_CONNECTIONS="1", NCCL_MAX_CTAS="8"
     ),
     "other variables": env(NCCL_DEBUG="INFO", MY_OWN="1", PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:512"),
+    "an interface as NCCL writes it": env(NCCL_SOCKET_IFNAME="=eth0"),
+    "an interface by its beginning": env(NCCL_SOCKET_IFNAME="ib,eth"),
+    "all interfaces but some": env(NCCL_SOCKET_IFNAME="^lo,docker0"),
+    "the first node by name": env(MASTER_ADDR="node-0.cluster_a"),
+    "priorities in their order": flags("--sglang-enable-priority-scheduling", "--sglang-schedule-policy", "fcfs"),
     "regular engines": lambda r: replace(
         r.without("--sglang-disaggregation-transfer-backend").without("--sglang-disaggregation-ib-device"),
         yaml="sglang:\n  - name: default\n    server_groups:\n      - worker_type: regular\n        num_gpus: 256\n"
@@ -283,6 +288,16 @@ def test_a_checkpoint_of_another_precision_is_served_in_bf16(stored: dict, flags
     assert judged(recipe, tmp_path).verdict == "launchable", "a CPU engine computes in float32, a GPU's in bf16"
     lines = [finding.line() for finding in judged(recipe.with_flag("--sglang-dtype", "auto"), tmp_path).of("violation")]
     assert any("dtype auto serves" in line and "in float16" in line for line in lines), lines
+
+
+def test_a_model_selects_no_more_keys_than_a_kernel(flagship: Recipe, tmp_path: Path) -> None:
+    (checkpoint := tmp_path / "GLM-5.2-FP8").mkdir()
+    recipe = flagship.with_flag("--hf-checkpoint", str(checkpoint))
+    for keys, verdict in ((2048, "launchable"), (2049, "not launchable")):
+        (checkpoint / "config.json").write_text(json.dumps({**known_config("/x/GLM-5.2-FP8"), "index_topk": keys}))
+        found = judged(recipe, tmp_path)
+        assert found.verdict == verdict, [finding.line() for finding in found.of("violation")]
+    assert any("index_topk 2049" in finding.what and "at most 2048 keys" in finding.what for finding in found.of("violation"))
 
 
 def test_an_evaluation_names_a_grader_that_is_there(flagship: Recipe, tmp_path: Path) -> None:

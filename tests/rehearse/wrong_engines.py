@@ -3,7 +3,7 @@ must say of it)."""
 
 from __future__ import annotations
 
-from tests.rehearse.edits import Edit, all_of, flags, in_group
+from tests.rehearse.edits import DISPATCH, Edit, all_of, env, flags, in_group
 
 
 def option(role: str, text: str) -> Edit:
@@ -78,5 +78,55 @@ WRONG_ENGINES: dict[str, tuple[Edit, str]] = {
     "choices asked of one reader": (
         flags("--use-rollout-routing-replay", "--sglang-tokenizer-worker-num", "2"),
         "--use-rollout-routing-replay with tokenizer_worker_num 2, but one process reads",
+    ),
+    # What a process is told by its place, and what keeps it from what the run does with it.
+    "a prefill engine that decodes": (
+        option("decode", "disaggregation_mode: prefill"),
+        "disaggregation_mode are set per process",
+    ),
+    "another's GPUs": (option("prefill", "base_gpu_id: 4"), "default prefill: base_gpu_id are set per process by slime"),
+    "engines that do not sleep": (
+        option("decode", "enable_memory_saver: false"),
+        "default decode: enable_memory_saver false, and --offload-rollout",
+    ),
+    "a cache that goes nowhere": (
+        flags("--sglang-disaggregation-transfer-backend", "fake"),
+        "default: disaggregation_transfer_backend fake moves no cache",
+    ),
+    "prompts without sparse attention": (
+        option("prefill", "prefill_attention_backend: triton"),
+        "default prefill: prefill_attention_backend triton is not sparse attention",
+    ),
+    "decoding without sparse attention": (
+        flags("--sglang-decode-attention-backend", "fa3"),
+        "default decode: decode_attention_backend fa3 is not sparse attention",
+    ),
+    "a tree of drafts over pages": (
+        all_of(
+            flags("--sglang-speculative-eagle-topk", "4", "--sglang-speculative-num-steps", "3"),
+            flags("--sglang-speculative-num-draft-tokens", "8"),
+            env(**{DISPATCH: "128"}),
+        ),
+        "speculative_eagle_topk 4 drafts a tree, which SGLang writes into pages of 64 tokens with flashinfer, fa3, triton "
+        "alone, not dsa",
+    ),
+    "drafts taken twice otherwise": (
+        flags("--sglang-speculative-use-rejection-sampling", "--sglang-speculative-accept-threshold-acc", "0.8"),
+        "speculative_use_rejection_sampling has no use for speculative_accept_threshold_acc",
+    ),
+    "drafts of noise": (flags("--sglang-load-format", "dummy"), "load_format dummy leaves the draft layer as noise"),
+    "priorities that nobody has": (
+        flags("--sglang-retraction-policy", "priority"),
+        "retraction_policy priority without enable_priority_scheduling",
+    ),
+    "priorities in another order": (
+        flags("--sglang-enable-priority-scheduling", "--sglang-schedule-policy", "lpm"),
+        "goes with schedule_policy fcfs or lof, not lpm",
+    ),
+    "less than no caution": (flags("--sglang-schedule-conservativeness", "-0.5"), "schedule_conservativeness -0.5; give 0"),
+    "metrics to no folder": (flags("--sglang-export-metrics-to-file"), "export_metrics_to_file has no folder"),
+    "a size that is said twice": (
+        option("decode", "dp_size: 32"),
+        "has dp_size twice, at lines ",
     ),
 }

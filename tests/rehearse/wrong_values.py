@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.rehearse.edits import Edit, all_of, env, flags, in_group, without
+from tests.rehearse.edits import DISPATCH, Edit, all_of, env, flags, in_group, without
 
 SELECTIVE = all_of(without("--recompute-method", "--recompute-num-layers"), flags("--recompute-granularity", "selective"))
 PAIR = without("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")
@@ -109,6 +109,12 @@ WRONG_VALUES: dict[str, tuple[Edit, str]] = {
         "name the loopback, on which 32 nodes do not meet",
     ),
     "NCCL on the loopback": (env(NCCL_SOCKET_IFNAME="=lo"), "NCCL_SOCKET_IFNAME name the loopback"),
+    "an address with its port": (env(MASTER_ADDR="10.0.0.1:29500"), "MASTER_ADDR is 10.0.0.1:29500, neither an IP address nor"),
+    "an address of no machine": (env(MASTER_ADDR="256.1.1.1"), "MASTER_ADDR is 256.1.1.1, neither"),
+    "an address with its scheme": (env(MASTER_ADDR="http://node0"), "write the first node's address alone"),
+    "NCCL on all others": (env(NCCL_SOCKET_IFNAME="^eth0"), "would go over different interfaces"),
+    "NCCL on one that begins otherwise": (env(NCCL_SOCKET_IFNAME="=eth"), "would go over different interfaces"),
+    "a digit of another script": (env(**{DISPATCH: "6\u00b2"}), "SGLang takes whole numbers from 1 to 1024"),
     # Formats in which the trainer sends nothing.
     "engines of another format": (
         flags("--sglang-quantization", "awq"),

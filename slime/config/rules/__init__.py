@@ -87,6 +87,7 @@ STAGES: tuple[Stage, ...] = (
             replay.trainable,
             lengths.what_is_left,
             effects.without_effect,
+            effects.belongs_to_another,
         )
     ),
     Stage((engines.groups, replay.kept_words, replay.recorded, engines.sizes, router.joined, router.options)),
@@ -102,6 +103,7 @@ STAGES: tuple[Stage, ...] = (
             engine_model.pairs,
             engine_server.arguments,
             engine_options.options,
+            engine_options.accepted_drafts,
             replay.recordable,
             dispatch.deepep,
         )

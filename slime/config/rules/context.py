@@ -59,7 +59,7 @@ def _whole_number(text: object) -> int | None:
     """SGLang takes `32k` and `32Ki` too; what it would refuse is left to it."""
     digits = str(text).rstrip("kKMi")
     factor = _SUFFIXES.get(str(text)[len(digits) :], 1)
-    return int(digits) * factor if digits.isdigit() else None
+    return int(digits) * factor if digits.isdecimal() else None
 
 
 def _context_of_config(v: Values, model: SglangModel, group: EngineGroup) -> int | None:

@@ -40,7 +40,7 @@ def dispatch_tokens(env: dict | None) -> int | None:
     if env is None:
         return None
     text = env.get(VARIABLE, str(DEFAULT_TOKENS))
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None
 
 
 def deepep(v: Values) -> None:
@@ -61,7 +61,7 @@ def variable(v: Values) -> None:
         return
     text = v.env[VARIABLE]
     v.require(
-        text.isdigit() and 1 <= int(text) <= MOST_TOKENS,
+        text.isdecimal() and 1 <= int(text) <= MOST_TOKENS,
         f"{VARIABLE} is {text!r}; SGLang takes whole numbers from 1 to {MOST_TOKENS}: set it to what a decode step sends",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from slime.config import front_end
@@ -74,6 +74,101 @@ UNREAD_OPTIMIZER: Mapping[str, str] = {
     "disable_symmetric_registration": "it is about FSDP",
 }
 """The same of its optimizer and its gradient buffers."""
+
+
+_KL = "without --use-kl-loss and --kl-coef no KL is computed"
+_KL_LOSS = "without --use-kl-loss the loss has no KL"
+_EVALUATION = "there is no evaluation (--eval-prompt-data or --eval-config)"
+_WANDB = "without --use-wandb nothing goes there"
+_HEALTH = "without --use-fault-tolerance engines are not asked whether they are well"
+
+BELONGS: tuple[tuple[tuple[str, ...], Callable[[Values], object], str], ...] = (
+    (("use_unbiased_kl",), lambda v: v["use_kl_loss"], _KL_LOSS),
+    (("kl_loss_type",), lambda v: v["use_kl_loss"] or v["kl_coef"], _KL),
+    (("opsm_delta",), lambda v: v["use_opsm"], "without --use-opsm no sequence is masked"),
+    (
+        (
+            "skip_eval_before_train", "eval_input_key", "eval_label_key", "eval_tool_key", "eval_reward_key",
+            "n_samples_per_eval_prompt", "eval_temperature", "eval_top_p", "eval_top_k", "eval_max_response_len",
+            "eval_max_prompt_len", "eval_min_new_tokens", "eval_max_context_len",
+        ),
+        lambda v: v["datasets"],
+        _EVALUATION,
+    ),
+    (
+        (
+            "wandb_mode", "wandb_dir", "wandb_key", "wandb_host", "wandb_team", "wandb_group", "wandb_project",
+            "wandb_random_suffix", "wandb_always_use_train_step", "wandb_run_id",
+        ),
+        lambda v: v["use_wandb"],
+        _WANDB,
+    ),
+    (
+        ("tb_project_name", "tb_experiment_name"),
+        lambda v: v["use_tensorboard"],
+        "without --use-tensorboard no such file is written",
+    ),
+    (
+        ("rollout_health_check_interval", "rollout_health_check_timeout", "rollout_health_check_first_wait"),
+        lambda v: v["use_fault_tolerance"],
+        _HEALTH,
+    ),
+    (
+        ("gamma",),
+        lambda v: v["advantage_estimator"] in ("ppo", "reinforce_plus_plus"),
+        "only ppo and reinforce_plus_plus discount",
+    ),
+    (
+        ("lr_wsd_decay_iters", "lr_wsd_decay_style"),
+        lambda v: v["lr_decay_style"] == "WSD",
+        "only --lr-decay-style WSD has a last decay",
+    ),
+    (("sgd_momentum",), lambda v: v["optimizer"] == "sgd", "only --optimizer sgd has it"),
+    (("adam_beta1", "adam_beta2", "adam_eps"), lambda v: v["optimizer"] == "adam", "only --optimizer adam has it"),
+    (("mtp_loss_scaling_factor",), lambda v: v["enable_mtp_training"], "without --enable-mtp-training there is no such loss"),
+    (
+        ("micro_batch_size",),
+        lambda v: not v["use_dynamic_batch_size"],
+        "with --use-dynamic-batch-size tokens fill a micro-batch (--max-tokens-per-gpu)",
+    ),
+    (
+        ("max_tokens_per_gpu",),
+        lambda v: v["use_dynamic_batch_size"],
+        "without --use-dynamic-batch-size a micro-batch is --micro-batch-size samples",
+    ),
+    (
+        ("apply_chat_template_kwargs",),
+        lambda v: v["apply_chat_template"] or not v["rollout_function_path"].startswith("slime.rollout.sglang_rollout."),
+        "without --apply-chat-template no template is rendered",
+    ),
+)  # fmt: skip
+"""(attributes, where they mean something, why they do not elsewhere)."""
+
+
+def belongs_to_another(v: Values) -> None:
+    """Flags of something that this configuration has not."""
+    for names, means_something, why in BELONGS:
+        asked = [name for name in names if name in v.given]
+        if asked and not means_something(v):
+            v.notes += [f"--{_spelled(name)} changes nothing: {why}" for name in asked]
+    one, centred = v["n_samples_per_prompt"] == 1, v["advantage_estimator"] in CENTRED and v["rewards_normalization"]
+    makes_more = v["custom_generate_function_path"] or v["custom_reward_post_process_path"]
+    alone = v["loss_type"] == "policy_loss" and not (v["use_opd"] or v["use_kl_loss"] or v["kl_coef"] or v["entropy_coef"])
+    if one and centred and alone and not makes_more and v["compute_advantages_and_returns"] and not v["debug_rollout_only"]:
+        v.notes.append(
+            f"--n-samples-per-prompt 1 learns nothing: --advantage-estimator {v['advantage_estimator']} takes the mean of a "
+            "prompt's rewards off each, and the mean of one is itself; give more samples, or --disable-rewards-normalization"
+        )
+
+
+CENTRED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
+"""Estimators that compare a sample with the others of its prompt."""
+
+_SWITCHED_OFF = {"wandb_random_suffix": "disable-wandb-random-suffix"}
+
+
+def _spelled(name: str) -> str:
+    return _SWITCHED_OFF.get(name, name.replace("_", "-"))
 
 
 def without_effect(v: Values) -> None:

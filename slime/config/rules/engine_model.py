@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from slime.config.rules.book import Values
 
 DSA_PAGE = 64
+MOST_SELECTED = 2048
+"""Keys of one query that SGLang's top-k kernels take (0.5.17 to 0.5.23)."""
+PAGED_TREES = ("flashinfer", "fa3", "triton")
+"""Attention of SGLang that drafts a tree into pages of more than one token."""
 KV_DTYPES = {"bf16": "bf16", "bfloat16": "bf16", "auto": "auto"}
 """Spellings of one cache type."""
 DRAFTS_ITSELF = ("EAGLE", "NEXTN")
@@ -175,10 +179,17 @@ def _sparse(v: Values, engine: EngineSizes) -> None:
             f"{engine.where}: {phase} backend fa3 reads a bf16 cache, the KV cache is {dtype}; "
             "use flashmla_kv, or --sglang-kv-cache-dtype bf16",
         )
-    backend = engine.text("attention_backend")
+    for name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        backend = engine.text(name)
+        v.require(
+            backend in (None, "nsa", "dsa"),
+            f"{engine.where}: {name} {backend} is not sparse attention; use nsa (called dsa from 0.5.15 on)",
+        )
+    topk = v.hf.get("index_topk") or 0
     v.require(
-        backend in (None, "nsa", "dsa"),
-        f"{engine.where}: attention_backend {backend} is not sparse attention; use nsa (called dsa from 0.5.15 on)",
+        topk <= MOST_SELECTED,
+        f"{engine.where}: index_topk {topk} of config.json; SGLang's kernels select at most {MOST_SELECTED} keys: serve a "
+        "model that selects fewer",
     )
     v.require(
         not engine.on("enable_two_batch_overlap"),
@@ -219,6 +230,12 @@ def speculation(v: Values) -> None:
                 f"{engine.where}: with eagle_topk 1 a chain of {steps} steps has {steps + 1} tokens, not {drafts}; "
                 f"pass --sglang-speculative-num-draft-tokens {steps + 1}",
             )
+        page, backend = _spelled(v, engine, "page_size") or "1", _spelled(v, engine, "attention_backend")
+        v.require(
+            (topk or 1) <= 1 or page == "1" or backend in (None, *PAGED_TREES),
+            f"{engine.where}: speculative_eagle_topk {topk} drafts a tree, which SGLang writes into pages of {page} tokens "
+            f"with {', '.join(PAGED_TREES)} alone, not {backend}; pass --sglang-speculative-eagle-topk 1",
+        )
 
 
 def pairs(v: Values) -> None:
@@ -265,6 +282,11 @@ def _pair(v: Values, prefill: EngineSizes, decode: EngineSizes) -> None:
     v.require(
         sends == receives,
         f"{decode.model}: prefill sends by {sends}, decode receives by {receives}; give both the same backend",
+    )
+    v.require(
+        "fake" not in (sends, receives),
+        f"{decode.model}: disaggregation_transfer_backend fake moves no cache: decode would go on from nothing; leave it out, "
+        f"or name one of {', '.join(RDMA_TRANSFERS)}",
     )
     devices = prefill.text("disaggregation_ib_device")
     if sends == receives and sends in RDMA_TRANSFERS:

@@ -15,6 +15,8 @@ AT_LEAST_ONE = (
     "tokenizer_worker_num", "max_total_tokens", "max_prefill_tokens", "stream_interval", "speculative_num_steps",
     "speculative_eagle_topk", "speculative_num_draft_tokens",
 )  # fmt: skip
+AT_LEAST_ZERO = ("schedule_conservativeness",)
+THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")
 LEVELS = ("debug", "info", "warning", "error", "critical")
 """Words that Python's logging, by which SGLang says things, and its web server both know."""
 
@@ -32,6 +34,9 @@ def _ranges(v: Values, engine: EngineSizes) -> None:
     for name in AT_LEAST_ONE:
         said = engine.whole(name)
         v.require(said is None or said >= 1, f"{engine.where}: {name} {said}; give 1 or more, or leave the option out")
+    for name in AT_LEAST_ZERO:
+        said = engine.number(name)
+        v.require(said is None or said >= 0, f"{engine.where}: {name} {said}; give 0 or more, or leave the option out")
     for name in ("log_level", "log_level_http"):
         said = engine.text(name)
         v.require(
@@ -64,6 +69,54 @@ def _together(v: Values, engine: EngineSizes) -> None:
         f"{engine.where}: enable_lora wants lora_paths, or max_lora_rank and lora_target_modules; adapters are not trained "
         "here: remove enable_lora",
     )
+    _priorities(v, engine)
+    v.require(
+        not engine.on("export_metrics_to_file") or engine.text("export_metrics_to_file_dir"),
+        f"{engine.where}: export_metrics_to_file has no folder; add export_metrics_to_file_dir",
+    )
+    off = (engine.text("enable_memory_saver") or "true").lower() in ("false", "0")
+    v.require(
+        not off or not v["offload_rollout"],
+        f"{engine.where}: enable_memory_saver false, and --offload-rollout (which --colocate implies) has the engines give "
+        "their memory away; remove the option",
+    )
+
+
+def _priorities(v: Values, engine: EngineSizes) -> None:
+    by_priority, policy = engine.on("enable_priority_scheduling"), engine.text("schedule_policy")
+    v.require(
+        not by_priority or policy in (None, "fcfs", "lof"),
+        f"{engine.where}: enable_priority_scheduling goes with schedule_policy fcfs or lof, not {policy}; change one",
+    )
+    v.require(
+        by_priority or engine.text("retraction_policy") != "priority",
+        f"{engine.where}: retraction_policy priority without enable_priority_scheduling; remove it: no request has a priority",
+    )
+
+
+def accepted_drafts(v: Values) -> None:
+    """Drafts are accepted by the model's own probabilities, and made by a layer that was loaded."""
+    for engine in served(v):
+        if engine.text("speculative_algorithm") is None:
+            continue
+        loose = [name for name in THRESHOLDS if (engine.number(name) or 1) < 1]
+        exact = engine.on("speculative_use_rejection_sampling")
+        v.require(
+            not loose or not exact,
+            f"{engine.where}: speculative_use_rejection_sampling has no use for {' and '.join(loose)}, and SGLang refuses "
+            "both; leave one out",
+        )
+        if loose and not exact:
+            v.notes.append(
+                f"{engine.where}: {' and '.join(loose)} below 1 accepts drafts more often than the model would have drawn "
+                "them: training is off-policy by that much"
+            )
+        own = engine.text("speculative_draft_model_path") is None and not v["mtp_num_layers"]
+        v.require(
+            engine.text("load_format") != "dummy" or not own,
+            f"{engine.where}: load_format dummy leaves the draft layer as noise, since the trainer sends what it trains alone; "
+            "leave load_format out, or train the layer with --mtp-num-layers 1 --enable-mtp-training",
+        )
 
 
 def _cache_of_a_sample(v: Values, engine: EngineSizes) -> None:

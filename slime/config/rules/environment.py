@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,11 @@ from slime.config.rules.engines import engines_of
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
 
-INTERFACES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
+INTERFACES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", NCCL_INTERFACE)
 ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+STAND_IN = "/MASTER_ADDR"
+"""What a launcher writes in a rehearsal where MASTER_ADDR is not set."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 
 
@@ -59,18 +63,47 @@ def addresses(v: Values) -> None:
     )
     given = {name: env[name] for name in INTERFACES if env.get(name)}
     v.require(
-        len(set(given.values())) <= 1,
+        _one_interface(given),
         f"control traffic would go over different interfaces ({', '.join(f'{n}={i}' for n, i in given.items())}), "
         "whose addresses "
         "do not meet; give all three the same",
     )
     head = env.get("MASTER_ADDR")
     v.require(
-        head is None or (head not in LOOPBACK and not head.startswith("127.")),
+        not head or (head not in LOOPBACK and not head.startswith("127.")),
         f"MASTER_ADDR is {head}, which every one of the {num_nodes(v)} nodes takes for itself; give the first node's "
         "address in "
         "the cluster network",
     )
+    v.require(
+        not head or head == STAND_IN or is_host(head),
+        f"MASTER_ADDR is {head}, neither an IP address nor the name of a host; write the first node's address alone, without "
+        "scheme and port",
+    )
+
+
+def is_host(text: str) -> bool:
+    """An IP address, or a name that could be looked up."""
+    try:
+        ipaddress.ip_address(text)
+        return True
+    except ValueError:
+        return bool(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", text)) and not re.fullmatch(r"[\d.]+", text)
+
+
+def _one_interface(given: dict[str, str]) -> bool:
+    """One name for all. NCCL takes more than a name: beginnings of names, `=` for a whole one, several, `^` for all others."""
+    names = {name for variable, name in given.items() if variable != NCCL_INTERFACE}
+    said = given.get(NCCL_INTERFACE)
+    if said is None or not names:
+        return len(names) <= 1
+    listed = said.lstrip("^=").split(",")
+    whole, others = "=" in said[:2], said.startswith("^")
+
+    def is_meant(name: str) -> bool:
+        return others != any(name == one or (not whole and one and name.startswith(one)) for one in listed)
+
+    return len(names) == 1 and all(is_meant(name) for name in names)
 
 
 def nvshmem(v: Values) -> None:

@@ -96,11 +96,11 @@ def _group(base: Group, role: str, count: int, size: int, flags: dict, attention
     if dp != old_dp:
         for name in PER_RANK:
             said = str(before.get(name, ""))
-            if said.isdigit():
+            if said.isdecimal():
                 overrides[name] = max(int(said) * dp // old_dp, dp)
     return Group(role, count, size, overrides)
 
 
 def _whole(settings: dict, size: str) -> int:
     said = next((str(settings[name]) for name in SIZE_NAMES[size] if settings.get(name) is not None), "1")
-    return int(said) if said.isdigit() else 1
+    return int(said) if said.isdecimal() else 1

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from pathlib import Path
 
 from slime.config.prompt_files import KINDS, split_slice
+from slime.config.rules.environment import is_host
 from slime.rehearse.checks.index import check_index
 from slime.rehearse.checks.plugins import check_plugins
 from slime.rehearse.findings import Findings
@@ -257,14 +256,14 @@ def _check_hosts(reading: Reading, findings: Findings, hostfile: str | None, hea
     except (OSError, UnicodeDecodeError) as error:
         findings.violation("files", f"HOSTFILE {hostfile} cannot be read ({error})", "", "give a text file, one address a line")
         return
-    if odd := [host for host in hosts if not _is_host(host)]:
+    if odd := [host for host in hosts if not is_host(host)]:
         findings.violation(
             "files",
             f"HOSTFILE {hostfile} has lines that are no address",
             ", ".join(odd[:4]),
             "an address in the first column of each line",
         )
-    known_head = head is not None and _is_host(head)
+    known_head = head is not None and is_host(head)
     found = {len(hosts.keys() | {head})} if known_head else {len(hosts), len(hosts) + 1}
     twice = sorted(host for host, count in hosts.items() if count > 1)
     findings.check(
@@ -282,11 +281,3 @@ def host_lines(text: str) -> list[str]:
     """The first column of each line, without comments; line ends of either kind."""
     lines = [line.split("#")[0].split() for line in text.splitlines()]
     return [words[0] for words in lines if words]
-
-
-def _is_host(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-        return True
-    except ValueError:
-        return bool(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", text)) and not re.fullmatch(r"[\d.]+", text)

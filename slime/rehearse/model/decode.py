@@ -80,7 +80,7 @@ class Step:
 
 def draft_steps(spec: EngineSpec) -> int:
     said = str(spec.settings.get("speculative_num_steps", ""))
-    return (int(said) if said.isdigit() else 3) if speculates(spec) else 0
+    return (int(said) if said.isdecimal() else 3) if speculates(spec) else 0
 
 
 def decode_step(

@@ -189,7 +189,7 @@ def _buffers(hf: HfConfig, spec: EngineSpec, env: Mapping[str, str] | None) -> i
     if str(spec.settings.get("moe_a2a_backend")) != "deepep" or not low_latency or not hf.num_experts:
         return 0
     text = (env or {}).get(VARIABLE, str(DEFAULT_TOKENS))
-    tokens = min(int(text), MOST_TOKENS) if text.isdigit() else DEFAULT_TOKENS
+    tokens = min(int(text), MOST_TOKENS) if text.isdecimal() else DEFAULT_TOKENS
     return buffer_bytes(tokens=tokens, hidden=hf["hidden_size"], experts=hf.num_experts)
 
 
