@@ -202,13 +202,21 @@ on_node() { # ADDRESS   a script on standard input, which the node runs: a comma
     ${SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3} "$1" bash -s
 }
 
-# On the node: its Ray is up, or why it is not, in a line. Ray tells a mismatch in five.
+# On the node: its Ray is up, or why it is not, in a line. Ray tells a mismatch in five. Its parts have 30 s to find each other, as on the
+# head, which a busy machine can miss. join, guard: functions with what the two above print; the keeper cleans up after a Ray that ended.
 # shellcheck disable=SC2016
-JOINED_OR_WHY='for ((second = 0; second < most; second++)); do
-    kill -0 $pid 2>/dev/null || break
-    ! grep -qs "runtime started" "$log" || { echo $pid; exit 0; }
-    sleep 1
+JOINED_OR_WHY='for attempt in 1 2 3; do
+    join
+    for ((second = 0; second < most; second++)); do
+        kill -0 $pid 2>/dev/null || break
+        ! grep -qs "runtime started" "$log" || { guard; echo $pid; exit 0; }
+        sleep 1
+    done
+    ! kill -0 $pid 2>/dev/null && grep -qs "timed out during startup" "$log" || break
+    left=$(session_members $pid)
+    [[ -z $left ]] || kill -KILL $left 2>/dev/null
 done
+guard
 if kill -0 $pid 2>/dev/null; then
     kill $pid
     echo "Ray has not come up there within $most s; its last line: $(tail -n 1 "$log")" >&2
@@ -230,10 +238,15 @@ join_workers() {
     for address in "${WORKER_ADDRESSES[@]}"; do
         on_node "$address" >"$answers/$address" 2>"$answers/$address.err" <<NODE &
 $(node_preamble)
-log="\$folder/head.log"
-setsid $(join_command --node-ip-address "$address") >"\$log" 2>&1 </dev/null &
-pid=\$! most=${RAY_START_TIMEOUT:-300}
-$(node_keeper)
+log="\$folder/head.log" most=${RAY_START_TIMEOUT:-300}
+$(declare -f session_members)
+join() {
+    setsid $(join_command --node-ip-address "$address") >"\$log" 2>&1 </dev/null &
+    pid=\$!
+}
+guard() {
+    $(node_keeper)
+}
 $JOINED_OR_WHY
 NODE
         pids+=("$! $address")

@@ -27,10 +27,11 @@ listed() { cat -- "${run_folder:-${LOGS_OF_RUN:-/nowhere}}"/*.shared 2>/dev/null
 
 # Ray counts on a head whose packets are lost for minutes, and by then the head has long given this node up.
 patience=${HEAD_SECONDS:-90} seen=0
+# shellcheck disable=SC2016
+head_answers() { timeout 3 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "${HEAD_OF_RUN%:*}" "${HEAD_OF_RUN##*:}" 2>/dev/null; }
 head_is_lost() {
     [[ -n ${HEAD_OF_RUN:-} ]] || return 1
-    # shellcheck disable=SC2016
-    ! timeout 3 bash -c 'exec 3<>"/dev/tcp/$0/$1"' "${HEAD_OF_RUN%:*}" "${HEAD_OF_RUN##*:}" 2>/dev/null || seen=$SECONDS
+    ! head_answers || seen=$SECONDS
     ((SECONDS - seen > patience))
 }
 
@@ -65,7 +66,7 @@ fi
 for folder in "$@"; do
     ! grep -qsF "\"launch\": \"$launch\"" "$folder/.slime-owner" || rm -f -- "$folder/.slime-owner"
 done
-if [[ -n ${LOGS_OF_RUN:-} ]] && grep -qsxF "$launch" "$LOGS_OF_RUN/.launched"; then
+if [[ -n ${LOGS_OF_RUN:-} ]] && grep -qsxF "$launch" "$LOGS_OF_RUN/.launched" && ! head_answers; then
     root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
     PYTHONPATH=$root "$PYTHON" -m slime.ray.head_lost "${HEAD_OF_RUN%:*}" "$LOGS_OF_RUN" --since "$began"
 fi

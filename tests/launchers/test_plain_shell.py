@@ -365,6 +365,8 @@ def test_a_preempted_launcher_waits_for_the_save_and_a_second_signal_does_not(sh
         shutil.rmtree(re.search(r"its logs: (/tmp/slime-ray-\w+)", said)[1])
 
 
+TOO_BUSY = "echo one >>tries; [[ $(wc -l <tries)"
+TIMED_OUT = "echo 'Exception: The current node timed out during startup. This could happen because ...'; exit 1"
 MISMATCH = """Version mismatch: The cluster was started with:
     Ray: 2.60.0
     Python: 3.11.7
@@ -385,17 +387,24 @@ This process on node 10.0.0.2 was started with:
             "",
             r"^Version mismatch: .* Ray: 2\.60\.0 .* on node 10\.0\.0\.2 .* Ray: 2\.40\.0 ",
         ),
+        (f"{TOO_BUSY} -lt 3 ]] || {{ echo Ray runtime started.; sleep 20; exit; }}; {TIMED_OUT}", 20, 0, r"\d+\n", r"^$"),
+        (f"{TOO_BUSY} -lt 4 ]] || exit 7; {TIMED_OUT}", 20, 1, "", "^Exception: The current node timed out during startup"),
         ("echo connecting; sleep 20", 2, 1, "", r"^Ray has not come up there within 2 s; its last line: connecting$"),
     ],
 )
 def test_a_node_has_joined_when_its_ray_is_up_and_says_why_it_is_not(ray, most, status, out, line, tmp_path: Path):
     text = (ROOT / "scripts" / "lib" / "cluster.sh").read_text()
     script = re.search(r"^JOINED_OR_WHY='(.*?)'$", text, re.MULTILINE | re.DOTALL)[1]
-    start = f"log={tmp_path}/head.log most={most}; setsid bash -c {shlex.quote(ray)} >$log 2>&1 </dev/null & pid=$!\n"
+    members = re.search(r"^session_members\(\).*?^}$", text, re.MULTILINE | re.DOTALL)[0]
+    start = (
+        f"log={tmp_path}/head.log most={most}; cd {tmp_path}; {members}\nguard() {{ touch guarded; }}\n"
+        f"join() {{ setsid bash -c {shlex.quote(ray)} >$log 2>&1 </dev/null & pid=$!; }}\n"
+    )
     done = subprocess.run(["bash"], input=start + script, capture_output=True, text=True, timeout=60)
     if status == 0:
         os.killpg(int(done.stdout), signal.SIGKILL)
     assert done.returncode == status and re.fullmatch(out, done.stdout), done
+    assert (tmp_path / "guarded").exists(), "whatever is left there is taken away"
     assert re.search(line, (done.stderr.splitlines() or [""])[-1]), done.stderr
 
 
