@@ -165,6 +165,12 @@ def _read_note(pid: int) -> str:
     return "is gone"
 
 
+def stopped(pid: int) -> str | None:
+    """A clause for a process of this machine that is stopped; None for any other."""
+    stat = _stat(pid)
+    return _STOPPED.format(pid) if stat is not None and stat[0] in "tT" else None
+
+
 def stopped_below(pid: int) -> list[str]:
     """On the process's own node: a clause for each of its descendants that is stopped. Nobody else sees that, and whoever waits
     for one waits on: a server for its scheduler, a rank for the writer of its checkpoint."""

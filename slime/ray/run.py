@@ -20,7 +20,7 @@ from slime.model.hf_config import read_hf_config
 from slime.observability.identities import check_training
 from slime.observability.log import run_folder
 from slime.observability.tracking import Start
-from slime.ray.cluster_watch import ClusterWatch
+from slime.ray.cluster_watch import ClusterWatch, parts_here
 from slime.ray.environment import QUIET
 from slime.ray.in_flight import InFlight, Rollout
 from slime.ray.lasting import Trainers, make_trainers
@@ -97,7 +97,8 @@ class Run:
 
     def __enter__(self) -> Run:
         self._connect()
-        self._watch = ClusterWatch(ray.get_runtime_context().gcs_address)
+        cluster = ray.get_runtime_context()
+        self._watch = ClusterWatch(cluster.gcs_address, parts_here(cluster.get_session_name()))
         return self
 
     def _connect(self) -> None:

@@ -16,6 +16,7 @@ import ray
 from slime.config.upkeep import UpkeepConfig
 from slime.ray import calls, engine_nodes
 from slime.ray.calls import gather
+from slime.ray.cluster_watch import parts_here
 from slime.ray.engine_nodes import EngineNode
 from slime.ray.fates import Process, end, read_fate, stopped_below, this_process
 from slime.ray.standstill import Patience, missing
@@ -29,6 +30,13 @@ def cluster():
     ray.init("local", num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+def test_rays_own_processes_are_found_by_their_session():
+    found = parts_here(ray.get_runtime_context().get_session_name())
+    titles = {name: Path(f"/proc/{pid}/comm").read_text().strip() for name, pid in found.items()}
+    assert titles == {"Ray's control process (gcs_server)": "gcs_server", "Ray's raylet": "raylet"}
+    assert parts_here("session_of_another") == {}
 
 
 @ray.remote(num_cpus=0)
