@@ -3,6 +3,7 @@
 # Sourced by launch.sh.
 
 RAY_HEAD_PID=""
+RAY_WATCH_PID=""
 RAY_WORKERS=()   # "address pid", one per worker that we started
 
 free_ports() { # COUNT -> that many ports which nobody listens on
@@ -132,6 +133,29 @@ launch_ray_head() { # CLIENT-PORT AGENT-PORT METRICS-PORT ENVIRONMENT-PORT
         --min-worker-port 0 --max-worker-port 0 \
         --temp-dir "$RAY_TEMP_DIR/ray" --disable-usage-stats >"$RAY_TEMP_DIR/head.log" 2>&1 </dev/null &
     RAY_HEAD_PID=$!
+    watch_head "$RAY_HEAD_PID" "$RAY_TEMP_DIR/head.log" </dev/null >/dev/null 2>&1 &
+    RAY_WATCH_PID=$!
+}
+
+# A raylet or control process that leaves with 0 or by SIGTERM counts with Ray as its own `ray stop`: the head blocks on without it.
+# Here it ends then, and its log says why, as it does by itself after a crash.
+watch_head() { # HEAD-PID LOG
+    local pid part
+    local -A parts=()
+    unset SLIME_LAUNCH # what sleeps below is no member that the end waits for
+    while kill -0 "$1"; do
+        ((${#parts[@]} == 2)) || while read -r pid part; do
+            [[ $part != raylet && $part != gcs_server ]] || parts[$part]=$pid
+        done < <(ps -o pid=,comm= --ppid "$1")
+        for part in "${!parts[@]}"; do
+            ! kill -0 "${parts[$part]}" || continue
+            sleep 3 # after a crash the head ends first
+            ! kill -0 "$1" || printf '%s [exit code=0 or SIGTERM]\n' "$part" >>"$2"
+            kill "$1"
+            return
+        done
+        sleep $((${#parts[@]} == 2 ? 2 : 1))
+    done
 }
 
 wait_for_jobs_api() { # status 1 when the head ends before it answers
@@ -285,6 +309,7 @@ session_members() { # SESSION-LEADER -> process ids of its session
 }
 
 stop_ray_head() {
+    [[ -z $RAY_WATCH_PID ]] || kill "$RAY_WATCH_PID" 2>/dev/null || true
     kill -TERM "$RAY_HEAD_PID" 2>/dev/null || true
     local second rest
     for ((second = 0; second < 20; second++)); do

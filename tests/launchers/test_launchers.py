@@ -39,10 +39,17 @@ if sys.argv[1] == "start":
         print("cannot bind")
         sys.exit(1)
     print("Ray runtime started. The head's last words.", flush=True)
+    if "RAYLET" in os.environ:
+        raylet = subprocess.Popen([os.environ["RAYLET"], "120"])
+        open(os.environ["CALLS"] + ".raylet", "w").write(str(raylet.pid))
+        raylet.wait()
     time.sleep(120)
 if sys.argv[1:3] == ["job", "list"] and os.environ.get("HEAD_FAILS"):
     sys.exit(1)
 if sys.argv[1:3] == ["job", "submit"]:
+    if "RAYLET" in os.environ:
+        time.sleep(3)
+        os.kill(int(open(os.environ["CALLS"] + ".raylet").read()), 15)
     time.sleep(float(os.environ.get("JOB_SECONDS", "0")))
     if os.environ.get("HEAD_DIES_WITH_THE_JOB"):
         calls = [json.loads(line) for line in open(os.environ["CALLS"])]
@@ -430,6 +437,18 @@ def test_a_head_that_dies_under_the_job_is_told_with_its_last_lines(desk: Desk, 
     outcome = desk.run("run-glm5.2-744B-A40B.sh", HEAD_DIES_WITH_THE_JOB="1", **free_ports, without=("HOSTFILE",))
     assert outcome.status == 1
     assert "The head's last words" in outcome.stderr and "Ray itself ended, and the job with it" in outcome.stderr
+
+
+def test_a_raylet_that_was_told_to_leave_ends_the_run_too(desk: Desk, free_ports: dict[str, str]):
+    """Ray's head, which lives on, sees a graceful end in it."""
+    raylet = desk.root / "raylet"
+    shutil.copy(shutil.which("sleep"), raylet)
+    given = {"RAYLET": str(raylet), "JOB_SECONDS": "60"}
+    outcome = desk.run("run-glm5.2-744B-A40B.sh", **given, **free_ports, without=("HOSTFILE",))
+    assert outcome.status == 1
+    assert (
+        "[launch] error: Ray itself ended, and the job with it: raylet [exit code=0 or SIGTERM]; its log is" in outcome.stderr
+    )
 
 
 def test_a_node_that_does_not_join_is_named_and_the_others_are_stopped(desk: Desk, free_ports: dict[str, str]):
