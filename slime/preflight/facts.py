@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import socket
-import struct
 import subprocess
 import time
 import uuid
@@ -17,11 +15,10 @@ from pathlib import Path
 
 from slime.engine.imports import import_errors
 from slime.observability import packages
+from slime.ray.interfaces import ipv4_of
 
 PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 NO_PROXY = ("no_proxy", "NO_PROXY")
-SIOCGIFADDR = 0x8915
-"""Linux: the IPv4 address of an interface."""
 REACH_SECONDS = 5.0
 """To connect to another node."""
 
@@ -98,7 +95,7 @@ def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts
         name=name,
         host=socket.gethostname(),
         gpus=_gpus(),
-        interfaces={interface: _ipv4_of(interface) for _, interface in socket.if_nameindex()},
+        interfaces={interface: ipv4_of(interface) for _, interface in socket.if_nameindex()},
         ib_devices=rdma_devices(Path("/sys/class/infiniband")),
         clock_offset=0.0,
         shared={
@@ -135,15 +132,6 @@ def _gpus() -> tuple[Gpu, ...]:
         return ()
     rows = [line.split(", ") for line in out.stdout.splitlines() if line.count(", ") == 3]
     return tuple(Gpu(name, driver, int(total), int(free)) for name, driver, total, free in rows)
-
-
-def _ipv4_of(interface: str) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        try:
-            answer = fcntl.ioctl(any_socket.fileno(), SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        except OSError:
-            return ""
-    return socket.inet_ntoa(answer[20:24])
 
 
 def rdma_devices(folder: Path) -> dict[str, str]:

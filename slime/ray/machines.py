@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import ray
 
+from slime.ray.interfaces import has_carrier
+
 KNOCK_SECONDS = 6.0
 """A machine that nobody can connect to for so long is out of reach. A link that flaps may be down for some seconds."""
 _AGAIN_SECONDS = 0.5
@@ -65,7 +67,8 @@ def lost_machines_named(where: Callable[[], tuple[set[str], str]]) -> Iterator[N
         addresses, doing, lost = _lost(where)
         if not lost:
             raise
-        raise RuntimeError(f"{verdict(lost, addresses, doing)}. It was missed first by this: {error}") from error
+        linked = has_carrier(ray.util.get_node_ip_address())
+        raise RuntimeError(f"{verdict(lost, addresses, doing, linked=linked)}. It was missed first by this: {error}") from error
 
 
 def _lost(where: Callable[[], tuple[set[str], str]]) -> tuple[set[str], str, list[str]]:
@@ -77,11 +80,12 @@ def _lost(where: Callable[[], tuple[set[str], str]]) -> tuple[set[str], str, lis
         return set(), "", []
 
 
-def verdict(lost: list[str], addresses: set[str], doing: str) -> str:
-    """The line that a run ends with: which machine, in which phase, what to do."""
+def verdict(lost: list[str], addresses: set[str], doing: str, *, linked: bool = True) -> str:
+    """The line that a run ends with: which machine, in which phase, what to do. linked: whether this machine's cable is in."""
     phase, here = phase_of(doing), addresses - set(lost)
-    if len(lost) > 1 and len(here) == 1:
-        who = f"no other node can be reached from {here.pop()} ({', '.join(lost)} cannot)"
+    if len(here) == 1 and (len(lost) > 1 or not linked):
+        why = "" if linked else "; its own link is down"
+        who = f"no other node can be reached from {here.pop()} ({', '.join(lost)} cannot{why})"
         return f"{who}, {phase}: mend this node's network, and run the same command again; {RESUMES}"
     who, them = (f"node {lost[0]} is", "it") if len(lost) == 1 else (f"nodes {', '.join(lost)} are", "them")
     return f"{who} gone, {phase}: bring {them} back or replace {them}, and run the same command again; {RESUMES}"

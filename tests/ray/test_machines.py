@@ -104,6 +104,13 @@ def test_a_port_that_opens_late_is_not_silent():
         assert silent({"127.0.0.1": late.getsockname()[1]}, seconds=0.3) == set()
 
 
+def test_one_node_of_two_whose_own_link_is_down_blames_itself():
+    said = verdict(["b"], {"a", "b"}, "training", linked=False)
+    assert said.startswith(
+        "no other node can be reached from a (b cannot; its own link is down), training: mend this node's network, and run"
+    )
+
+
 @pytest.mark.parametrize(
     ("lost", "others", "doing", "line"),
     [

@@ -63,7 +63,10 @@ def test_nodes_reach_one_another_by_name_until_a_link_is_down_and_the_machine_re
     assert server.stdout.readline() == "up\n"
     outside = subprocess.run([sys.executable, "-c", CLIENT.replace("node1", "10.98.0.1")], capture_output=True, text=True)
     assert outside.returncode == 1
+    linked = "from slime.ray.interfaces import has_carrier; print(*map(has_carrier, ('10.98.0.2', '127.0.0.1', '10.9.9.9')))"
+    assert said("on", box, 2, sys.executable, "-c", linked) == "True True True"
     said("down", box, "node2")
+    assert said("on", box, 2, sys.executable, "-c", linked) == "False True True"
     assert tool("on", box, 2, sys.executable, "-c", CLIENT).returncode == 1
     said("up", box, 2)
     # The bridge takes a moment to forward again.
