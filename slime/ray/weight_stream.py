@@ -137,9 +137,11 @@ class WeightStream:
         dist.barrier()
 
     def _as_it_serves(self, receiver: Receiver) -> Receiver:
-        """On a CPU SGLang keeps a slice of every expert on every rank, whatever the flags say."""
-        slices = self._device.kind == "host" and self._hf.model_type not in HOST_MODEL_CLASS
-        return replace(receiver, ep=1) if slices else receiver
+        """On a CPU SGLang keeps a slice of every expert on every rank, whatever the flags say, and our own class of a model has
+        the whole vocabulary on each."""
+        if self._device.kind != "host":
+            return receiver
+        return replace(receiver, cuts=False) if self._hf.model_type in HOST_MODEL_CLASS else replace(receiver, ep=1)
 
     def _plan(self, hf: HfConfig, receivers: tuple[Receiver, ...], nodes: tuple[int, ...]) -> SyncPlan:
         key = (hf.get("quantization_config") is None, receivers, nodes)

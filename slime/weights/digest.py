@@ -22,7 +22,7 @@ def plan_digest(plan: SyncPlan) -> str:
     depend on the nodes, which a rehearsal may not know."""
     sha = hashlib.sha256(f"{plan.rounds}\n".encode())
     for lane in plan.lanes:
-        sha.update(f"{lane.gpus}\n".encode())
+        sha.update(f"{lane.keepers}\n".encode())
         for unit in lane.units:
             sha.update(f"{','.join(tensor.name for entry in unit.entries for tensor in entry.hf)}\t{unit.nbytes}\n".encode())
     for round, lane, part, units in sorted((one.round, one.lane, one.part, one.units) for one in plan.deliveries):

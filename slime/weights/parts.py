@@ -47,7 +47,8 @@ class TrainedParts:
         """
         whole: tuple[Entry, list[Tensor]] | None = None
         for weight, scale in _with_scales(pieces):
-            start, length = self._range(weight, part, gathered)
+            start = weight.tensor.starts[part]
+            length = sum(stop - first for first, stop in weight.tensor.parts[part])
             if not length:
                 continue
             if whole is None or whole[0] is not weight.entry:
@@ -65,15 +66,6 @@ class TrainedParts:
         if gathered:
             return unmerge(entry, unshard(entry, self._gather(entry)))
         return unmerge(entry, self._tensors[entry.name], size=split_of(entry, self._ranks)[1] if entry.split != "none" else 1)
-
-    def _range(self, piece: Piece, part: int, gathered: bool) -> tuple[int, int]:
-        """(first row or column within this rank's share, how many) of a part. A share may be cut into several parts."""
-        number, size = (0, 1) if gathered or piece.entry.split == "none" else split_of(piece.entry, self._ranks)
-        parts = piece.tensor.parts
-        cuts = len(parts) // size
-        assert part // cuts == number, f"part {part} of {piece.tensor.name} is not on rank {self._ranks.rank}"
-        start = parts[part][0][0] - parts[number * cuts][0][0] if cuts > 1 else 0
-        return start, sum(stop - first for first, stop in parts[part])
 
     def _gather(self, entry: Entry) -> list[Tensor]:
         own = self._tensors[entry.name].contiguous()

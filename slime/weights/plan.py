@@ -1,10 +1,10 @@
 """Which bytes of which tensor go from which trainer rank to which GPU, and when: a static plan of one weight sync. No torch.
 
-Words. A *unit* is what one call to an engine must hold together (a weight with its scale, a fused pair). A *lane* is all
-units that lie on the same trainer ranks and go to the same GPUs; a lane's tensors may lie in *parts* on the trainer (tensor
-parallelism). A *round* fills one bucket on every GPU that receives, none larger than the limit; it ends with one call to
-each engine. Inside a round bytes go in *hops*: hop 0 leaves the ranks that trained them, hop n+1 forwards what hop n
-brought.
+Words. A *unit* is what one call to an engine must hold together (a weight with its scale, a fused pair). A *lane* is all units
+that lie on the same trainer ranks and go to the same GPUs; a lane's tensors may travel in *parts*, because tensor parallelism
+cuts them on the trainer or in an engine, and an engine rank may keep some of the parts alone. A *round* fills one bucket on
+every GPU that receives, none larger than the limit; it ends with one call to each engine. Inside a round bytes go in *hops*:
+hop 0 leaves the ranks that trained them, hop n+1 forwards what hop n brought.
 
 GPUs have global numbers, and trainer rank r is GPU r. Every process that shares a GPU with an engine rank, and every
 receiver beside an engine on other GPUs, does the same, driven by its number alone:
@@ -21,12 +21,13 @@ receiver beside an engine on other GPUs, does the same, driven by its number alo
 
 The bytes of a delivery are its pieces in order: of each tensor of each unit the part's ranges in row-major order, padded to 16
 bytes. A lane with one part travels as it lies: `duties.place(delivery)` is its first byte in the bucket, and send, receive and
-forward need no copy. With several parts each piece's ranges are copied to their place, `duties.starts[piece.tensor.name]` being
-the tensor's first byte. `Lane.gathered` tensors are cut through FP8 blocks: before they are quantised, the tensor-parallel
-group of every maker gathers them, its members together in the order of the round's deliveries.
+forward need no copy. With several parts each piece's ranges are copied to their place, `duties.starts[piece.tensor.name]`
+being the tensor's first byte; what the rank does not keep stays as it is. `Lane.gathered` tensors are cut through FP8 blocks:
+before they are quantised, the tensor-parallel group of every maker gathers them, its members together in the order of the
+round's deliveries.
 
-Guarantees, which `tests/weights/test_sync_plan.py` checks by a walk through the bytes: every part of every unit reaches
-each GPU that keeps it exactly once, from a GPU that has it by then; no bucket and no staging buffer exceeds the limit
+Guarantees, which `tests/weights/test_sync_plan.py` checks by a walk through the bytes: every part of a unit reaches
+each GPU that keeps the part exactly once, from a GPU that has it by then; no bucket and no staging buffer exceeds the limit
 unless one unit alone does; a rank gets nothing that it does not keep. The same arguments give the same plan, on every rank
 and in the rehearsal.
 """
@@ -87,7 +88,7 @@ class Duties:
 
     gpu: int
     metas: tuple[TensorMeta, ...]
-    """What its engine rank gets: names, shapes and places in the bucket."""
+    """What its engine rank gets: names, shapes and places in the bucket. Each has room for the whole tensor."""
     bucket_bytes: int
     makes: tuple[Delivery, ...]
     """Whose part it exports."""
@@ -157,7 +158,7 @@ class SyncPlan:
         seen: set[tuple[int, int]] = set()
         end = 0
         for delivery in mine:
-            if gpu not in self._keepers[delivery.lane]:
+            if gpu not in self._keepers[delivery.lane][delivery.part]:
                 continue
             if len(self.lanes[delivery.lane].holders) == 1:
                 places[delivery.number] = end
@@ -169,12 +170,12 @@ class SyncPlan:
                         metas.append(TensorMeta(tensor.name, tensor.shape, tensor.dtype, end, tensor.nbytes))
                         end += padded(tensor.nbytes)
         makes = tuple(delivery for delivery in mine if gpu in delivery.makers)
-        staged = tuple(delivery for delivery in makes if gpu not in self._keepers[delivery.lane])
+        staged = tuple(delivery for delivery in makes if gpu not in self._keepers[delivery.lane][delivery.part])
         return Duties(gpu, tuple(metas), end, makes, staged, mine, places)
 
     @cached_property
-    def _keepers(self) -> list[frozenset[int]]:
-        return [frozenset(lane.gpus) for lane in self.lanes]
+    def _keepers(self) -> list[list[frozenset[int]]]:
+        return [[frozenset(gpus) for gpus in lane.keepers] for lane in self.lanes]
 
     @cached_property
     def _by_gpu(self) -> dict[tuple[int, int], list[Delivery]]:
@@ -192,7 +193,7 @@ class SyncPlan:
         for lane in self.lanes:
             names = ",".join(entry.name for unit in lane.units for entry in unit.entries)
             sizes = ",".join(str(unit.nbytes) for unit in lane.units)
-            sha.update(f"{lane.number}\t{lane.holders}\t{lane.gathered}\t{lane.gpus}\t{names}\t{sizes}\n".encode())
+            sha.update(f"{lane.number}\t{lane.holders}\t{lane.gathered}\t{lane.keepers}\t{names}\t{sizes}\n".encode())
         for one in self.deliveries:
             legs = ";".join(map(_leg_text, one.legs))
             sha.update(f"{one.round}\t{one.lane}\t{one.part}\t{one.units}\t{one.nbytes}\t{one.makers}\t{legs}\n".encode())
@@ -235,7 +236,7 @@ def plan_sync(
 def _deliveries(lanes: Sequence[Lane], stops: Sequence[Stop], router: Router) -> Iterator[Delivery]:
     number = 0
     for _, batch in groupby(stops, key=lambda stop: stop.round):
-        of_round = [(stop, lanes[stop.lane].gpus) for stop in batch]
+        of_round = [(stop, lanes[stop.lane].keepers[stop.part]) for stop in batch]
         order = router.new_round([(stop.sources, gpus, stop.nbytes) for stop, gpus in of_round])
         for stop, gpus in (of_round[one] for one in order):
             route = router.route(stop.sources, gpus, stop.nbytes)

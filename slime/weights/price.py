@@ -26,7 +26,7 @@ class RoundPrice:
     hops: tuple[float, ...]
     """Seconds of each hop's busiest port."""
     bucket: int
-    """Bytes of the largest bucket."""
+    """Bytes of the largest bucket, room for what is not loaded from it included."""
     load: float
     """Seconds in which engines load it."""
 
@@ -68,11 +68,11 @@ class PlanPrice:
 def price(plan: SyncPlan, links: Links) -> PlanPrice:
     """Hops are taken to wait for each other and to use ports to their rate: one lasts as long as its busiest port is busy."""
     rates = [rate * 1e9 for rate in (links.network, links.network, links.nvlink, links.nvlink)]
-    loads, buckets = _loads(plan)
+    loads, loaded = _loads(plan)
     rounds = []
-    for hops, bucket in zip(loads, buckets, strict=True):
+    for hops, of_gpu, bucket in zip(loads, loaded, _buckets(plan), strict=True):
         seconds = tuple(max(max(port) / rate for port, rate in zip(hop, rates, strict=True)) for hop in hops)
-        rounds.append(RoundPrice(seconds, max(bucket), max(bucket) / (links.load * 1e9)))
+        rounds.append(RoundPrice(seconds, bucket, max(of_gpu) / (links.load * 1e9)))
     totals = [
         [sum(gpu) for gpu in zip(*(hop[port] for hops in loads for hop in hops), strict=True)] or [0] for port in range(4)
     ]
@@ -90,22 +90,36 @@ def price(plan: SyncPlan, links: Links) -> PlanPrice:
 
 
 def _loads(plan: SyncPlan) -> tuple[list[list[list[list[int]]]], list[list[int]]]:
-    """(bytes by round, hop, port and GPU; bytes of the bucket by round and GPU)"""
+    """(bytes by round, hop, port and GPU; bytes that are loaded by round and GPU)"""
     gpus, hops = len(plan.nodes), plan.hops
-    keepers = [frozenset(lane.gpus) for lane in plan.lanes]
+    keepers = [[frozenset(of_part) for of_part in lane.keepers] for lane in plan.lanes]
     loads = [[[[0] * gpus for _ in PORTS] for _ in range(hops)] for _ in range(plan.rounds)]
-    buckets = [[0] * gpus for _ in range(plan.rounds)]
+    loaded = [[0] * gpus for _ in range(plan.rounds)]
     for delivery in plan.deliveries:
-        nbytes, bucket = delivery.nbytes, buckets[delivery.round]
-        for gpu in keepers[delivery.lane].intersection(delivery.makers):
-            bucket[gpu] += nbytes
+        nbytes, of_gpu = delivery.nbytes, loaded[delivery.round]
+        for gpu in keepers[delivery.lane][delivery.part].intersection(delivery.makers):
+            of_gpu[gpu] += nbytes
         for hop, source, target in delivery.legs:
             near = 2 if plan.nodes[source] == plan.nodes[target] else 0
             ports = loads[delivery.round][hop]
             ports[near][source] += nbytes
             ports[near + 1][target] += nbytes
-            bucket[target] += nbytes
-    return loads, buckets
+            of_gpu[target] += nbytes
+    return loads, loaded
+
+
+def _buckets(plan: SyncPlan) -> list[int]:
+    """Bytes of the largest bucket by round."""
+    rooms = [[0] * len(plan.nodes) for _ in range(plan.rounds)]
+    seen: set[tuple[int, int]] = set()
+    for delivery in plan.deliveries:
+        lane = plan.lanes[delivery.lane]
+        new = [unit for unit in delivery.units if (delivery.lane, unit) not in seen]
+        seen.update((delivery.lane, unit) for unit in new)
+        nbytes = sum(lane.units[unit].nbytes for unit in new)
+        for gpu in lane.gpus if nbytes else ():
+            rooms[delivery.round][gpu] += nbytes
+    return [max(of_round) for of_round in rooms]
 
 
 def broadcast_seconds(plan: SyncPlan, links: Links) -> float:

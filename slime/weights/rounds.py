@@ -109,7 +109,7 @@ class _Filling:
         """End the round: its stops, those with the fewest ways to go first, so that the others level what these leave."""
         if not self._waiting:
             return
-        order = sorted(self._waiting, key=lambda key: (len(self.lanes[key[0]].gpus), key))
+        order = sorted(self._waiting, key=lambda key: (len(self.lanes[key[0]].keepers[key[1]]), key))
         for key in order:
             self._cut(*key, self._waiting[key])
         self._waiting.clear()
@@ -131,7 +131,7 @@ class _Filling:
 
 def _givers(lane: Lane, part: int) -> tuple[tuple[int, ...], bool]:
     """(ranks that can give a part, whether they would have to stage it because none of them keeps it)."""
-    gpus = set(lane.gpus)
+    gpus = set(lane.keepers[part])
     keeping = tuple(rank for rank in lane.holders[part] if rank in gpus)
     return (keeping, False) if keeping else (lane.holders[part], True)
 

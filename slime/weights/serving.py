@@ -8,6 +8,13 @@ from typing import Protocol
 
 from slime.model.names import Entry
 
+CUTS_OTHERWISE = (
+    "enable_dp_attention", "dp_size", "data_parallel_size", "attn_dp_size", "attn_cp_size", "attention_context_parallel_size",
+    "dcp_size", "moe_dense_tp_size", "moe_dp_size", "moe_data_parallel_size", "moe_a2a_backend", "enable_deepep_moe",
+    "enable_dsa_prefill_context_parallel", "enable_nsa_prefill_context_parallel", "enable_prefill_context_parallel",
+)  # fmt: skip
+"""Options with which not every matrix is cut over all tensor-parallel ranks, and which one is depends on model and version."""
+
 
 class ServingSpec(Protocol):
     """The part of an engine's spec that decides what its ranks keep."""
@@ -41,6 +48,9 @@ class Receiver:
     """Its draft model is the multi-token-prediction layer, which it takes too."""
     fixed_experts: bool = True
     """An expert stays on its ranks; with redundant or moving experts each rank takes all of them."""
+    cuts: bool = False
+    """Its tensor-parallel ranks load equal shares of the matrices that tensor parallelism cuts (`slime.weights.shares`); else
+    each of them is given whole ones."""
 
     @staticmethod
     def of(spec: ServingSpec, *, first_gpu: int) -> Receiver:
@@ -54,6 +64,7 @@ class Receiver:
             ep=spec.ep_size,
             drafts=drafts_with_mtp(spec.settings),
             fixed_experts=not _moves_experts(spec.settings),
+            cuts=spec.tp_size > 1 and not any(_is_on(spec.settings, name) for name in CUTS_OTHERWISE),
         )
 
     def keepers(self, entry: Entry, *, num_experts: int, num_layers: int) -> tuple[int, ...]:
@@ -96,7 +107,8 @@ def drafts_with_mtp(settings: Mapping[str, object]) -> bool:
 
 
 def _moves_experts(settings: Mapping[str, object]) -> bool:
-    def said(name: str) -> str:
-        return str(settings.get(name, "")).lower()
+    return _is_on(settings, "enable_eplb") or _is_on(settings, "ep_num_redundant_experts")
 
-    return said("enable_eplb") in ("true", "1") or said("ep_num_redundant_experts") not in ("", "0", "none")
+
+def _is_on(settings: Mapping[str, object], name: str) -> bool:
+    return str(settings.get(name, "")).lower() not in ("", "0", "none", "false")

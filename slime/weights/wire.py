@@ -2,16 +2,17 @@
 
 A tensor that tensor parallelism cuts is on the trainer's ranks in parts: ranges of its rows or of its columns. Where the cut
 lies on FP8 blocks a rank quantises its own part, and the part's codes and scales are those of the whole tensor; where it
-does not, the tensor is gathered first and has one part.
+does not, the tensor is gathered first and is whole where it is sent from. Parts end where the shares of engine ranks do.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from math import prod
+from typing import NamedTuple
 
 from slime.model.hf_config import HfConfig
 from slime.model.names import Entry, HfTensor, NameTable
@@ -73,6 +74,8 @@ class WireTensor:
     """0: parts are rows, 1: columns. A tensor that is not cut has one part, all of its rows."""
     parts: tuple[Ranges, ...]
     """Per part its ranges along the axis."""
+    starts: tuple[int, ...]
+    """Per part its first row or column within what a rank that gives it has."""
 
     @property
     def nbytes(self) -> int:
@@ -89,36 +92,58 @@ class WireTensor:
         return total
 
 
-def wire_tensors(entry: Entry, tensor: HfTensor, held: Holders, form: Format, *, cuts: int = 1) -> tuple[WireTensor, ...]:
+def wire_tensors(
+    entry: Entry, tensor: HfTensor, held: Holders, form: Format, *, cuts: int = 1, borders: Sequence[int] = ()
+) -> tuple[WireTensor, ...]:
     """The tensor, and behind it its scale where it is FP8.
 
-    held: which part each rank has. cuts: into how many ranges of rows each part is cut further, so that several links carry it.
+    held: which part each rank has. borders: of the shares that engines load, ascending; no part lies across one. cuts: into how
+    many ranges each of these parts is cut further, so that several links carry it.
     """
-    axis = 1 if held.axis == "columns" else 0
-    length = tensor.shape[axis]
-    whole = held.axis == "all"
-    # With two pieces per rank, parts come piece by piece: 0 1 2 3 0 1 2 3.
-    ranks = dict.fromkeys(part.ranks for part in held.parts)
-    parts = tuple(
-        ((0, length),) if whole else tuple((part.start, part.stop) for part in held.parts if part.ranks == ranks_of_part)
-        for ranks_of_part in ranks
-    )
-    if cuts > 1:
-        parts = tuple(chain.from_iterable(_cut(*ranges[0], cuts) for ranges in parts))
+    axis = 1 if held.axis == "columns" or (borders and entry.split == "columns") else 0
+    parts = parts_of(held, tensor.shape[axis], cuts=cuts, borders=borders)
+    ranges, starts = tuple(part.ranges for part in parts), tuple(part.start for part in parts)
     if not form.is_fp8(tensor):
-        return (WireTensor(tensor.name, tensor.shape, "float32" if entry.float32 else form.dtype, axis, parts),)
+        return (WireTensor(tensor.name, tensor.shape, "float32" if entry.float32 else form.dtype, axis, ranges, starts),)
     block = form.block or 1
     scale_shape = tuple(-(-size // block) for size in tensor.shape)
-    scales = tuple(tuple((start // block, -(-stop // block)) for start, stop in ranges) for ranges in parts)
+    scales = tuple(tuple((start // block, -(-stop // block)) for start, stop in part) for part in ranges)
     return (
-        WireTensor(tensor.name, tensor.shape, "float8_e4m3fn", axis, parts),
-        WireTensor(tensor.scale_name, scale_shape, "float32", axis, scales),
+        WireTensor(tensor.name, tensor.shape, "float8_e4m3fn", axis, ranges, starts),
+        WireTensor(tensor.scale_name, scale_shape, "float32", axis, scales, tuple(start // block for start in starts)),
     )
 
 
-def _cut(start: int, stop: int, cuts: int) -> Iterator[Ranges]:
-    borders = [start + (stop - start) * number // cuts for number in range(cuts + 1)]
-    return (((first, last),) for first, last in pairwise(borders))
+class WirePart(NamedTuple):
+    """What of a tensor travels as one."""
+
+    owner: int
+    """Number of the trainer's part that it is in."""
+    ranges: Ranges
+    start: int
+    """Its first row or column within that part."""
+
+
+def parts_of(held: Holders, length: int, *, cuts: int, borders: Sequence[int]) -> list[WirePart]:
+    """The trainer's parts of a tensor of that length along its axis, cut at the borders and into pieces."""
+    # With two pieces per rank, parts come piece by piece: 0 1 2 3 0 1 2 3.
+    ranks = dict.fromkeys(part.ranks for part in held.parts)
+    if held.axis == "all":
+        whole: list[Ranges] = [((0, length),)]
+    else:
+        whole = [tuple((part.start, part.stop) for part in held.parts if part.ranks == of_part) for of_part in ranks]
+    if cuts == 1 and not borders:
+        return [WirePart(owner, ranges, 0) for owner, ranges in enumerate(whole)]
+    found = []
+    for owner, ((first, last),) in enumerate(whole):
+        inside = [first, *(border for border in borders if first < border < last), last]
+        for start, stop in chain.from_iterable(_cut(*pair, cuts) for pair in pairwise(inside)):
+            found.append(WirePart(owner, ((start, stop),), start - first))
+    return found
+
+
+def _cut(start: int, stop: int, cuts: int) -> Iterator[tuple[int, int]]:
+    return pairwise(start + (stop - start) * number // cuts for number in range(cuts + 1))
 
 
 def piece_bytes(limit_bytes: int) -> int:

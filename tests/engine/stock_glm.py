@@ -1,19 +1,25 @@
 """Loads weight updates into SGLang's own GLM-5.2, or its draft model, on the CPU. Run as a program, in an engine's environment.
 
-    python tests/engine/stock_glm.py RANK RANKS STORE [FOLDER KIND FUSED UPDATE OUT] ...
+    python tests/engine/stock_glm.py RANK RANKS STORE LAYOUT [FOLDER KIND FUSED UPDATE OUT] ...
 
-RANK of RANKS: as of an engine of the recipe's kind (attention and head data-parallel, experts apart). STORE: file where they
-meet. FOLDER: the serving checkpoint (its config.json is read). KIND: target or draft. FUSED: 1 builds the indexer as on CUDA,
-its key and gate projections one matrix. UPDATE: torch file, a list of calls, each a list of (name, tensor). OUT: torch file,
-what every parameter holds after them; FRESH is where nothing was written. The models of one folder, kind and form are one.
+RANK of RANKS of an engine. STORE: file where they meet. LAYOUT: `recipe` (attention and head data-parallel, experts apart) or
+`plain` (every matrix cut over the ranks). FOLDER: the serving checkpoint (its config.json is read). KIND: target or draft.
+FUSED: 1 builds the indexer as on CUDA, its key and gate projections one matrix. UPDATE: torch file, a list of calls, each a
+list of (name, tensor). OUT: torch file, what every parameter holds after them; FRESH is where nothing was written. The models
+of one folder, kind and form are one.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import torch
+
+from slime.compat.sglang import host_environment
 
 FRESH = 0x7F
 """Every byte of a parameter before the first call: NaN in e4m3, and no value that a test would send."""
@@ -52,15 +58,31 @@ def load(folder: str, kind: str, fused: str, update: str, out: str) -> None:
     torch.save({name: parameter.detach().clone() for name, parameter in parameters.items()}, out)
 
 
-def main(rank: str, ranks: str, store: str, *words: str) -> None:
+def load_on_ranks(folder: Path, layout: str, words: Sequence[Sequence[str]]) -> None:
+    """One process for each rank, with its own words; their logs and where they meet are in the folder."""
+    running = []
+    try:
+        for rank, own in enumerate(words):
+            told = [str(rank), str(len(words)), str(folder / f"store-{layout}"), layout, *own]
+            with open(folder / f"log-{layout}-{rank}", "w") as log:
+                command, env = [sys.executable, __file__, *told], host_environment(cores=[rank])
+                running.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+        codes = [process.wait(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert codes == [0] * len(words), (folder / f"log-{layout}-0").read_text()[-3000:]
+
+
+def main(rank: str, ranks: str, store: str, layout: str, *words: str) -> None:
     from sglang.srt.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
     from sglang.srt.runtime_context import SpawnRanks, get_context, publish
 
     size = int(ranks)
-    layout = (
-        dict(tp_size=size, ep_size=size, attn_dp_size=size, moe_dense_tp_size=1, enable_dp_lm_head=True) if size > 1 else {}
-    )
-    with get_context().override_server_args(device="cpu", dtype="bfloat16", **layout) as args:
+    sizes = dict(tp_size=size)
+    if layout == "recipe" and size > 1:
+        sizes |= dict(ep_size=size, attn_dp_size=size, moe_dense_tp_size=1, enable_dp_lm_head=True)
+    with get_context().override_server_args(device="cpu", dtype="bfloat16", **sizes) as args:
         publish(args, role="scheduler", ranks=SpawnRanks(world_rank=int(rank)))
         place = dict(world_size=size, rank=int(rank), local_rank=int(rank))
         init_distributed_environment(**place, backend="gloo", distributed_init_method=f"file://{store}")

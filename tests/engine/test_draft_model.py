@@ -61,7 +61,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list, Na
         run_ranks(1, stream, str(folder / "bf16"), str(folder / kind), folder / f"{kind}.pt")
     for number, (kind, fused) in enumerate(CASES.values()):
         words += [str(folder / kind), "draft", str(int(fused)), str(folder / f"{kind}.pt"), str(folder / f"held-{number}.pt")]
-    program = [sys.executable, str(Path(__file__).with_name("stock_glm.py")), "0", "1", str(folder / "store"), *words]
+    program = [sys.executable, str(Path(__file__).with_name("stock_glm.py")), "0", "1", str(folder / "store"), "recipe", *words]
     answer = subprocess.run(program, env=host_environment(cores=[0]), capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stderr[-3000:]
     return {

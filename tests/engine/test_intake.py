@@ -12,13 +12,16 @@ import re
 import pytest
 import torch
 from engine.engines import TOKEN, payload, spec
+from engine.holes import with_holes
 from model.reference import make_reference
 
 from slime.engine import kinds
 from slime.engine.client import EngineClient, EngineError, sync
 from slime.engine.process import EngineProcess
+from slime.model.hf_config import HfConfig, read_hf_config
 from slime.model.hf_io import SafetensorsReader
 from slime.weights.protocol import StreamReport, sync_weights
+from slime.weights.serving import Receiver
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,8 +37,8 @@ Checksums = list[dict[str, str]]
 class Served:
     """The engine, what its checkpoint holds, and an update of it."""
 
-    def __init__(self, url: str, named: Named):
-        self.client, self.named = EngineClient(url, TOKEN), named
+    def __init__(self, url: str, named: Named, hf: HfConfig):
+        self.client, self.named, self.hf = EngineClient(url, TOKEN), named, hf
 
     def update(self, *calls: list[bytes]) -> None:
         """One update; each call has a payload per rank."""
@@ -73,7 +76,7 @@ def served(tmp_path_factory):
         try:
             engine.start()
             engine.wait_ready()
-            yield Served(engine.url, named)
+            yield Served(engine.url, named, read_hf_config(folder / "hf"))
         finally:
             engine.stop()
 
@@ -113,6 +116,17 @@ def test_the_lists_of_a_call_may_differ_in_number_and_size_and_one_may_be_empty(
         [nothing, payload(second[3:])],
         [payload(first[50:]), nothing],
     )
+    assert served.checksums() == all_to_all
+
+
+def test_a_rank_needs_its_shares_of_what_tensor_parallelism_cuts_and_nothing_of_the_rest(served, all_to_all, forgotten):
+    """Attention, embedding and output layer; the experts are apart. What a rank does not load is garbage."""
+    engine = Receiver(0, (0, 1), RANKS, ep=RANKS, cuts=True)
+    lists = [with_holes(served.served_by(rank), served.hf, engine, rank) for rank in range(RANKS)]
+    # Three layers' q, o [96, 64] and k, v [48, 64] in halves; embedding and output layer, 96 rows padded to 128.
+    missing = [sum(tensor.numel() for _, tensor in served.served_by(rank)) - lists[rank][1] for rank in range(RANKS)]
+    assert missing == [3 * (96 + 48) * 64 + 2 * (96 - 64) * 64, 3 * (96 + 48) * 64 + 2 * (96 - 32) * 64]
+    served.update([payload(named) for named, _ in lists])
     assert served.checksums() == all_to_all
 
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from engine.stock_glm import FRESH
+from engine.stock_glm import FRESH, load_on_ranks
 
-from slime.compat.sglang import host_environment
 from slime.model.hf_io import SafetensorsReader
 from tools.make_tiny_checkpoint import GlmSize, Preset, write_checkpoint
 
@@ -71,27 +67,19 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int],
     write_checkpoint(folder / "fp8", Preset("glm", SIZE, 1 << 20), seed=0, fp8=True)
     reader = SafetensorsReader(folder / "fp8")
     named = [(name, reader.raw(name)) for name in reader.names()]
-    program, ranks = [sys.executable, str(Path(__file__).with_name("stock_glm.py"))], []
     for rank in range(RANKS):
         for number, update in enumerate(UPDATES.values()):
             torch.save(update(named, rank), folder / f"{number}-{rank}.pt")
-        words = [
+    words = [
+        [
             word
             for kind in KINDS
             for n in range(len(UPDATES))
             for word in (str(folder / "fp8"), kind, "1", str(folder / f"{n}-{rank}.pt"), str(folder / f"{kind}-{n}-{rank}.pt"))
         ]
-        where = [str(rank), str(RANKS), str(folder / "store")]
-        with open(folder / f"log-{rank}", "w") as log:
-            ranks.append(
-                subprocess.Popen([*program, *where, *words], env=host_environment(cores=[rank]), stdout=log, stderr=log)
-            )
-    try:
-        codes = [process.wait(timeout=300) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert codes == [0] * RANKS, (folder / "log-0").read_text()[-3000:]
+        for rank in range(RANKS)
+    ]
+    load_on_ranks(folder, "recipe", words)
     return {
         (kind, update, rank): {
             name: tensor.reshape(-1).view(torch.uint8) for name, tensor in torch.load(folder / f"{kind}-{n}-{rank}.pt").items()

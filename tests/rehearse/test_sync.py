@@ -22,17 +22,28 @@ def _rehearsed(*more: str) -> Rehearsal:
 
 
 def test_engines_on_the_trainers_gpus_are_given_what_the_plan_says() -> None:
-    """Four engines of two: every rank loads whole tensors and cuts its own share, so each GPU takes the whole model in."""
+    """Four engines of two, cut as the trainer is: a GPU has what its engine rank loads, but for some rows of the vocabulary."""
     done = _rehearsed()
     assert done.sync is not None and not done.sync.broadcasts and done.sync.plan is done.sync.carried_out
     found = done.sync.price
-    # Half of what tensor parallelism cuts is made on the GPU itself, and all of the rest; no byte leaves the node. The first
-    # half of the vocabulary is 76,032 rows of 151,936, for it is padded at its end.
-    half, rows = (MODEL - 2 * (LAYERS * NORMS + 2560)) // 2, 76_032 - 151_936 // 2
-    assert found.received == (half - rows * 2560 * 2, half + rows * 2560 * 2) and found.network_out == (0, 0)
-    assert found.load_seconds == pytest.approx(MODEL / 50e9, rel=1e-6)
+    # The trainer's first half of the vocabulary is 76,032 rows of 151,936, for it is padded to 152,064; SGLang's is 75,968.
+    rows = 76_032 - 151_936 // 2
+    assert found.received == (0, rows * 2560 * 2) and found.network_out == (0, 0)
+    # Each round waits for the rank that loads most, so for 64 rows more than half of the vocabulary in none.
+    half = MODEL // 2 + LAYERS * NORMS + 2560
+    assert found.load_seconds == pytest.approx(half / 50e9, rel=1e-3)
+    # The norms aside, half of the model: the bucket has room for all of it.
+    assert sum(one.bucket for one in found.rounds) == pytest.approx(MODEL, rel=1e-4)
     phase = next(phase for phase in done.cost.phases if phase.name == "weight sync")
     assert phase.seconds == found.seconds and as_json(done)["weights"]["stream_digest"] == done.sync.digest
+
+
+def test_an_engine_that_cuts_attention_otherwise_is_given_whole_tensors() -> None:
+    """Data-parallel attention: half of what the trainer cuts is made on the GPU itself, the other half it takes in."""
+    found = _rehearsed("--sglang-enable-dp-attention", "--sglang-dp-size", "2", "--colocate").sync.price
+    half, rows = (MODEL - 2 * (LAYERS * NORMS + 2560)) // 2, 76_032 - 151_936 // 2
+    assert found.received == (half - rows * 2560 * 2, half + rows * 2560 * 2)
+    assert found.load_seconds == pytest.approx(MODEL / 50e9, rel=1e-6)
 
 
 def test_engines_on_gpus_of_their_own_get_a_broadcast_which_is_what_the_rehearsal_counts() -> None:

@@ -16,8 +16,9 @@ from slime.model.placement import Grid
 from slime.rehearse.known_models import known_config
 from slime.weights.plan import Receiver, SyncPlan, Trainer, nodes_of, plan_sync
 from slime.weights.price import Links, broadcast_seconds, price
+from tools.bench import served
 from tools.bench.link_model import Ports, simulate
-from tools.bench.weight_sync import flagship_plan, simulated
+from tools.bench.weight_sync import FLAGSHIP, flagship_plan, simulated
 
 GB = 10**9
 LIMIT = 2**31
@@ -88,6 +89,16 @@ def test_engines_on_other_nodes_get_what_they_serve_and_no_more() -> None:
     # A rank of the last stage trains 16 experts of 16 layers: it sends these once, its share of the rest, and little twice.
     out = [sum(nbytes for _, _, source, _, nbytes in plan.transfers() if source == rank) for rank in (112, 127)]
     assert all(16 * 16 * EXPERT < sent < 1.8 * 16 * 16 * EXPERT for sent in out)
+
+
+def test_an_engine_of_plain_tensor_parallelism_takes_in_what_it_serves() -> None:
+    """GLM-5.2 on 16 GPUs: a sixteenth of every expert, and of all else that tensor parallelism cuts."""
+    case = served.cases(FLAGSHIP)["GLM-5.2, engines of 16, plain tensor parallelism"]
+    found = served.rows(case)
+    assert found["routed experts"].taken == pytest.approx(75 * 256 * EXPERT / 16 / GB, rel=1e-6)
+    whole = found["what is never cut"].taken
+    assert found["all"].taken == pytest.approx((745_584_507_456 / GB - whole) / 16 + whole, rel=1e-4)
+    assert all(row.taken == pytest.approx(row.served, rel=1e-4) for row in found.values()) and whole < 0.05 * found["all"].taken
 
 
 def test_the_rounds_of_a_small_plan_cost_what_is_worked_out_by_hand() -> None:

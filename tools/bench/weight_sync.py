@@ -1,11 +1,14 @@
 """What one weight sync costs.
 
     python3 tools/bench/weight_sync.py simulate [--nic 50] [--nvlink 450] [--buffer BYTES]
+    python3 tools/bench/weight_sync.py served
 
 `simulate`: GLM-5.2 (FP8) from the recipe's 256 GPUs (TP4 PP8 CP8 EP32, stages of 14, 8 x 6 and 16 layers) to one prefill and
 three decode engines of 64 on the same GPUs, by a model of links (`link_model.py`) that shares no code with the planner: the
 plan beside a broadcast of everything to everyone and a scheme that goes layer by layer. Some 5 s of one core; nothing is
 measured.
+
+`served`: what an engine rank takes in, beside what it serves, by classes of tensors, for engines of several kinds.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from slime.model.names import NameTable  # noqa: E402
 from slime.model.placement import Grid  # noqa: E402
 from slime.rehearse.known_models import known_config  # noqa: E402
 from slime.weights.plan import Receiver, SyncPlan, Trainer, nodes_of, plan_sync  # noqa: E402
+from tools.bench import served  # noqa: E402
 from tools.bench.link_model import Ports, Timing, simulate  # noqa: E402
 from tools.bench.sync_schemes import Sizes, broadcast, layer_by_layer  # noqa: E402
 
@@ -60,6 +64,15 @@ def print_simulated(args: argparse.Namespace) -> None:
     print(f"planned in {spent:.1f} s of one core, digest {plan.digest[:16]}")
 
 
+def print_served(args: argparse.Namespace) -> None:
+    heading = "engine, and the rank of it that takes in the most beyond what it serves"
+    print(f"{heading:74}{'GB taken':>10}{'served':>9}{'ratio':>8}")
+    for name, case in served.cases(FLAGSHIP).items():
+        for kind, row in served.rows(case).items():
+            label = name if kind == "all" else f"    {kind}"
+            print(f"{label:74}{row.taken:>10.3f}{row.served:>9.3f}{row.taken / row.served:>8.3f}")
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -68,6 +81,8 @@ def main(argv: list[str]) -> None:
     wire.add_argument("--nvlink", type=float, default=Ports.nvlink, help="GB/s of a GPU's NVLink, each way")
     wire.add_argument("--buffer", type=int, default=2**31, help="--update-weight-buffer-size")
     wire.set_defaults(run=print_simulated)
+    taken = commands.add_parser("served", help="bytes that an engine rank takes in, beside those that it serves")
+    taken.set_defaults(run=print_served)
     args = parser.parse_args(argv)
     args.run(args)
 

@@ -138,13 +138,14 @@ def _untaken(table: NameTable, trainer: Trainer, plan: SyncPlan, when: Mapping[s
 def undelivered(plan: SyncPlan, delivery: Delivery) -> Iterator[str]:
     """What is wrong with a delivery: a GPU that keeps it and gets it not just once, a sender that has not got it yet."""
     lane = plan.lanes[delivery.lane]
+    keepers = lane.keepers[delivery.part]
     arrives = dict.fromkeys(delivery.makers, 0)
-    got = [gpu for gpu in delivery.makers if gpu in lane.gpus]
+    got = [gpu for gpu in delivery.makers if gpu in keepers]
     for hop, _, target in delivery.legs:
         arrives[target] = hop + 1
         got.append(target)
-    if sorted(got) != list(lane.gpus):
-        wrong = sorted((Counter(got) - Counter(lane.gpus)) | (Counter(lane.gpus) - Counter(got)))[0]
+    if sorted(got) != list(keepers):
+        wrong = sorted((Counter(got) - Counter(keepers)) | (Counter(keepers) - Counter(got)))[0]
         yield f"delivery {delivery.number} of round {delivery.round} reaches GPU {wrong} {got.count(wrong)} times"
     for hop, source, _ in delivery.legs:
         if arrives.get(source, hop + 1) > hop:
