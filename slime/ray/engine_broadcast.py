@@ -115,7 +115,7 @@ class EngineBroadcast:
             self._wait(loads, self._work.is_completed, SEND_SECONDS, "loading a broadcast bucket")
         except EngineGone:
             self.close()
-            return self._gone(loads)
+            return lost_of(self.engines, loads, JOIN_SECONDS)
         finally:
             self._held = None
         return []
@@ -137,16 +137,25 @@ class EngineBroadcast:
         for call in calls:
             call.result()
 
-    def _gone(self, calls: Sequence[Future]) -> list[str]:
-        found = []
-        for engine, call in zip(self.engines, calls, strict=True):
-            error = call.exception(timeout=JOIN_SECONDS)
-            if isinstance(error, EngineGone):
-                found.append(f"{engine.name}: {error}")
-        return found
-
     def close(self) -> None:
         """Leave the group; engines that live forget it."""
         group, self._group = self._group, None
         if group is not None:
             dist.destroy_process_group(group)
+
+
+def lost_of(engines: Sequence[EngineTarget], calls: Sequence[Future], seconds: float) -> list[str]:
+    """After one of a group is gone, the engines that are gone or do not come back, each with what was seen of that.
+
+    Over gloo the others hear of it at once. Over NCCL an engine may wait for the one that is gone for longer than `seconds`.
+    """
+    found, deadline = [], time.monotonic() + seconds
+    for engine, call in zip(engines, calls, strict=True):
+        try:
+            error = call.exception(timeout=max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            found.append(f"{engine.name}: no answer within {seconds:.0f} s since another engine of its group was gone")
+            continue
+        if isinstance(error, EngineGone):
+            found.append(f"{engine.name}: {error}")
+    return found

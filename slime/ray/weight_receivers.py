@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 120.0
 SEND_SECONDS = 1800.0
+EXPLAIN_SECONDS = 30.0
+"""For receivers to end once one of them, or a trainer rank, has gone."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,14 @@ class Receivers:
         calls, self._calls = self._calls, {}
         answers = gather(calls, doing="handing weights to engines", timeout=SEND_SECONDS) if calls else {}
         return [line for lost in answers.values() for line in lost]
+
+    def explain(self, error: Exception) -> None:
+        """After a send to a receiver has failed: raises what became of the receiver, where that is the cause. error: of here,
+        which stands where no receiver has more to say."""
+        calls, self._calls = self._calls, {}
+        if calls:
+            logger.warning("sending weights to receivers: %s; asking these what has happened", error)
+            gather(calls, doing="receiving weights", timeout=EXPLAIN_SECONDS)
 
     def close(self) -> None:
         dist.destroy_process_group(self.group)

@@ -95,6 +95,10 @@ class WeightStream:
                 if broadcast is not None and len(to.nodes) in buckets:
                     broadcast.deliver(buckets[len(to.nodes)])
             lost += _finish(feeds, broadcast)
+        except RuntimeError as error:
+            if others is not None:
+                others.explain(error)
+            raise
         finally:
             for feed in posts:
                 feed.close()

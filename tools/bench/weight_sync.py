@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import resource
 import sys
 import time
 
@@ -54,14 +55,14 @@ def print_simulated(args: argparse.Namespace) -> None:
     ports = Ports(network=args.nic, nvlink=args.nvlink)
     started = time.process_time()
     plan = flagship_plan(limit_bytes=args.buffer)
-    spent = time.process_time() - started
+    spent, peak = time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{'scheme':36}{'wire s':>8}{'busiest port':>28}{'its s':>8}{'GB into a GPU':>16}{'GB by network':>15}")
     for name, found in simulated(ports, limit_bytes=args.buffer):
         into = f"{min(found.received_gb):.1f} to {max(found.received_gb):.1f}"
         print(
             f"{name:36}{found.seconds:>8.2f}{found.busiest:>28}{found.busiest_seconds:>8.2f}{into:>16}{found.network_gb:>15,.0f}"
         )
-    print(f"planned in {spent:.1f} s of one core, digest {plan.digest[:16]}")
+    print(f"planned in {spent:.1f} s of one core and {peak / 1e6:.0f} MB of the whole process, digest {plan.digest[:16]}")
 
 
 def print_served(args: argparse.Namespace) -> None:
