@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from slime.ray.machines import RESUMES, phase_of
+from slime.ray.phases import RESUMES, phase_of
 
 _WAITS = re.compile(r"slime\.ray\.standstill: waits for: (.*)$", re.MULTILINE)
 _LAST_BYTES = 1 << 20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,19 +11,11 @@ from contextlib import contextmanager
 import ray
 
 from slime.ray.interfaces import has_carrier
+from slime.ray.phases import RESUMES, phase_of
 
 KNOCK_SECONDS = 6.0
 """A machine that nobody can connect to for so long is out of reach. A link that flaps may be down for some seconds."""
 _AGAIN_SECONDS = 0.5
-
-# What the driver calls its waits (slime.ray.calls) that a reader would not understand: the engines' calls by their names.
-_PHASES = (
-    (r"fleet release_memory|waking the trainer", "handing the devices to the trainer"),
-    (r"fleet resume_memory|putting the trainer's", "handing the devices to the engines"),
-    (r"fleet (pause|flush|begin|load|end|versions|checksums|proceed)", "sending weights to the engines"),
-    (r"fleet recover", "starting engines again"),
-    (r"(state|restore|num_rollout|destinations)\b", "between two phases"),
-)
 
 
 def alive_nodes() -> dict[str, Mapping[str, object]]:
@@ -89,11 +80,3 @@ def verdict(lost: list[str], addresses: set[str], doing: str, *, linked: bool = 
         return f"{who}, {phase}: mend this node's network, and run the same command again; {RESUMES}"
     who, them = (f"node {lost[0]} is", "it") if len(lost) == 1 else (f"nodes {', '.join(lost)} are", "them")
     return f"{who} gone, {phase}: bring {them} back or replace {them}, and run the same command again; {RESUMES}"
-
-
-def phase_of(doing: str) -> str:
-    """What the driver calls a wait, in a reader's words."""
-    return next((words for pattern, words in _PHASES if re.match(pattern, doing)), doing or "starting")
-
-
-RESUMES = "it resumes from the last checkpoint"

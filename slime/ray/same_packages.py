@@ -9,7 +9,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slime.observability import packages
 from slime.ray.calls import gather
-from slime.ray.machines import RESUMES, alive_nodes
+from slime.ray.machines import alive_nodes
+from slime.ray.phases import RESUMES
 
 
 class SamePackages:

@@ -107,9 +107,9 @@ def launched(box: cluster_box.Box, *more: str, **environment: str) -> subprocess
 
 
 def ended(box: cluster_box.Box, run: subprocess.Popen) -> tuple[int, str]:
-    """Status and what it said; after ten minutes it is ended."""
+    """Status and what it said; after twenty minutes it is ended."""
     try:
-        status = run.wait(600)
+        status = run.wait(1200)
     except subprocess.TimeoutExpired:
         run.terminate()
         status = run.wait(120)
