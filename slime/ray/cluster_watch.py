@@ -91,8 +91,9 @@ class ClusterWatch:
             if how is not None and name not in self._since:
                 self._since[name] = time.monotonic()
                 logger.warning("%s (pid %d) %s: whatever asks it waits", name, pid, how)
-            elif how is None and name in self._since:
-                logger.info("%s is no longer stopped, after %.0f s", name, time.monotonic() - self._since.pop(name))
+            elif how is None and (since := self._since.pop(name, None)) is not None:
+                fate = "goes on" if os.path.exists(f"/proc/{pid}") else "has ended"
+                logger.info("%s %s, after %.0f s", name, fate, time.monotonic() - since)
 
     def _answers(self) -> bool:
         try:

@@ -55,4 +55,4 @@ def test_a_part_of_ray_that_is_stopped_is_told_once_and_when_it_goes_on():
         part.kill()
     how = f"is stopped (SIGSTOP, or a debugger; kill -CONT {part.pid} there lets it go on)"
     assert told == f"Ray's raylet (pid {part.pid}) {how}: whatever asks it waits\n"
-    assert after.startswith("Ray's raylet is no longer stopped, after ")
+    assert after.startswith("Ray's raylet goes on, after ")
