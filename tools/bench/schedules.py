@@ -1,7 +1,7 @@
 """Seconds of an iteration in turn, one step ahead and all the time, side by side: whole runs of a tiny Qwen3 on this machine.
 
     python3 tools/bench/schedules.py --output DIR [--schedules sync one-step-ahead fully-async] [--seeds 1] [--rollouts 10]
-                                     [--work 64] [-- FLAGS of every run]
+                                     [--estimators grpo] [--work 64] [-- FLAGS of every run]
 
 One trainer and one engine on slots of their own. Answers have a long tail, as those of real models have: seven of eight are an
 eighth as long as the longest (--work tokens). The reward is the share of tokens from the first half of the vocabulary, which
@@ -11,6 +11,7 @@ any policy learns. Prints a row for each run, and keeps every run's metrics.json
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -23,21 +24,8 @@ sys.path.insert(0, str(ROOT))
 SCHEDULES = ("sync", "one-step-ahead", "fully-async")
 WARM = 2
 """Rollouts whose seconds are left out: engine and trainer warm up, and nothing is ahead yet."""
-TAIL = 8
-
-
-async def reward(args, sample, **kwargs) -> float:
-    """--custom-rm-path: the share of tokens from the first half of the vocabulary."""
-    words = sample.tokens[-sample.response_length :]
-    return sum(word < args.vocab_size // 2 for word in words) / len(words)
-
-
-async def generate(args, sample, sampling_params):
-    """--custom-generate-function-path: every eighth answer is as long as it may be, the others an eighth of that."""
-    from slime.rollout.sglang_rollout import generate as one
-
-    most = sampling_params["max_new_tokens"]
-    return await one(args, sample, sampling_params | {"max_new_tokens": most if sample.index % TAIL == 0 else most // TAIL})
+EXAMPLE = ROOT / "docs" / "en" / "examples" / "fully_async"
+"""Its long_tail.py has the answers and the reward."""
 
 
 def model_args() -> list[str]:
@@ -56,25 +44,26 @@ def prepare(folder: Path) -> Path:
     return folder / "model" / "bf16"
 
 
-def run(folder: Path, checkpoint: Path, schedule: str, seed: int, own: argparse.Namespace) -> list[dict[str, float]]:
+def run(
+    folder: Path, checkpoint: Path, schedule: str, estimator: str, seed: int, own: argparse.Namespace
+) -> list[dict[str, float]]:
     """One row for each rollout."""
-    logs = folder / f"{schedule}-{seed}"
-    here = "tools.bench.schedules"
+    logs = folder / f"{schedule}-{estimator}-{seed}"
     flags = [
         *model_args(), "--hf-checkpoint", checkpoint, "--actor-num-nodes", 1, "--actor-num-gpus-per-node", 1,
         "--num-gpus-per-node", 2, "--rollout-num-gpus", 1, "--rollout-num-gpus-per-engine", 1,
         "--prompt-data", folder / "train.jsonl", "--input-key", "prompt", "--label-key", "label", "--apply-chat-template",
-        "--rollout-shuffle", "--rollout-seed", seed, "--seed", seed, "--custom-rm-path", f"{here}.reward",
-        "--custom-generate-function-path", f"{here}.generate", "--num-rollout", own.rollouts, "--rollout-batch-size", 8,
+        "--rollout-shuffle", "--rollout-seed", seed, "--seed", seed, "--custom-rm-path", "long_tail.reward",
+        "--custom-generate-function-path", "long_tail.generate", "--num-rollout", own.rollouts, "--rollout-batch-size", 8,
         "--n-samples-per-prompt", 8, "--global-batch-size", 64, "--rollout-max-response-len", own.work,
-        "--advantage-estimator", "grpo", "--use-tis", "--optimizer", "adam", "--lr", own.lr, "--lr-decay-style", "constant",
+        "--advantage-estimator", estimator, "--use-tis", "--optimizer", "adam", "--lr", own.lr, "--lr-decay-style", "constant",
         "--use-dynamic-batch-size", "--max-tokens-per-gpu", 1024, "--sglang-server-concurrency", 64,
         "--schedule", schedule, *(("--max-weight-staleness", own.bound) if schedule == "fully-async" else ()), *own.flags,
     ]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {
         "SLIME_RUN_DIR": str(logs),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(EXAMPLE), str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     ended = subprocess.run(
         [sys.executable, "-m", "slime.train", *map(str, flags)], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -85,7 +74,7 @@ def run(folder: Path, checkpoint: Path, schedule: str, seed: int, own: argparse.
     return [row for row in rows if "perf/step_time" in row]
 
 
-def line(schedule: str, seed: int, rows: list[dict[str, float]]) -> str:
+def line(schedule: str, estimator: str, seed: int, rows: list[dict[str, float]]) -> str:
     def median(name: str) -> float:
         return statistics.median(row[name] for row in rows[WARM:])
 
@@ -94,7 +83,7 @@ def line(schedule: str, seed: int, rows: list[dict[str, float]]) -> str:
     oldest = max(row["rollout/weight_staleness/max"] for row in rows)
     mixed = statistics.fmean(row["rollout/mixed_versions_ratio"] for row in rows)
     return (
-        f"| {schedule} | {seed} | {median('perf/step_time'):.2f} | {median('perf/rollout_wait_time'):.2f} | "
+        f"| {schedule} | {estimator} | {seed} | {median('perf/step_time'):.2f} | {median('perf/rollout_wait_time'):.2f} | "
         f"{median('perf/train_time'):.2f} | {median('perf/update_weights_time'):.2f} | "
         f"{statistics.fmean(row['rollout/weight_staleness/mean'] for row in rows):.2f} | {oldest:.0f} | {mixed:.0%} | "
         f"{first:.3f} -> {last:.3f} |"
@@ -105,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES, choices=SCHEDULES)
+    parser.add_argument("--estimators", nargs="+", default=["grpo"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--rollouts", type=int, default=10)
     parser.add_argument("--work", type=int, default=64, help="tokens of the longest answers")
@@ -114,11 +104,12 @@ def main() -> None:
     own = parser.parse_args()
     own.output.mkdir(parents=True, exist_ok=True)
     checkpoint = prepare(own.output)
-    print("| schedule | seed | s an iteration | waited | training | sync | age, mean | age, most | mixed | reward |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for seed in own.seeds:
-        for schedule in own.schedules:
-            print(line(schedule, seed, run(own.output, checkpoint, schedule, seed, own)), flush=True)
+    print(
+        "| schedule | estimator | seed | s an iteration | waited | training | sync | age, mean | age, most | mixed | reward |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for schedule, estimator, seed in itertools.product(own.schedules, own.estimators, own.seeds):
+        print(line(schedule, estimator, seed, run(own.output, checkpoint, schedule, estimator, seed, own)), flush=True)
 
 
 if __name__ == "__main__":

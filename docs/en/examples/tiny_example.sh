@@ -6,6 +6,7 @@
 #   example NAME                  BASE_DIR, DATA, SETTINGS_FILE; the folder of the example is importable
 #   make_data PROGRAM             once; PROGRAM writes its files into the folder that it is given
 #   write_settings <<YAML         a file for --custom-config-path
+#   is_proven FLAGS...            whether nothing is to be started: --rehearse or --preflight
 #   run_tiny FLAGS...
 
 PROJECT_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../../.." && pwd)"
@@ -25,6 +26,10 @@ make_data() {
 write_settings() {
     mkdir -p "${BASE_DIR}"
     cat >"${SETTINGS_FILE}"
+}
+
+is_proven() {
+    [[ ${REHEARSE:-} == 1 || ${PREFLIGHT:-} == 1 || " $* " == *" --rehearse "* || " $* " == *" --preflight "* ]]
 }
 
 run_tiny() {
