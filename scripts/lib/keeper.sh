@@ -19,7 +19,13 @@ started() { # PID -> when, in the kernel's clock; empty for a process that is go
     [[ ${fields[0]} == Z ]] || printf '%s' "${fields[19]}"
 }
 
-members() { grep -lsxzF "SLIME_LAUNCH=$launch" /proc/[0-9]*/environ | cut -d/ -f3; }
+# Ray's agents wipe their environment, and may live for minutes without their raylet: on another node they are of Ray's own session.
+members() {
+    {
+        grep -lsxzF "SLIME_LAUNCH=$launch" /proc/[0-9]*/environ | cut -d/ -f3
+        [[ -z ${HEAD_OF_RUN:-} ]] || ps -e -o pid=,sid=,stat= | awk -v sid="$launcher" '$2 == sid && $3 !~ /Z/ { print $1 }'
+    } | sort -u
+}
 
 # What engines list of their shared memory (ChildProcess of slime/engine/process.py), for all nodes: names that are not this node's do no
 # harm. The lists of a launch that ends in order go with it, perhaps before a node that it cannot reach has noticed.

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from slime.observability.owner import this_process
-from tests.launchers.test_plain_shell import GLM, QWEN, ROOT, Shell, continued, free_port, shell, wait_for  # noqa: F401
+from tests.launchers.test_plain_shell import GLM, QWEN, ROOT, Shell, alive, continued, free_port, shell, wait_for  # noqa: F401
 
 TOO_BUSY = "echo one >>tries; [[ $(wc -l <tries)"
 TIMED_OUT = "echo 'Exception: The current node timed out during startup. This could happen because ...'; exit 1"
@@ -129,9 +129,17 @@ def test_a_node_is_joined_once_by_the_line_that_is_printed_and_its_keeper_outliv
 
 
 def test_a_node_whose_head_is_out_of_reach_ends_what_the_launch_has_there(tmp_path: Path):
-    """Ray itself may count on such a head for minutes: here it is a process that waits for ever."""
+    """Ray itself may count on such a head for minutes: here it is a process that waits for ever, and one that has no launch."""
     launch, keeper = "e" * 32, str(ROOT / "scripts" / "lib" / "keeper.sh")
-    ray = subprocess.Popen(["sleep", "600"], env=os.environ | {"SLIME_LAUNCH": launch}, start_new_session=True)
+    script = "env -i sleep 600 & echo $!; wait"
+    ray = subprocess.Popen(
+        ["bash", "-c", script],
+        env=os.environ | {"SLIME_LAUNCH": launch},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    agent = int(ray.stdout.readline())
     with socket.create_server(("127.0.0.1", 0)) as head:
         told = {"HEAD_OF_RUN": f"127.0.0.1:{head.getsockname()[1]}", "HEAD_SECONDS": "1"}
         keeps = subprocess.Popen(["bash", keeper, str(ray.pid), launch, str(tmp_path), ""], env=os.environ | told)
@@ -139,4 +147,4 @@ def test_a_node_whose_head_is_out_of_reach_ends_what_the_launch_has_there(tmp_pa
             head.accept()[0].close()
         assert ray.poll() is None
     assert ray.wait(60) == -signal.SIGTERM
-    assert keeps.wait(60) == 0
+    assert keeps.wait(60) == 0 and not alive(agent)
