@@ -38,6 +38,9 @@ HOST_MAX_RUNNING_REQUESTS = 32
 # the router sends at that moment is lost. In a prefill/decode pair the other half then waits for its partner for minutes.
 COMMON_ENVIRONMENT = {"SGLANG_TIMEOUT_KEEP_ALIVE": "86400"}
 
+# With them every rank keeps a whole matrix of which the trainer sends it a share (slime.weights.shares).
+REPLICATING = ("SGLANG_ENABLE_EMBED_REPLICATION", "SGLANG_SHARED_EXPERT_TP1")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -70,6 +73,13 @@ def command(
     if settings.get("sampling_mask_max_tokens"):
         # A prefill engine draws the first token: its words go to the decode engine along with the cache.
         env["SGLANG_ENABLE_DISAGG_SAMPLING_MASK"] = "1"
+    if spec.update_weights and spec.tp_size > 1:
+        replicating = [name for name in REPLICATING if env.get(name, "").lower() in ("1", "true", "yes", "y")]
+        notes = [
+            *notes,
+            *(f"{name} is turned off: the trainer sends each rank its share of that matrix" for name in replicating),
+        ]
+        env |= dict.fromkeys(replicating, "0")
     return Command(settings, COMMON_ENVIRONMENT | env, (*translated.notes, *notes))
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from slime.model.names import Entry
 
-CUTS_OTHERWISE = (
-    "enable_dp_attention", "dp_size", "data_parallel_size", "attn_dp_size", "attn_cp_size", "attention_context_parallel_size",
-    "dcp_size", "moe_dense_tp_size", "moe_dp_size", "moe_data_parallel_size", "moe_a2a_backend", "enable_deepep_moe",
-    "enable_dsa_prefill_context_parallel", "enable_nsa_prefill_context_parallel", "enable_prefill_context_parallel",
-)  # fmt: skip
-"""Options with which not every matrix is cut over all tensor-parallel ranks, and which one is depends on model and version."""
+CUTS_OTHERWISE = re.compile(
+    r"(^|_)(dp|cp|dcp|dwdp|a2a|deepep|elastic)(_|$)|attn_tp|dense_tp|data_parallel|context_parallel|max_ep_size|presharded"
+)
+"""In the name of an option: with it not every matrix is cut over all tensor-parallel ranks, and which are depends on the model
+and the version."""
 
 
 class ServingSpec(Protocol):
@@ -64,7 +64,8 @@ class Receiver:
             ep=spec.ep_size,
             drafts=drafts_with_mtp(spec.settings),
             fixed_experts=not _moves_experts(spec.settings),
-            cuts=spec.tp_size > 1 and not any(_is_on(spec.settings, name) for name in CUTS_OTHERWISE),
+            cuts=spec.tp_size > 1
+            and not any(_is_on(spec.settings, name) for name in spec.settings if CUTS_OTHERWISE.search(name)),
         )
 
     def keepers(self, entry: Entry, *, num_experts: int, num_layers: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import json
 import pytest
 from engine.engines import spec
 
-from slime.engine.kinds import CUDA_ONLY, command
+from slime.engine.kinds import CUDA_ONLY, Command, command
 from slime.engine.ports import EnginePorts
 from slime.engine.spec import NodePlacement
 from slime.engine.versions import TABLE, capabilities, option_table, typed_argv
@@ -111,6 +111,20 @@ def test_tensor_parallel_ranks_get_a_core_each(glm, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {2, 3, 6})
     plan = command("host", spec("regular", 0, glm, tp=4), HERE, PORTS, capabilities("0.5.23"), base_env={})
     assert plan.env["SGLANG_CPU_OMP_THREADS_BIND"] == "2|3|6|2"
+
+
+@pytest.mark.parametrize("name", ["SGLANG_ENABLE_EMBED_REPLICATION", "SGLANG_SHARED_EXPERT_TP1"])
+def test_a_matrix_of_which_ranks_are_sent_shares_is_replicated_on_none(glm, name):
+    def started(**changes) -> Command:
+        return command(
+            "cuda", dataclasses.replace(spec("regular", 0, glm, tp=2), **changes), HERE, PORTS, column, base_env={name: "True"}
+        )
+
+    column = capabilities("0.5.23")
+    plan = started()
+    assert plan.env[name] == "0" and f"{name} is turned off: the trainer sends each rank its share of that matrix" in plan.notes
+    kept = started(update_weights=False)
+    assert kept.env[name] == "True" and not any(name in note for note in kept.notes), "it reads its own checkpoint"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from unittest.mock import patch
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from weights.loader import Loader
 
 from slime.config.stages import Cut, cut_layers
+from slime.engine.spec import EngineSpec
 from slime.model.hf_config import HfConfig
 from slime.model.layout import merge, shard, unmerge
 from slime.model.names import Entry, NameTable
@@ -258,3 +259,20 @@ def test_every_byte_arrives_once_from_a_rank_that_has_it(case: Case) -> None:
         plan = case.plan()
         _walk(case, plan)
         assert plan.digest == case.plan().digest
+
+
+def test_an_engine_is_given_whole_tensors_where_not_every_matrix_is_cut_over_all_ranks() -> None:
+    plain = EngineSpec(
+        "default", "regular", 3, 2, 2, 1, 2, 1, 1, 1, "m", True, True, 0, {"attention_backend": "fa3", "ep_size": "1"}
+    )
+    assert Receiver.of(plain, first_gpu=8) == Receiver(3, (10, 11), 2, cuts=True)
+    assert not Receiver.of(replace(plain, num_gpus=1, tp_size=1), first_gpu=0).cuts
+    otherwise = [
+        ("enable_dp_attention", "true"), ("attn_cp_size", "2"), ("moe_dense_tp_size", "1"), ("moe_a2a_backend", "deepep"),
+        ("speculative_moe_a2a_backend", "deepep"), ("enable_prefill_cp", True), ("dwdp_size", "2"), ("dcp_size", "2"),
+        ("enable_deepep_moe", "true"), ("enable_dense_mlp_attn_tp", "true"), ("elastic_ep_backend", "mooncake"),
+        ("attention_context_parallel_size", "2"), ("enable_nsa_prefill_context_parallel", "true"),
+    ]  # fmt: skip
+    assert [name for name, value in otherwise if Receiver.of(replace(plain, settings={name: value}), first_gpu=0).cuts] == []
+    for name, value in (("moe_a2a_backend", "none"), ("enable_dp_attention", "false"), ("disable_cuda_graph", "true")):
+        assert Receiver.of(replace(plain, settings={name: value}), first_gpu=0).cuts, name
