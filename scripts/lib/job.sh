@@ -51,6 +51,11 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
         if ! kill -0 "$RAY_SUBMIT_PID" 2>/dev/null || ! kill -0 "$RAY_HEAD_PID" 2>/dev/null; then break; fi
     done
     trap_signals
+    local undone=""
+    if ! kill -0 "$RAY_SUBMIT_PID" 2>/dev/null; then
+        undone=$(job_undone)
+        [[ -z $undone ]] || await_head # its watcher may be about to name what of it is gone
+    fi
     if kill -0 "$RAY_SUBMIT_PID" 2>/dev/null || ! kill -0 "$RAY_HEAD_PID" 2>/dev/null; then
         kill "$RAY_SUBMIT_PID" 2>/dev/null || true
         local which
@@ -65,12 +70,28 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
         die "Ray itself ended, and the job with it; its last lines are above, all of them in $RAY_TEMP_DIR/head.log"
     fi
     wait "$CONSOLE_PID" || true
+    [[ -z $undone ]] || die "the job has not come to its end: $undone; Ray's logs are in $RAY_TEMP_DIR/ray"
     RAY_JOB_ID="" RAY_SUBMIT_PID=""
     if [[ -n $LEAVING && $status == 0 ]]; then # whatever the launcher has for after the job is not for now
         print_again
         exit 0
     fi
     return "$status"
+}
+
+# What Ray's client says of a job that it leaves with status 0 although it runs still, or was stopped; nothing of any other.
+job_undone() {
+    local _
+    for _ in {1..50}; do
+        kill -0 "$CONSOLE_PID" 2>/dev/null || break
+        sleep 0.1
+    done
+    { grep -oE "Status for job '$RAY_JOB_ID': [A-Z]+|Job '$RAY_JOB_ID' was stopped" "${RUN_DIR:-$RAY_TEMP_DIR}/console.log" || true; } | tail -n 1
+}
+
+await_head() { # to end, for HEAD_END_SECONDS (20) at most
+    local deadline=$((SECONDS + ${HEAD_END_SECONDS:-20}))
+    while ((SECONDS < deadline)) && kill -0 "$RAY_HEAD_PID" 2>/dev/null; do sleep 0.5; done
 }
 
 # A job with --save-on-signal hears of a preemption from us; the second signal is for this launcher, as without the flag.

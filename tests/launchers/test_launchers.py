@@ -49,7 +49,10 @@ if sys.argv[1:3] == ["job", "list"] and os.environ.get("HEAD_FAILS"):
 if sys.argv[1:3] == ["job", "submit"]:
     if "RAYLET" in os.environ:
         time.sleep(3)
-        os.kill(int(open(os.environ["CALLS"] + ".raylet").read()), 15)
+        if "RAYLET_STAYS" not in os.environ:
+            os.kill(int(open(os.environ["CALLS"] + ".raylet").read()), 15)
+        print(f"Status for job '{{sys.argv[sys.argv.index('--submission-id') + 1]}}': RUNNING")
+        sys.exit(0)  # as Ray's client does
     time.sleep(float(os.environ.get("JOB_SECONDS", "0")))
     if os.environ.get("HEAD_DIES_WITH_THE_JOB"):
         calls = [json.loads(line) for line in open(os.environ["CALLS"])]
@@ -439,16 +442,21 @@ def test_a_head_that_dies_under_the_job_is_told_with_its_last_lines(desk: Desk, 
     assert "The head's last words" in outcome.stderr and "Ray itself ended, and the job with it" in outcome.stderr
 
 
-def test_a_raylet_that_was_told_to_leave_ends_the_run_too(desk: Desk, free_ports: dict[str, str]):
-    """Ray's head, which lives on, sees a graceful end in it."""
+@pytest.mark.parametrize(
+    ("stays", "told"),
+    [
+        (False, "Ray itself ended, and the job with it: raylet [exit code=0 or SIGTERM]; its log is"),
+        (True, "the job has not come to its end: Status for job '"),
+    ],
+)
+def test_a_job_that_rays_client_left_is_no_success(desk: Desk, free_ports: dict[str, str], stays: bool, told: str):
+    """A raylet that is told to leave is a graceful end for Ray: its head lives on, and its client leaves with 0."""
     raylet = desk.root / "raylet"
     shutil.copy(shutil.which("sleep"), raylet)
-    given = {"RAYLET": str(raylet), "JOB_SECONDS": "60"}
+    given = {"RAYLET": str(raylet)} | ({"RAYLET_STAYS": "1", "HEAD_END_SECONDS": "1"} if stays else {})
     outcome = desk.run("run-glm5.2-744B-A40B.sh", **given, **free_ports, without=("HOSTFILE",))
     assert outcome.status == 1
-    assert (
-        "[launch] error: Ray itself ended, and the job with it: raylet [exit code=0 or SIGTERM]; its log is" in outcome.stderr
-    )
+    assert f"[launch] error: {told}" in outcome.stderr and "with more rollouts" not in outcome.stderr
 
 
 def test_a_node_that_does_not_join_is_named_and_the_others_are_stopped(desk: Desk, free_ports: dict[str, str]):

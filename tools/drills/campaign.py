@@ -158,7 +158,8 @@ class Campaign:
 
     @staticmethod
     def _went_on(launch: Launch, since: float) -> bool:
-        return launch.reported_since(since) >= _SURVIVED_ROLLOUTS or launch.process.poll() == 0
+        done = bool(launch.rollouts) and launch.rollouts[-1][1] == NUM_ROLLOUT
+        return launch.reported_since(since) >= _SURVIVED_ROLLOUTS or (done and launch.process.poll() == 0)
 
     def leave(self) -> None:
         """End the launch that runs, if one does."""
