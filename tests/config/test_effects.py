@@ -184,3 +184,11 @@ def test_one_sample_of_a_prompt_learns_nothing_from_its_own_mean() -> None:
     for other in ("--disable-rewards-normalization", "--advantage-estimator ppo", "--entropy-coef 0.1"):
         assert not any("learns nothing" in note for note in config_of(*one.split(), *other.split()).notes)
     assert not any("learns nothing" in note for note in config_of("--n-samples-per-prompt", "2").notes)
+
+
+def test_flags_of_sparse_attention_change_nothing_without_it() -> None:
+    words = [*LLAMA_ARGS.split(), *"--dsa-send-indices --dsa-index-scoring fp8".split()]
+    config = config_of(*words, facts=Facts(hf_config=LLAMA, hf_source="config.json"))
+    said = [note for note in config.notes if note.endswith("changes nothing: the model has no sparse attention")]
+    assert [note.split()[0] for note in said] == ["--dsa-index-scoring", "--dsa-send-indices"]
+    assert not any("no sparse attention" in note for note in config_of("--dsa-send-indices").notes)

@@ -137,6 +137,11 @@ BELONGS: tuple[tuple[tuple[str, ...], Callable[[Values], object], str], ...] = (
         "without --use-dynamic-batch-size a micro-batch is --micro-batch-size samples",
     ),
     (
+        ("dsa_core_axis", "dsa_move_cost", "dsa_index_scoring", "dsa_attention_forward", "dsa_send_indices"),
+        lambda v: v.hf is None or v.hf.has_indexer,
+        "the model has no sparse attention",
+    ),
+    (
         ("apply_chat_template_kwargs",),
         lambda v: v["apply_chat_template"] or not v["rollout_function_path"].startswith("slime.rollout.sglang_rollout."),
         "without --apply-chat-template no template is rendered",
