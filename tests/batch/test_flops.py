@@ -59,3 +59,11 @@ def test_glm_5_2_has_forty_billion_active_weights():
            "moe_shared_expert_intermediate_size": 2048}  # fmt: skip
     active = forward_flops([1], glm, vocab_size=154880)[0] / 2
     assert 38e9 < active < 42e9
+
+
+def test_lengths_of_any_number_type_cost_the_same():
+    """70,000 tokens: their square is beyond 32 bits."""
+    wanted = forward_flops([70_000], DENSE, vocab_size=100)
+    assert wanted.dtype == np.float64 and wanted[0] > 2 * 2 * 2 * 4 * 6 * 70_000**2 / 2
+    for kind in (np.int32, np.int64, np.uint32):
+        assert forward_flops(np.array([70_000], kind), DENSE, vocab_size=100).tolist() == wanted.tolist()

@@ -45,6 +45,8 @@ def test_two_samples_by_hand():
     assert micro.draft_rows.tolist() == [0, 3, 4]
     assert micro.segments.tolist() == [0, 1, 1]
     assert micro.loss_weight.tolist() == [0.5, 0.25, 0.25]
+    # Losses are float32 and rows are indices, whatever numpy made of a list.
+    assert micro.loss_weight.dtype == micro.loss_mask.dtype == torch.float32 and micro.segments.dtype == torch.int64
     assert micro.layout.cu_seqlens.tolist() == [0, 3, 7, 8]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from slime.config import ConfigError
+from slime.config.command_line import flag_table
 from slime.config.facts import Facts
 from slime.config.front_end import WHY, FrontEndConfig
+from slime.config.rules import effects
 from tests.config.flags import MOE, config_of
 
 
@@ -35,8 +37,8 @@ from tests.config.flags import MOE, config_of
         ("--model-name qwen3", "--model-name changes nothing: model_type of config.json"),
         ("--attention-softmax-in-fp32", "--attention-softmax-in-fp32 changes nothing: attention here always sums in float32"),
         ("--init-method-std 0.01", "--init-method-std changes nothing: every parameter comes from a checkpoint"),
-        ("--no-initialization", "--perform-initialization changes nothing"),
-        ("--overlap-p2p-communication", "--overlap-p2p-comm changes nothing: the schedule decides it"),
+        ("--no-initialization", "--no-initialization changes nothing"),
+        ("--overlap-p2p-communication", "--overlap-p2p-communication changes nothing: the schedule decides it"),
         ("--log-max-attention-logit", "--log-max-attention-logit changes nothing"),
         (
             "--rollout-top-k 1",
@@ -79,6 +81,13 @@ def test_experts_are_reached_by_all_to_all_whatever_is_asked(words: str) -> None
     assert config.model.megatron["moe_token_dispatcher_type"] == "alltoall"
     assert not {"moe_enable_deepep", "moe_flex_dispatcher_backend"} & config.model.megatron.keys()
     assert any("all-to-all" in note or "alltoall" in note for note in config.notes)
+
+
+def test_what_changes_nothing_is_called_by_a_flag_that_there_is() -> None:
+    """A field of megatron-core may have a flag of another name."""
+    of_others = [name for names, _, _ in effects.BELONGS for name in names]
+    named = [*effects.ONE_ANSWER, *effects.UNREAD, *effects.UNREAD_OPTIMIZER, *of_others]
+    assert [name for name in named if effects.spelled(name) not in flag_table()] == ["batch_p2p_comm"], "which no flag sets"
 
 
 def test_flags_of_the_front_end_and_their_reasons_are_the_same_list() -> None:

@@ -46,6 +46,8 @@ def test_released_models_are_known_to_their_last_field() -> None:
     assert said(QWEN3, num_nextn_predict_layers=0) == said(DEEPSEEK, num_nextn_predict_layers=1) == ""
     assert "num_nextn_predict_layers is 1, and what is trained here has 0" in said(QWEN3, num_nextn_predict_layers=1)
     assert said(QWEN3, rope_scaling=YARN) == said(GLM, quantization_config=FP8) == said(DEEPSEEK, q_lora_rank=None) == ""
+    unsaid = {name: value for name, value in FP8.items() if name not in ("fmt", "activation_scheme")}
+    assert said(GLM, quantization_config=unsaid) == "", "codes are e4m3 and activations dynamic where nothing is said"
 
 
 @pytest.mark.parametrize("base", [QWEN3, QWEN3_MOE, DEEPSEEK, GLM], ids=lambda base: base["model_type"])

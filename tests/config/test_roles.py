@@ -41,6 +41,13 @@ def test_the_actor_takes_flags_and_the_critic_an_optimizer_and_folders(tmp_path)
     assert (optimizer.lr, optimizer.weight_decay, optimizer.adam_beta2, optimizer.adam_beta1) == (1e-5, 0.0, 0.95, 0.9)
     assert (paths.save, paths.load, paths.ckpt_step, paths.keep_checkpoints) == ("/runs/c", "/runs/old", 7, 3)
     assert any("lr = 2e-06, because" in note and "for the actor" in note for note in config.notes)
+    # What the file does not say of the optimizer's state is as for the actor, what it says is the critic's own.
+    assert (paths.no_load_optim, paths.no_save_optim) == (config.checkpoint.no_load_optim, False)
+    own = of(tmp_path, BOTH.replace("ckpt_step: 7", "no_load_optim: false, no_save_optim: true"))
+    paths = critic_sections(own)["checkpoint"]
+    assert (paths.no_load_optim, paths.no_save_optim) == (False, True) and own.checkpoint.no_load_optim is True
+    shared = critic_sections(of(tmp_path, BOTH, "--no-save-optim"))["checkpoint"]
+    assert shared.no_save_optim is True
 
 
 def test_without_a_file_the_critic_has_the_actors_optimizer_and_lies_beside_it(tmp_path):

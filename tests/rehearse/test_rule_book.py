@@ -21,6 +21,7 @@ from slime.rehearse.report.text import as_text
 from slime.rehearse.result import Options, rehearse
 from tests.rehearse.edits import DISPATCH, SPECULATIVE, Edit, all_of, env, flags, in_group, unset, without
 from tests.rehearse.recipes import ROOT, Recipe, one_node, recorded
+from tests.rehearse.wording import well_said
 from tests.rehearse.wrong_algorithms import WRONG_ALGORITHMS
 from tests.rehearse.wrong_engines import WRONG_ENGINES
 from tests.rehearse.wrong_recipes import WRONG as WRONG_RECIPES
@@ -32,7 +33,7 @@ WRONG = WRONG_RECIPES | WRONG_ALGORITHMS | WRONG_ENGINES | WRONG_VALUES
 def judged(recipe: Recipe, folder: Path) -> Findings:
     findings = Findings()
     check_engines(read(recipe.written(folder), findings, env=recipe.env), findings, version="0.5.17")
-    return findings
+    return well_said(findings)
 
 
 LEGAL: dict[str, Edit] = {

@@ -155,7 +155,7 @@ def belongs_to_another(v: Values) -> None:
     for names, means_something, why in BELONGS:
         asked = [name for name in names if name in v.given]
         if asked and not means_something(v):
-            v.notes += [f"--{_spelled(name)} changes nothing: {why}" for name in asked]
+            v.notes += [f"{spelled(name)} changes nothing: {why}" for name in asked]
     one, centred = v["n_samples_per_prompt"] == 1, v["advantage_estimator"] in CENTRED and v["rewards_normalization"]
     makes_more = v["custom_generate_function_path"] or v["custom_reward_post_process_path"]
     alone = v["loss_type"] == "policy_loss" and not (v["use_opd"] or v["use_kl_loss"] or v["kl_coef"] or v["entropy_coef"])
@@ -169,16 +169,23 @@ def belongs_to_another(v: Values) -> None:
 CENTRED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
 """Estimators that compare a sample with the others of its prompt."""
 
-_SWITCHED_OFF = {"wandb_random_suffix": "disable-wandb-random-suffix"}
+OTHERWISE: Mapping[str, str] = {
+    "wandb_random_suffix": "--disable-wandb-random-suffix",
+    "add_position_embedding": "--no-position-embedding",
+    "perform_initialization": "--no-initialization",
+    "overlap_p2p_comm": "--overlap-p2p-communication",
+}
+"""Attributes and fields whose flag has another name."""
 
 
-def _spelled(name: str) -> str:
-    return _SWITCHED_OFF.get(name, name.replace("_", "-"))
+def spelled(name: str) -> str:
+    """The flag that sets the attribute or field."""
+    return OTHERWISE.get(name, "--" + name.replace("_", "-"))
 
 
 def without_effect(v: Values) -> None:
     for name, why in ONE_ANSWER.items():
         if name in v.given:
-            v.notes.append(f"--{name.replace('_', '-')} changes nothing: {why}")
+            v.notes.append(f"{spelled(name)} changes nothing: {why}")
     for names, given in ((UNREAD, v["model.megatron"]), (UNREAD_OPTIMIZER, {**v["optimizer.megatron"], **v["optimizer.ddp"]})):
-        v.notes += [f"--{name.replace('_', '-')} changes nothing: {why}" for name, why in names.items() if name in given]
+        v.notes += [f"{spelled(name)} changes nothing: {why}" for name, why in names.items() if name in given]
