@@ -28,6 +28,8 @@ _CLEAN_SECONDS = 60.0
 """From the end of a launcher to the end of what it had started: one that was killed leaves that to its keeper."""
 _ROLLOUTS_FOR_A_DRILL = 8
 _SURVIVED_ROLLOUTS = 2
+_SURVIVED_SECONDS = 40.0
+"""Two small rollouts may be over before the loss of Ray's control process is missed (slime.ray.cluster_watch)."""
 _TRIES = 5
 _WRITER_SECONDS = 10.0
 """From the beginning of a save, which is over earlier unless the machine is very busy."""
@@ -154,7 +156,8 @@ class Campaign:
     def _observe(self, launch: Launch, since: float, *, seconds: float) -> None:
         """Until the launch has ended, or has gone on for two rollouts after the fault was over."""
         left = max(0.0, since + seconds - time.monotonic())
-        launch.until(lambda: launch.reported_since(since) >= _SURVIVED_ROLLOUTS, seconds=left)
+        last = since + _SURVIVED_SECONDS
+        launch.until(lambda: time.monotonic() > last and launch.reported_since(since) >= _SURVIVED_ROLLOUTS, seconds=left)
 
     @staticmethod
     def _went_on(launch: Launch, since: float) -> bool:
