@@ -125,13 +125,14 @@ trap_signals() {
 launch_ray_head() { # CLIENT-PORT AGENT-PORT METRICS-PORT ENVIRONMENT-PORT
     exec 9>"$RAY_TEMP_DIR/joined-$(hostname)"
     flock -n 9 || true # JOIN_ONCE asks for it
+    : >"$RAY_TEMP_DIR/head.log" # two write to it, so both append
     # With a port of its choice Ray's client server asks for it, and ends Ray when a busy machine does not answer within 30 s.
     setsid ray start --head --block --runtime-env-agent-port "$4" \
         --node-ip-address "$MASTER_ADDR" --port "$RAY_PORT" --num-gpus "$NUM_GPUS" ${NUM_CPUS:+--num-cpus "$NUM_CPUS"} \
         --dashboard-host "${RAY_DASHBOARD_HOST:-127.0.0.1}" --dashboard-port "$RAY_DASHBOARD_PORT" \
         --ray-client-server-port "$1" --dashboard-agent-listen-port "$2" --metrics-export-port "$3" \
         --min-worker-port 0 --max-worker-port 0 \
-        --temp-dir "$RAY_TEMP_DIR/ray" --disable-usage-stats >"$RAY_TEMP_DIR/head.log" 2>&1 </dev/null &
+        --temp-dir "$RAY_TEMP_DIR/ray" --disable-usage-stats >>"$RAY_TEMP_DIR/head.log" 2>&1 </dev/null &
     RAY_HEAD_PID=$!
     watch_head "$RAY_HEAD_PID" "$RAY_TEMP_DIR/head.log" </dev/null >/dev/null 2>&1 &
     RAY_WATCH_PID=$!

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # `ray start` stays, as with --block; everything else answers at once. Each call is one line of JSON.
 FAKE_RAY = f"""#!{sys.executable}
-import json, os, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 keep = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 with open(os.environ["CALLS"], "a") as out:
     call = {{"argv": sys.argv[1:], "pid": os.getpid(), "env": {{k: os.environ.get(k) for k in keep}}, "all": dict(os.environ)}}
@@ -40,6 +40,7 @@ if sys.argv[1] == "start":
         sys.exit(1)
     print("Ray runtime started. The head's last words.", flush=True)
     if "RAYLET" in os.environ:
+        signal.signal(signal.SIGTERM, lambda *_: print("received SIGTERM. Draining for up to 30 s", flush=True) or sys.exit(1))
         raylet = subprocess.Popen([os.environ["RAYLET"], "120"])
         open(os.environ["CALLS"] + ".raylet", "w").write(str(raylet.pid))
         raylet.wait()
