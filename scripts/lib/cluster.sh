@@ -153,6 +153,8 @@ watch_head() { # HEAD-PID LOG
             sleep 3 # after a crash the head ends first
             ! kill -0 "$1" || printf '%s [exit code=0 or SIGTERM]\n' "$part" >>"$2"
             kill "$1"
+            sleep 5 # without its control process it drains for half a minute; the session's others are ended with the launch
+            kill -KILL "$1"
             return
         done
         sleep $((${#parts[@]} == 2 ? 2 : 1))
