@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -22,7 +23,7 @@ from slime.weights.plan import Receiver
 
 pytestmark = pytest.mark.slow
 BY_HAND = "SLIME_BY_HAND"
-LIMIT = 60.0
+LIMIT = 300.0
 """Seconds; who waits for a peer has 30 minutes otherwise."""
 
 
@@ -50,6 +51,7 @@ class Trainer:
         return os.getpid()
 
     def send(self, pair: str, to: Destinations) -> tuple[str, ...]:
+        sys.path.insert(0, str(Path(__file__).parents[1]))
         import torch.distributed as dist
         from model.parity import build
 
@@ -113,11 +115,11 @@ by_hand = pytest.mark.skipif(BY_HAND not in os.environ, reason=f"a minute: by ha
 
 
 @by_hand
-def test_a_receiver_that_is_killed_is_named_with_its_signal(started):
+def test_a_receiver_that_is_killed_is_named_with_its_process(started):
     send, engine, pids, _ = started
     engine.then = lambda: os.kill(pids["receiver 1"], signal.SIGKILL)
     said = str(send())
-    assert "receiver 1 of engine decode-0" in said and "SIGKILL" in said and "while receiving weights" in said, said
+    assert f"receiver 1 of engine decode-0 (pid {pids['receiver 1']} on " in said and "while receiving weights" in said, said
     assert "did not answer" not in said and 3 <= engine.posts <= 4
 
 
@@ -126,7 +128,7 @@ def test_a_trainer_rank_that_is_killed_is_named_and_the_receivers_are_free_again
     send, engine, pids, receivers = started
     engine.then = lambda: os.kill(pids["trainer rank 0"], signal.SIGKILL)
     said = str(send())
-    assert said.startswith("trainer rank 0") and "SIGKILL" in said and "while sending weights v1" in said, said
+    assert said.startswith("trainer rank 0 ") and "died" in said and "while sending weights v1" in said, said
     # An actor does one thing after another: it answers once its part of the sync has ended.
     assert ray.get([one.__ray_call__.remote(lambda self: "here") for one in receivers], timeout=LIMIT) == ["here"] * 2
 
