@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -15,3 +16,17 @@ def joint_group(store: dist.Store, *, name: str, rank: int, world: int, backend:
     )
     _world.pg_group_ranks[group] = {number: number for number in range(world)}
     return group
+
+
+def give_up(group: dist.ProcessGroup, error: BaseException) -> None:
+    """Close a group in which `error` came, so that members which wait for this one hear of it. The caller keeps no other
+    reference.
+
+    gloo closes connections when nobody holds the group any more, which the frames of what failed do; NCCL when it is told to.
+    """
+    failed: BaseException | None = error
+    while failed is not None:
+        traceback.clear_frames(failed.__traceback__)
+        failed = failed.__context__
+    group.abort()
+    dist.destroy_process_group(group)

@@ -17,7 +17,7 @@ import ray
 import torch.distributed as dist
 from ray.actor import ActorHandle
 
-from slime.compat.joint_group import joint_group
+from slime.compat.joint_group import give_up, joint_group
 from slime.device import Device
 from slime.model.hf_config import HfConfig
 from slime.ray.calls import gather
@@ -84,6 +84,16 @@ class WeightReceiver:
 
     def receive(self, order: Order) -> list[str]:
         """One sync; the engines of this receiver that were lost, with how. Raises EngineError for one that refuses."""
+        try:
+            return self._receive(order)
+        except Exception as error:
+            group, self._group = self._group, None
+            give_up(group, error)
+            del group
+            self.leave()
+            raise
+
+    def _receive(self, order: Order) -> list[str]:
         from slime.ray.engine_feed import EngineFeed
         from slime.weights.execute import Execution
 
@@ -193,8 +203,11 @@ class Receivers:
         return [line for lost in answers.values() for line in lost]
 
     def explain(self, error: Exception) -> None:
-        """After a send to a receiver has failed: raises what became of the receiver, where that is the cause. error: of here,
-        which stands where no receiver has more to say."""
+        """After a send to a receiver has failed: leaves the group, so that nobody waits for this rank, and raises what became
+        of the receiver, where that is the cause. error: of here, which stands where no receiver has more to say."""
+        group, self.group = self.group, None
+        give_up(group, error)
+        del group
         calls, self._calls = self._calls, {}
         if calls:
             logger.warning("sending weights to receivers: %s; asking these what has happened", error)

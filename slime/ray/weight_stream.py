@@ -97,6 +97,7 @@ class WeightStream:
             lost += _finish(feeds, broadcast)
         except RuntimeError as error:
             if others is not None:
+                self._others = None
                 others.explain(error)
             raise
         finally:

@@ -114,8 +114,8 @@ def started(cluster, pair, tmp_path) -> Iterator[tuple[Callable[[], Exception | 
 by_hand = pytest.mark.skipif(BY_HAND not in os.environ, reason=f"a minute: by hand, with {BY_HAND}=1")
 
 
-@by_hand
 def test_a_receiver_that_is_killed_is_named_with_its_process(started):
+    # The other receiver gives up and lives: the trainer, which waits for it, hears that it has left the group.
     send, engine, pids, _ = started
     engine.then = lambda: os.kill(pids["receiver 1"], signal.SIGKILL)
     said = str(send())
