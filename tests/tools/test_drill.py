@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -231,19 +232,22 @@ HOLDS = "import sys, time\nprint('up', flush=True)\nsys.stdin.readline()\nbytear
 
 
 def test_a_process_short_of_memory_cannot_take_more_until_it_is_undone():
-    def asks(*, undone: bool) -> str:
+    def asks(*, undone: bool, hard: int = resource.RLIM_INFINITY) -> str:
         with subprocess.Popen(
             [sys.executable, "-c", HOLDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
             process.stdout.readline()
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (hard, hard))
             undo = inflict("memory", process.pid, stop_seconds=0)
+            assert resource.prlimit(process.pid, resource.RLIMIT_AS)[1] == hard, "what a grader has: nobody may raise it"
             if undone:
                 undo()
             out, error = process.communicate("\n")
         return out + error
 
     assert "MemoryError" in asks(undone=False)
-    assert asks(undone=True) == "has it\n"
+    assert "MemoryError" in asks(undone=False, hard=1 << 33)
+    assert asks(undone=True) == asks(undone=True, hard=1 << 33) == "has it\n"
 
 
 def test_a_stopped_process_goes_on_after_the_time_and_nobody_else_is_woken():
