@@ -44,7 +44,9 @@ class Recorder:
 def started(monkeypatch):
     def start(kind: str, *, colocate: bool) -> list[str]:
         both = Recorder(kind)
-        monkeypatch.setattr(run_module, "place", lambda **sizes: None)
+        monkeypatch.setattr(run_module, "place", lambda **sizes: SimpleNamespace(addresses=()))
+        packages = SimpleNamespace(check=lambda: both.events.append("packages compared"))
+        monkeypatch.setattr(run_module, "SamePackages", lambda addresses: packages)
         actor = SimpleNamespace(remote=lambda *_: None)
         monkeypatch.setattr(run_module, "RolloutActor", SimpleNamespace(options=lambda **_: actor))
         monkeypatch.setattr(run_module, "RolloutSide", lambda *_: both)
@@ -73,6 +75,7 @@ def started(monkeypatch):
         )
         run_module.Run(config).start()
         order = (
+            "packages compared",
             "load_plugins",
             "check_hooks",
             "engines start",
@@ -87,14 +90,14 @@ def started(monkeypatch):
     return start
 
 
-def test_functions_that_flags_name_are_checked_before_anything_comes_up(started):
-    assert started("host", colocate=False)[:3] == ["load_plugins", "check_hooks", "engines start"]
+def test_functions_that_flags_name_and_the_nodes_packages_are_checked_before_anything_comes_up(started):
+    assert started("host", colocate=False)[:4] == ["load_plugins", "check_hooks", "packages compared", "engines start"]
 
 
 def test_on_shared_gpus_the_trainer_starts_when_the_engines_have_given_their_memory_back(started):
     assert started("cuda", colocate=True) == [
-        "load_plugins", "check_hooks", "engines start", "engines are up", "release_memory", "trainer starts", "trainer loads",
-        "first weights",
+        "load_plugins", "check_hooks", "packages compared", "engines start", "engines are up", "release_memory",
+        "trainer starts", "trainer loads", "first weights",
     ]  # fmt: skip
 
 
