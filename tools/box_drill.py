@@ -148,8 +148,7 @@ class Launch(Followed):
             "NUM_NODES": str(len(box.nodes)), "SFT_STEPS": "3", "SSH": f"{tool} ssh {box.folder}",
         }  # fmt: skip
         command = cluster_box.entering(box, 1, ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *flags])
-        logs = [self.base / "run" / name for name in ("driver.log", "console.log")]
-        super().__init__(command, os.environ | settings, logs)
+        super().__init__(command, os.environ | settings, self.base / "run")
 
     def comes_to(self, phase: str) -> bool:
         """A phase of an iteration is awaited after the first rollout: the weights' first way is also a start."""
@@ -159,8 +158,7 @@ class Launch(Followed):
             )
         if not self.until(lambda: bool(self.rollouts), seconds=READY_WITHIN):
             return False
-        since = time.monotonic()
-        return self.until(lambda: any(at > since and one == phase for at, one in self.began[-20:]), seconds=60.0)
+        return self.wait_for_phase(phase, seconds=60.0)
 
     def leave(self, *, seconds: float = 90.0) -> None:
         if self.process.poll() is None:

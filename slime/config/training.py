@@ -171,6 +171,10 @@ class BatchConfig:
     """Recompute log-probabilities and loss in the backward pass."""
 
 
+CENTRED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
+"""Estimators that compare a sample with the others of its prompt."""
+
+
 @dataclass(frozen=True)
 class AlgorithmConfig:
     """What is optimized."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from slime.algorithms.rewards import leave_one_out, normalize_by_group, overlong_penalty
 from slime.config import view_for_call
+from slime.config.training import CENTRED
 from slime.rollout.base_types import Group, flatten
 from slime.rollout.plugins import load_function
 from slime.types import RolloutBatch
@@ -22,7 +23,6 @@ from slime.types.reward import plain_reward
 from slime.types.sample import Sample, Status
 from slime.types.selections import Selections
 
-_CENTRED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
 _SCALED = ("grpo", "gspo", "cispo")
 
 
@@ -225,7 +225,7 @@ def _rewards(args: Any, samples: list[Sample], groups: np.ndarray) -> tuple[np.n
         ).astype(np.float32)
     if args.advantage_estimator == "rloo":
         return raw, leave_one_out(shaped, groups)
-    if not args.rewards_normalization or args.advantage_estimator not in _CENTRED:
+    if not args.rewards_normalization or args.advantage_estimator not in CENTRED:
         return raw, shaped
     divide = args.advantage_estimator in _SCALED and args.grpo_std_normalization
     return raw, normalize_by_group(shaped, groups, divide)

@@ -158,7 +158,7 @@ class SyncPlan:
         seen: set[tuple[int, int]] = set()
         end = 0
         for delivery in mine:
-            if gpu not in self._keepers[delivery.lane][delivery.part]:
+            if gpu not in self.keepers[delivery.lane][delivery.part]:
                 continue
             if len(self.lanes[delivery.lane].holders) == 1:
                 places[delivery.number] = end
@@ -170,11 +170,12 @@ class SyncPlan:
                         metas.append(TensorMeta(tensor.name, tensor.shape, tensor.dtype, end, tensor.nbytes))
                         end += padded(tensor.nbytes)
         makes = tuple(delivery for delivery in mine if gpu in delivery.makers)
-        staged = tuple(delivery for delivery in makes if gpu not in self._keepers[delivery.lane][delivery.part])
+        staged = tuple(delivery for delivery in makes if gpu not in self.keepers[delivery.lane][delivery.part])
         return Duties(gpu, tuple(metas), end, makes, staged, mine, places)
 
     @cached_property
-    def _keepers(self) -> list[list[frozenset[int]]]:
+    def keepers(self) -> list[list[frozenset[int]]]:
+        """GPUs that keep a part, by lane and part."""
         return [[frozenset(gpus) for gpus in lane.keepers] for lane in self.lanes]
 
     @cached_property

@@ -92,12 +92,11 @@ def price(plan: SyncPlan, links: Links) -> PlanPrice:
 def _loads(plan: SyncPlan) -> tuple[list[list[list[list[int]]]], list[list[int]]]:
     """(bytes by round, hop, port and GPU; bytes that are loaded by round and GPU)"""
     gpus, hops = len(plan.nodes), plan.hops
-    keepers = [[frozenset(of_part) for of_part in lane.keepers] for lane in plan.lanes]
     loads = [[[[0] * gpus for _ in PORTS] for _ in range(hops)] for _ in range(plan.rounds)]
     loaded = [[0] * gpus for _ in range(plan.rounds)]
     for delivery in plan.deliveries:
         nbytes, of_gpu = delivery.nbytes, loaded[delivery.round]
-        for gpu in keepers[delivery.lane][delivery.part].intersection(delivery.makers):
+        for gpu in plan.keepers[delivery.lane][delivery.part].intersection(delivery.makers):
             of_gpu[gpu] += nbytes
         for hop, source, target in delivery.legs:
             near = 2 if plan.nodes[source] == plan.nodes[target] else 0

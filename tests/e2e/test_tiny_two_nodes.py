@@ -14,6 +14,7 @@ from pathlib import Path
 
 import audits
 import pytest
+from by_hand import by_hand
 
 from tools import cluster_box
 
@@ -22,7 +23,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(cluster_box.why_not() is not None, reason=f"no cluster in a box: {cluster_box.why_not()}"),
 ]
-BY_HAND = "SLIME_BY_HAND"
 
 
 def test_the_launcher_trains_over_two_nodes_and_leaves_nothing_on_them():
@@ -48,7 +48,7 @@ def test_the_launcher_trains_over_two_nodes_and_leaves_nothing_on_them():
         assert not (box.folder / "base" / "run" / ".launched").exists()
 
 
-@pytest.mark.skipif(BY_HAND not in os.environ, reason=f"a launch and an audit of three minutes: by hand, with {BY_HAND}=1")
+@by_hand("a launch and an audit of three minutes")
 def test_nothing_on_two_nodes_that_train_is_open_to_a_third():
     """Every listener of both nodes, called from there as another user, and from the third node, which is not of the run."""
     hook = ("--custom-megatron-before-train-step-hook-path", "step_hook.wait")

@@ -67,7 +67,7 @@ def load_on_ranks(folder: Path, layout: str, words: Sequence[Sequence[str]]) -> 
             with open(folder / f"log-{layout}-{rank}", "w") as log:
                 command, env = [sys.executable, __file__, *told], host_environment(cores=[rank])
                 running.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
-        codes = [process.wait(timeout=300) for process in running]
+        codes = [process.wait(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from engine.reference import restore_fp8
-from engine.stock_glm import FRESH
+from engine.stock_glm import FRESH, load_on_ranks
 from model.parity import build
 from ranks import run_ranks
 
-from slime.compat.sglang import host_environment
 from slime.model.export import export_weights
 from slime.model.hf_config import read_hf_config
 from slime.model.names import NameTable
@@ -61,9 +58,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list, Na
         run_ranks(1, stream, str(folder / "bf16"), str(folder / kind), folder / f"{kind}.pt")
     for number, (kind, fused) in enumerate(CASES.values()):
         words += [str(folder / kind), "draft", str(int(fused)), str(folder / f"{kind}.pt"), str(folder / f"held-{number}.pt")]
-    program = [sys.executable, str(Path(__file__).with_name("stock_glm.py")), "0", "1", str(folder / "store"), "recipe", *words]
-    answer = subprocess.run(program, env=host_environment(cores=[0]), capture_output=True, text=True, timeout=600)
-    assert answer.returncode == 0, answer.stderr[-3000:]
+    load_on_ranks(folder, "recipe", [words])
     return {
         case: (torch.load(folder / f"{kind}.pt"), torch.load(folder / f"held-{number}.pt"))
         for number, (case, (kind, _)) in enumerate(CASES.items())

@@ -202,7 +202,6 @@ def test_a_secret_goes_to_every_rank_by_environment_alone(shell: Shell):
 
 
 def free_port() -> int:
-
     with socket.socket() as one:
         one.bind(("", 0))
         return one.getsockname()[1]

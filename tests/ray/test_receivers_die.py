@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from by_hand import by_hand
 
 from slime.engine.client import EngineError, EngineGone
 from slime.ray.calls import gather
@@ -22,7 +23,6 @@ from slime.ray.weight_receivers import WeightReceiver
 from slime.weights.plan import Receiver
 
 pytestmark = pytest.mark.slow
-BY_HAND = "SLIME_BY_HAND"
 LIMIT = 300.0
 """Seconds; who waits for a peer has 30 minutes otherwise."""
 
@@ -34,21 +34,9 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tools.make_tiny_checkpoint import main
-
-    folder = tmp_path_factory.mktemp("die")
-    main(["--preset", "cpu", "--seed", "5", "--output", str(folder)])
-    return folder
-
-
 @ray.remote(num_cpus=0)
 class Trainer:
     """The one rank of a trainer."""
-
-    def process(self) -> int:
-        return os.getpid()
 
     def send(self, pair: str, to: Destinations) -> tuple[str, ...]:
         sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -90,18 +78,20 @@ class Engine:
 
 
 @pytest.fixture
-def started(cluster, pair, tmp_path) -> Iterator[tuple[Callable[[], Exception | dict], Engine, dict[str, int], list]]:
+def started(cluster, tiny_pair, tmp_path) -> Iterator[tuple[Callable[[], Exception | dict], Engine, dict[str, int], list]]:
     """(sends and gives what came of it, the engine, pids by name, the receivers)"""
     engine, trainer = Engine(), Trainer.remote()
     receivers = [WeightReceiver.options(num_cpus=0).remote(f"receiver-{number}", 0, tmp_path) for number in range(2)]
-    asked = {"trainer rank 0": trainer.process.remote()}
-    asked |= {f"receiver {n}": one.__ray_call__.remote(lambda self: os.getpid()) for n, one in enumerate(receivers)}
+    actors = {"trainer rank 0": trainer} | {f"receiver {number}": one for number, one in enumerate(receivers)}
+    asked = {name: actor.__ray_call__.remote(lambda self: os.getpid()) for name, actor in actors.items()}
     target = EngineTarget("decode-0", engine.url, "secret", Receiver(0, (1, 2), 2), receivers=tuple(receivers))
     to = Destinations((target,), (0, 0, 0))
 
     def send() -> Exception | dict:
         try:
-            return gather({"trainer rank 0": trainer.send.remote(str(pair), to)}, doing="sending weights v1", timeout=LIMIT)
+            return gather(
+                {"trainer rank 0": trainer.send.remote(str(tiny_pair), to)}, doing="sending weights v1", timeout=LIMIT
+            )
         except RuntimeError as error:
             return error
 
@@ -109,9 +99,6 @@ def started(cluster, pair, tmp_path) -> Iterator[tuple[Callable[[], Exception | 
     for actor in (trainer, *receivers):
         ray.kill(actor)
     engine.server.shutdown()
-
-
-by_hand = pytest.mark.skipif(BY_HAND not in os.environ, reason=f"a minute: by hand, with {BY_HAND}=1")
 
 
 def test_a_receiver_that_is_killed_is_named_with_its_process(started):
@@ -123,7 +110,7 @@ def test_a_receiver_that_is_killed_is_named_with_its_process(started):
     assert "did not answer" not in said and 3 <= engine.posts <= 4
 
 
-@by_hand
+@by_hand("a minute")
 def test_a_trainer_rank_that_is_killed_is_named_and_the_receivers_are_free_again(started):
     send, engine, pids, receivers = started
     engine.then = lambda: os.kill(pids["trainer rank 0"], signal.SIGKILL)

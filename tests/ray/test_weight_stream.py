@@ -64,15 +64,6 @@ class RecordingEngine:
             self.ranks[rank][meta.name] = raw.view(meta.dtype).view(meta.shape).clone()
 
 
-@pytest.fixture(scope="module")
-def tiny_pair(tmp_path_factory):
-    from tools.make_tiny_checkpoint import main
-
-    folder = tmp_path_factory.mktemp("stream")
-    main(["--preset", "cpu", "--seed", "5", "--output", str(folder)])
-    return folder
-
-
 EXPERTS = 8
 
 

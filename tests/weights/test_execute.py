@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import by_hand
 import pytest
 import torch
 from model.parity import build
@@ -31,7 +31,6 @@ from tools.make_tiny_checkpoint import GlmSize, Preset, write_checkpoint
 pytestmark = pytest.mark.slow
 
 LAYERS, EXPERTS = 4, 4
-BY_HAND = "SLIME_BY_HAND"
 SMALL = GlmSize(num_hidden_layers=LAYERS, n_routed_experts=EXPERTS, first_k_dense_replace=1)
 # Every matrix that two ranks share is cut on borders of FP8 blocks.
 WHOLE_BLOCKS = GlmSize(
@@ -130,7 +129,7 @@ LARGE = {
         world=16,
     ),
 }
-ALL = CASES | (LARGE if BY_HAND in os.environ else {})
+ALL = CASES | (LARGE if by_hand.IS_SET else {})
 """Sixteen ranks by hand: 25 s of both cores."""
 
 

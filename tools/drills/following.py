@@ -34,14 +34,15 @@ def phase_of(line: str) -> str | None:
 class Followed:
     """Starts at once. Everything that the process prints, and is added to the logs from now on, becomes `lines`."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], logs: Sequence[Path]):
-        """logs: files that may not be there yet."""
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], run: Path):
+        """run: the folder of the run's logs, which may not be there yet."""
         self.lines: list[Line] = []
         self.began: list[tuple[float, str]] = []
         """When each phase began."""
         self.rollouts: list[tuple[float, int]] = []
         """When each was reported, and its number (from 1)."""
         self.closed = threading.Event()
+        logs = [run / name for name in ("driver.log", "console.log")]
         self._logs = {file: file.stat().st_size if file.exists() else 0 for file in logs}
         self.process = subprocess.Popen(
             command,
@@ -87,6 +88,11 @@ class Followed:
 
     def reported_since(self, moment: float) -> int:
         return sum(at > moment for at, _ in self.rollouts)
+
+    def wait_for_phase(self, phase: str, *, seconds: float) -> bool:
+        """Until it begins once more."""
+        since = time.monotonic()
+        return self.until(lambda: any(at > since and one == phase for at, one in reversed(self.began)), seconds=seconds)
 
     def until(self, what: Callable[[], bool], *, seconds: float, every: float = _LOOK_SECONDS) -> bool:
         """False when the launch ends first, or the time is over. every: seconds between two looks."""

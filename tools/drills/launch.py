@@ -45,18 +45,13 @@ class Launch(Followed):
         environment = os.environ | {"BASE_DIR": str(base), "SFT_STEPS": "3", MARK: mark}
         folder = ("--load", str(checkpoints), "--save", str(checkpoints))
         command = ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *SMALL, *folder, *flags]
-        super().__init__(command, environment, [base / "run" / name for name in ("driver.log", "console.log")])
+        super().__init__(command, environment, base / "run")
         self.scene = Scene(self.process.pid, mark)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while not self.closed.wait(_SHARED_SECONDS):
             self.scene.update(maps=True)
-
-    def wait_for_phase(self, phase: str, *, seconds: float) -> bool:
-        """Until it begins once more."""
-        since = time.monotonic()
-        return self.until(lambda: any(at > since and one == phase for at, one in reversed(self.began)), seconds=seconds)
 
     def ray_folder(self) -> Path | None:
         found = [re.search(r"logs (/\S+/slime-ray-\w+|/tmp/\S+)$", line.text) for line in self.lines]

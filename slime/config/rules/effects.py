@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from slime.config import front_end
+from slime.config.training import CENTRED
 
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
@@ -165,9 +166,6 @@ def belongs_to_another(v: Values) -> None:
             "prompt's rewards off each, and the mean of one is itself; give more samples, or --disable-rewards-normalization"
         )
 
-
-CENTRED = ("grpo", "gspo", "cispo", "reinforce_plus_plus_baseline")
-"""Estimators that compare a sample with the others of its prompt."""
 
 OTHERWISE: Mapping[str, str] = {
     "wandb_random_suffix": "--disable-wandb-random-suffix",
