@@ -6,6 +6,7 @@ distributed checkpoints read their metadata and their small objects that way, wh
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ class ClosedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         import torch
 
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype | torch.layout)):
             return getattr(torch, name)
         listed = name in _METADATA.get(module, ())
@@ -47,6 +50,13 @@ class ClosedUnpickler(pickle.Unpickler):
         if not listed and not (isinstance(found, type) and f"{found.__module__}.".startswith(self._rooms)):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no class of {', '.join(self._rooms)}")
         return found
+
+
+def _member(owner: object, name: str) -> enum.Enum:
+    """What Python below 3.11.4 writes for an enumeration's member is getattr(class, name)."""
+    if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError(f"it asks for {name} of {owner}, which is no member of an enumeration; nothing of it was run")
 
 
 def load_pickle(stream: IO[bytes], *, rooms: Sequence[str] = ()) -> Any:

@@ -20,6 +20,8 @@ import pytest
 import torch
 from model.parity import build
 from ranks import run_ranks
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from slime.compat.pickles import foreign_classes, load_pickle, load_values
 from slime.model.dist_ckpt import DESCRIPTION, describe, read_metadata, sharded_model
@@ -36,6 +38,27 @@ class Runs:
 
     def __reduce__(self) -> tuple:
         return Path.touch, (self.path,)
+
+
+class Attribute:
+    """Pickled as Python before 3.11.4 pickles a member of an enumeration."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.named = owner, name
+
+    def __reduce__(self) -> tuple:
+        return getattr, self.named
+
+
+def test_a_member_of_an_enumeration_that_an_older_python_wrote_is_read_and_no_other_attribute():
+    def read(owner: type, name: str) -> object:
+        return load_pickle(io.BytesIO(pickle.dumps(Attribute(owner, name), protocol=4)))
+
+    for member in WriteItemType:
+        assert read(WriteItemType, member.name) is member
+    for owner, name in ((WriteItemType, "__class__"), (WriteItemType, "mro"), (BytesStorageMetadata, "__init__")):
+        with pytest.raises(pickle.UnpicklingError, match=f"asks for {name} of .*, which is no member of an enumeration"):
+            read(owner, name)
 
 
 @pytest.fixture(scope="module")
