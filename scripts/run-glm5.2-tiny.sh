@@ -8,6 +8,7 @@
 # INDEX_TOPK keys that sparse attention keeps on a CPU                (default 8, a third of a sequence here)
 # SFT_DATA   conversations of the warm start, .jsonl with "messages"  (default: arithmetic, made here)
 # SEED       of the checkpoint, the data and the run                  (default 1234)
+# EAGLE      1: the next-token layer is trained along, and engines on a GPU draft from it as the recipe's do   (default 0)
 # NUM_NODES  2: a pipeline stage and an engine on each; 4: two copies of the two stages, one prefill and three decode engines. BASE_DIR
 #            is then on a shared disk, and MASTER_ADDR, HOSTFILE and SOCKET_IFNAME (default eth0) are given as for the 744B recipe.
 #            tools/cluster_box.py makes nodes of one machine   (default 1)
@@ -36,6 +37,7 @@ fi
 NUM_SLOTS=$((NUM_GPUS * NUM_NODES))
 NUM_STAGES=$((NUM_SLOTS > 1 ? 2 : 1))
 source "${SCRIPT_DIR}/models/glm5.2-tiny.sh"
+((!${EAGLE:-0})) || MODEL_ARGS+=(--mtp-num-layers 1 --enable-mtp-training)
 
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 SEED="${SEED:-1234}"
@@ -217,6 +219,14 @@ SGLANG_ARGS=(
    --sglang-mem-fraction-static 0.3
    --sglang-disable-cuda-graph
    --update-weight-buffer-size $((64 * 1024 * 1024))
+)
+((!${EAGLE:-0})) || SGLANG_ARGS+=(
+   --sglang-disable-overlap-schedule
+   --sglang-speculative-algorithm EAGLE
+   --sglang-speculative-num-steps 4
+   --sglang-speculative-eagle-topk 1
+   --sglang-speculative-num-draft-tokens 5
+   --sglang-speculative-draft-attention-backend nsa
 )
 
 ((NUM_DEVICES == 0)) || SFT_ARGS+=("${RECOMPUTE_ARGS[@]}")

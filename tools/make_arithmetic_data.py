@@ -48,6 +48,8 @@ TASKS = {
 class Problem:
     question: str
     answer: str
+    statement: str = ""
+    """What is asked, without its wording: 4 plus 5."""
 
 
 def all_problems(
@@ -63,7 +65,7 @@ def all_problems(
                 question = wording.format(a=a, op=task.word, b=f"{b}{task.suffix}")
                 if task_name != "add":
                     question = question.replace("the sum of ", "")
-                problems.append(Problem(question, str(task.answer(a, b))))
+                problems.append(Problem(question, str(task.answer(a, b)), f"{a} {task.word} {b}{task.suffix}"))
     return problems
 
 
@@ -107,18 +109,21 @@ def prompt_row(problem: Problem, *, task: str, index: int, part: str, before: st
     }
 
 
-def sft_row(problem: Problem, *, answer: str, boxed: bool = True, before: str = "") -> dict[str, object]:
+def sft_row(
+    problem: Problem, *, answer: str, boxed: bool = True, restated: bool = False, before: str = ""
+) -> dict[str, object]:
+    said = f"\\boxed{{{answer}}}" if boxed else answer
     return {
         "messages": [
             {"role": "user", "content": before + problem.question},
-            {"role": "assistant", "content": f"\\boxed{{{answer}}}" if boxed else answer},
+            {"role": "assistant", "content": f"{problem.statement} = {said}" if restated else said},
         ],
         "label": problem.answer,
     }
 
 
 def sft_rows(
-    problems: list[Problem], texts: list[str], *, label_noise: float, plain_share: float, seed: int
+    problems: list[Problem], texts: list[str], *, label_noise: float, plain_share: float, restated: bool = False, seed: int
 ) -> list[dict[str, object]]:
     """texts: what stands before each question. A share `label_noise` of the answers is another problem's, and a share
     `plain_share` is given without the box."""
@@ -128,7 +133,8 @@ def sft_rows(
     for problem, before in zip(problems, texts, strict=True):
         noisy = generator.random() < label_noise
         answer = generator.choice(answers) if noisy else problem.answer
-        rows.append(sft_row(problem, answer=answer, boxed=generator.random() >= plain_share, before=before))
+        boxed = generator.random() >= plain_share
+        rows.append(sft_row(problem, answer=answer, boxed=boxed, restated=restated, before=before))
     return rows
 
 
@@ -163,6 +169,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plain-share", type=float, default=0.0, help="share of answers in sft.jsonl without \\boxed{}, 0 to 1"
     )
+    parser.add_argument(
+        "--restate", action="store_true", help="answers in sft.jsonl repeat the problem first (4 plus 5 = ...): longer ones"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -188,7 +197,9 @@ def main(argv: list[str] | None = None) -> None:
         lengths = random.Random(f"lengths/{args.seed}")  # so that the model has seen every position that a prompt of train has
         counts = [lengths.randint(0, args.examples) for _ in warm]
         texts = [preamble(train, count, seed=f"examples/{args.seed}/sft/{i}") for i, count in enumerate(counts)]
-        rows = sft_rows(warm, texts, label_noise=args.label_noise, plain_share=args.plain_share, seed=args.seed)
+        rows = sft_rows(
+            warm, texts, label_noise=args.label_noise, plain_share=args.plain_share, restated=args.restate, seed=args.seed
+        )
         _write(args.output / "sft.jsonl", rows)
 
 

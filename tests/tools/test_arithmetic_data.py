@@ -50,6 +50,14 @@ def test_the_sft_answer_is_what_the_grader_wants_and_noise_is_the_share_asked_fo
     assert sum(bool(grade_math(answer, label)) for answer, label in answers) == 500 - len(plain)
 
 
+def test_a_restated_answer_repeats_the_problem_before_the_box(tmp_path):
+    tool.main(["--output", str(tmp_path), "--sft", "50", "--restate"])
+    for row in rows(tmp_path / "sft.jsonl"):
+        a, b = re.search(r"(\d) \w+ (\d)", question(row)).groups()
+        assert row["messages"][-1]["content"] == f"{a} plus {b} = \\boxed{{{int(a) + int(b)}}}"
+        assert grade_math(row["messages"][-1]["content"], row["label"])
+
+
 def test_the_warm_start_sees_prompts_of_every_length_up_to_those_of_training(tmp_path):
     tool.main(["--output", str(tmp_path), "--train", "40", "--eval", "8", "--sft", "200", "--examples", "12"])
     solved = re.compile(r"(\d) plus (\d)\D+(\d+)\. ")  # the question itself has no answer behind it

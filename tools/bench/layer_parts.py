@@ -1,14 +1,14 @@
 """One decoder layer of the trainer, forward and backward with recomputation, by parts, beside the dense rate of the same run.
 
     source scripts/models/glm5.2-mini.sh
-    python3 tools/bench/layer_parts.py --bf16 DIR [--rows 8192] [--layers 6,7] [--json FILE] -- "${MODEL_ARGS[@]}"
+    python3 tools/bench/layer_parts.py --bf16 DIR [--rows 8192] [--layers 6,7] [--kernels 40] [--json FILE] -- "${MODEL_ARGS[@]}"
 
 The layer stands in the model as a run builds it, on one device, with the weights of the checkpoint. Events on the device's
 stream stand before and after each part: forward where it is called, backward by identity operators at its ends, which autograd
 meets in the reverse order. Recomputation is a forward without gradient, then one with. FLOPs are those of
 slime.rehearse.model.flops, of one sample of so many rows; the share of the dense rate is of model FLOPs, where the recomputed
 forward does not count. What is between the parts (norms, residuals) is the rest. --layers counts from 0; of one that shares its
-keys, the layer that it shares with is run before.
+keys, the layer that it shares with is run before. --kernels lists those that take longest in one forward and backward.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
     dense = dense_tflops() if cuda else float("nan")
     told = {"machine": torch.cuda.get_device_name() if cuda else "host", "rows": args.rows, "dense_tflops": dense, "layers": {}}
     for layer in args.layers:
-        parts = time_layer(trainer, layer, args.rows, args.repeats)
+        parts = time_layer(trainer, layer, args.rows, args.repeats, kernels=args.kernels)
         told["layers"][layer] = [dataclasses.asdict(part) for part in parts]
         print("\n".join(table(layer, parts, args.rows, dense)), flush=True)
     if args.json:
@@ -166,6 +166,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--layers", type=lambda text: [int(word) for word in text.split(",")], default=[6, 7])
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--kernels", type=int, default=0, help="how many of a layer's kernels are listed, longest first")
     parser.add_argument("--json", default="")
     return parser.parse_args(argv[:cut]), list(argv[cut + 1 :])
 
@@ -181,8 +182,11 @@ def dense_tflops(width: int = 8192, repeats: int = 20) -> float:
     return 2 * width**3 / statistics.median(times) / 1e9
 
 
-def time_layer(trainer: OneRank, number: int, rows: int, repeats: int) -> list[PartTime]:
-    """Medians over the repeats, after three that are not counted; the last line is what the parts leave of the whole layer."""
+def time_layer(trainer: OneRank, number: int, rows: int, repeats: int, *, kernels: int = 0) -> list[PartTime]:
+    """Medians over the repeats, after three that are not counted; the last line is what the parts leave of the whole layer.
+
+    Prints the `kernels` that take longest.
+    """
     from megatron.core.packed_seq_params import PackedSeqParams
 
     from slime.model.local import unwrap
@@ -206,9 +210,11 @@ def time_layer(trainer: OneRank, number: int, rows: int, repeats: int) -> list[P
     if source is not layer:  # leaves its keys on `packed`
         with torch.no_grad():
             run(source)
+    gradient = torch.randn_like(hidden)
+    if kernels:
+        print(longest_kernels(lambda: run(layer).backward(gradient), kernels))
     parts = Parts(clock)
     _mark(parts, layer)
-    gradient = torch.randn_like(hidden)
     measured: list[dict[str, tuple[float, float]]] = []
     for _ in range(3 + repeats):
         with torch.no_grad():
@@ -230,6 +236,19 @@ def time_layer(trainer: OneRank, number: int, rows: int, repeats: int) -> list[P
     listed = [PartTime(part, *medians[part], flops.get(part)) for part in ORDER if part in medians]
     rest = [whole[side] - sum(times[side] for times in medians.values()) for side in (0, 1)]
     return [*listed, PartTime("norms, residuals, the rest", *rest, None), PartTime("layer", *whole, sum(flops.values()))]
+
+
+def longest_kernels(work: Callable[[], object], count: int) -> str:
+    """A table of what `work` has the device do in its third call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(2):
+        work()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as told:
+        work()
+    return told.key_averages(group_by_input_shape=True).table(
+        sort_by="self_device_time_total", row_limit=count, max_name_column_width=70, max_shapes_column_width=90
+    )
 
 
 def _mark(parts: Parts, layer: torch.nn.Module) -> None:
