@@ -1,7 +1,8 @@
 """One decoder layer of the trainer, forward and backward with recomputation, by parts, beside the dense rate of the same run.
 
     source scripts/models/glm5.2-mini.sh
-    python3 tools/bench/layer_parts.py --bf16 DIR [--rows 8192] [--layers 6,7] [--kernels 40] [--json FILE] -- "${MODEL_ARGS[@]}"
+    python3 tools/bench/layer_parts.py --bf16 DIR [--rows 8192] [--layers 6,7] [--kernels 40] [--json FILE] -- \
+        "${MODEL_ARGS[@]}"
 
 The layer stands in the model as a run builds it, on one device, with the weights of the checkpoint. Events on the device's
 stream stand before and after each part: forward where it is called, backward by identity operators at its ends, which autograd
