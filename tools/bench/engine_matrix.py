@@ -55,6 +55,8 @@ SELECTION_TOKENS = 3000
 # An engine tells the slots of its cache, or rows of what it gathered from there; it never gives its first page away.
 FIRST_SLOTS = (0, 64)
 DEEPEP_AUTO = {"moe_a2a_backend": "deepep", "deepep_mode": "auto", "moe_runner_backend": "deep_gemm"}
+# These engines read prompts too, and in this mode a rank sends at most so many tokens at a time.
+LOW_LATENCY_TOKENS = 128
 DEEPEP_LOW = {"moe_a2a_backend": "deepep", "deepep_mode": "low_latency", "moe_runner_backend": "deep_gemm"}
 
 
@@ -115,6 +117,8 @@ class Outcome:
 
 def main(argv: Sequence[str]) -> int:
     args, model_args = _parse(argv)
+    import torch
+
     from slime.config import load
 
     config = load([*model_args, "--hf-checkpoint", args.bf16, "--save", args.bf16], door="convert")
@@ -131,6 +135,7 @@ def main(argv: Sequence[str]) -> int:
         if args.json:
             Path(args.json).write_text(json.dumps([asdict(one) for one in outcomes], indent=1))
     print("\n".join(table(outcomes)))
+    torch.distributed.destroy_process_group()
     return int(any(outcome.failure for outcome in outcomes))
 
 
@@ -171,6 +176,7 @@ def _lengths(text: str) -> dict[int, int]:
 
 def run_row(name: str, trainer: OneRank, args: argparse.Namespace) -> Outcome:
     row, outcome = ROWS[name], Outcome(name)
+    trainer.load()  # the row before has changed them
     ranks = args.ranks or max(1, _num_devices())
     log = Path(args.logs) / f"{name.replace(' ', '-').replace(',', '')}.log"
     engine = _engine(row, ranks, args, log, trainer.device.kind)
@@ -328,6 +334,8 @@ def _engine(row: Row, ranks: int, args: argparse.Namespace, log: Path, kind: str
 
     dp = ranks if row.dp else 1
     settings = {name: value for name, value in row.settings.items() if ranks > 1 or name not in DP_ATTENTION}
+    if settings.get("deepep_mode") == "low_latency":
+        settings["chunked_prefill_size"] = LOW_LATENCY_TOKENS * dp
     settings |= {"mem_fraction_static": args.mem_fraction, "max_running_requests": 64}
     if dp > 1:
         settings["dp_size"] = dp

@@ -25,8 +25,6 @@ class OneRank:
         from slime.device import get_device
         from slime.model.build import build_model, own_vocabulary, padded_vocab_size
         from slime.model.hf_config import read_hf_config
-        from slime.model.hf_io import SafetensorsReader, load_hf
-        from slime.model.names import NameTable
         from slime.parallel import init_ranks
         from slime.training.forward import Pipeline
 
@@ -39,14 +37,23 @@ class OneRank:
         self.served = {False: self.hf, True: read_hf_config(fp8)}
         dtype = torch.bfloat16 if self.device.kind == "cuda" else torch.float32
         self.chunks = build_model(config, self.hf, self.ranks, self.device, dtype=dtype)
-        padded = padded_vocab_size(config, self.hf)
-        load_hf(self.chunks, NameTable.for_model(self.hf), SafetensorsReader(bf16), self.ranks, padded_vocab=padded)
+        self.checkpoint = bf16
+        self.padded_vocab_size = padded_vocab_size(config, self.hf)
+        self.load()
         for chunk in self.chunks:
             chunk.to(self.device.torch_device)
             chunk.config.variable_seq_lengths = True
         self.vocab_size = self.hf["vocab_size"]
-        self.vocabulary = own_vocabulary(padded, self.hf, self.ranks)
+        self.vocabulary = own_vocabulary(self.padded_vocab_size, self.hf, self.ranks)
         self.pipeline = Pipeline(self.chunks, self.ranks, self.device)
+
+    def load(self) -> None:
+        """The checkpoint's weights, also after `change`."""
+        from slime.model.hf_io import SafetensorsReader, load_hf
+        from slime.model.names import NameTable
+
+        names, reader = NameTable.for_model(self.hf), SafetensorsReader(self.checkpoint)
+        load_hf(self.chunks, names, reader, self.ranks, padded_vocab=self.padded_vocab_size)
 
     def log_probs(self, tokens: Sequence[int], num_response: int) -> list[float]:
         """Of the last `num_response` tokens, at temperature 1."""
