@@ -48,7 +48,8 @@ class Told(Protocol):
         """Is there a row that is read later and of which nothing is told? Equal on all ranks."""
 
     def keys(self, layer: int, stream: Stream, mine: slice, topk: int) -> tuple[Tensor, Tensor]:
-        """(int32 [rows, topk] key rows of the whole stream, bool [rows]: told) of local rows `mine`; layer 0-based."""
+        """(int32 [rows, topk] key rows of the whole stream, bool [rows]: told) of local rows `mine`; layer 0-based. On the
+        stream's device."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slime.model.hf_config import HfConfig
-from slime.model.stream import Segment, Stream
+from slime.model.stream import Stream
 from slime.types import RolloutBatch
 from slime.types.selections import Selections
 
@@ -31,33 +31,31 @@ class ReplayedIndices:
         """(int32 [rows, topk] key rows of the whole stream, rising, -1 = none; bool [rows], whether an engine told them).
 
         layer: 0-based. mine: of the stream's local rows. Nothing is told of a sample's last tokens, which no trained one
-        reads, and of padding: they read the topk nearest before them.
+        reads, and of padding: they read the topk nearest before them. On the stream's device, where most is worked out:
+        only what was named is unpacked here and travels.
         """
-        count = len(stream.rows[mine])
+        rows, starts = stream.rows[mine].int(), stream.starts[mine].int()
+        begin = torch.maximum(rows - topk + 1, starts)[:, None]
+        keys = begin + torch.arange(topk, dtype=torch.int32, device=rows.device)
+        keys.masked_fill_(keys > rows[:, None], -1)
+        told = rows - starts < topk  # such a row reads all before it
         first = mine.start or 0
-        keys, told = np.empty((count, topk), np.int32), np.zeros(count, bool)
         for segment in stream.segments:
             low = max(segment.local, first)
-            high = min(segment.local + segment.end - segment.begin, first + count)
-            if low < high:
-                begin = segment.begin + low - segment.local
-                self._fill(keys[low - first : high - first], told[low - first : high - first], layer, stream, segment, begin)
-        return torch.from_numpy(keys), torch.from_numpy(told)
-
-    def _fill(self, keys: np.ndarray, told: np.ndarray, layer: int, stream: Stream, segment: Segment, begin: int) -> None:
-        count, topk = keys.shape
-        place = begin - segment.sample
-        places = place + np.arange(count)
-        # Those of a token that reads all before it, and of one of which nothing is told.
-        nearest = np.maximum(places[:, None] - topk + 1, 0) + np.arange(topk)
-        keys[:] = np.where(nearest <= places[:, None], nearest, -1)
-        number = stream.bounds.index(segment.sample)
-        told[:] = places < topk
-        if number < len(self.samples):
-            said = self.samples[number].rows(layer, place, place + count, topk)
-            named = (said[:, 0] >= 0) & (places < self.lengths[number])
-            keys[named], told[named] = said[named], True
-        keys[keys >= 0] += segment.sample
+            high = min(segment.local + segment.end - segment.begin, first + len(rows))
+            number = stream.bounds.index(segment.sample)
+            if low >= high or number >= len(self.samples):
+                continue
+            place = segment.begin + low - segment.local - segment.sample
+            open_, end = max(place, topk), min(place + high - low, self.lengths[number])
+            if open_ >= end:
+                continue
+            said = self.samples[number].rows(layer, open_, end, topk)
+            [named] = np.nonzero(said[:, 0] >= 0)
+            at = torch.from_numpy(named + (low - first + open_ - place)).to(rows.device)
+            keys[at] = torch.from_numpy(said[named] + np.int32(segment.sample)).to(rows.device)
+            told[at] = True
+        return keys, told
 
 
 def check_selections(batch: RolloutBatch, hf: HfConfig) -> None:

@@ -143,10 +143,8 @@ class SparseLatentAttention(LatentAttention):
         """run_indexer's answer from what engines told; the indexer itself runs only where they left something open."""
         mine = self._slice(stream) if self.by_queries else slice(None)
         keys, told = stream.told.keys(self.layer_number - 1, stream, mine, self.indexer_shape.topk)
-        keys = keys.to(hidden.device)
         if stream.told.needs_own:
-            own = self.run_indexer(hidden, query_latent, stream)
-            keys = torch.where(told.to(hidden.device)[:, None], keys, own)
+            keys = torch.where(told[:, None], keys, self.run_indexer(hidden, query_latent, stream))
         return keys
 
     @torch.no_grad()
