@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from slime.engine.imports import import_errors
 from slime.observability import packages
 from slime.ray.interfaces import ipv4_of
@@ -58,6 +60,8 @@ class NodeFacts:
     """Python module -> the error of importing it."""
     memory_gb: float = 0.0
     """Main memory; 0 where the node does not say."""
+    memory_taken_gb: float = 0.0
+    """Of it, what other programs hold before the run."""
 
     @property
     def address(self) -> str:
@@ -91,6 +95,7 @@ class Wanted:
 
 def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts:
     """Everything of this node but its clock and its reach, which take two. seed_path: path -> the driver's file there."""
+    memory = psutil.virtual_memory()
     return NodeFacts(
         name=name,
         host=socket.gethostname(),
@@ -109,6 +114,7 @@ def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts
         packages=packages.versions(),
         unloadable=import_errors(wanted.modules),
         memory_gb=memory_gb(Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")),
+        memory_taken_gb=(memory.total - memory.available) / 1e9,
     )
 
 

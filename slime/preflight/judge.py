@@ -148,8 +148,8 @@ def _questions(nodes: Sequence[NodeFacts], wanted: Wanted) -> list[_Question]:
         questions.append(
             _Question(
                 f"main memory of {wanted.host_gb:.0f} GB, which the plan takes",
-                lambda node: f"{node.memory_gb:.0f} GB" if 0 < node.memory_gb < wanted.host_gb else "",
-                "lower --optimizer-offload-fraction, or use more nodes",
+                lambda node: _main_memory_problem(node, wanted.host_gb),
+                "end what else runs there, lower --optimizer-offload-fraction, or use more nodes",
             )
         )
     questions.append(
@@ -201,6 +201,13 @@ def _kind_problem(node: NodeFacts, wanted: Wanted) -> str:
         )
     old = [gpu for gpu in node.gpus if wanted.hopper and not any(name in gpu.name.split() for name in HOPPER)]
     return f"{old[0].name} is no Hopper GPU" if old else ""
+
+
+def _main_memory_problem(node: NodeFacts, wanted_gb: float) -> str:
+    if not node.memory_gb or node.memory_gb - node.memory_taken_gb >= wanted_gb:
+        return ""
+    taken = f", of which other programs hold {node.memory_taken_gb:.0f}" if node.memory_gb >= wanted_gb else ""
+    return f"{node.memory_gb:.0f} GB{taken}"
 
 
 def _memory_problem(node: NodeFacts) -> str:

@@ -98,6 +98,7 @@ FAULTS: dict[str, tuple[Callable[[NodeFacts], NodeFacts], str]] = {
         "mooncake.engine: ImportError: libcudart.so.12",
     ),
     "main memory": (lambda n: replace(n, memory_gb=540.0), "540 GB"),
+    "main memory in use": (lambda n: replace(n, memory_taken_gb=1400.0), "2100 GB, of which other programs hold 1400"),
     "sglang is missing": (lambda n: replace(n, packages={**n.packages, "sglang": "-"}), "no sglang"),
     "sglang is too old": (
         lambda n: replace(n, packages={**n.packages, "sglang": "0.5.14"}),
