@@ -34,6 +34,7 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
     fi
     # shellcheck disable=SC2034
     RAY_JOB_ID="slime-$(date +%Y%m%d-%H%M%S)-$$" RAN_A_JOB=1 JOB_FLAGS=("$@")
+    start_keeper # again, for it has to know what the driver will own
     open_console
     # In the background, because Bash handles a signal only between foreground commands: a TERM would wait for the end of training.
     ray job submit --address "$RAY_JOBS_URL" --submission-id "$RAY_JOB_ID" --runtime-env-json "$runtime_env" \

@@ -27,6 +27,8 @@ members() {
     } | sort -u
 }
 
+is_ours() { grep -qsF "\"launch\": \"$launch\"" "$1/.slime-owner"; }
+
 # What engines list of their shared memory (ChildProcess of slime/engine/process.py), for all nodes: names that are not this node's do no
 # harm. The lists of a launch that ends in order go with it, perhaps before a node that it cannot reach has noticed.
 listed() { cat -- "${run_folder:-${LOGS_OF_RUN:-/nowhere}}"/*.shared 2>/dev/null | grep -E '^/dev/shm/(sglang|sgl_shm)_'; }
@@ -47,7 +49,7 @@ while [[ -n $when && $(started "$launcher") == "$when" ]]; do
     ((SECONDS % 4 > 1)) || ! head_is_lost || break
     ((SECONDS % 30 > 1)) || lists=$(listed)
     # From another machine a run counts as alive while its records are touched (slime/observability/owner.py).
-    ((SECONDS % 30 > 1)) || for folder in "$@"; do touch -c -- "$folder/.slime-owner" 2>/dev/null; done
+    ((SECONDS % 30 > 1)) || for folder in "$@"; do ! is_ours "$folder" || touch -c -- "$folder/.slime-owner" 2>/dev/null; done
 done
 
 [[ -z $run_folder ]] || rm -f -- "$run_folder/.launched"
@@ -70,7 +72,7 @@ if [[ -n $ray_folder ]]; then
     find "$ray_folder" -type s -delete
 fi
 for folder in "$@"; do
-    ! grep -qsF "\"launch\": \"$launch\"" "$folder/.slime-owner" || rm -f -- "$folder/.slime-owner"
+    ! is_ours "$folder" || rm -f -- "$folder/.slime-owner"
 done
 if [[ -n ${LOGS_OF_RUN:-} ]] && grep -qsxF "$launch" "$LOGS_OF_RUN/.launched" && ! head_answers; then
     root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)

@@ -36,23 +36,29 @@ disown_folders() {
     done
     OWNED=()
     # A driver that was killed could not give back its --save.
+    job_folders
+    for folder in "${JOB_FOLDERS[@]}"; do
+        ! grep -qsF "\"launch\": \"$SLIME_LAUNCH\"" "$folder/.slime-owner" || rm -f -- "$folder/.slime-owner"
+    done
+}
+
+# What the job's driver owns, or will: its --save, into JOB_FOLDERS.
+job_folders() {
     local word last=""
+    JOB_FOLDERS=()
     for word in "${JOB_FLAGS[@]}"; do
-        [[ $last != --save ]] || forget_record "$word"
-        [[ $word != --save=* ]] || forget_record "${word#--save=}"
+        [[ $last != --save ]] || JOB_FOLDERS+=("$word")
+        [[ $word != --save=* ]] || JOB_FOLDERS+=("${word#--save=}")
         last=$word
     done
 }
 
-forget_record() { # FOLDER   if it is of this launch
-    ! grep -qsF "\"launch\": \"$SLIME_LAUNCH\"" "$1/.slime-owner" || rm -f -- "$1/.slime-owner"
-}
-
 # A process in a session of its own that waits for this one to disappear without a word (kill -9, a lost machine's shell).
 start_keeper() {
+    job_folders
     [[ -z $KEEPER_PID ]] || { kill "$KEEPER_PID" 2>/dev/null; wait "$KEEPER_PID" 2>/dev/null || true; }
-    env -u SLIME_LAUNCH setsid bash "$PROJECT_ROOT/scripts/lib/keeper.sh" $$ "$SLIME_LAUNCH" "${RAY_TEMP_DIR:-}" "${RUN_DIR:-}" "${OWNED[@]}" \
-        </dev/null >/dev/null &
+    env -u SLIME_LAUNCH setsid bash "$PROJECT_ROOT/scripts/lib/keeper.sh" $$ "$SLIME_LAUNCH" "${RAY_TEMP_DIR:-}" "${RUN_DIR:-}" \
+        "${OWNED[@]}" "${JOB_FOLDERS[@]}" </dev/null >/dev/null &
     KEEPER_PID=$!
 }
 

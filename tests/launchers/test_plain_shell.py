@@ -273,8 +273,15 @@ def alive(pid: int) -> bool:
 
 
 def test_a_second_launcher_is_refused_and_one_that_was_killed_leaves_nothing(shell: Shell):
-    first = shell.start(f"exec {QWEN}", BASE_DIR="my base", JOB_SECONDS="100")
+    # The driver has folders of its own; the last is not this launch's, as where a driver is refused.
+    saves = [shell.folder / "my saves", shell.folder / "more saves", shell.folder / "somebody's"]
+    flags = shlex.join(["--save", str(saves[0]), f"--save={saves[1].name}", "--save", str(saves[2])])
+    first = shell.start(f"exec {QWEN} {flags}", BASE_DIR="my base", JOB_SECONDS="100")
     wait_for(lambda: shell.calls("job", "submit"))
+    launch = shell.calls("job", "submit")[0]["all"]["SLIME_LAUNCH"]
+    for folder, owner in zip(saves, (launch, launch, "another"), strict=True):
+        folder.mkdir()
+        (folder / ".slime-owner").write_text(json.dumps({"launch": owner, "pid": 1}))
     head = shell.calls("start", "--head")[0]["pid"]
     second = subprocess.run(
         ["bash", "-c", QWEN], cwd=shell.folder, env=shell.environment | {"BASE_DIR": "my base"}, capture_output=True, text=True
@@ -287,6 +294,7 @@ def test_a_second_launcher_is_refused_and_one_that_was_killed_leaves_nothing(she
     assert f"[launch] the launcher (pid {first.pid}) was killed without a word: what it started is being ended" in said
     assert not alive(head) and not (folder / "tmp").exists() and (folder / "head.log").exists()
     assert not (shell.base / "Qwen3-4B_slime" / ".slime-owner").exists()
+    assert [(folder / ".slime-owner").exists() for folder in saves] == [False, False, True]
     shell.run(QWEN, BASE_DIR="my base")
     shutil.rmtree(folder, ignore_errors=True)
 
