@@ -99,6 +99,7 @@ class EngineFleet:
             "model": config.engine.groups[0].name,
             "model_path": config.checkpoint.hf_checkpoint,
             "asked": config.engine.sglang,
+            "broadcasts": config.engine.update_weight_transport == "nccl",
         }
         for one in ask_all(addresses, self._token, **told):
             self.engines.append(Engine(one.spec, one.url, one.bootstrap_port, ()))

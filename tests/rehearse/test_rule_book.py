@@ -23,7 +23,7 @@ from tests.rehearse.edits import DISPATCH, SPECULATIVE, Edit, all_of, env, flags
 from tests.rehearse.recipes import ROOT, Recipe, one_node, recorded
 from tests.rehearse.wording import well_said
 from tests.rehearse.wrong_algorithms import WRONG_ALGORITHMS
-from tests.rehearse.wrong_engines import WRONG_ENGINES
+from tests.rehearse.wrong_engines import WRONG_ENGINES, stages
 from tests.rehearse.wrong_recipes import WRONG as WRONG_RECIPES
 from tests.rehearse.wrong_values import WRONG_VALUES
 
@@ -180,6 +180,17 @@ LEGAL: dict[str, Edit] = {
         without("--colocate"),
         flags("--rollout-num-gpus", "256", "--schedule", "fully-async", "--max-weight-staleness", "2"),
         flags("--on-stale-group", "drop", "--pause-generation-mode", "in_place", "--mask-offpolicy-in-partial-rollout"),
+    ),
+    "two stages of an engine on GPUs of its own, by receivers": all_of(
+        without("--colocate"),
+        flags("--rollout-num-gpus", "256", "--update-weight-transport", "receivers"),
+        stages("prefill"),
+    ),
+    "two stages of an engine on the trainer's GPUs": stages("prefill"),
+    "two stages of an engine, from files": all_of(
+        without("--colocate"),
+        flags("--rollout-num-gpus", "256", "--update-weight-transport", "disk", "--update-weight-disk-dir", "/shared/weights"),
+        stages("prefill"),
     ),
     "a replay": flags("--load-debug-rollout-data", "/d/{rollout_id}.pt"),
     "slices": flags("--prompt-data", "/p.jsonl@[-500:]"),

@@ -3,12 +3,17 @@ must say of it)."""
 
 from __future__ import annotations
 
-from tests.rehearse.edits import DISPATCH, Edit, all_of, env, flags, in_group
+from tests.rehearse.edits import DISPATCH, SPECULATIVE, Edit, all_of, env, flags, in_group, without
 
 
 def option(role: str, text: str) -> Edit:
     """One more override of a group."""
     return in_group(role, ("dp_size: 64", f"dp_size: 64\n          {text}"))
+
+
+def stages(role: str) -> Edit:
+    """Engines of a group in two pipeline stages of 32 GPUs."""
+    return in_group(role, ("dp_size: 64", "dp_size: 32\n          pp_size: 2"), ("ep_size: 64", "ep_size: 32"))
 
 
 EXTERNAL = "--rollout-external-engine-addrs"
@@ -20,6 +25,19 @@ WRONG_ENGINES: dict[str, tuple[Edit, str]] = {
     "receivers beside somebody else's engines": (
         flags(EXTERNAL, "10.0.0.7:30000", "--update-weight-transport", "receivers"),
         "starts a process beside each engine rank, which external engines do not have",
+    ),
+    "a broadcast to engines of two stages": (
+        all_of(without("--colocate"), flags("--rollout-num-gpus", "256"), stages("prefill")),
+        "default prefill: pp_size 2 on GPUs of its own with --update-weight-transport nccl",
+    ),
+    "a broadcast to one engine of two stages behind the trainer's GPUs": (
+        all_of(
+            flags("--rollout-num-gpus", "320"),
+            lambda recipe: recipe.with_yaml("num_gpus: 192", "num_gpus: 256"),
+            without(*SPECULATIVE),
+            stages("decode"),
+        ),
+        "default decode: pp_size 2 on GPUs of its own with --update-weight-transport nccl",
     ),
     "somebody else's engine by its name alone": (flags(EXTERNAL, "node7"), "'node7' is no host:port"),
     "somebody else's engine twice": (
@@ -48,7 +66,7 @@ WRONG_ENGINES: dict[str, tuple[Edit, str]] = {
         "default prefill: enable_hierarchical_cache keeps prefixes, and this engine has no prefix cache (disable_radix_cache)",
     ),
     "drafts over pipeline stages": (
-        in_group("decode", ("dp_size: 64", "dp_size: 32\n          pp_size: 2"), ("ep_size: 64", "ep_size: 32")),
+        stages("decode"),
         "default decode: pp_size 2 with speculative_algorithm EAGLE, which SGLang takes in prefill engines alone",
     ),
     "adapters of no rank": (flags("--sglang-enable-lora"), "enable_lora wants lora_paths, or max_lora_rank"),
@@ -67,7 +85,7 @@ WRONG_ENGINES: dict[str, tuple[Edit, str]] = {
     "choices of one stage": (
         all_of(
             flags("--use-rollout-routing-replay"),
-            in_group("prefill", ("dp_size: 64", "dp_size: 32\n          pp_size: 2"), ("ep_size: 64", "ep_size: 32")),
+            stages("prefill"),
         ),
         "default prefill: --use-rollout-routing-replay with pp_size 2, but a stage records its own layers",
     ),

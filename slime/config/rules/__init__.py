@@ -106,6 +106,7 @@ STAGES: tuple[Stage, ...] = (
             engine_options.accepted_drafts,
             replay.recordable,
             dispatch.deepep,
+            weight_sync.broadcast,
         )
     ),
     Stage(

@@ -89,6 +89,20 @@ def _answers(v: Values) -> list[EngineSizes | ConfigError]:
     return list(sizes_of_groups(v["groups"], flags, gpus_per_node=per_node, hf_checkpoint=v["hf_checkpoint"]))
 
 
+def trained_apart(v: Values) -> list[EngineSizes]:
+    """Of the groups that take the trainer's weights, those with an engine on none of the trainer's GPUs."""
+    trainer = v["actor_num_nodes"] * v["actor_num_gpus_per_node"] if v["colocate"] else 0
+    found, end, answers = [], 0, iter(_answers(v))
+    for model in v["groups"]:
+        for group in model.server_groups:
+            end += group.num_gpus
+            answer = None if group.worker_type == "placeholder" else next(answers)
+            last_begins = end - group.num_gpus_per_engine
+            if isinstance(answer, EngineSizes) and model.update_weights and last_begins >= trainer:
+                found.append(answer)
+    return found
+
+
 def sizes(v: Values) -> None:
     """Each group's engines are made of ranks that divide, and lie on whole nodes or inside one."""
     for answer in _answers(v):

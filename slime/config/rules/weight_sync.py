@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from slime.config.rules.engines import trained_apart
+
 if TYPE_CHECKING:
     from slime.config.rules.book import Values
 
@@ -47,7 +49,8 @@ def weight_sync(v: Values) -> None:
         "have; use nccl, "
         "or disk",
     )
-    if v["update_weight_transport"] == "receivers" and v["colocate"]:
+    trainer_gpus = v["actor_num_nodes"] * v["actor_num_gpus_per_node"]
+    if v["update_weight_transport"] == "receivers" and v["colocate"] and v["rollout_num_gpus"] <= trainer_gpus:
         v.notes.append(
             "--update-weight-transport receivers changes nothing with --colocate: the engines are on the trainer's GPUs"
         )
@@ -69,3 +72,19 @@ def weight_sync(v: Values) -> None:
                 "folder",
             )
         folders[name] = folder
+
+
+def broadcast(v: Values) -> None:
+    """The group of a broadcast has one rank per tensor-parallel rank of an engine.
+
+    SGLang joins it as rank_offset + tp_rank in every pipeline stage: two stages would be one rank.
+    """
+    if v["update_weight_transport"] != "nccl" or v["debug_rollout_only"]:
+        return
+    for engine in trained_apart(v):
+        v.require(
+            engine.pp == 1,
+            f"{engine.where}: pp_size {engine.pp} on GPUs of its own with --update-weight-transport nccl, but SGLang joins a "
+            "broadcast by tensor-parallel rank alone, so its stages would take the same place; choose receivers or disk, or "
+            "pp_size 1",
+        )
