@@ -80,8 +80,8 @@ def wanted(pair, rank: int, receiver: Receiver, *, mtp: bool) -> dict[str, torch
 
 @pytest.mark.parametrize(
     "layout",
-    [{"tp": 2, "pp": 2, "first": 6, "ep": 2, "mtp": True}, {"pp": 2, "first": 6, "ep": 2}],
-    ids=["tp2 pp2 ep2, mtp", "pp2 ep2 dp2"],
+    [{"tp": 2, "pp": 2, "first": 6, "ep": 2, "mtp": True}, {"pp": 2, "vpp": 2, "ep": 2, "send_indices": True}],
+    ids=["tp2 pp2 ep2, mtp", "pp2 vpp2 ep2 dp2"],
 )
 def test_every_rank_of_every_engine_gets_what_it_serves_once_and_bit_for_bit(tiny_pair, layout):
     bf16, fp8, mtp = str(tiny_pair / "bf16"), str(tiny_pair / "fp8"), layout.get("mtp", False)

@@ -83,6 +83,10 @@ CASES = {
         homes={8: 0, 9: 5, 10: 2},
         gpus_per_node=1,
     ),
+    "virtual stages": Case(
+        {"tp": 2, "pp": 2, "vpp": 2, "ep": 2, "mtp": True, "send_indices": True},
+        (Receiver(0, (0, 1), 2, ep=2, drafts=True), Receiver(1, (6,), 1)),
+    ),
     "experts cut over tensor ranks, one large round": Case(
         {"tp": 2, "ep": 2, "etp": 2},
         (Receiver(0, (1, 2), 2, ep=2), Receiver(1, (6,), 1)),

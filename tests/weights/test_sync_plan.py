@@ -43,6 +43,8 @@ MODELS = {
 class Case:
     model: str
     grid: Grid
+    virtual: int
+    """Chunks of each pipeline stage."""
     mtp: bool
     receivers: tuple[Receiver, ...]
     gpus_per_node: int
@@ -58,7 +60,7 @@ class Case:
         return max([self.grid.world, *(gpu + 1 for receiver in self.receivers for gpu in receiver.gpus)])
 
     def plan(self) -> SyncPlan:
-        chunks = tuple(cut_layers(Cut(4, self.grid.pp)))
+        chunks = tuple(cut_layers(Cut(4, self.grid.pp, self.virtual)))
         with patch.object(wire, "SMALLEST_PIECE", self.piece):  # as large models have many pieces, here small ones have
             return plan_sync(
                 NameTable.for_model(self.hf),
@@ -92,6 +94,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(
         model,
         Grid(world, tp, pp, cp, ep, etp),
+        draw(st.sampled_from((1, 2))) if pp == 2 else 1,
         draw(st.booleans()) and model == "glm_moe_dsa",
         tuple(receivers),
         draw(st.sampled_from((1, 2, 4, 8))),
@@ -141,7 +144,8 @@ def _is_on(case: Case, entry: Entry, place: dict[str, int]) -> bool:
     if entry.name.startswith("embedding."):
         stages = {0, last} if case.mtp or tied else {0}
     elif entry.name.startswith("decoder.layers."):
-        stages = {int(entry.name.split(".")[2]) // (4 // grid.pp)}
+        chunk = int(entry.name.split(".")[2]) // (4 // grid.pp // case.virtual)
+        stages = {chunk % grid.pp}
     else:
         stages = {last}
     if entry.expert is not None and entry.expert not in range(place["ep"] * 8 // grid.ep, (place["ep"] + 1) * 8 // grid.ep):
