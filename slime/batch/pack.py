@@ -69,6 +69,7 @@ def pack(
             np.float32,
         ),
         denominator=denominator,
+        metadata=None if batch.metadata is None else tuple(batch.metadata[position] for position in positions),
         **_kept(batch, positions, layout),
         **{name: _join_column(name, column, positions, responses) for name, column in given.items()},
     )

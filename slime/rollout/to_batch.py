@@ -16,6 +16,7 @@ from slime.algorithms.rewards import leave_one_out, normalize_by_group, overlong
 from slime.config import view_for_call
 from slime.config.training import CENTRED
 from slime.rollout.base_types import Group, flatten
+from slime.rollout.custom_columns import finite_column, from_custom
 from slime.rollout.plugins import load_function
 from slime.types import RolloutBatch
 from slime.types.kept_words import KeptWords
@@ -36,7 +37,7 @@ def make_rollout_batch(groups: list[Group], *, rollout_id: int, config: Any) -> 
         _check_trainable(sample, rollout_id)
     samples = [_with_a_response(sample) for sample in samples]
     if args.custom_convert_samples_to_train_data_path:
-        return _from_custom(args, samples, group_column, rollout_id)
+        return from_custom(args, samples, group_column, rollout_id)
     raw, rewards = _rewards(args, samples, group_column)
     return RolloutBatch(
         rollout_id=rollout_id,
@@ -54,6 +55,7 @@ def make_rollout_batch(groups: list[Group], *, rollout_id: int, config: Any) -> 
         routed_experts=_routed_experts(args, samples),
         kept_words=_kept_words(args, samples),
         indexer_topk=_selections(args, samples),
+        metadata=_train_metadata(samples),
         weight_versions=tuple(tuple(sample.weight_versions) for sample in samples),
     )
 
@@ -164,18 +166,20 @@ def _kept_words(args: Any, samples: list[Sample]) -> tuple[KeptWords, ...] | Non
                 "ask with the sampling_params that the generate function is given, and hand meta_info to append_response_tokens"
             )
         if sample.rollout_top_p_token_ids is None:
-            column.append(KeptWords(np.zeros(0, np.int32), np.zeros(n + 1, np.int32)))
+            column.append(KeptWords.of_nothing(n))
             continue
-        kept = KeptWords(np.asarray(sample.rollout_top_p_token_ids), np.asarray(sample.rollout_top_p_token_offsets))
+        ids, offsets = sample.rollout_top_p_token_ids, sample.rollout_top_p_token_offsets
         tokens = np.asarray(sample.tokens[len(sample.tokens) - n :])
-        without = kept.first_without(tokens, _loss_mask(sample) > 0)
-        if without is not None:
-            raise ValueError(
-                f"sample {sample.index}: response token {without} ({tokens[without]}) is trained, but not among the words that "
-                "top-p or top-k left for it; the engine's answer is not this sample's"
-            )
-        column.append(kept)
+        trained = _loss_mask(sample) > 0
+        column.append(KeptWords.of_response(ids, offsets, tokens, trained, who=f"sample {sample.index}"))
     return tuple(column)
+
+
+def _train_metadata(samples: list[Sample]) -> tuple[Mapping[str, Any], ...] | None:
+    """{} of a sample without, where another has some: a plugin may note only what is odd."""
+    if not any(sample.train_metadata for sample in samples):
+        return None
+    return tuple(sample.train_metadata or {} for sample in samples)
 
 
 def _selections(args: Any, samples: list[Sample]) -> tuple[Selections, ...] | None:
@@ -213,7 +217,7 @@ def _rewards(args: Any, samples: list[Sample], groups: np.ndarray) -> tuple[np.n
             raise ValueError(
                 f"--custom-reward-post-process-path {path} gave {len(raw)} and {len(rewards)} rewards for {len(samples)}"
             )
-        return _finite(raw, samples, who), _finite(rewards, samples, who)
+        return finite_column(raw, samples, who), finite_column(rewards, samples, who)
     raw = np.array([raw_reward(args, sample) for sample in samples], dtype=np.float32)
     shaped = np.array([float(sample.get_reward_value(args)) for sample in samples], dtype=np.float32)
     if args.overlong_buffer_len:
@@ -229,66 +233,3 @@ def _rewards(args: Any, samples: list[Sample], groups: np.ndarray) -> tuple[np.n
         return raw, shaped
     divide = args.advantage_estimator in _SCALED and args.grpo_std_normalization
     return raw, normalize_by_group(shaped, groups, divide)
-
-
-def _finite(rewards: Any, samples: list[Sample], who: str) -> np.ndarray:
-    """float32 [n]. Raises ValueError naming `who` and the sample of the first that is no finite number."""
-    try:
-        with np.errstate(over="ignore"):
-            column = np.asarray(rewards, dtype=np.float32)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{who}: rewards are no numbers ({error})") from None
-    odd = np.flatnonzero(~np.isfinite(column.reshape(-1)))
-    if len(odd):
-        index = samples[odd[0]].index if len(samples) == len(column) else odd[0]
-        raise ValueError(f"{who}: the reward of sample {index} is {column.reshape(-1)[odd[0]]}; expected a finite number")
-    return column
-
-
-_CUSTOM_REQUIRED = ("tokens", "response_lengths", "rewards", "loss_masks", "rollout_ids")
-
-
-def _from_custom(args: Any, samples: list[Sample], groups: np.ndarray, rollout_id: int) -> RolloutBatch:
-    """The mapping of a --custom-convert-samples-to-train-data-path function, with slime's keys, as columns."""
-    path = args.custom_convert_samples_to_train_data_path
-    data = load_function("--custom-convert-samples-to-train-data-path", path)(view_for_call(args), samples)
-    who = f"--custom-convert-samples-to-train-data-path {path}"
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{who} gave a {type(data).__name__}; expected a mapping of columns")
-    missing = [key for key in _CUSTOM_REQUIRED if key not in data]
-    if missing:
-        raise ValueError(f"--custom-convert-samples-to-train-data-path {path}: its mapping lacks {', '.join(missing)}")
-    n = len(data["tokens"])
-    column = data.get("group_indices", groups if n == len(samples) else None)
-    if column is None:
-        raise ValueError(
-            f"{path} turned {len(samples)} samples into {n} rows; add a key group_indices that says which prompt each is of"
-        )
-
-    def column_of(key: str, kind: type) -> tuple[np.ndarray, ...]:
-        try:
-            return tuple(np.asarray(row, dtype=kind) for row in data[key])
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{who}: column {key}: {error}") from None
-
-    def per_token(key: str) -> tuple[np.ndarray, ...] | None:
-        return column_of(key, np.float32) if data.get(key) is not None else None
-
-    experts = data.get("rollout_routed_experts")
-    _, trajectories = np.unique(np.asarray(data["rollout_ids"]), return_inverse=True)
-    return RolloutBatch(
-        rollout_id=rollout_id,
-        tokens=column_of("tokens", np.int64),
-        response_lengths=np.asarray(data["response_lengths"], dtype=np.int64),
-        loss_masks=per_token("loss_masks"),
-        rewards=_finite(data["rewards"], samples, who),
-        raw_rewards=_finite(data.get("raw_reward", data["rewards"]), samples, who),
-        groups=np.asarray(column, dtype=np.int64),
-        trajectories=trajectories.astype(np.int64),
-        sample_ids=np.asarray(data.get("sample_indices", np.arange(n)), dtype=np.int64),
-        truncated=np.asarray(data.get("truncated", np.zeros(n)), dtype=bool),
-        rollout_log_probs=per_token("rollout_log_probs"),
-        teacher_log_probs=per_token("teacher_log_probs"),
-        routed_experts=None if experts is None else tuple(np.asarray(row) for row in experts),
-        indexer_topk=None if (told := data.get("rollout_indexer_topk")) is None else tuple(told),
-    )

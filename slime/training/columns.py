@@ -205,6 +205,7 @@ def _rollout_data(columns: Columns, batch: RolloutBatch) -> dict[str, object]:
         "loss_masks": ordered(batch.loss_masks),
         "sample_indices": [int(batch.sample_ids[p]) for p in order],
         "rollout_ids": [int(batch.trajectories[p]) for p in order],
+        "metadata": None if batch.metadata is None else [batch.metadata[p] for p in order],
         "kl": ordered(columns.kl),
         "log_probs": ordered(columns.old_log_probs),
         "ref_log_probs": ordered(columns.ref_log_probs),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,8 @@ class MicroBatch:
     """int64 [n]: the word."""
     selections: tuple[Selections, ...] | None = None
     """Of each sample, what the engines' sparse attention read; None where the trainer's own indexers choose."""
+    metadata: tuple[Mapping[str, Any], ...] | None = None
+    """Of each sample its train_metadata, for a --custom-loss-function-path; None where no sample of the rollout has any."""
 
     @property
     def num_samples(self) -> int:

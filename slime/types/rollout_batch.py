@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +51,8 @@ class RolloutBatch:
     """Per sample, what top-p and top-k sampling left for each response token."""
     indexer_topk: tuple[Selections, ...] | None = None
     """Per sample, what the engine's sparse attention read for its tokens."""
+    metadata: tuple[Mapping[str, Any], ...] | None = None
+    """Per sample its train_metadata, for functions of the user's alone; {} of a sample without."""
     weight_versions: tuple[tuple[str, ...], ...] = ()
     """Per sample the weight versions that generated it; empty where none was recorded."""
 
@@ -68,7 +72,7 @@ class RolloutBatch:
                 )
         for name in ("loss_masks", "rollout_log_probs", "teacher_log_probs"):
             self._check_per_token(name)
-        for name in ("kept_words", "indexer_topk"):
+        for name in ("kept_words", "indexer_topk", "metadata"):
             told = getattr(self, name)
             if told is not None and len(told) != n:
                 raise ValueError(f"{where}: column {name} has {len(told)} rows, but there are {n} samples")

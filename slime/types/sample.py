@@ -203,6 +203,7 @@ class Sample:
     generate_function_path: str | None = None
     custom_rm_path: str | None = None
     train_metadata: dict[str, Any] | None = None
+    """For functions of the training side: rollout_data["metadata"], and `metadata` of a custom loss's batch."""
     session_id: str | None = None
     """Routing key: requests of one session reach one engine."""
     non_generation_time: float = 0.0

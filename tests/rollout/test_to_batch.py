@@ -9,8 +9,11 @@ import pytest
 import torch
 from rollout_helpers import make_config
 
+from slime.batch.pack import pack
 from slime.rollout.to_batch import make_rollout_batch
+from slime.training.columns import Columns, call_with_rollout_data
 from slime.types.sample import Sample, Status
+from slime.types.selections import Selections
 
 
 def sample(index, group, reward, *, prompt=2, response=3, **values):
@@ -150,6 +153,101 @@ def test_custom_conversions_replace_the_default():
     batch = make_rollout_batch(group, rollout_id=0, config=config)
     assert batch.tokens[0].tolist() == [0, 1] and batch.rewards.tolist() == [3, 3]
     assert batch.trajectories.tolist() == [0, 0] and batch.groups.tolist() == [0, 0]
+
+
+def every_column(args, samples):
+    """As slime's own conversion does (what the first sample has), with what this test adds to it in its samples' metadata."""
+    names = ("rollout_top_p_token_ids", "rollout_top_p_token_offsets", "rollout_routed_experts")
+    return {
+        "tokens": [s.tokens for s in samples], "response_lengths": [s.response_length for s in samples],
+        "rewards": [s.reward for s in samples], "rollout_ids": [s.index for s in samples],
+        "loss_masks": [[0] * s.response_length if s.remove_sample else s.loss_mask for s in samples],
+        "metadata": [s.train_metadata for s in samples],
+        **{name: [getattr(s, name) for s in samples] for name in names if getattr(samples[0], name) is not None},
+        **samples[0].metadata.get("more", {}),
+    }  # fmt: skip
+
+
+def converted(samples, **rollout):
+    config = make_config(custom_convert_samples_to_train_data_path=f"{__name__}.every_column")
+    config = replace(config, model=replace(config.model, megatron={"num_layers": 2, "moe_router_topk": 3}))
+    config = replace(config, rollout=replace(config.rollout, **rollout))
+    return make_rollout_batch([samples], rollout_id=0, config=config)
+
+
+def test_a_conversion_hands_on_what_sampling_left_and_is_refused_without():
+    drawn = sample(0, 0, 1.0, response=2, loss_mask=[1, 0])
+    drawn.tokens = [1, 2, 8, 9]
+    assert converted([drawn]).kept_words is None
+    with pytest.raises(ValueError, match="its mapping lacks rollout_top_p_token_ids and rollout_top_p_token_offsets, without"):
+        converted([drawn], most_kept_words=3)
+    drawn.rollout_top_p_token_ids, drawn.rollout_top_p_token_offsets = [4, 8, 5], [0, 3, 3]
+    gone = sample(1, 0, 0.0, response=2, remove_sample=True)
+    batch = converted([drawn, gone], most_kept_words=3)
+    assert [(kept.ids.tolist(), kept.offsets.tolist()) for kept in batch.kept_words] == [
+        ([4, 8, 5], [0, 3, 3]),
+        ([], [0, 0, 0]),
+    ]
+    for offsets, said in (
+        ([0, 3], "row 0: top-p offsets must be 3 rising numbers from 0 to 3; got 2"),
+        ([0, 1, 3], r"0 \(8\)"),
+    ):
+        drawn.metadata["more"] = {"rollout_top_p_token_offsets": [offsets, None]}
+        with pytest.raises(ValueError, match=said):
+            converted([drawn, gone], most_kept_words=3)
+
+
+def test_a_conversion_without_what_a_replay_flag_trains_with_is_refused():
+    config = make_config(
+        custom_convert_samples_to_train_data_path=f"{__name__}.every_column", use_rollout_routing_replay=True,
+        use_rollout_indexer_replay=True,
+    )  # fmt: skip
+    config = replace(config, model=replace(config.model, megatron={"num_layers": 2, "moe_router_topk": 3}))
+    with pytest.raises(ValueError, match="lacks rollout_routed_experts, without which --use-rollout-routing-replay"):
+        make_rollout_batch([[sample(0, 0, 1.0)]], rollout_id=0, config=config)
+    seen = sample(0, 0, 1.0, rollout_routed_experts=np.ones((4, 2, 3), np.uint8))
+    with pytest.raises(ValueError, match="lacks rollout_indexer_topk, without which --use-rollout-indexer-replay"):
+        make_rollout_batch([[seen]], rollout_id=0, config=config)
+    seen.metadata["more"] = {"rollout_indexer_topk": [[[1, 2]]]}
+    with pytest.raises(ValueError, match="rollout_indexer_topk of row 0 is a list; hand on the sample's own"):
+        make_rollout_batch([[seen]], rollout_id=0, config=config)
+    seen.metadata["more"] = {"rollout_indexer_topk": [Selections(())] * 2}
+    batch = make_rollout_batch([[seen, sample(1, 0, 0.0, remove_sample=True)]], rollout_id=0, config=config)
+    assert [rows.shape for rows in batch.routed_experts] == [(4, 2, 3), (0, 2, 3)] and len(batch.indexer_topk) == 2
+
+
+def test_columns_of_a_conversion_that_nothing_reads_are_named_once(caplog):
+    """Of masks [1, 1, 1] a trajectory sums to 3; slime's conversion may say otherwise, and here the driver divides."""
+    one = sample(0, 0, 1.0, metadata={"more": {"colour": [1], "round_number": [2], "rollout_mask_sums": [5]}})
+    for _ in range(2):
+        converted([one])
+    notes = [record.message for record in caplog.records if "every_column" in record.message]
+    assert [note.split("every_column: ")[1] for note in notes] == [
+        "nothing reads its columns colour, round_number; metadata is handed to functions of the training side",
+        "its rollout_mask_sums are [5.0], the masks of its trajectories sum to [3.0]; losses are divided by the latter",
+    ]
+    one.metadata["more"] = {"multimodal_train_inputs": [{"pixel_values": 0}]}
+    with pytest.raises(ValueError, match="multimodal_train_inputs, but this version trains text alone"):
+        converted([one])
+
+
+@pytest.mark.parametrize("path", [None, f"{__name__}.every_column"])
+def test_train_metadata_reaches_the_functions_of_the_training_side(path):
+    """Whether any sample has some is not the first one's to decide; rows of a micro-batch keep their order."""
+    group = [sample(0, 0, 1.0), sample(1, 0, 0.0, train_metadata={"level": 3})]
+    config = make_config(custom_convert_samples_to_train_data_path=path)
+    batch = make_rollout_batch([group], rollout_id=0, config=config)
+    assert batch.metadata == ({}, {"level": 3})
+    assert pack(batch, [1, 0], loss_weight=np.ones(2)).metadata == ({"level": 3}, {})
+    seen = []
+
+    def advantages(args, data):
+        seen.append(data["metadata"])
+        data["advantages"] = data["returns"] = [torch.zeros(length) for length in data["response_lengths"]]
+
+    call_with_rollout_data(advantages, Columns(positions=(1,)), batch, None, flag="--custom-advantage-function-path")
+    assert seen == [[{"level": 3}]]
+    assert make_rollout_batch([[sample(0, 0, 1.0)]], rollout_id=0, config=make_config()).metadata is None
 
 
 def test_the_engines_experts_travel_and_what_they_did_not_see_is_open():
