@@ -3,6 +3,7 @@
 
     python tools/from_slime.py run-qwen3-4B.sh                          # the verdict, flag by flag
     python tools/from_slime.py run-qwen3-4B.sh --output my-run.sh       # and the launcher for here
+    python tools/from_slime.py run.sh --gpu h200                         # rehearsed with the memory of H200s
     python tools/from_slime.py run.sh --set MODEL_DIR=/data/models --set NNODES=4      # variables that the launcher wants
 
 The launcher is run in a shell that can do nothing: no file is written, no program but a few that read is started, nothing is
@@ -21,11 +22,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from slime.rehearse.model.rates import GPUS  # noqa: E402
 from slime.rehearse.options import Options  # noqa: E402
-from tools.foreign.job import Job, jobs_of, last_value  # noqa: E402
+from tools.foreign.job import Job, jobs_of, last_value, more_environment  # noqa: E402
 from tools.foreign.verdict import Verdict, judge  # noqa: E402
 from tools.foreign.watch import Watched, watch  # noqa: E402
-from tools.foreign.write import written  # noqa: E402
+from tools.foreign.write import OURS, written  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parents[1]
 HEADINGS = {
@@ -60,6 +62,10 @@ def surroundings(job: Job, watched: Watched) -> list[str]:
         where = {"here": "of this project", "theirs": "beside the launcher", "nowhere": "which is nowhere"}[model.place]
         lines.append(f"model: scripts/models/{model.name}.sh {where}")
     lines += [f"file: {target}, which it writes itself" for target in watched.files if target in job.words]
+    if job.torn:
+        lines.append(f"mended: a backslash is missing in the line before {job.torn}; what follows is taken for the command's")
+    for name, value in more_environment(job).items():
+        lines.append(f"environment: {name}={value} as well, without which engines with DeepEP are refused here")
     stopped = sorted({" ".join(call.words[:3]) for call in watched.calls if call.words[0] in ("pkill", "killall")})
     if stopped:
         lines.append(f"left out: {', '.join(stopped)} (a launcher here stops what it started, and nothing else)")
@@ -79,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the launcher for here")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a variable that the launcher wants")
     parser.add_argument("--job", type=int, metavar="N", help="which of its training commands, from 1 (default: the last)")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="kind of the GPUs that it is rehearsed for")
     parser.add_argument("--all", action="store_true", help="list the flags that are the same, too")
     args = parser.parse_args(argv)
     if not args.launcher.is_file():
@@ -106,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"training command {number} of {len(jobs)} (--job chooses)")
     print("\n".join(surroundings(job, watched)))
     with tempfile.TemporaryDirectory(prefix="slime-bring-") as folder:
-        verdict = judge(job, watched, with_files(job, watched, Path(folder)), options=options_of(job))
+        verdict = judge(job, watched, with_files(job, watched, Path(folder)), options=options_of(job, args.gpu))
     if args.output is not None:
         args.output.write_text(written(job, watched, launcher=args.launcher, project=PROJECT))
         args.output.chmod(0o755)
@@ -115,10 +122,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if verdict.runs else 1
 
 
-def options_of(job: Job) -> Options:
+def options_of(job: Job, gpu: str) -> Options:
     here = os.path.isdir(last_value(job.words, "--hf-checkpoint") or "")
-    env = {"TENSORBOARD_DIR": "tensorboard", **job.environment}
-    return Options(env=env, build_ranks=False, weight_map=False, curves=False, on_its_disks=here)
+    # What quotes kept the shell from filling in, the launcher for here gives in another way.
+    given = {name: value for name, value in job.environment.items() if not (name in OURS and "$" in value)}
+    env = {"TENSORBOARD_DIR": "tensorboard", **given, **more_environment(job)}
+    return Options(
+        env=env, build_ranks=False, weight_map=False, curves=False, on_its_disks=here, gpu=gpu,
+        gpu_memory_gb=GPUS[gpu].memory_gb,
+    )  # fmt: skip
 
 
 def with_files(job: Job, watched: Watched, folder: Path) -> list[str]:

@@ -45,6 +45,10 @@ SUCCESSORS: Mapping[str, str] = {
 }
 """An option's name in the oldest supported SGLang -> its name since."""
 
+RETIRED: Mapping[str, Mapping[str, str]] = {"enable_ep_moe": {}, "enable_deepep_moe": {"moe_a2a_backend": "deepep"}}
+"""Switches that spread an engine's experts over all of its ranks in SGLang before 0.5 (public launchers still have them) ->
+what they say beside that."""
+
 
 def merged(flags: Mapping[str, object], overrides: Mapping[str, object]) -> dict[str, object]:
     """Flags with a group's overrides on top; an override replaces a flag also when they use old and new names of one option."""
@@ -121,7 +125,7 @@ def engine_sizes(
         raise ConfigError(
             f"{where}: {gpus} GPUs are not tensor parallel {tp} x pipeline parallel {pp}; choose a pp_size that divides {gpus}"
         )
-    dp, ep = sizes["dp"] or 1, sizes["ep"] or 1
+    dp, ep = sizes["dp"] or 1, sizes["ep"] or (tp if _spreads_experts(settings, where) else 1)
     attention_dp = str(settings.get("enable_dp_attention", "")).lower() in ("true", "1")
     if dp > 1 and not attention_dp:
         raise ConfigError(f"{where}: dp_size {dp} means attention data parallelism here; add --sglang-enable-dp-attention")
@@ -159,6 +163,19 @@ def _pop_size(settings: dict[str, object], names: tuple[str, ...], where: str) -
     if size is not None and size < 1:
         raise ConfigError(f"{where}: {next(iter(given))} is {size}; sizes start at 1")
     return size
+
+
+def _spreads_experts(settings: dict[str, object], where: str) -> bool:
+    """Whether a retired switch asks for it; takes such switches out, and puts in what else they say."""
+    found = False
+    for switch, meant in RETIRED.items():
+        if str(settings.pop(switch, "")).lower() not in ("true", "1"):
+            continue
+        found = True
+        for name, value in meant.items():
+            if settings.setdefault(name, value) != value:
+                raise ConfigError(f"{where}: {switch} means {name} {value}, and {name} is {settings[name]}; keep one")
+    return found
 
 
 def sizes_of_groups(

@@ -104,6 +104,20 @@ def test_an_override_wins_over_the_flag_under_either_name_of_the_option():
     assert spec.settings == {"cuda_graph_max_bs_decode": 12, "page_size": "64"}
 
 
+def test_switches_of_older_sglangs_spread_experts_over_all_ranks_of_an_engine():
+    """As SGLang did: enable_ep_moe made ep_size the tensor-parallel size, enable_deepep_moe named the dispatcher too."""
+    [spec] = plan(
+        [model(group("regular", 16, 16))], slots(16), enable_ep_moe=True, enable_deepep_moe="true", deepep_mode="auto"
+    )
+    assert spec.ep_size == 16 and spec.settings == {"moe_a2a_backend": "deepep", "deepep_mode": "auto"}
+    assert plan([model(group("regular", 16, 16))], slots(16), enable_ep_moe=True, ep_size=4)[0].ep_size == 4
+    assert plan([model(group("regular", 16, 16, enable_ep_moe=False))], slots(16), enable_ep_moe=True)[0].ep_size == 1
+    with pytest.raises(
+        ValueError, match="enable_deepep_moe means moe_a2a_backend deepep, and moe_a2a_backend is none; keep one"
+    ):
+        plan([model(group("regular", 8, 8))], slots(8), enable_deepep_moe=True, moe_a2a_backend="none")
+
+
 def test_placeholders_keep_their_slots_empty():
     specs = plan([model(group("regular", 2, 1), group("placeholder", 3, 1), group("regular", 4, 2))], slots(9))
     assert [(spec.gpu_offset, spec.num_gpus) for spec in specs] == [(0, 1), (1, 1), (5, 2), (7, 2)]

@@ -102,6 +102,12 @@ RELEASED = {
         "n_routed_experts": 384, "routed_scaling_factor": 2.827, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
         "rope_theta": 50000.0, "rope_scaling": {**YARN, "factor": 32.0, "beta_fast": 1.0}, "num_nextn_predict_layers": 0,
     },
+    "kimi-k2-thinking": {
+        **DEEPSEEK, "model_type": "kimi_k2", "vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64,
+        "n_routed_experts": 384, "routed_scaling_factor": 2.827, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "rope_theta": 50000.0, "rope_scaling": {**YARN, "factor": 64.0, "beta_fast": 1.0}, "num_nextn_predict_layers": 0,
+        "rms_norm_eps": 1e-5,
+    },
     "moonlight": {
         **DEEPSEEK, "vocab_size": 163840, "hidden_size": 2048, "intermediate_size": 11264, "moe_intermediate_size": 1408,
         "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2,

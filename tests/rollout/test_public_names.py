@@ -53,6 +53,7 @@ PUBLIC = {
     "slime.rollout.rm_hub.f1": {"f1_score": "prediction, ground_truth"},
     "slime.rollout.rm_hub.ifbench": {"compute_ifbench_reward": "response, label, metadata=None"},
     "slime.rollout.rm_hub.gpqa": {"compute_gpqa_reward": "response, label, metadata=None"},
+    "slime.rollout.sglang_streaming_rollout": {"generate_streaming": "args, sample, sampling_params"},
     "slime.rollout.sglang_rollout": {
         "GenerateState": "args", "abort": "args, rollout_id", "eval_rollout": "args, rollout_id",
         "get_model_url": "args, model_name, endpoint='/generate'", "generate": "args, sample, sampling_params",

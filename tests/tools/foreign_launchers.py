@@ -55,6 +55,17 @@ RUNTIME_ENV_JSON=$(cat <<EOF
 EOF
 )
 """
+SINGLE_QUOTED = """\
+RUNTIME_ENV_JSON='{
+  "env_vars": {
+    "PYTHONPATH": "/root/Megatron-LM/",
+    "no_proxy": "localhost,127.0.0.1,${MASTER_ADDR}",
+    "MASTER_ADDR": "${MASTER_ADDR}",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1"
+  }
+}'
+"""
+"""In which the shell fills nothing in."""
 GLM_JSON = QUOTED_JSON.replace('{\n    \\"PYTHON', '{\n    \\"NVSHMEM_DISABLE_NCCL\\": \\"1\\",\n    \\"PYTHON')
 SUBMIT = """\
 ray job submit --address="http://127.0.0.1:8265" \\
@@ -63,6 +74,8 @@ ray job submit --address="http://127.0.0.1:8265" \\
    CLUSTER \\
    ARRAYS
 """
+TORN = SUBMIT.replace("CLUSTER \\\n", "CLUSTER\n")
+"""The line before the arrays lacks its backslash."""
 WORKERS = """\
 for WORKER_IP in $(awk '{print $1}' /root/mpi_rack_hostfile); do
   if [[ "$WORKER_IP" == "$MLP_WORKER_0_HOST" ]]; then
@@ -124,6 +137,8 @@ class Foreign:
     root: str = "/root"
     reads: tuple[str, ...] = field(default=())
     """Words that must be in the written launcher."""
+    gpu: str = "h100"
+    """Kind of the GPUs on which it fits: of a trillion parameters a sixteenth is 70 GB."""
 
     def text(self) -> str:
         arrays = "".join(f"{name}=(\n{_lines(words)})\n\n" for name, words in self.arrays.items())
@@ -262,6 +277,33 @@ FOREIGN: dict[str, Foreign] = {
         ),
         cluster="--actor-num-nodes 16 --actor-num-gpus-per-node 8 --colocate",
     ),
+    "deepseek-r1, whose engines are switched as in 2025": Foreign(
+        "deepseek-v3",
+        recipe(
+            "deepseek-r1", "DeepSeek-R1", perf(8, 4, 4, 32, tokens=16384, more="--decoder-last-pipeline-num-layers 13"),
+            "--rollout-num-gpus-per-engine 64 --sglang-mem-fraction-static 0.7 --sglang-enable-ep-moe --sglang-enable-dp-attention "
+            "--sglang-dp-size 8 --sglang-moe-dense-tp-size 1 --sglang-enable-dp-lm-head --sglang-disable-radix-cache "
+            "--sglang-enable-deepep-moe --sglang-deepep-mode auto --sglang-server-concurrency 1024",
+            OPTIMIZER_ARGS=OFFLOADED, MISC_ARGS=f"{MISC} --moe-enable-deepep --moe-token-dispatcher-type flex",
+        ),
+        cluster="--actor-num-nodes 16 --actor-num-gpus-per-node 8 --colocate",
+        around=(HEAD, SINGLE_QUOTED),
+        reads=("--sglang-enable-ep-moe", "--sglang-enable-deepep-moe", '"NVSHMEM_DISABLE_NCCL=1"'),
+    ),
+    "kimi-k2-thinking on 32 nodes": Foreign(
+        "kimi-k2-thinking",
+        recipe(
+            "kimi-k2", "Kimi-K2-Thinking-fp8", perf(8, 8, 4, 32, tokens=16384, more="--decoder-last-pipeline-num-layers 5"),
+            "--rollout-num-gpus-per-engine 16 --sglang-mem-fraction-static 0.7 --sglang-enable-dp-attention --sglang-dp-size 8 "
+            "--sglang-moe-dense-tp-size 1 --sglang-enable-dp-lm-head --sglang-disable-radix-cache --sglang-ep-size 16 "
+            "--sglang-server-concurrency 1024",
+            OPTIMIZER_ARGS=OFFLOADED, GRPO_ARGS=f"{GRPO} --use-tis",
+        ),
+        cluster="--actor-num-nodes 32 --actor-num-gpus-per-node 8 --colocate",
+        reads=('scripts/models/kimi-k2-thinking.sh"',),
+        submit=TORN,
+        gpu="h200",
+    ),
     "moonlight": Foreign(
         "moonlight",
         recipe(
@@ -342,6 +384,10 @@ NO_COUNTERPART: dict[str, tuple[Foreign, str]] = {
     "images": (
         Foreign("qwen2.5-3B", recipe("vlm", "Qwen2.5-3B", perf(1, 1, 1, 1, tokens=4096), "", VLM_ARGS="--multimodal-keys {\"image\":\"images\"}")),
         "--multimodal-keys: this version does not have images, audio and video",
+    ),
+    "a rollout that waits for ever": (
+        Foreign("qwen3-4B", recipe("sleep", "Qwen3-4B", perf(2, 1, 1, 1, tokens=9216), "", SLEEP_ARGS="--rollout-function-path slime.rollout.sleep_rollout.sleep")),
+        "--rollout-function-path: slime.rollout.sleep_rollout.sleep is not here: a rollout that waits for ever",
     ),
     "a flag of an older slime": (
         Foreign("qwen3-4B", recipe("old", "Qwen3-4B", perf(2, 1, 1, 1, tokens=9216), "--use-slime-router")),

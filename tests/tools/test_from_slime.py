@@ -52,7 +52,8 @@ def test_a_launcher_of_a_family_that_is_here_parses_and_rehearses_with_its_flags
     expected = flags_of(launcher)
     cluster = len(launcher.cluster.split())
     assert list(job.words) == [*expected[:cluster], *model, *expected[cluster:]]
-    assert from_slime.main([str(written(tmp_path, launcher)), "--output", str(output)]) == 0
+    words = [str(written(tmp_path, launcher)), "--output", str(output), "--gpu", launcher.gpu]
+    assert from_slime.main(words) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("verdict: parses and rehearses with its flags unchanged")
     text = output.read_text()
     assert [one for one in launcher.reads if one not in text] == []

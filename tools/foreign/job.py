@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tools.foreign.watch import Call, Watched
@@ -32,6 +32,8 @@ class Job:
     arrays: Mapping[str, tuple[str, ...]]
     slots: str
     """GPUs that its launcher told Ray of; "" where it did not."""
+    torn: str = ""
+    """The word at which its launcher forgot to go on in the same line; "" where it did not."""
 
     @property
     def schedule(self) -> tuple[str, ...]:
@@ -49,7 +51,16 @@ def jobs_of(watched: Watched) -> list[Job]:
         elif (found := _training(call.words)) is not None:
             module, flags = found
             jobs.append(Job(flags, module, _environment(call), call.arrays, slots))
+        elif jobs and call.words[0].startswith("--"):
+            # No program is called so: the line before lacks its backslash, as in two launchers of the public project.
+            jobs[-1] = replace(jobs[-1], words=(*jobs[-1].words, *call.words), torn=call.words[0])
     return jobs
+
+
+def more_environment(job: Job) -> dict[str, str]:
+    """What its environment lacks: engines with DeepEP are told of NVSHMEM here, where the public image brings its own."""
+    deepep = "--sglang-enable-deepep-moe" in job.words or last_value(job.words, "--sglang-moe-a2a-backend") == "deepep"
+    return {"NVSHMEM_DISABLE_NCCL": "1"} if deepep and "NVSHMEM_DISABLE_NCCL" not in job.environment else {}
 
 
 def _training(words: Sequence[str]) -> tuple[str, tuple[str, ...]] | None:

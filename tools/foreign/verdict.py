@@ -26,6 +26,8 @@ DIFFERS = {
     "--rollout-data-postprocess-path": "called as fn(args, rollout_id, rollout_data), as slime's code does",
     "--custom-convert-samples-to-train-data-path": "columns as in customization.md; a column is there for all rows or for none",
     "--sglang-router-policy": "spelt --router-policy",
+    "--sglang-enable-ep-moe": "spelt --sglang-ep-size, of all GPUs of an engine",
+    "--sglang-enable-deepep-moe": "spelt --sglang-moe-a2a-backend deepep, with --sglang-ep-size of all GPUs of an engine",
     "--rm-type": "built-in graders have a time limit, and one that breaks is never scored 0 (graders.md)",
     "--save-hf": "the written folder holds every tensor that config.json announces",
     "--n-samples-per-prompt": "a group is a column, whatever its size; nothing is centred over the whole batch",
@@ -42,6 +44,13 @@ OF_OTHER_VERSIONS = {
     "--num-gpus-per-engine": "spelt --rollout-num-gpus-per-engine",
 }
 """Flags of other versions of slime -> what they are."""
+
+WITHOUT_COUNTERPART = {
+    "slime.rollout.forge_load.generate_rollout": "rollouts of a file are trained without engines (--load-debug-rollout-data), "
+    "and nothing plays them beside engines that stay up",
+    "slime.rollout.sleep_rollout.sleep": "a rollout that waits for ever to hold engines up; start SGLang itself for that",
+}
+"""Functions that public launchers name and that are not here -> why."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +86,8 @@ class Verdict:
         assert self.rehearsal is not None
         findings = self.rehearsal.findings
         if wrong := findings.of("violation"):
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            return f"verdict: parses with its flags unchanged, and the rehearsal refuses it: {wrong[0].what}{more}"
+            said = "; ".join(finding.what for finding in wrong)
+            return f"verdict: parses with its flags unchanged, and the rehearsal refuses it: {said}"
         open_ones = "; what is unproven needs files that are not on this machine" if findings.verdict == "not proven" else ""
         return f"verdict: parses and rehearses with its flags unchanged{open_ones}"
 
@@ -112,6 +121,8 @@ def _letters(name: str) -> str:
 
 
 def _said(name: str, words: tuple[str, ...]) -> Said:
+    if path := next((word for word in words if word in WITHOUT_COUNTERPART), None):
+        return Said(name, words, "missing", f"{path} is not here: {WITHOUT_COUNTERPART[path]}")
     if name in OF_OTHER_VERSIONS:
         return Said(name, words, "missing", OF_OTHER_VERSIONS[name])
     try:

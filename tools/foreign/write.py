@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tools.foreign.job import Job, last_value
+from tools.foreign.job import Job, last_value, more_environment
 from tools.foreign.watch import STANDS_FOR, ModelScript, Watched
 
 OURS = frozenset({"PYTHONPATH", "MASTER_ADDR", "no_proxy", "NO_PROXY", "NCCL_NVLS_ENABLE", "TENSORBOARD_DIR"})
@@ -159,5 +159,6 @@ def _environment(job: Job) -> str:
     lines = [f'"PYTHONPATH={path}${{PYTHONPATH:+:${{PYTHONPATH}}}}"', '"PYTHONUNBUFFERED=1"']
     if "NCCL_NVLS_ENABLE" in job.environment:
         lines.append('"NCCL_NVLS_ENABLE=$(($(count_nvlinks) > 0))"')
-    lines += [f'"{_inside(f"{name}={value}")}"' for name, value in job.environment.items() if name not in OURS]
+    given = {**job.environment, **more_environment(job)}
+    lines += [f'"{_inside(f"{name}={value}")}"' for name, value in given.items() if name not in OURS]
     return "ENVIRONMENT=(\n" + "".join(f"   {line}\n" for line in dict.fromkeys(lines)) + ")\n"

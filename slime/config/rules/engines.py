@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from slime.config.engine_groups import groups_without_yaml, read_models
-from slime.config.engine_sizes import EngineSizes, sizes_of_groups
+from slime.config.engine_sizes import RETIRED, EngineSizes, sizes_of_groups
 from slime.config.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -105,6 +105,9 @@ def trained_apart(v: Values) -> list[EngineSizes]:
 
 def sizes(v: Values) -> None:
     """Each group's engines are made of ranks that divide, and lie on whole nodes or inside one."""
+    for switch in RETIRED.keys() & v["sglang"].keys():
+        spelt = ["ep_size, of all ranks of an engine", *(f"{name} {value}" for name, value in RETIRED[switch].items())]
+        v.notes.append(f"--sglang-{switch.replace('_', '-')} is spelt {' and '.join(spelt)} in the SGLang of today")
     for answer in _answers(v):
         if isinstance(answer, ConfigError):
             v.mistakes.append(str(answer))
