@@ -180,6 +180,15 @@ GSM8K = (
     "--rollout-temperature 1 --over-sampling-batch-size 64 --global-batch-size 256 "
     "--dynamic-sampling-filter-path slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
 )
+SFT = (
+    "--rollout-function-path slime.rollout.sft_rollout.generate_rollout --prompt-data ROOT/openhermes2_5.parquet --input-key messages "
+    "--rollout-shuffle --num-epoch 3 --rollout-batch-size 128 --global-batch-size 128 --loss-type sft_loss "
+    "--calculate-per-token-loss --disable-compute-advantages-and-returns --debug-train-only"
+)
+COSINE = (
+    "--optimizer adam --lr 1e-5 --lr-decay-style cosine --min-lr 1e-6 --lr-warmup-fraction 0.1 --weight-decay 0.1 "
+    "--adam-beta1 0.9 --adam-beta2 0.95"
+)
 YAML = """\
 SGLANG_CONFIG=/root/configs/pd.yaml
 mkdir -p "$(dirname "$SGLANG_CONFIG")"
@@ -267,16 +276,6 @@ FOREIGN: dict[str, Foreign] = {
         source='source "/root/slime/scripts/models/MODEL.sh"\n',
         before=(CLEAN_UP, "set -ex\n"),
     ),
-    "deepseek-v3 on 16 nodes": Foreign(
-        "deepseek-v3",
-        recipe(
-            "deepseek-r1", "DeepSeek-R1-bf16", perf(8, 4, 4, 32, tokens=16384, more="--decoder-last-pipeline-num-layers 13"),
-            "--rollout-num-gpus-per-engine 64 --sglang-mem-fraction-static 0.7 --sglang-enable-dp-attention --sglang-dp-size 8 "
-            "--sglang-ep-size 64 --sglang-moe-dense-tp-size 1 --sglang-enable-dp-lm-head --sglang-server-concurrency 1024",
-            OPTIMIZER_ARGS=OFFLOADED,
-        ),
-        cluster="--actor-num-nodes 16 --actor-num-gpus-per-node 8 --colocate",
-    ),
     "deepseek-r1, whose engines are switched as in 2025": Foreign(
         "deepseek-v3",
         recipe(
@@ -303,6 +302,27 @@ FOREIGN: dict[str, Foreign] = {
         reads=('scripts/models/kimi-k2-thinking.sh"',),
         submit=TORN,
         gpu="h200",
+    ),
+    "glm4.7-30B-A3B, which trains what it drafts with": Foreign(
+        "glm4.7-30B-A3B",
+        recipe(
+            "glm4.7-flash", "GLM-4.7-Flash", perf(2, 2, 2, 4, tokens=32768, more="--decoder-last-pipeline-num-layers 23"),
+            "--rollout-num-gpus-per-engine 8 --sglang-mem-fraction-static 0.8 --sglang-enable-dp-attention --sglang-dp-size 8 "
+            f"--sglang-enable-dp-lm-head --sglang-moe-dense-tp-size 1 {EAGLE} --sglang-cuda-graph-max-bs 64 --sglang-max-running-requests 512",
+            OPTIMIZER_ARGS=OFFLOADED, MISC_ARGS=f"{MISC} --moe-token-dispatcher-type flex --moe-enable-deepep",
+            MTP_ARGS="--mtp-num-layers 1 --enable-mtp-training --mtp-loss-scaling-factor 0.2",
+        ),
+        source='source "${SCRIPT_DIR}/../scripts/models/MODEL.sh"\n',
+    ),
+    "qwen3-4B-Base on conversations": Foreign(
+        "qwen3-4B",
+        {
+            name: words for name, words in recipe("sft", "Qwen3-4B-Base", perf(1, 1, 1, 1, tokens=9216), "", OPTIMIZER_ARGS=COSINE, SFT_ARGS=SFT).items()
+            if name not in ("ROLLOUT_ARGS", "EVAL_ARGS", "GRPO_ARGS")
+        },
+        cluster="--actor-num-nodes 1 --actor-num-gpus-per-node 8",
+        program="train_async.py",
+        around=(HEAD, HEREDOC_JSON.replace('"no_proxy"', '"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",\n    "no_proxy"')),
     ),
     "moonlight": Foreign(
         "moonlight",
@@ -395,3 +415,23 @@ NO_COUNTERPART: dict[str, tuple[Foreign, str]] = {
     ),
 }  # fmt: skip
 """What ends in one line, and which."""
+
+IN_ITS_SCRIPTS = {
+    "run-deepseek-r1.sh": "deepseek-r1, whose engines are switched as in 2025",
+    "run-glm4-9B.sh": "glm4-9B",
+    "run-glm4.5-355B-A32B.sh": "glm4.5-355B-A32B on 8 nodes",
+    "run-glm4.7-30B-A3B.sh": "glm4.7-30B-A3B, which trains what it drafts with",
+    "run-glm5.2-744B-A40B.sh": "GLM-5.2 744B on 32 nodes",
+    "run-kimi-k2-Instruct.sh": "kimi-k2-thinking on 32 nodes",
+    "run-kimi-k2-Thinking.sh": "kimi-k2-thinking on 32 nodes",
+    "run-mimo-7B-rl-eagle.sh": "mimo-7B, which drafts by itself",
+    "run-mimo-7B-rl-mtp.sh": "a draft layer that is trained",
+    "run-moonlight-16B-A3B.sh": "moonlight",
+    "run-qwen3-235B-A22B.sh": "qwen3-235B-A22B on 8 nodes",
+    "run-qwen3-30B-A3B.sh": "qwen3-30B-A3B",
+    "run-qwen3-32B.sh": "qwen3-32B in a shell of its own",
+    "run-qwen3-4B.sh": "qwen3-4B",
+    "run-qwen3-4B-base-sft.sh": "qwen3-4B-Base on conversations",
+    "low_precision/run-qwen3-4b-fp8.sh": "FP8 training",
+}
+"""Launcher of the public project's scripts/ for NVIDIA GPUs, of a family that is here -> the one above that passes the same flags."""

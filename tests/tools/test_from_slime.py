@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.foreign_launchers import FOREIGN, NO_COUNTERPART, Foreign
+from tests.tools.foreign_launchers import FOREIGN, IN_ITS_SCRIPTS, NO_COUNTERPART, Foreign
 from tools import from_slime
 from tools.foreign.confine import version
 from tools.foreign.job import jobs_of
@@ -70,10 +70,14 @@ def test_what_has_no_counterpart_ends_in_one_line_that_names_it(
     assert last.startswith("verdict: ") and said in last
 
 
-HANDED_OVER = """#!{python}
-import json, sys
-print(json.dumps(sys.argv[1:]))
-"""
+def test_the_page_says_how_many_of_its_launchers_run() -> None:
+    """Each is imitated by one that the tests above judge."""
+    run, refused = ([name for name in IN_ITS_SCRIPTS.values() if name in table] for table in (FOREIGN, NO_COUNTERPART))
+    assert (len(run), len(refused)) == (14, 2) and len(IN_ITS_SCRIPTS) == 16
+    page = " ".join((ROOT / "docs/en/get_started/from_slime.md").read_text().split())
+    assert "of the 16 launchers in its `scripts/` for NVIDIA GPUs whose model family is here, 14 run" in page
+    kept = [name for name, imitation in IN_ITS_SCRIPTS.items() if imitation in NO_COUNTERPART]
+    assert all(f"`{name}`" in page for name in kept), "and which do not"
 
 
 @pytest.mark.parametrize("name", ["qwen3-4B", "qwen3-8B, a prefill and three decode engines", "qwen3-235B-A22B on 8 nodes"])
