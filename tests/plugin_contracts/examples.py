@@ -113,7 +113,10 @@ def custom_pg_loss_reducer_function_path(total_lengths, response_lengths, loss_m
 
 
 def custom_loss_function_path(args, batch, logits, sum_of_sample_mean):
-    return sum_of_sample_mean(logits.float().mean(-1)), {}
+    log_probs = torch.log_softmax(logits[0].float(), -1)[batch.response_rows]
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    own = log_probs.gather(1, batch.targets[batch.response_rows, None])[:, 0]
+    return sum_of_sample_mean(-own), {"entropy": sum_of_sample_mean(entropy)}
 
 
 def custom_megatron_init_path(args):

@@ -149,12 +149,34 @@ def squares(total_lengths, response_lengths, loss_masks, calculate_per_token_los
     return lambda values: (values**2).sum()
 
 
+def of_logits(args, batch, logits, sum_of_sample_mean):
+    return logits.float().mean(), {}
+
+
+def by_token(args, batch, logits, sum_of_sample_mean):
+    values = logits[0, batch.response_rows].float().mean(-1)
+    return values * batch.loss_weight, {}
+
+
+def detached(args, batch, logits, sum_of_sample_mean):
+    return sum_of_sample_mean(logits[0, batch.response_rows].detach().mean(-1)), {}
+
+
+def many_metrics(args, batch, logits, sum_of_sample_mean):
+    values = logits[0, batch.response_rows].float().mean(-1)
+    return sum_of_sample_mean(values), {"values": values}
+
+
+def loss_alone(args, batch, logits, sum_of_sample_mean):
+    return sum_of_sample_mean(logits[0, batch.response_rows].float().mean(-1))
+
+
 def empties(args, version_dir, rollout_engines):
     for file in Path(version_dir).glob("*.json"):
         file.unlink()
 
 
-RM, GENERATE = "--custom-rm-path", "--custom-generate-function-path"
+RM, GENERATE, LOSS = "--custom-rm-path", "--custom-generate-function-path", "--custom-loss-function-path"
 MISTAKES = [
     (RM, "nan", rewards.gives_a_finite_number_or_a_mapping_that_holds_one, "the reward is nan"),
     (RM, "text", rewards.gives_a_finite_number_or_a_mapping_that_holds_one, "the reward is 'good'"),
@@ -189,6 +211,11 @@ MISTAKES = [
     ("--custom-tis-function-path", "unbounded", training.gives_a_loss_masks_and_values_by_token, "tis has shape"),
     ("--custom-tis-function-path", "unbounded", training.gives_no_nan_where_a_ratio_is_infinite, "the loss of trained tokens"),
     ("--custom-pg-loss-reducer-function-path", "squares", training.gives_a_function_that_sums, "it is no sum"),
+    (LOSS, "loss_alone", training.gives_one_finite_loss_with_a_gradient_and_its_metrics, "it gave a Tensor; expected"),
+    (LOSS, "by_token", training.gives_one_finite_loss_with_a_gradient_and_its_metrics, r"the loss is a tensor \(5,\)"),
+    (LOSS, "detached", training.gives_one_finite_loss_with_a_gradient_and_its_metrics, "the loss has no gradient"),
+    (LOSS, "many_metrics", training.gives_one_finite_loss_with_a_gradient_and_its_metrics, "its metric values is tensor"),
+    (LOSS, "of_logits", training.gives_a_loss_of_nothing_too, "the loss of a micro-batch without samples is"),
     (
         "--custom-update-weight-post-write-path",
         "empties",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,8 +12,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from slime.batch.pack import pack
 from slime.ray.destinations import EngineTarget
 from slime.training.columns import Columns, call_with_rollout_data
+from slime.training.loss import total
 from slime.types import RolloutBatch
 from slime.weights.published import Header, PartWriter, publish_version
 from slime.weights.serving import Receiver
@@ -92,6 +96,49 @@ def gives_a_function_that_sums(function, stage) -> None:
     assert torch.isclose(two, 2 * one), f"twice the loss gives {float(two):g}, and the loss {float(one):g}: it is no sum"
 
 
+VOCABULARY = 8
+
+
+def _lost(function, stage, positions: tuple[int, ...]) -> tuple[torch.Tensor, Any]:
+    """(logits [1, t, v] of a whole vocabulary, the answer) for the samples at `positions`, each as heavy as the other."""
+    columns, batch = _batch(advantages=True)
+    weight = np.array([1 / length / len(LENGTHS) for length in LENGTHS])
+    micro = pack(batch, positions, loss_weight=weight, denominator=len(LENGTHS), multiple=16, columns=columns.for_packing())
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, micro.tokens.shape[1], VOCABULARY, generator=generator).requires_grad_()
+    return logits, function(stage.args(), micro, logits, partial(total, micro))
+
+
+def gives_one_finite_loss_with_a_gradient_and_its_metrics(function, stage) -> None:
+    logits, answer = _lost(function, stage, (0, 1))
+    assert isinstance(answer, tuple) and len(answer) == 2, f"it gave a {type(answer).__name__}; expected (loss, metrics)"
+    loss, metrics = answer
+    assert isinstance(loss, torch.Tensor) and loss.dim() == 0, (
+        f"the loss is {f'a tensor {tuple(loss.shape)}' if isinstance(loss, torch.Tensor) else repr(loss)}; expected a tensor "
+        "with one number"
+    )
+    assert torch.isfinite(loss), f"the loss is {float(loss)}"
+    assert loss.requires_grad, "the loss has no gradient: the optimizer would train nothing"
+    loss.backward()
+    assert logits.grad is not None and logits.grad.any(), "the gradient of all logits is 0: nothing would be trained"
+    assert torch.isfinite(logits.grad).all(), "the gradient of some logits is not finite"
+    assert isinstance(metrics, Mapping), f"its metrics are a {type(metrics).__name__}; expected a mapping"
+    for name, value in metrics.items():
+        number = torch.as_tensor(value)
+        assert number.dim() == 0 and torch.isfinite(number), f"its metric {name} is {value!r}; expected one finite number"
+
+
+def gives_a_loss_of_nothing_too(function, stage) -> None:
+    """Of samples that do not divide over ranks, one has none and takes part all the same, with padding alone."""
+    try:
+        _, (loss, _) = _lost(function, stage, ())
+    except Exception as error:
+        raise AssertionError(f"a micro-batch without samples makes it raise {type(error).__name__}: {error}") from error
+    assert torch.isfinite(loss) and float(loss.detach()) == 0, (
+        f"the loss of a micro-batch without samples is {float(loss.detach()):g}; it counts like any other"
+    )
+
+
 def _published(folder: Path, *, encoding: str | None) -> Path:
     """Version 1 of a checkpoint with one tensor: whole, or the difference that there is where nothing has changed."""
     origin, partial = folder / "checkpoint", folder / ".part"
@@ -123,7 +170,7 @@ PROMISES = {
     "--rollout-data-postprocess-path": (leaves_an_advantage_and_a_return_for_every_token,),
     "--custom-tis-function-path": (gives_a_loss_masks_and_values_by_token, gives_no_nan_where_a_ratio_is_infinite),
     "--custom-pg-loss-reducer-function-path": (gives_a_function_that_sums,),
-    "--custom-loss-function-path": (),
+    "--custom-loss-function-path": (gives_one_finite_loss_with_a_gradient_and_its_metrics, gives_a_loss_of_nothing_too),
     "--custom-megatron-init-path": (),
     "--custom-megatron-before-log-prob-hook-path": (),
     "--custom-megatron-before-train-step-hook-path": (),

@@ -341,6 +341,10 @@ async def whole_group(args, samples, **kwargs):
     return [float(len(samples)) for _ in samples]
 
 
+async def place(args, samples, **kwargs):
+    return np.arange(len(samples), dtype=np.float64)
+
+
 def test_custom_generate_hooks_and_group_reward_take_part(run, router):
     output, _ = run(
         rollout_id=5,
@@ -461,6 +465,16 @@ def test_fan_out_groups_hold_all_siblings(run):
     output, _ = run(custom_generate_function_path=f"{__name__}.fan_out")
     assert [[len(item) for item in group] for group in output.samples] == [[2, 2]] * 4
     assert all(sample.reward == 1 for group in output.samples for item in group for sample in item)
+
+
+def test_siblings_of_a_fan_out_are_graded_with_their_whole_group(run):
+    """--group-rm: one list of two samples with two siblings each, in order; what comes back is nested as it was."""
+    output, _ = run(custom_generate_function_path=f"{__name__}.fan_out", custom_rm_path=f"{__name__}.place", group_rm=True)
+    assert [[len(item) for item in group] for group in output.samples] == [[2, 2]] * 4
+    rewards = [[[sample.reward for sample in item] for item in group] for group in output.samples]
+    assert rewards == [[[0.0, 1.0], [2.0, 3.0]]] * 4
+    trajectories = [[{sample.rollout_id for sample in item} for item in group] for group in output.samples]
+    assert all(len(first) == len(second) == 1 and first != second for first, second in trajectories)
 
 
 def test_a_response_without_room_is_refused_by_name(run):
