@@ -72,7 +72,11 @@ class Telling:
         if sync is not None:
             metrics["perf/update_weights_time"] = sync.pause_seconds
             metrics["perf/update_weights_wire_bytes"] = float(sync.stream.nbytes)
-            logger.debug("%s", sync.line())
+            spent = sync.stream.seconds
+            metrics["perf/update_weights_make_time"] = spent.make
+            metrics["perf/update_weights_exchange_time"] = spent.exchange
+            metrics["perf/update_weights_hand_over_time"] = spent.hand_over
+            logger.debug("%s; slowest ranks: %s", sync.line(), spent)
         self._tracker.write(metrics, Axis.ROLLOUT, rollout.rollout_id + 1)
         line = RolloutLine(
             rollout_id=rollout.rollout_id,

@@ -17,6 +17,7 @@ from slime.ray.placement import TRAINER_SHARE, Placement, rank_environment
 from slime.ray.standstill import Patience
 from slime.ray.train_actor import RankMemory, TrainActor
 from slime.weights.protocol import StreamReport
+from slime.weights.stopwatch import StreamSeconds
 
 if TYPE_CHECKING:
     from slime.training.start_page import RankShare
@@ -98,7 +99,8 @@ class TrainGroup:
     def stream(self, version: int) -> StreamReport:
         reports = self._call("stream", version, self.destinations, doing=f"sending weights v{version}")
         lost = tuple(engine for report in reports.values() for engine in report.lost)
-        return replace(self._first(reports), lost=lost)
+        seconds = StreamSeconds.slowest(report.seconds for report in reports.values())
+        return replace(self._first(reports), lost=lost, seconds=seconds)
 
     def check(self, version: int) -> list[str]:
         """Every engine's weights against those that were sent (--check-weight-update-equal); the engines that could not give

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 import torch.distributed as dist
@@ -26,6 +27,10 @@ from slime.ray.placement import RECEIVER_SHARE, Placement, Slot, rank_environmen
 from slime.weights.lanes import Trainer
 from slime.weights.plan import SyncPlan, plan_sync
 from slime.weights.serving import Receiver
+
+if TYPE_CHECKING:
+    from slime.ray.engine_feed import EngineFeed
+    from slime.weights.execute import Execution
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +103,8 @@ class WeightReceiver:
         from slime.weights.execute import Execution
 
         plan, rank = self._plan(order), self._first + self._number
-        execution = Execution(plan, order.homes, rank, self._device.torch_device, None, self._group)
+        wait = self._device.synchronize
+        execution = Execution(plan, order.homes, rank, self._device.torch_device, None, self._group, wait)
         local = [home - self._first for home in order.homes]
         feeds = [
             EngineFeed(
@@ -107,16 +113,7 @@ class WeightReceiver:
             for engine in order.engines
         ]
         mine = next(feed for feed in feeds if feed.gpus)
-        try:
-            for number in range(plan.rounds):
-                buckets = execution.round(number)
-                self._device.synchronize()
-                mine.finish()
-                mine.deliver(buckets)
-            mine.finish()
-        finally:
-            mine.close()
-        del buckets
+        hand_on(execution, mine)
         self._device.empty_cache()
         return [mine.lost] if mine.posts and mine.lost is not None else []
 
@@ -137,6 +134,20 @@ class WeightReceiver:
         if len(members) > 1 and members not in self._feeds:
             self._feeds[members] = dist.new_group(list(members), backend="gloo")
         return self._feeds.get(members)
+
+
+def hand_on(execution: Execution, feed: EngineFeed) -> None:
+    """All rounds of a sync in a receiver: one arrives while its engine rank loads the one before."""
+    try:
+        for number in range(execution.plan.rounds):
+            buckets = execution.round(number)
+            with execution.clock("hand_over"):
+                feed.finish()
+                feed.deliver(buckets)
+        with execution.clock("hand_over"):
+            feed.finish()
+    finally:
+        feed.close()
 
 
 def start_receiver(placement: Placement, slot: Slot, name: str, log_folder: Path) -> ActorHandle:

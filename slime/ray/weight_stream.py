@@ -30,6 +30,7 @@ from slime.weights.plan import Receiver, SyncPlan, Trainer, plan_sync
 from slime.weights.protocol import StreamReport
 from slime.weights.quantize import WireFormat
 from slime.weights.read_back import Expected, ReadBack, answered, read_back
+from slime.weights.stopwatch import Stopwatch
 from slime.weights.ways import is_elsewhere, planned
 
 
@@ -84,17 +85,20 @@ class WeightStream:
         broadcast = self._joined(away, to, lost) if away and self._ranks.rank == homes[-1] else None
         self._expect([feed.target for feed in posts], away if broadcast is not None else ())
         buckets: Mapping[int, WeightBucket] = {}
+        clock = Stopwatch()
         if others is not None:
             others.begin(self._order(plan, receivers, received, homes, label))
         try:
-            for buckets in self._rounds(plan, homes, None if others is None else others.group):
-                lost += _finish(feeds, broadcast)
+            for buckets in self._rounds(plan, homes, None if others is None else others.group, clock):
                 self._keep(buckets, whole=len(to.nodes))
-                for feed in feeds:
-                    feed.deliver(buckets)
-                if broadcast is not None and len(to.nodes) in buckets:
-                    broadcast.deliver(buckets[len(to.nodes)])
-            lost += _finish(feeds, broadcast)
+                with clock("hand_over"):
+                    lost += _finish(feeds, broadcast)
+                    for feed in feeds:
+                        feed.deliver(buckets)
+                    if broadcast is not None and len(to.nodes) in buckets:
+                        broadcast.deliver(buckets[len(to.nodes)])
+            with clock("hand_over"):
+                lost += _finish(feeds, broadcast)
         except RuntimeError as error:
             if others is not None:
                 self._others = None
@@ -103,11 +107,12 @@ class WeightStream:
         finally:
             for feed in posts:
                 feed.close()
-        lost += [] if others is None else others.finish()
+        with clock("hand_over"):
+            lost += [] if others is None else others.finish()
         del buckets  # the last ones would be held while the cache is emptied
         self._device.empty_cache()
         lost += [feed.lost for feed in posts if feed.lost is not None]
-        return StreamReport(plan.rounds, *plan_size(plan), plan_digest(plan), lost=tuple(lost))
+        return StreamReport(plan.rounds, *plan_size(plan), plan_digest(plan), lost=tuple(lost), seconds=clock.seconds)
 
     def check(self, version: int, to: Destinations) -> list[ReadBack]:
         """Read what the last `send` gave to this rank's engines back. No collective, engines still paused.
@@ -158,15 +163,14 @@ class WeightStream:
         return self._plans[key]
 
     def _rounds(
-        self, plan: SyncPlan, homes: Sequence[int], group: dist.ProcessGroup | None = None
+        self, plan: SyncPlan, homes: Sequence[int], group: dist.ProcessGroup | None = None, clock: Stopwatch | None = None
     ) -> Iterator[Mapping[int, WeightBucket]]:
         """This rank's buckets by GPU, complete in the device's memory when they are given."""
         parts = TrainedParts(self._model, self._table, self._ranks, block=self._block)
-        execution = Execution(plan, homes, self._ranks.rank, self._device.torch_device, parts, group)
+        told = {"wait": self._device.synchronize, "clock": clock or Stopwatch()}
+        execution = Execution(plan, homes, self._ranks.rank, self._device.torch_device, parts, group, **told)
         for number in range(plan.rounds):
-            buckets = execution.round(number)
-            self._device.synchronize()
-            yield buckets
+            yield execution.round(number)
 
     def _feed(self, engine: EngineTarget, homes: Sequence[int], label: str) -> EngineFeed:
         """All ranks open an engine's group in the same order."""

@@ -7,7 +7,7 @@ may stand for the ranks of an engine on other devices, whose buckets it then hol
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,9 +17,21 @@ from torch import Tensor
 from slime.types.weight_bucket import WeightBucket
 from slime.weights.parts import TrainedParts, typed
 from slime.weights.plan import Delivery, Duties, Leg, SyncPlan
+from slime.weights.stopwatch import Stopwatch
 
 Key = tuple[int, int]
 """(GPU, number of a delivery)"""
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round on one process, before it has travelled."""
+
+    duties: Mapping[int, Duties]
+    """By GPU here, as the others."""
+    buckets: Mapping[int, Tensor]
+    buffers: Mapping[Key, Tensor]
+    """Where each delivery lies."""
 
 
 @dataclass
@@ -35,6 +47,9 @@ class Execution:
     """What a trainer rank exports; its number is that of its GPU. None for a process that only receives."""
     group: dist.ProcessGroup | None = None
     """Of all processes; the default group unless said."""
+    wait: Callable[[], None] = lambda: None
+    """For what was queued on the device: a round is complete when it is given, and each phase's seconds are its own."""
+    clock: Stopwatch = field(default_factory=Stopwatch)
     moved: Counter[tuple[int, int]] = field(default_factory=Counter)
     """(source GPU, target GPU) -> bytes that this process sent over the link."""
 
@@ -54,6 +69,16 @@ class Execution:
 
         A new buffer each time: an engine may answer before its copy kernels have run, so a reused one would corrupt the last.
         """
+        with self.clock("make"):
+            made = self.make(number)
+            self.wait()
+        with self.clock("exchange"):
+            self._travel(made)
+            self.wait()
+        return {gpu: WeightBucket(one.metas, made.buckets[gpu]) for gpu, one in made.duties.items() if one.metas}
+
+    def make(self, number: int) -> Round:
+        """What this rank exports of a round, in the buffers that it travels in; a collective of the ranks that gather."""
         duties = {gpu: self.plan.duties(gpu, number) for gpu in self._mine}
         buckets = {gpu: torch.empty(one.bucket_bytes, dtype=torch.uint8, device=self.device) for gpu, one in duties.items()}
         buffers = {
@@ -61,14 +86,16 @@ class Execution:
             for gpu, one in duties.items()
             for delivery in one.deliveries
         }
-        self._make(number, duties, buffers)
-        deliveries = {delivery.number: delivery for one in duties.values() for delivery in one.deliveries}
+        self._write(number, duties, buffers)
+        return Round(duties, buckets, buffers)
+
+    def _travel(self, made: Round) -> None:
+        deliveries = {delivery.number: delivery for one in made.duties.values() for delivery in one.deliveries}
         ordered = [deliveries[key] for key in sorted(deliveries)]
         for hop in range(self.plan.hops):
-            self._exchange(hop, ordered, buffers)
-        for gpu, one in duties.items():
-            self._place(one, buffers, buckets[gpu])
-        return {gpu: WeightBucket(one.metas, buckets[gpu]) for gpu, one in duties.items() if one.metas}
+            self._exchange(hop, ordered, made.buffers)
+        for gpu, one in made.duties.items():
+            self._place(one, made.buffers, made.buckets[gpu])
 
     def _buffer(self, duties: Duties, delivery: Delivery, bucket: Tensor) -> Tensor:
         """Where a delivery lies: in the bucket if it can, else in one of its own."""
@@ -77,7 +104,7 @@ class Execution:
             return bucket[place : place + delivery.nbytes]
         return torch.empty(delivery.nbytes, dtype=torch.uint8, device=self.device)
 
-    def _make(self, number: int, duties: Mapping[int, Duties], buffers: Mapping[Key, Tensor]) -> None:
+    def _write(self, number: int, duties: Mapping[int, Duties], buffers: Mapping[Key, Tensor]) -> None:
         """Export what this rank is a maker of, and take part in the gathering of what a rank of its group is."""
         if self.parts is None:
             return

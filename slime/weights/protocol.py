@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from slime.weights.stopwatch import StreamSeconds
+
 logger = logging.getLogger(__name__)
 
 
@@ -55,6 +57,8 @@ class StreamReport:
     """Folder of the version, where the engines load it from files."""
     lost: tuple[str, ...] = ()
     """Engines that were gone before they had all of it, with what was seen of that."""
+    seconds: StreamSeconds = StreamSeconds()
+    """Of the slowest ranks; zeros where weights went by files."""
 
 
 @dataclass(frozen=True)

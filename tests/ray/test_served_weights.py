@@ -1,28 +1,45 @@
-"""What a real engine serves after a sync equals what the trainer sent; one wrong value in one tensor is found."""
+"""What a real engine serves after a sync equals what the trainer sent; one wrong value in one tensor is found. Who dies amid a
+transfer to receivers is named, and nobody waits for ever: real actors and gloo, a model on its way."""
+
+from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 import torch
+from by_hand import by_hand
 from engine.engines import TOKEN, make_checkpoint, payload, spec
 from model.parity import build
+from one_trainer import OneTrainer, spoil_next
 from ranks import run_ranks
 
 from slime.config.cluster import EngineConfig
 from slime.device.host import HostDevice
-from slime.engine.client import EngineClient, sync
+from slime.engine.client import EngineClient, EngineError, EngineGone, sync
 from slime.engine.process import EngineProcess
 from slime.model.hf_config import read_hf_config
 from slime.model.hf_io import SafetensorsReader
 from slime.model.names import NameTable
+from slime.ray.calls import gather
 from slime.ray.destinations import Destinations, EngineTarget
+from slime.ray.engine_broadcast import lost_of
 from slime.ray.weight_files import WeightFiles
+from slime.ray.weight_receivers import WeightReceiver
 from slime.ray.weight_stream import WeightStream
 from slime.weights.plan import Receiver
-from slime.weights.protocol import StreamReport
+from slime.weights.protocol import StreamReport, sync_weights
 from slime.weights.published import LocalCopy, wrong_tensors
 from slime.weights.quantize import WireFormat
+from tools.bench.one_engine import OneEngine
 
 pytestmark = pytest.mark.slow
 
@@ -151,3 +168,147 @@ def test_published_versions_whole_and_as_differences_give_the_engine_what_a_stre
     assert copy.follow(tmp_path / "delta", 1) == [1] and changes.tensors == whole.tensors and 0 < changes.nbytes
     assert holding(lambda: sync(client.update_weights_from_disk(str(copy.folder)))) == streamed
     sync(client.continue_generation())
+
+
+# ---------------------------------------------------------------------- receivers
+
+LIMIT = 300.0
+"""Seconds; who waits for a peer has 30 minutes otherwise."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init("local", num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Actors:
+    """A trainer of one rank, and two receivers."""
+
+    trainer: ray.actor.ActorHandle
+    receivers: tuple[ray.actor.ActorHandle, ...]
+
+    @staticmethod
+    def start(pair: Path, logs: Path) -> Actors:
+        receivers = (WeightReceiver.options(num_cpus=0).remote(f"receiver-{number}", 0, logs) for number in range(2))
+        return Actors(OneTrainer.remote(str(pair)), tuple(receivers))
+
+    def pids(self) -> list[int]:
+        """Of the trainer and the receivers."""
+        return ray.get([one.__ray_call__.remote(lambda self: os.getpid()) for one in (self.trainer, *self.receivers)])
+
+    def to(self, name: str, url: str, token: str, size: int) -> Destinations:
+        """An engine of so many ranks, each with a receiver."""
+        gpus = tuple(range(1, 1 + size))
+        engine = EngineTarget(name, url, token, Receiver(0, gpus, size), receivers=self.receivers[:size])
+        return Destinations((engine,), (0,) * (1 + size))
+
+    def send(self, url: str) -> Exception | dict:
+        """What came of a sync to an engine of two ranks."""
+        call = self.trainer.send.remote(1, self.to("decode-0", url, "secret", 2))
+        try:
+            return gather({"trainer rank 0": call}, doing="sending weights v1", timeout=LIMIT)
+        except RuntimeError as error:
+            return error
+
+    def stop(self) -> None:
+        for actor in (self.trainer, *self.receivers):
+            ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def actors(cluster, served, tmp_path_factory) -> Iterator[Actors]:
+    found = Actors.start(served[2], tmp_path_factory.mktemp("receivers"))
+    yield found
+    found.stop()
+
+
+class Sending:
+    """The trainer's side of it."""
+
+    def __init__(self, trainer: ray.actor.ActorHandle, to: Destinations):
+        self._trainer, self._to = trainer, to
+
+    def stream(self, version: int) -> StreamReport:
+        return ray.get(self._trainer.send.remote(version, self._to))
+
+    def check(self, version: int) -> list[str]:
+        return [found.engine for found in ray.get(self._trainer.check.remote(version, self._to)) if not found.complete]
+
+
+def test_one_value_that_turns_in_a_receiver_is_named(served, actors):
+    url, name = served[0], "default-regular-0"
+    sides = OneEngine(name, url, TOKEN), Sending(actors.trainer, actors.to(name, url, TOKEN, 1))
+    sync_weights(*sides, version=1, read_back=True)
+    ray.get(actors.receivers[0].__ray_call__.remote(spoil_next(CORRUPTED)))
+    named = r"1 of \d+ parameters changed when all were sent once more: model\.layers\.5\.mlp\.down \(rank 0\);"
+    with pytest.raises(RuntimeError, match=rf"^{name} does not hold weights v2 as they were sent: {named}"):
+        sync_weights(*sides, version=2, read_back=True)
+
+
+class Recording:
+    """Takes all that is posted; with its third bucket something happens."""
+
+    def __init__(self):
+        outer, self.then, self.posts = self, lambda: None, 0
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers["Content-Length"]))
+                outer.posts += 1
+                if outer.posts == 3:
+                    outer.then()
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b'{"success": true}')
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def recording() -> Iterator[Recording]:
+    engine = Recording()
+    yield engine
+    engine.server.shutdown()
+
+
+def test_a_receiver_that_is_killed_is_named_with_its_process(actors, recording):
+    # The other receiver gives up and lives: the trainer, which waits for it, hears that it has left the group.
+    *_, pid = actors.pids()
+    recording.then = lambda: os.kill(pid, signal.SIGKILL)
+    said = str(actors.send(recording.url))
+    assert f"receiver 1 of engine decode-0 (pid {pid} on " in said and "while receiving weights" in said, said
+    assert "did not answer" not in said and 3 <= recording.posts <= 4
+
+
+@by_hand("a minute")
+def test_a_trainer_rank_that_is_killed_is_named_and_the_receivers_are_free_again(cluster, recording, served, tmp_path):
+    actors = Actors.start(served[2], tmp_path)
+    pid, *_ = actors.pids()
+    recording.then = lambda: os.kill(pid, signal.SIGKILL)
+    said = str(actors.send(recording.url))
+    assert said.startswith("trainer rank 0 ") and "died" in said and "while sending weights v1" in said, said
+    # An actor does one thing after another: it answers once its part of the sync has ended.
+    free = [one.__ray_call__.remote(lambda self: "here") for one in actors.receivers]
+    assert ray.get(free, timeout=LIMIT) == ["here"] * 2
+    actors.stop()
+
+
+def test_engines_that_do_not_come_back_from_a_broken_broadcast_are_named_after_a_bounded_wait():
+    """As over NCCL; gloo's engines hear of it at once, and one that refused for that is not lost."""
+    calls: list[Future] = [Future() for _ in range(4)]
+    calls[0].set_exception(EngineGone("POST /update: ConnectError"))
+    calls[1].set_exception(EngineError("connection closed by peer", 400))
+    calls[3].set_result(None)
+    engines = [EngineTarget(f"decode-{number}", "", "", Receiver(number, (number,), 1)) for number in range(4)]
+    assert lost_of(engines, calls, 0.2) == [
+        "decode-0: POST /update: ConnectError",
+        "decode-2: no answer within 0 s since another engine of its group was gone",
+    ]

@@ -4,7 +4,9 @@ import base64
 import json
 import pickle
 import threading
+import time
 from collections import defaultdict
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -96,7 +98,10 @@ def test_every_rank_of_every_engine_gets_what_it_serves_once_and_bit_for_bit(tin
     def send(rank: int) -> tuple[int, int, str]:
         chunks, ranks, _, _ = build(rank, 4, bf16, **layout)
         stream = WeightStream(chunks, read_hf_config(fp8), ranks, HostDevice(), limit_bytes=200_000, with_mtp=mtp)
+        started = time.monotonic()
         report = stream.send(1, to)
+        spent, elapsed = asdict(report.seconds), time.monotonic() - started
+        assert min(spent.values()) > 0 and sum(spent.values()) < elapsed, "each second counts once"
         return report.buckets, report.tensors, report.digest
 
     reports = run_ranks(4, send)

@@ -1,6 +1,7 @@
 import pytest
 
 from slime.weights.protocol import StreamReport, sync_weights
+from slime.weights.stopwatch import StreamSeconds
 
 
 class RecordingEngines:
@@ -119,3 +120,10 @@ def test_what_was_published_is_loaded_by_the_engines_before_the_update_ends():
     events = []
     sync_weights(RecordingEngines(events, {"d": "7"}), RecordingTrainers(events, published="/w/weight_v000007"), version=7)
     assert events[2:5] == ["begin 7", "stream 7", "load 7 from /w/weight_v000007"] and events[5] == "end 7"
+
+
+def test_phases_are_those_of_the_slowest_ranks():
+    found = StreamSeconds.slowest([StreamSeconds(3.0, 0.5, 0.0), StreamSeconds(1.0, 2.0, 0.25)])
+    assert found == StreamSeconds(make=3.0, exchange=2.0, hand_over=0.25)
+    assert str(found) == "make 3.00 s, exchange 2.00 s, hand over 0.25 s"
+    assert StreamSeconds.slowest([]) == StreamSeconds()
