@@ -3,6 +3,8 @@
     .venv/bin/python tools/box_drill.py run FOLDER die/train down/save      these, one after another (as root)
     .venv/bin/python tools/box_drill.py list                                what there is
     .venv/bin/python tools/box_drill.py table FOLDER                        what happened, as markdown
+    .venv/bin/python tools/box_drill.py all FOLDER                          every drill, every layout and misfit; hours
+    .venv/bin/python tools/box_drill.py all FOLDER --dry                    what that would run
 
 A drill is FAULT/PHASE. All drills of a folder share one run, so they need as many nodes: each launch is the same command, and
 resumes what the drill before it ended; `run` without drills is one that nobody disturbs. Judged are: one line that names the
@@ -39,6 +41,7 @@ ENDS_WITHIN, CLEAN_WITHIN, READY_WITHIN = 240.0, 150.0, 480.0
 """Seconds: from the fault to the end of the launch; from there until no node keeps anything of it; and until a phase comes, of
 which a node that was started anew waits three minutes for the record of the run before."""
 FLAP_SECONDS, FLAPS, SLOW_MBIT = 6.0, 4, 4.0
+LATE_MS, LOSS = 50.0, 0.01
 _SURVIVED_ROLLOUTS = 2
 FLAGS = (
     "--rollout-batch-size", "2", "--n-samples-per-prompt", "2", "--n-samples-per-eval-prompt", "1",
@@ -97,6 +100,11 @@ def _slow(box: Box, nodes: tuple[int, ...]) -> None:
         cluster_box.slow(box, node, SLOW_MBIT)
 
 
+def _late(box: Box, nodes: tuple[int, ...]) -> None:
+    for node in nodes:
+        box = cluster_box.delay(box, node, milliseconds=LATE_MS, loss=LOSS)
+
+
 FAULTS = {
     "die": Fault("all processes of node 2 end", (2,), _die, _boot),
     "down": Fault("the link of node 2 goes down and stays so", (2,), _down, _up),
@@ -109,6 +117,9 @@ FAULTS = {
         _up, survives=True,
     ),
     "slow": Fault(f"the link of node 2 carries {SLOW_MBIT:g} Mbit/s", (2,), _slow, _up, survives=True),
+    "late": Fault(
+        f"frames on the link of node 2 come {LATE_MS:.0f} ms late, and {LOSS:.0%} never", (2,), _late, _up, survives=True
+    ),
 }  # fmt: skip
 
 
@@ -269,11 +280,13 @@ class Campaign:
             began = launch.rollouts[0][1]
             self._write(replace(rows[-1], resumed=began == (0 if before is None else before + 1) + 1))
 
-    def undisturbed(self) -> None:
+    def undisturbed(self) -> bool:
+        """Whether it trained, and went on from where the drill before had left the run."""
         before, self._launch = newest(self._checkpoints), Launch(self._box)
         self._launch.until(lambda: bool(self._launch.rollouts), seconds=2 * READY_WITHIN)
         self._settle(self._launch, before)
         self._transcribe(self._launch, "undisturbed", time.monotonic())
+        return bool(self._launch.rollouts) and not any(row.resumed is False for row in read(self._folder)[-1:])
 
     def _transcribe(self, launch: Launch, name: str, at: float) -> None:
         folder = self._folder / "transcripts"
@@ -304,9 +317,9 @@ def read(folder: Path) -> list[Row]:
     return list(rows.values())
 
 
-def run(folder: Path, names: Sequence[str]) -> int:
+def run(folder: Path, names: Sequence[str], *, undisturbed_nodes: int = 2) -> int:
     failed = 0
-    counts = {FAULTS[name.split("/")[0]].num_nodes for name in names} or {2}
+    counts = {FAULTS[name.split("/")[0]].num_nodes for name in names} or {undisturbed_nodes}
     if len(counts) > 1:
         raise SystemExit(f"these drills need boxes of {sorted(counts)} nodes: one call for each")
     box = cluster_box.make(folder, counts.pop())
@@ -320,8 +333,9 @@ def run(folder: Path, names: Sequence[str]) -> int:
             sys.stdout.flush()
             failed += row is None or row.failed
         if not names:
-            campaign.undisturbed()
+            failed += not campaign.undisturbed()
         campaign.leave()
+        failed += sum(row.resumed is False for row in read(folder) if f"{row.fault}/{row.phase}" in names)
     finally:
         cluster_box.remove(folder)
     return 1 if failed else 0
@@ -348,16 +362,27 @@ def table(rows: Sequence[Row]) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "list", "table"):
+    for name in ("run", "list", "table", "all"):
         one = commands.add_parser(name)
         if name != "list":
             one.add_argument("folder", type=Path)
         if name == "run":
             one.add_argument("drills", nargs="*", metavar="FAULT/PHASE")
+            one.add_argument("--nodes", type=int, default=2, help="of the box, where no drill is named")
+        elif name == "all":
+            one.add_argument("--dry", action="store_true", help="print the commands, and run none")
     given = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a box is removed on the way out
     if given.command == "run":
-        return run(given.folder, given.drills)
+        return run(given.folder, given.drills, undisturbed_nodes=given.nodes)
+    if given.command == "all":
+        from tools.drills import everything  # it imports this file
+
+        parts = everything.parts(given.folder.absolute())
+        if not given.dry:
+            return everything.run(parts)
+        sys.stdout.write("".join(f"{part}\n" for part in parts))
+        return 0
     if given.command == "table":
         sys.stdout.write(table(read(given.folder)))
         return 0

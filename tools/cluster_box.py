@@ -4,6 +4,7 @@
     .venv/bin/python tools/cluster_box.py on BOX 1 COMMAND...      runs a command on node 1, with this environment
     .venv/bin/python tools/cluster_box.py down BOX 2               takes the link of node 2 down; `up` brings it back
     .venv/bin/python tools/cluster_box.py slow BOX 2 --mbit 2      what comes to node 2 comes slowly; `up` takes that back too
+    .venv/bin/python tools/cluster_box.py delay BOX 2 --ms 50 --loss 0.01    frames come late, or never, until `up`
     .venv/bin/python tools/cluster_box.py part BOX 3 4             nodes 3 and 4 reach each other alone; `up` joins one again
     .venv/bin/python tools/cluster_box.py die BOX 2                ends every process of node 2; `boot` starts it again, empty
     .venv/bin/python tools/cluster_box.py remove BOX               ends every process of every node, and the box
@@ -38,7 +39,7 @@ except ImportError:  # run as a program
 
 STATE = "box.json"
 MOST_NODES = 8
-LOGIN = Path(__file__).with_name("box_login.py")
+LOGIN, RELAY = (Path(__file__).with_name(name) for name in ("box_login.py", "box_relay.py"))
 _NETWORK = "10.98.0"
 _BOOT_SECONDS = 10.0
 _SECONDS_APART = 1000
@@ -81,6 +82,13 @@ class Node:
     """Size of its /dev/shm."""
     init: int = 0
     """Process id, as the machine counts, of the node's first process; 0: the node is dead."""
+    relay: int = 0
+    """Of the program that its frames go through; 0: none."""
+
+    @property
+    def port(self) -> str:
+        """The link that is plugged into the bridge."""
+        return f"{self.link}r" if self.relay else self.link
 
     def pids(self) -> list[int]:
         """Its processes, as the machine counts them, but the init and the stand-in for sshd."""
@@ -129,10 +137,15 @@ def _pid_space(pid: int) -> str:
 
 
 def _serves_logins(pid: int) -> bool:
+    return _words(pid)[3:5] == [os.fsencode(LOGIN), b"serve"]
+
+
+def _words(pid: int) -> list[bytes]:
+    """Its command line; [] for a process that is gone."""
     try:
-        return [os.fsencode(LOGIN), b"serve"] == Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[3:5]
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") if pid else []
     except OSError:
-        return False
+        return []
 
 
 def why_not() -> str | None:
@@ -268,13 +281,47 @@ def set_link(box: Box, which: str | int, state: str) -> None:
     node = box.node(which)
     _call("ip", "link", "set", node.link, state)
     if state == "up":
+        if node.relay:
+            _end_relay(node)
+            _write(box, replace(node, relay=0))
         _call("ip", "link", "set", node.link, "master", box.bridge)
         for inside, link in _ends(node):
             subprocess.run([*inside, "tc", "qdisc", "del", "dev", link, "root"], capture_output=True)
 
 
+def delay(box: Box, which: str | int, *, milliseconds: float, loss: float = 0.0) -> Box:
+    """Every frame to the node and from it comes so much later; `loss`, a share, never comes. In the place of a delay before."""
+    if not (milliseconds >= 0 and 0 <= loss <= 1):
+        raise ValueError(f"--ms {milliseconds} --loss {loss}: a delay is at least 0, and a loss a share from 0 to 1")
+    set_link(box, which, "up")
+    box = load(box.folder)
+    node = box.node(which)
+    relayed = f"{node.link}p"
+    _call("ip", "link", "set", node.link, "nomaster")
+    _call("ip", "link", "add", f"{node.link}r", "type", "veth", "peer", "name", relayed)
+    words = [node.link, relayed, "--ms", str(milliseconds), "--loss", str(loss)]
+    relay = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(RELAY), *words], env=_clean_environment(),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    relay.returncode = 0  # it outlives this program
+    box = _write(box, replace(node, relay=relay.pid))
+    _call("ip", "link", "set", relayed, "up")
+    _call("ip", "link", "set", box.node(which).port, "master", box.bridge, "up")
+    if relay.stdout.readline() != b"ready\n":
+        raise ValueError(f"the relay of {node.name} did not come up; this kernel may have no packet sockets")
+    return box
+
+
+def _end_relay(node: Node) -> None:
+    """It ends by itself when a link of it is gone."""
+    subprocess.run(["ip", "link", "del", f"{node.link}r"], capture_output=True)
+    if os.fsencode(RELAY) in _words(node.relay):
+        _signal([node.relay], signal.SIGKILL)
+
+
 def slow(box: Box, which: str | int, mbit: float) -> None:
-    """A token bucket at both ends of the node's cable. Kernels that have netem could delay and lose packets besides."""
+    """A token bucket at both ends of the node's cable."""
     for inside, link in _ends(box.node(which)):
         bucket = ["rate", f"{mbit}mbit", "burst", "64kb", "latency", "500ms"]
         _call(*inside, "tc", "qdisc", "replace", "dev", link, "root", "tbf", *bucket)
@@ -289,7 +336,7 @@ def part(box: Box, which: Sequence[str | int]) -> None:
     subprocess.run(["ip", "link", "add", box.other_bridge, "type", "bridge"], capture_output=True)  # it may be there
     _call("ip", "link", "set", box.other_bridge, "up")
     for one in which:
-        _call("ip", "link", "set", box.node(one).link, "master", box.other_bridge)
+        _call("ip", "link", "set", box.node(one).port, "master", box.other_bridge)
 
 
 def remove(folder: Path) -> None:
@@ -304,6 +351,7 @@ def _remove(box: Box) -> None:
     for node in box.nodes:
         while _pid_space(node.init):
             time.sleep(0.01)
+        _end_relay(node)
         subprocess.run(["ip", "link", "del", node.link], capture_output=True)
         subprocess.run(["ip", "netns", "del", node.netns], capture_output=True)
     for bridge in (box.bridge, box.other_bridge):
@@ -342,7 +390,7 @@ def main(argv: list[str]) -> int:
         return box_login.main(["ask", *argv[2:]])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("make", "on", "down", "up", "slow", "part", "die", "boot", "remove"):
+    for name in ("make", "on", "down", "up", "slow", "delay", "part", "die", "boot", "remove"):
         one = commands.add_parser(name)
         one.add_argument("box", type=Path)
         if name == "make":
@@ -354,6 +402,9 @@ def main(argv: list[str]) -> int:
             one.add_argument("words", nargs=argparse.REMAINDER)
         elif name == "slow":
             one.add_argument("--mbit", type=float, required=True, help="megabits a second, to the node and from it")
+        elif name == "delay":
+            one.add_argument("--ms", type=float, required=True, help="milliseconds, to the node and again from it")
+            one.add_argument("--loss", type=float, default=0.0, help="share of frames, e.g. 0.01")
         elif name == "boot":
             one.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for every login there")
     given = parser.parse_args(argv)
@@ -379,6 +430,8 @@ def _do(given: argparse.Namespace) -> int:
         set_link(box, given.node, given.command)
     elif given.command == "slow":
         slow(box, given.node, given.mbit)
+    elif given.command == "delay":
+        delay(box, given.node, milliseconds=given.ms, loss=given.loss)
     elif given.command == "part":
         part(box, given.node)
     elif given.command == "die":

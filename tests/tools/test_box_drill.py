@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from tools import cluster_box
+from tools import box_drill, box_fitness, box_layouts, cluster_box
 from tools.box_drill import Row, left_on, says_all, table
+from tools.drills import everything
+from tools.drills.draw import PHASES
+from tools.drills.everything import Part
 
 ENDED = Row("die", "train", "train", "named", "node 10.98.0.2 is gone, ...", 9.4, 31.0, 2.2, [], 1, True)
 
@@ -40,6 +44,35 @@ def test_a_drill_fails_by_silence_by_what_stays_and_by_a_resume_from_elsewhere()
     for change in ({"outcome": "hung"}, {"outcome": "unnamed"}, {"left": ["node2: process x"]}, {"resumed": False}):
         assert replace(ENDED, **change).failed, change
     assert table([ENDED]).splitlines()[-1] == "| all processes of node 2 end | train | named | 9 s | 31 s | 2 s | yes |"
+
+
+def test_one_command_runs_every_layout_misfit_fault_and_phase(tmp_path: Path):
+    tool = [sys.executable, str(Path(box_drill.__file__))]
+    said = subprocess.run([*tool, "all", str(tmp_path / "all"), "--dry"], capture_output=True, text=True, check=True).stdout
+    lines = [line.partition(": ")[2].split() for line in said.splitlines()]
+    assert {line[-1] for line in lines if line[1].endswith("/box_layouts.py")} == box_layouts.LAYOUTS.keys()
+    assert {line[-1] for line in lines if line[1].endswith("/box_fitness.py")} == box_fitness.MISFITS.keys()
+    drills = [word for line in lines if line[1].endswith("/box_drill.py") for word in line[4:] if "/" in word]
+    assert sorted(drills) == sorted(f"{fault}/{phase}" for fault in box_drill.FAULTS for phase in PHASES)
+    # Of each size of box one run more, which shows whether the last drill was resumed.
+    assert [line[3:] for line in lines if "--nodes" in line] == [
+        [f"{tmp_path}/all/drills-{n}", "--nodes", f"{n}"] for n in (2, 4)
+    ]
+    assert not (tmp_path / "all").exists()
+
+
+def test_all_goes_on_after_a_part_that_failed_and_ends_with_the_tables(tmp_path: Path, capfd):
+    (tmp_path / "drills.jsonl").write_text(json.dumps(asdict(ENDED)) + "\n")
+    codes = ("print('one')", "raise SystemExit(3)", "print('three')")
+    done = [Part(f"part {number}", (sys.executable, "-c", code)) for number, code in enumerate(codes)]
+    assert everything.run([*done[:2], replace(done[2], drills=tmp_path)]) == 1
+    said = capfd.readouterr().out.splitlines()
+    assert said[:4] == ["--- part 0", "one", "--- part 1", "--- part 2"]
+    assert [line.split(" | ")[:2] for line in said if line.startswith("| part ")][1:] == [
+        ["| part 0", "as wanted"], ["| part 1", "failed (status 3)"], ["| part 2", "as wanted"],
+    ]  # fmt: skip
+    assert said[-1] == "| all processes of node 2 end | train | named | 9 s | 31 s | 2 s | yes |"
+    assert everything.run(done[:1]) == 0
 
 
 @pytest.mark.skipif(cluster_box.why_not() is not None, reason=f"no cluster in a box: {cluster_box.why_not()}")

@@ -133,6 +133,85 @@ def test_parted_nodes_reach_each_other_alone_and_clocks_since_boot_differ(box: P
     assert 990 < clocks[1] - clocks[0] < 1090
 
 
+def exchange(box: Path, client: str, *, server: str) -> str:
+    """What a program on node 2 says that talks to one on node 1."""
+    other = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "cluster_box.py"), "on", str(box), "1", sys.executable, "-c", server],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert other.stdout.readline() == "up\n"
+    told = said("on", box, 2, sys.executable, "-c", client)
+    return f"{told} {other.communicate(timeout=30)[0].strip()}"
+
+
+ECHO = """
+import hashlib, socket
+server = socket.create_server(("0.0.0.0", 5001))
+print("up", flush=True)
+one = server.accept()[0]
+for _ in range(5):
+    one.sendall(one.recv(1))
+whole = b""
+while part := one.recv(1 << 20):
+    whole += part
+print(len(whole), hashlib.sha256(whole).hexdigest()[:16])
+"""
+ASK = """
+import hashlib, random, socket, time
+one, took = socket.create_connection(("node1", 5001), 20), []
+for _ in range(5):
+    began = time.monotonic()
+    one.sendall(b"?")
+    one.recv(1)
+    took.append(time.monotonic() - began)
+whole = random.Random(0).randbytes(3 << 20)
+one.sendall(whole)
+one.close()
+print(min(took), hashlib.sha256(whole).hexdigest()[:16])
+"""
+COUNT = """
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("0.0.0.0", 5002))
+server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+server.settimeout(1)
+print("up", flush=True)
+got = set()
+try:
+    while True:
+        got.add(server.recv(9))
+except TimeoutError:
+    print(len(got))
+"""
+SHOWER = """
+import socket
+one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for number in range(300):
+    one.sendto(b"%d" % number, ("node1", 5002))
+"""
+
+
+def test_a_delayed_link_carries_all_late_and_a_lossy_one_a_share_until_it_is_up_again(box: Path):
+    names = {path.name for path in Path("/sys/class/net").iterdir()}
+    said("delay", box, 2, "--ms", 60)
+    deadline = time.monotonic() + 30  # the bridge takes a moment to forward
+    while tool("on", box, 2, sys.executable, "-c", "import socket; socket.create_connection(('node1', 22), 3)").returncode:
+        assert time.monotonic() < deadline
+    took, sent, size, came = exchange(box, ASK, server=ECHO).split()
+    assert float(took) >= 2 * 0.060, "there and back"
+    assert (int(size), came) == (3 << 20, sent), "large frames and unfinished checksums are carried as they are"
+    said("delay", box, 2, "--ms", 1, "--loss", 0.25)
+    relay = cluster_box.load(box).node(2).relay
+    # Sent are 300, of which each is lost with a chance of a quarter: 225 come, within eight standard deviations.
+    assert 165 < int(exchange(box, SHOWER, server=COUNT)) < 285
+    said("up", box, 2)
+    assert {path.name for path in Path("/sys/class/net").iterdir()} == names
+    assert cluster_box.load(box).node(2).relay == 0
+    while os.path.exists(f"/proc/{relay}") and "Z" not in Path(f"/proc/{relay}/stat").read_text():
+        assert time.monotonic() < deadline + 60
+    assert tool("delay", box, 2, "--ms", 1, "--loss", 2).stderr.startswith("cluster_box: --ms 1.0 --loss 2.0: a delay is at")
+
+
 def test_a_project_in_tmp_is_told_that_nodes_do_not_see_it(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(cluster_box, "LOGIN", Path("/tmp/project/tools/box_login.py"))
     with pytest.raises(ValueError, match=r"^/tmp/project/tools/box_login\.py is in /tmp, where a node has files of its own"):
