@@ -9,7 +9,6 @@ set -uo pipefail
 trap '' PIPE HUP # the terminal may have gone with the launcher
 launcher=$1 launch=$2 ray_folder=$3 run_folder=$4
 shift 4
-began=$EPOCHSECONDS
 
 started() { # PID -> when, in the kernel's clock; empty for a process that is gone
     local fields
@@ -76,5 +75,5 @@ for folder in "$@"; do
 done
 if [[ -n ${LOGS_OF_RUN:-} ]] && grep -qsxF "$launch" "$LOGS_OF_RUN/.launched" && ! head_answers; then
     root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
-    PYTHONPATH=$root "$PYTHON" -m slime.ray.head_lost "${HEAD_OF_RUN%:*}" "$LOGS_OF_RUN" --since "$began"
+    PYTHONPATH=$root "$PYTHON" -m slime.ray.head_lost "${HEAD_OF_RUN%:*}" "$LOGS_OF_RUN"
 fi

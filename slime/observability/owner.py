@@ -2,7 +2,8 @@
 
 A folder's owner is a small file in it, `.slime-owner`: pid, host, start, command, and the launch that the process belongs to.
 It is put there whole or not at all, and goes with its run. A record whose run is gone does not count: on the same machine the
-process must live (or another one of its launch), from another machine the record must have been touched lately.
+process must live (or another one of its launch), from another machine the record must have been touched lately. Clocks of two
+machines may differ: where the record's time says that nobody touches it any more, it is watched before that is believed.
 
     with owned("/data/checkpoints", what="--save"): ...                              a Python program
     python3 -m slime.observability.owner take FOLDER --what NAME --pid PID            a launcher; `release` gives it back
@@ -30,6 +31,10 @@ LAUNCH_VARIABLE = "SLIME_LAUNCH"
 TOUCH_SECONDS = 30.0
 STALE_SECONDS = 180.0
 """A record from another machine that was not touched for so long is of a run that ended without a word."""
+WATCH_SECONDS = 45.0
+"""Within which a run that lives has touched its record."""
+_CLOCK_SECONDS = 5.0
+"""Between a clock that agrees and one that does not."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,29 @@ def _lives(holder: Record | None, file: Path, *, probe: Path) -> str:
         left = members(holder.launch)
         return f"it has ended, but processes of it live: {' '.join(map(str, left))}" if left else ""
     try:
-        age = probe.stat().st_mtime - file.stat().st_mtime
+        return _touched(file, probe, same_clock=holder.host == socket.gethostname())
     except FileNotFoundError:
         return ""
-    return f"it said so {max(age, 0):.0f} s ago" if age < STALE_SECONDS else ""
+
+
+def _touched(file: Path, probe: Path, *, same_clock: bool) -> str:
+    """When the record's machine said last that its run lives; "" where it says so no more. Raises FileNotFoundError.
+
+    Some file systems stamp a file by the clock of the machine that writes: then the two times are of two clocks, unless it is
+    this machine (same_clock), started anew.
+    """
+    stamp = file.stat().st_mtime_ns
+    age = (probe.stat().st_mtime_ns - stamp) / 1e9
+    if -_CLOCK_SECONDS < age < STALE_SECONDS:
+        return f"it said so {max(age, 0):.0f} s ago"
+    if same_clock and age > 0:
+        return ""
+    until = time.monotonic() + (WATCH_SECONDS if age > 0 else STALE_SECONDS)
+    while time.monotonic() < until:
+        time.sleep(0.5)
+        if file.stat().st_mtime_ns != stamp:
+            return f"it said so just now, by a clock that is about {age / 60:+.0f} min off this machine's: set the clocks"
+    return ""
 
 
 def _refusal(what: str, folder: Path, holder: Record, why: str) -> str:

@@ -1,6 +1,6 @@
 """The last word on a run whose head is gone with launcher and driver: a node that is left writes it into the run's logs.
 
-    python3 -m slime.ray.head_lost ADDRESS LOGS --since SECONDS        (started by scripts/lib/keeper.sh, on the other nodes)
+    python3 -m slime.ray.head_lost ADDRESS LOGS        (started by scripts/lib/keeper.sh, on the other nodes)
 
 LOGS/.launched is there while nobody has ended the launch, and goes with the word: of many nodes one speaks.
 """
@@ -21,11 +21,11 @@ _WAITS = re.compile(r"slime\.ray\.standstill: waits for: (.*)$", re.MULTILINE)
 _LAST_BYTES = 1 << 20
 
 
-def last_word(address: str, logs: Path, *, since: float) -> str:
-    """One line: the node, what the run was doing, what to do. since: when this node joined, in seconds since the epoch; a
-    driver's log that is older is of a run before."""
+def last_word(address: str, logs: Path, *, launched: float) -> str:
+    """One line: the node, what the run was doing, what to do. launched: when LOGS/.launched was written, by the clock that the
+    driver's log has, whatever this node's says; a log that is older is of a run before."""
     log = logs / "driver.log"
-    waits = _WAITS.findall(_end_of(log)) if log.exists() and log.stat().st_mtime >= since else []
+    waits = _WAITS.findall(_end_of(log)) if log.exists() and log.stat().st_mtime >= launched else []
     return (
         f"node {address} is gone or out of reach, and with it Ray's head, {phase_of(waits[-1] if waits else '')}: bring it "
         f"back or replace it, and run the same command again; {RESUMES}"
@@ -42,13 +42,13 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m slime.ray.head_lost", description="Tell that the head is gone.")
     parser.add_argument("address", help="of the head's node")
     parser.add_argument("logs", type=Path, help="the run's folder of logs")
-    parser.add_argument("--since", type=float, required=True)
     given = parser.parse_args(argv)
     try:
+        launched = (given.logs / ".launched").stat().st_mtime
         (given.logs / ".launched").unlink()
     except OSError:  # another node was first, or nobody can write there
         return 0
-    word = last_word(given.address, given.logs, since=given.since)
+    word = last_word(given.address, given.logs, launched=launched)
     with (given.logs / "console.log").open("a") as log:
         log.write(f"{time.strftime('%H:%M:%S')} [{socket.gethostname()}] {word}\n")
     return 0

@@ -284,6 +284,7 @@ class PendingSave:
             json.dump({"files": sums, **self._extra}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        _stamp_last(partial / MANIFEST, final.parent)
         aside = final.with_name(f"{_ASIDE}{final.name}")
         shutil.rmtree(aside, ignore_errors=True)
         if final.exists():
@@ -291,6 +292,14 @@ class PendingSave:
         partial.rename(final)
         write_tracker(final.parent, self.name)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _stamp_last(manifest: Path, root: Path) -> None:
+    """The newest checkpoint is also the last by its time, where a machine with a clock ahead of this one's wrote those before:
+    `remove_older` would take it for the oldest."""
+    latest = max((other.stat().st_mtime_ns for other in root.glob(f"iter_*/{MANIFEST}")), default=0)
+    if manifest.stat().st_mtime_ns <= latest:
+        os.utime(manifest, ns=(latest + 10**9,) * 2)  # some file systems count in seconds
 
 
 def remove_older(root: Path, keep: int) -> list[Path]:

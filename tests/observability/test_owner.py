@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -72,13 +74,39 @@ def test_a_process_number_that_was_used_again_is_another_process(tmp_path: Path)
     take(tmp_path, mine, what="--save")
 
 
-@pytest.mark.parametrize(("age", "counts"), [(5, True), (owner.STALE_SECONDS + 5, False)])
-def test_another_machine_counts_while_its_record_is_touched(tmp_path: Path, age: float, counts: bool):
-    file = tmp_path / RECORD
+def record_from_afar(folder: Path, age: float) -> Path:
+    """Of a run on another machine; age: of its last touch, in seconds by this machine's clock."""
     theirs = replace(this_process(), host="far", machine="another boot", launch="theirs", pid=1)
-    file.write_text(json.dumps(asdict(theirs)))
+    (file := folder / RECORD).write_text(json.dumps(asdict(theirs)))
     stamp = file.stat().st_mtime - age
     os.utime(file, (stamp, stamp))
+    return file
+
+
+@pytest.mark.parametrize("ahead", [3600, -3600])
+def test_a_machine_whose_clock_differs_by_an_hour_counts_while_its_record_is_touched_and_no_longer(
+    tmp_path, ahead, monkeypatch
+):
+    """On a file system that stamps by the writer's clock."""
+    monkeypatch.setattr(owner, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(owner, "WATCH_SECONDS", 1.0)
+    file = record_from_afar(tmp_path, -ahead)
+    toucher = threading.Timer(0.2, lambda: os.utime(file, (time.time() + ahead, time.time() + ahead)))
+    toucher.start()
+    off = f"{-ahead / 60:+.0f}".replace("+", r"\+")
+    with pytest.raises(
+        Owned, match=rf"pid 1 on far .*it said so just now, by a clock that is about {off} min off this machine"
+    ):
+        take(tmp_path, this_process(), what="--save")
+    toucher.join()
+    take(tmp_path, mine := this_process(), what="--save")
+    assert owner.read(file) == mine
+
+
+@pytest.mark.parametrize(("age", "counts"), [(5, True), (owner.STALE_SECONDS + 5, False)])
+def test_another_machine_counts_while_its_record_is_touched(tmp_path: Path, age: float, counts: bool, monkeypatch):
+    monkeypatch.setattr(owner, "WATCH_SECONDS", 0.1)
+    file = record_from_afar(tmp_path, age)
     if counts:
         with pytest.raises(Owned, match=rf"pid 1 on far .*or remove {file} if it is gone"):
             take(tmp_path, this_process(), what="--save")
