@@ -39,6 +39,14 @@ WRONG_ENGINES: dict[str, tuple[Edit, str]] = {
         ),
         "default decode: pp_size 2 on GPUs of its own with --update-weight-transport nccl",
     ),
+    "weights by IPC that nobody sends": (
+        flags("--sglang-checkpoint-engine-wait-weights-before-ready"),
+        "default prefill: checkpoint_engine_wait_weights_before_ready makes an engine wait for /update_weights_from_ipc",
+    ),
+    "weights by RDMA that nobody writes": (
+        option("decode", "remote_instance_weight_loader_start_seed_via_transfer_engine: true"),
+        "default decode: remote_instance_weight_loader_start_seed_via_transfer_engine registers an engine's parameters",
+    ),
     "somebody else's engine by its name alone": (flags(EXTERNAL, "node7"), "'node7' is no host:port"),
     "somebody else's engine twice": (
         flags(EXTERNAL, "10.0.0.7:30000", "http://10.0.0.7:30000/"),

@@ -107,6 +107,7 @@ STAGES: tuple[Stage, ...] = (
             replay.recordable,
             dispatch.deepep,
             weight_sync.broadcast,
+            weight_sync.unused_ways,
         )
     ),
     Stage(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from slime.config.rules.engine_model import served
 from slime.config.rules.engines import trained_apart
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ OTHERS = (
     "hf_checkpoint", "save", "load", "ref_load", "save_hf", "opd_teacher_load", "critic_load", "critic_save", "prompt_data",
 )  # fmt: skip
 """Folders and files that a run reads or writes for another reason."""
+
+UNUSED_WAYS = {
+    "checkpoint_engine_wait_weights_before_ready": "makes an engine wait for /update_weights_from_ipc before it is ready",
+    "remote_instance_weight_loader_start_seed_via_transfer_engine": "registers an engine's parameters for writes by RDMA",
+}
+"""Options of SGLang for weights that come as the run never sends them."""
 
 
 def weight_sync(v: Values) -> None:
@@ -88,3 +95,13 @@ def broadcast(v: Values) -> None:
             "broadcast by tensor-parallel rank alone, so its stages would take the same place; choose receivers or disk, or "
             "pp_size 1",
         )
+
+
+def unused_ways(v: Values) -> None:
+    for engine in served(v):
+        for name, does in UNUSED_WAYS.items():
+            v.require(
+                not engine.on(name),
+                f"{engine.where}: {name} {does}, and the run sends weights by --update-weight-transport "
+                f"{v['update_weight_transport']}; remove the option",
+            )
