@@ -11,8 +11,8 @@ import ray
 
 @ray.remote(num_cpus=0)
 class OneTrainer:
-    def __init__(self, pair: str):
-        """pair: folder with bf16/ and fp8/ of one model."""
+    def __init__(self, pair: str, peer_seconds: float = 1800.0):
+        """pair: folder with bf16/ and fp8/ of one model. peer_seconds: as of WeightStream."""
         sys.path.insert(0, str(Path(__file__).parent))
         import torch.distributed as dist
         from model.parity import build
@@ -23,9 +23,14 @@ class OneTrainer:
 
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         chunks, ranks, _, _ = build(0, 1, f"{pair}/bf16")
-        self._stream = WeightStream(
-            chunks, read_hf_config(f"{pair}/fp8"), ranks, HostDevice(), limit_bytes=200_000, read_back=True
-        )
+        told = {"limit_bytes": 200_000, "read_back": True, "peer_seconds": peer_seconds}
+        self._stream = WeightStream(chunks, read_hf_config(f"{pair}/fp8"), ranks, HostDevice(), **told)
+
+    def process(self):
+        """-> Process"""
+        from slime.ray.fates import this_process
+
+        return this_process()
 
     def send(self, version: int, to):
         """-> StreamReport"""

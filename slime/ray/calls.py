@@ -38,6 +38,7 @@ def gather(
     *,
     doing: str,
     processes: Mapping[str, Process] | None = None,
+    beside: Mapping[str, Process] | None = None,
     timeout: float | None = None,
     patience: Patience | None = None,
 ) -> dict[str, Any]:
@@ -45,39 +46,53 @@ def gather(
     ProcessLost where the cause is no error of the code.
 
     processes: those behind the names, where they are known: one that is stopped is told while the others wait for it.
+    beside: processes that take part and are not called here: told likewise, and a cause where all that answer lost a peer.
     timeout: seconds until RuntimeError names who has not answered; None waits for ever, or for as long as `patience` does,
     which also explains a wait that lasts.
     """
-    names = {ref: name for name, ref in refs.items()}
+    names, processes, beside = {ref: name for name, ref in refs.items()}, processes or {}, beside or {}
     results: dict[str, Any] = {}
     pending, started, told = list(names), time.monotonic(), set()
     wait = patience.begin(doing) if patience is not None else None
     while pending:
         elapsed = time.monotonic() - started
         if timeout is not None and elapsed > timeout:
-            late = ", ".join(names[ref] for ref in pending)
-            raise RuntimeError(f"{late} did not answer within {elapsed:.0f} s while {doing} (expected within {timeout:.0f} s)")
+            spent = f"within {elapsed:.0f} s while {doing} (expected within {timeout:.0f} s)"
+            raise _late([names[ref] for ref in pending], processes, doing, spent)
         look_in = min(_LOOK_SECONDS, timeout or _LOOK_SECONDS, wait.seconds_left() if wait is not None else _LOOK_SECONDS)
         done, pending = ray.wait(pending, num_returns=1, timeout=look_in)
         for ref in done:
             try:
                 results[names[ref]] = ray.get(ref)
             except ray.exceptions.RayError as error:
-                raise _explained(names, ref, error, pending, doing, processes or {}) from None
+                raise _explained(names, ref, error, pending, doing, processes, beside) from None
         if not done and wait is not None:
             wait.look()
         if not done and processes:
-            told |= _tell_unwell({names[ref]: processes[names[ref]] for ref in pending}, doing, elapsed, told)
+            told |= _tell_unwell({names[ref]: processes[names[ref]] for ref in pending} | beside, doing, elapsed, told)
     if wait is not None:
         wait.end()
     return {name: results[name] for name in refs}
 
 
 def _tell_unwell(processes: Mapping[str, Process], doing: str, seconds: float, told: set[str]) -> set[str]:
-    unwell = {name: fate for name, fate in fates(processes).items() if fate is not None and name not in told}
-    for name, fate in unwell.items():
-        logger.warning("%s (%s) %s while %s; the others have waited %.0f s", name, processes[name], fate, doing, seconds)
+    unwell = _unwell({name: process for name, process in processes.items() if name not in told})
+    for what in unwell.values():
+        logger.warning("%s while %s; the others have waited %.0f s", what, doing, seconds)
     return set(unwell)
+
+
+def _unwell(processes: Mapping[str, Process]) -> dict[str, str]:
+    """Of those that are gone or stopped: name -> a clause with name, process and what happened."""
+    found = fates(processes) if processes else {}
+    return {name: f"{name} ({processes[name]}) {fate}" for name, fate in found.items() if fate is not None}
+
+
+def _late(names: Sequence[str], processes: Mapping[str, Process], doing: str, spent: str) -> RuntimeError:
+    """Of those that did not answer in time."""
+    late = f"{', '.join(names)} did not answer {spent}"
+    unwell = _unwell({name: processes[name] for name in names if name in processes})
+    return ProcessLost(f"{', '.join(unwell.values())}, while {doing}; {late}") if unwell else RuntimeError(late)
 
 
 def _explained(
@@ -87,6 +102,7 @@ def _explained(
     pending: Sequence[ray.ObjectRef],
     doing: str,
     processes: Mapping[str, Process],
+    beside: Mapping[str, Process],
 ) -> RuntimeError:
     failures = {names[first]: error}
     started = time.monotonic()
@@ -102,16 +118,21 @@ def _explained(
             except ray.exceptions.RayError as other:
                 failures[names[ref]] = other
     hanging = [names[ref] for ref in pending]
-    cause, why = _cause(failures, hanging, processes, doing)
+    cause, why = _cause(failures, hanging, processes, beside, doing)
     others = sorted(set(failures) - {cause})
     also = f"\n(it took others with it: {', '.join(others)})" if others else ""
     waiting = [name for name in hanging if name != cause]
     stopped = f"\n(still waiting, now stopped: {', '.join(waiting)})" if waiting else ""
-    return _kind(failures.get(cause))(f"{why}{also}{stopped}")
+    kind = RuntimeError if cause in beside else _kind(failures.get(cause))
+    return kind(f"{why}{also}{stopped}")
 
 
 def _cause(
-    failures: Mapping[str, Exception], hanging: Sequence[str], processes: Mapping[str, Process], doing: str
+    failures: Mapping[str, Exception],
+    hanging: Sequence[str],
+    processes: Mapping[str, Process],
+    beside: Mapping[str, Process],
+    doing: str,
 ) -> tuple[str, str]:
     """(who failed first, a sentence that says why). failures: in the order in which they were told.
 
@@ -127,12 +148,12 @@ def _cause(
     if own:
         return own[0], f"{own[0]} failed while {doing}:\n{_text(failures[own[0]])}"
     known = {name: processes[name] for name in hanging if name in processes}
-    unwell = {name: fate for name, fate in fates(known).items() if fate is not None} if known else {}
+    unwell = _unwell({**known, **beside})
     name, failure = next(iter(failures.items()))
     lost = f"{name} waited for it:\n{_text(failure)}"
     if unwell:
-        culprit, fate = next(iter(unwell.items()))
-        return culprit, f"{culprit} ({known[culprit]}) {fate}, while {doing}; {lost}"
+        culprit, what = next(iter(unwell.items()))
+        return culprit, f"{what}, while {doing}; {lost}"
     if known:
         culprit = next(iter(known))
         return culprit, f"{culprit} ({known[culprit]}) runs but did not take part, while {doing}; {lost}"
@@ -154,6 +175,8 @@ def _is_raised(error: Exception) -> bool:
 def _lost_a_peer(error: Exception) -> bool:
     if not _is_raised(error):
         return False
+    if isinstance(error.cause, ProcessLost):  # told by the actor's own `gather`: a receiver, by the rank that sent to it
+        return True
     said = f"{type(error.cause).__name__}: {error.cause}".lower()
     return isinstance(error.cause, RuntimeError) and any(words in said for words in _PEER_LOST)
 

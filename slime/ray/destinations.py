@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ray.actor import ActorHandle
 
+from slime.ray.fates import Process
 from slime.weights.serving import Receiver
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A `WeightReceiver`: its actor, and the process behind it."""
+
+    actor: ActorHandle
+    process: Process
 
 
 @dataclass(frozen=True)
@@ -21,8 +33,8 @@ class EngineTarget:
     """Its GPUs, and which of them keep what."""
     starts: int = 1
     """How often it was started: a new process at the old address has joined no group."""
-    receivers: tuple[ActorHandle, ...] = ()
-    """A `WeightReceiver` beside each of its ranks; none where weights come by another way."""
+    receivers: tuple[Beside, ...] = ()
+    """One beside each of its ranks; none where weights come by another way."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +67,14 @@ def homes_of(engines: Sequence[EngineTarget], world: int, num_gpus: int) -> list
     return homes
 
 
-def receivers_of(engines: Sequence[EngineTarget]) -> list[ActorHandle]:
-    """All receivers, engine by engine, rank by rank."""
-    return [receiver for engine in engines for receiver in engine.receivers]
+def receivers_of(engines: Sequence[EngineTarget]) -> dict[str, Beside]:
+    """All receivers by name, engine by engine, rank by rank."""
+    return by_name({engine.name: engine.receivers for engine in engines})
+
+
+def by_name(receivers: Mapping[str, Sequence[T]]) -> dict[str, T]:
+    """Receivers of each engine, or what belongs to each, by what the run calls them."""
+    return {f"receiver {number} of engine {name}": one for name, those in receivers.items() for number, one in enumerate(those)}
 
 
 def beside(target: EngineTarget, homes: Sequence[int]) -> tuple[int, ...]:

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import ray
-from ray.actor import ActorHandle
 
 from slime.compat.peers import peers_of
 from slime.config import Config
@@ -28,12 +27,13 @@ from slime.engine.router import JoinedRouter, RouterProcess, Worker
 from slime.engine.spec import EngineSpec, NodePlacement
 from slime.ray import engine_nodes
 from slime.ray.calls import gather
-from slime.ray.destinations import Destinations, EngineTarget
+from slime.ray.destinations import Beside, Destinations, EngineTarget, by_name
 from slime.ray.engine_actor import EngineActor, EngineAddress
 from slime.ray.engine_nodes import Death, EngineNode
 from slime.ray.external_engines import absent, ask_all, node_of
+from slime.ray.fates import Process, end
 from slime.ray.placement import ALL_DEVICES, ENGINE_SHARE, Placement
-from slime.ray.weight_receivers import start_receiver
+from slime.ray.weight_receivers import start_receiver, with_processes
 from slime.weights.follow import wait_for_copy
 from slime.weights.serving import Receiver
 
@@ -70,7 +70,7 @@ class EngineFleet:
         self._config, self._placement, self._log_folder, self._token = config, placement, log_folder, token
         self.engines: list[Engine] = []
         self._known_dead: frozenset[str] = frozenset()
-        self._receivers: dict[str, tuple[ActorHandle, ...]] = {}
+        self._receivers: dict[str, tuple[Beside, ...]] = {}
         """Engine -> its `WeightReceiver`s, rank by rank."""
         self.routers: dict[str, RouterProcess | JoinedRouter] = {}
         """By the name of the model, the trained one first."""
@@ -121,15 +121,20 @@ class EngineFleet:
         """A process beside each rank of an engine on GPUs of its own, where weights go that way."""
         if self._config.engine.update_weight_transport != "receivers":
             return
-        shared = set(self._placement.trainer_slots)
+        shared, actors = set(self._placement.trainer_slots), {}
         for engine in self.updated():
             first, count = engine.spec.gpu_offset, engine.spec.num_gpus
             slots = self._placement.engine_slots[first : first + count]
             if not engine.is_external and not shared & set(slots):
-                self._receivers[engine.label] = tuple(
+                actors[engine.label] = tuple(
                     start_receiver(self._placement, slot, f"receiver {engine.label} {number}", self._log_folder)
                     for number, slot in enumerate(slots)
                 )
+        self._receivers = with_processes(actors)
+
+    def receiver_processes(self) -> dict[str, Process]:
+        """By name: who takes part in a weight update besides trainer and engines, and may hold it up."""
+        return {name: receiver.process for name, receiver in by_name(self._receivers).items()}
 
     def _make_router(self, model: str, number: int) -> RouterProcess | JoinedRouter:
         """number: 0 for the model whose address the flags give; a router of another takes a free port."""
@@ -442,8 +447,9 @@ class EngineFleet:
         self._let_go()
         nodes = list(self._nodes().values())
         engine_nodes.stop(nodes)
-        for actor in (*(node.actor for node in nodes), *(one for beside in self._receivers.values() for one in beside)):
+        for actor in (*(node.actor for node in nodes), *(one.actor for one in by_name(self._receivers).values())):
             ray.kill(actor)
+        end(self.receiver_processes())  # a stopped one does not hear Ray
         self.engines.clear()
 
     def _let_go(self) -> None:

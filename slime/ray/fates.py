@@ -38,13 +38,16 @@ class Process:
         return f"pid {self.pid} on {self.node_ip}"
 
 
-def this_process() -> Process:
-    """For actors: who this is. From now on a keeper watches how it ends, and a witness tells where it is."""
+def this_process(*, world: str = "") -> Process:
+    """For actors: who this is. From now on a keeper watches how it ends, and a witness tells where it is.
+
+    world: as of `stand`.
+    """
     note = _note(os.getpid())
     if not note.parent.exists():
         note.parent.mkdir(mode=0o700, exist_ok=True)
     keep(os.getpid(), str(note))
-    witness.stand(witness_path(os.getpid()))
+    witness.stand(witness_path(os.getpid()), world=world)
     return Process(ray.util.get_node_ip_address(), os.getpid(), _stat(os.getpid())[-1])
 
 

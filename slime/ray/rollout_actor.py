@@ -215,7 +215,9 @@ class RolloutSide:
         return self._actor.start.remote()
 
     def finish_start(self, started: ray.ObjectRef) -> None:
-        self._wait(started, "starting engines and data")
+        doing = "starting engines and data"
+        self._wait(started, doing)
+        self._patience.processes |= self._wait(self._actor.fleet.remote("receiver_processes"), doing)
 
     def num_rollout(self) -> int:
         return self._call("num_rollout")

@@ -281,6 +281,7 @@ class TrainActor:
                 limit_bytes=limit,
                 read_back=self._config.engine.check_weight_update_equal,
                 with_mtp=bool(self._config.model.mtp_num_layers),
+                peer_seconds=60.0 * self._config.parallel.distributed_timeout_minutes,
             )
         return self._stream
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import ray
 
 from slime.config import Config
 from slime.ray.calls import gather
-from slime.ray.destinations import Destinations
+from slime.ray.destinations import Destinations, receivers_of
 from slime.ray.fates import Process, end, until_gone
 from slime.ray.placement import TRAINER_SHARE, Placement, rank_environment
 from slime.ray.standstill import Patience
@@ -97,7 +97,8 @@ class TrainGroup:
         self._call("export_hf", folder, doing=f"writing the Hugging Face checkpoint {folder}")
 
     def stream(self, version: int) -> StreamReport:
-        reports = self._call("stream", version, self.destinations, doing=f"sending weights v{version}")
+        beside = {name: receiver.process for name, receiver in receivers_of(self.destinations.engines).items()}
+        reports = self._call("stream", version, self.destinations, doing=f"sending weights v{version}", beside=beside)
         lost = tuple(engine for report in reports.values() for engine in report.lost)
         seconds = StreamSeconds.slowest(report.seconds for report in reports.values())
         return replace(self._first(reports), lost=lost, seconds=seconds)
@@ -139,17 +140,19 @@ class TrainGroup:
     def recover(self, error: RuntimeError) -> None:
         raise error
 
-    def _call(self, method: str, *args, doing: str) -> dict[str, object]:
-        return self._call_each(method, *([arg] * len(self._actors) for arg in args), doing=doing)
+    def _call(self, method: str, *args, doing: str, beside: Mapping[str, Process] | None = None) -> dict[str, object]:
+        return self._call_each(method, *([arg] * len(self._actors) for arg in args), doing=doing, beside=beside)
 
-    def _call_each(self, method: str, *args: Sequence, doing: str) -> dict[str, object]:
-        """args: each by rank."""
+    def _call_each(
+        self, method: str, *args: Sequence, doing: str, beside: Mapping[str, Process] | None = None
+    ) -> dict[str, object]:
+        """args: each by rank. beside: as in `gather`."""
         refs = {
             name: getattr(actor, method).remote(*(arg[rank] for arg in args))
             for rank, (name, actor) in enumerate(self._actors.items())
         }
         try:
-            return gather(refs, doing=doing, processes=self.processes, patience=self._patience)
+            return gather(refs, doing=doing, processes=self.processes, beside=beside, patience=self._patience)
         except RuntimeError:
             self.has_failed = True
             raise

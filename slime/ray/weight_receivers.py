@@ -22,7 +22,8 @@ from slime.compat.joint_group import give_up, joint_group
 from slime.device import Device
 from slime.model.hf_config import HfConfig
 from slime.ray.calls import gather
-from slime.ray.destinations import EngineTarget, receivers_of
+from slime.ray.destinations import Beside, EngineTarget, by_name, receivers_of
+from slime.ray.fates import Process, this_process
 from slime.ray.placement import RECEIVER_SHARE, Placement, Slot, rank_environment
 from slime.weights.lanes import Trainer
 from slime.weights.plan import SyncPlan, plan_sync
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 120.0
-SEND_SECONDS = 1800.0
 EXPLAIN_SECONDS = 30.0
 """For receivers to end once one of them, or a trainer rank, has gone."""
 
@@ -65,6 +65,7 @@ class WeightReceiver:
         from slime.observability.log import setup_logging
 
         setup_logging(name, folder=log_folder)
+        self._who = this_process(world="receivers")
         self._device: Device = get_device()
         self._device.init_process(device_index)
         self._group: dist.ProcessGroup | None = None
@@ -72,15 +73,19 @@ class WeightReceiver:
         self._made: tuple[tuple, SyncPlan] | None = None
         """The last plan, and what it was made from."""
 
-    def join(self, address: str, port: int, *, name: str, first: int, number: int, count: int) -> None:
-        """first: trainer ranks; number: this receiver among `count`."""
+    def process(self) -> Process:
+        return self._who
+
+    def join(self, address: str, port: int, *, name: str, first: int, number: int, count: int, seconds: float) -> None:
+        """first: trainer ranks; number: this receiver among `count`; seconds: that it waits for a peer."""
         if self._group is not None:
             self.leave()
         wait = timedelta(seconds=JOIN_SECONDS)
         store = dist.TCPStore(address, port, first + count, is_master=False, timeout=wait)
-        dist.init_process_group("gloo", store=dist.PrefixStore(f"{name}-beside", store), rank=number, world_size=count)
+        beside, patience = dist.PrefixStore(f"{name}-beside", store), timedelta(seconds=seconds)
+        dist.init_process_group("gloo", store=beside, rank=number, world_size=count, timeout=patience)
         self._first, self._number = first, number
-        told = {"backend": self._device.backend, "timeout": timedelta(seconds=SEND_SECONDS)}
+        told = {"backend": self._device.backend, "timeout": patience}
         self._group = joint_group(store, name=name, rank=first + number, world=first + count, **told)
 
     def leave(self) -> None:
@@ -161,23 +166,34 @@ def start_receiver(placement: Placement, slot: Slot, name: str, log_folder: Path
     ).remote(name, slot.device_index, log_folder)
 
 
+def with_processes(actors: Mapping[str, Sequence[ActorHandle]]) -> dict[str, tuple[Beside, ...]]:
+    """The receivers of each engine, once all have a process."""
+    asked = {name: actor.process.remote() for name, actor in by_name(actors).items()}
+    found = iter(gather(asked, doing="starting its process").values())
+    return {engine: tuple(Beside(actor, next(found)) for actor in those) for engine, those in actors.items()}
+
+
 class Receivers:
     """One trainer rank's view of all receivers, for as long as they are the same."""
 
     def __init__(
-        self, engines: Sequence[EngineTarget], *, rank: int, world: int, device: Device, address: str, peers: Sequence[str]
+        self,
+        engines: Sequence[EngineTarget],
+        *,
+        rank: int,
+        world: int,
+        device: Device,
+        address: str,
+        peers: Sequence[str],
+        seconds: float,
     ):
         """A collective of the trainer's ranks: rank 0 opens the store and calls the receivers. address, peers: as for
-        `serve_store`."""
+        `serve_store`. seconds: that anybody waits for a peer."""
         from slime.compat.store import serve_store
 
-        self._handles = receivers_of(engines)
-        self._names = {
-            f"receiver {number} of engine {engine.name}": handle
-            for engine in engines
-            for number, handle in enumerate(engine.receivers)
-        }
-        self._rank, total = rank, world + len(self._handles)
+        self._all, self._seconds = receivers_of(engines), seconds
+        self._processes = {name: receiver.process for name, receiver in self._all.items()}
+        self._rank, total = rank, world + len(self._all)
         where: list[tuple[str, int, str] | None] = [None]
         calls = {}
         if rank == 0:
@@ -186,31 +202,32 @@ class Receivers:
         dist.broadcast_object_list(where, src=0)
         host, port, name = where[0]
         if rank == 0:
-            count = len(self._handles)
-            for number, (label, handle) in enumerate(self._names.items()):
-                calls[label] = handle.join.remote(host, port, name=name, first=world, number=number, count=count)
+            common = {"name": name, "first": world, "count": len(self._all), "seconds": seconds}
+            for number, (label, receiver) in enumerate(self._all.items()):
+                calls[label] = receiver.actor.join.remote(host, port, number=number, **common)
         else:
             self._store = dist.TCPStore(host, port, total, is_master=False, timeout=timedelta(seconds=JOIN_SECONDS))
-        told = {"backend": device.backend, "timeout": timedelta(seconds=SEND_SECONDS)}
+        told = {"backend": device.backend, "timeout": timedelta(seconds=seconds)}
         self.group = joint_group(self._store, name=name, rank=rank, world=total, **told)
         if calls:
-            gather(calls, doing="joining the group for weights", timeout=JOIN_SECONDS)
+            gather(calls, doing="joining the group for weights", processes=self._processes, timeout=JOIN_SECONDS)
             logger.info("%d receivers of %d engines joined", len(calls), len(engines))
         self._calls: dict[str, ray.ObjectRef] = {}
 
     def serves(self, engines: Sequence[EngineTarget]) -> bool:
-        return receivers_of(engines) == self._handles
+        return receivers_of(engines) == self._all
 
     def begin(self, order: Order) -> None:
         """Rank 0 sets all receivers going; the others take part by the plan alone."""
         if self._rank == 0:
             told = ray.put(order)
-            self._calls = {label: handle.receive.remote(told) for label, handle in self._names.items()}
+            self._calls = {label: receiver.actor.receive.remote(told) for label, receiver in self._all.items()}
 
     def finish(self) -> list[str]:
         """Engines that were lost. Raises RuntimeError naming a receiver that failed."""
         calls, self._calls = self._calls, {}
-        answers = gather(calls, doing="handing weights to engines", timeout=SEND_SECONDS) if calls else {}
+        told = {"processes": self._processes, "timeout": self._seconds}
+        answers = gather(calls, doing="handing weights to engines", **told) if calls else {}
         return [line for lost in answers.values() for line in lost]
 
     def explain(self, error: Exception) -> None:
@@ -222,7 +239,7 @@ class Receivers:
         calls, self._calls = self._calls, {}
         if calls:
             logger.warning("sending weights to receivers: %s; asking these what has happened", error)
-            gather(calls, doing="receiving weights", timeout=EXPLAIN_SECONDS)
+            gather(calls, doing="receiving weights", processes=self._processes, timeout=EXPLAIN_SECONDS)
 
     def close(self) -> None:
         dist.destroy_process_group(self.group)

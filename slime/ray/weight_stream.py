@@ -47,15 +47,18 @@ class WeightStream:
         limit_bytes: int,
         read_back: bool = False,
         with_mtp: bool = False,
+        peer_seconds: float = 600.0,
     ):
         """read_back: a rank that posts to engines keeps a bounded copy of what it sent, for `check`.
+
+        peer_seconds: that ranks and receivers wait for each other.
 
         with_mtp: the model has its multi-token-prediction layer, which goes to the engines' draft model and into exports.
         """
         self._model, self._hf, self._ranks, self._device = list(model), hf_config, ranks, device
         self._table, self._with_mtp = NameTable.for_model(hf_config, with_mtp=with_mtp), with_mtp
         self._block = WireFormat.of_checkpoint(hf_config).fp8_block or 1
-        self._limit_bytes, self._read_back = limit_bytes, read_back
+        self._limit_bytes, self._read_back, self._peer_seconds = limit_bytes, read_back, peer_seconds
         self._expected: dict[str, tuple[int | None, Expected]] = {}
         self._broadcast: EngineBroadcast | None = None
         self._others: Receivers | None = None
@@ -200,8 +203,8 @@ class WeightStream:
             self._others = None
         if self._others is None:
             address, peers = meeting_place(to.hosts)
-            world = {"rank": self._ranks.rank, "world": self._ranks.world_size}
-            self._others = Receivers(engines, **world, device=self._device, address=address, peers=peers)
+            told = {"rank": self._ranks.rank, "world": self._ranks.world_size, "seconds": self._peer_seconds}
+            self._others = Receivers(engines, **told, device=self._device, address=address, peers=peers)
         return self._others
 
     def _order(

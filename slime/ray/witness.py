@@ -22,6 +22,7 @@ _OWN_FRAMES = 4
 _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 _SILENT = {"witness"}
 _also: list[Callable[[], Sequence[str]]] = []
+_world = ""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,14 @@ def tell_also(lines: Callable[[], Sequence[str]]) -> None:
     _also.append(lines)
 
 
-def stand(path: Path) -> None:
-    """Begin to listen at `path`; one of an earlier process of the same number is replaced."""
+def stand(path: Path, *, world: str = "") -> None:
+    """Begin to listen at `path`; one of an earlier process of the same number is replaced.
+
+    world: which processes have this one's default group, where they are not the trainer's: torch counts the groups of each
+    world from 0, and those of two worlds are not to be compared.
+    """
+    global _world
+    _world = world
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -114,14 +121,11 @@ def _groups() -> list[GroupState]:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         return []
-    rank = distributed.get_rank()
-    return [
-        GroupState(
-            group.group_name,
-            group.group_desc,
-            rank,
-            tuple(distributed.get_process_group_ranks(group)),
-            group._get_sequence_number_for_group(),
-        )
-        for group in list(distributed.distributed_c10d._world.pg_map)
-    ]
+    found, rank, of = [], distributed.get_rank(), f" of the {_world}" if _world else ""
+    for group in list(distributed.distributed_c10d._world.pg_map):
+        ranks = tuple(distributed.get_process_group_ranks(group))
+        if len(ranks) > distributed.get_world_size():
+            continue  # with processes of another world (slime.compat.joint_group): it has none of the ranks' numbers
+        name, title = f"{group.group_name}{of}", f"{group.group_desc}{of}"
+        found.append(GroupState(name, title, rank, ranks, group._get_sequence_number_for_group()))
+    return found

@@ -44,6 +44,8 @@ class Rank:
     """A rank as the trainer has it: a gloo group over a store that rank 0 serves."""
 
     def process(self) -> Process:
+        import torch.distributed  # noqa: F401  a busy machine may take longer for it than ranks wait for each other
+
         return this_process()
 
     def open_store(self) -> int:
@@ -186,6 +188,30 @@ def test_a_stopped_rank_is_told_while_the_others_still_wait(ranks, monkeypatch, 
     assert line.startswith(
         f"trainer rank 1 (pid {victim.pid} on {victim.node_ip}) is stopped (SIGSTOP, or a debugger; kill -CONT"
     )
+
+
+def test_a_stopped_process_that_is_not_called_is_told_and_named_by_those_that_wait_for_it(ranks, monkeypatch, caplog):
+    """As a receiver of weights is, which trainer ranks send to."""
+    monkeypatch.setattr(calls, "_LOOK_SECONDS", 1.0)
+    actors, processes = ranks
+    victim = processes["trainer rank 1"]
+    actors["trainer rank 1"].reduce.remote(1)
+    os.kill(victim.pid, signal.SIGSTOP)
+    with pytest.raises(RuntimeError) as told:
+        one = {"trainer rank 0": processes["trainer rank 0"]}
+        call = {"trainer rank 0": actors["trainer rank 0"].reduce.remote(0)}
+        gather(call, doing="sending weights v1", processes=one, beside={"receiver 1 of engine a": victim})
+    stopped = f"receiver 1 of engine a (pid {victim.pid} on {victim.node_ip}) is stopped (SIGSTOP, or a debugger; kill -CONT"
+    (line,) = [record.getMessage() for record in caplog.records if "the others have waited" in record.getMessage()]
+    assert line.startswith(stopped) and " while sending weights v1; " in line
+    first = str(told.value).splitlines()[0]
+    assert first.startswith(stopped) and first.endswith(", while sending weights v1; trainer rank 0 waited for it:")
+    assert not isinstance(told.value, calls.ProcessLost), "new trainer ranks would wait for it too"
+    with pytest.raises(calls.ProcessLost) as late:
+        gather(
+            {"receiver 1": actors["trainer rank 1"].process.remote()}, doing="x", processes={"receiver 1": victim}, timeout=1
+        )
+    assert str(late.value).startswith(stopped.replace(" of engine a", "")) and "did not answer within " in str(late.value)
 
 
 def patience(processes, *, report: float, end: float | None) -> Patience:

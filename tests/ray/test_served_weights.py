@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,11 +29,14 @@ from slime.engine.process import EngineProcess
 from slime.model.hf_config import read_hf_config
 from slime.model.hf_io import SafetensorsReader
 from slime.model.names import NameTable
+from slime.ray import calls
 from slime.ray.calls import gather
-from slime.ray.destinations import Destinations, EngineTarget
+from slime.ray.destinations import Beside, Destinations, EngineTarget, by_name, receivers_of
 from slime.ray.engine_broadcast import lost_of
+from slime.ray.fates import Process, end
+from slime.ray.standstill import Patience
 from slime.ray.weight_files import WeightFiles
-from slime.ray.weight_receivers import WeightReceiver
+from slime.ray.weight_receivers import WeightReceiver, with_processes
 from slime.ray.weight_stream import WeightStream
 from slime.weights.plan import Receiver
 from slime.weights.protocol import StreamReport, sync_weights
@@ -188,16 +191,14 @@ class Actors:
     """A trainer of one rank, and two receivers."""
 
     trainer: ray.actor.ActorHandle
-    receivers: tuple[ray.actor.ActorHandle, ...]
+    rank: Process
+    receivers: tuple[Beside, ...]
 
     @staticmethod
-    def start(pair: Path, logs: Path) -> Actors:
-        receivers = (WeightReceiver.options(num_cpus=0).remote(f"receiver-{number}", 0, logs) for number in range(2))
-        return Actors(OneTrainer.remote(str(pair)), tuple(receivers))
-
-    def pids(self) -> list[int]:
-        """Of the trainer and the receivers."""
-        return ray.get([one.__ray_call__.remote(lambda self: os.getpid()) for one in (self.trainer, *self.receivers)])
+    def start(pair: Path, logs: Path, *, peer_seconds: float = 1800.0) -> Actors:
+        trainer = OneTrainer.remote(str(pair), peer_seconds)
+        receivers = [WeightReceiver.options(num_cpus=0).remote(f"receiver-{number}", 0, logs) for number in range(2)]
+        return Actors(trainer, ray.get(trainer.process.remote()), with_processes({"e": receivers})["e"])
 
     def to(self, name: str, url: str, token: str, size: int) -> Destinations:
         """An engine of so many ranks, each with a receiver."""
@@ -207,15 +208,18 @@ class Actors:
 
     def send(self, url: str) -> Exception | dict:
         """What came of a sync to an engine of two ranks."""
-        call = self.trainer.send.remote(1, self.to("decode-0", url, "secret", 2))
+        to = self.to("decode-0", url, "secret", 2)
+        told = {"processes": {"trainer rank 0": self.rank}, "timeout": LIMIT}
+        told["beside"] = {name: one.process for name, one in receivers_of(to.engines).items()}
         try:
-            return gather({"trainer rank 0": call}, doing="sending weights v1", timeout=LIMIT)
+            return gather({"trainer rank 0": self.trainer.send.remote(1, to)}, doing="sending weights v1", **told)
         except RuntimeError as error:
             return error
 
     def stop(self) -> None:
-        for actor in (self.trainer, *self.receivers):
+        for actor in (self.trainer, *(one.actor for one in self.receivers)):
             ray.kill(actor)
+        end({str(number): one.process for number, one in enumerate(self.receivers)})  # a stopped one does not hear Ray
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +246,7 @@ def test_one_value_that_turns_in_a_receiver_is_named(served, actors):
     url, name = served[0], "default-regular-0"
     sides = OneEngine(name, url, TOKEN), Sending(actors.trainer, actors.to(name, url, TOKEN, 1))
     sync_weights(*sides, version=1, read_back=True)
-    ray.get(actors.receivers[0].__ray_call__.remote(spoil_next(CORRUPTED)))
+    ray.get(actors.receivers[0].actor.__ray_call__.remote(spoil_next(CORRUPTED)))
     named = r"1 of \d+ parameters changed when all were sent once more: model\.layers\.5\.mlp\.down \(rank 0\);"
     with pytest.raises(RuntimeError, match=rf"^{name} does not hold weights v2 as they were sent: {named}"):
         sync_weights(*sides, version=2, read_back=True)
@@ -281,22 +285,60 @@ def recording() -> Iterator[Recording]:
 
 def test_a_receiver_that_is_killed_is_named_with_its_process(actors, recording):
     # The other receiver gives up and lives: the trainer, which waits for it, hears that it has left the group.
-    *_, pid = actors.pids()
-    recording.then = lambda: os.kill(pid, signal.SIGKILL)
+    victim = actors.receivers[1].process
+    recording.then = lambda: os.kill(victim.pid, signal.SIGKILL)
     said = str(actors.send(recording.url))
-    assert f"receiver 1 of engine decode-0 (pid {pid} on " in said and "while receiving weights" in said, said
+    assert f"receiver 1 of engine decode-0 ({victim}) was killed" in said and "while receiving weights" in said, said
     assert "did not answer" not in said and 3 <= recording.posts <= 4
+
+
+@by_hand("a minute")
+def test_a_receiver_that_is_stopped_is_explained_and_ends_the_wait_with_its_name(
+    cluster, recording, served, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(calls, "_LOOK_SECONDS", 4.0)
+    actors = Actors.start(served[2], tmp_path, peer_seconds=15.0)
+    other, victim = (one.process for one in actors.receivers)
+    stopped = f"receiver 1 of engine decode-0 ({victim}){{}} is stopped (SIGSTOP, or a debugger; kill -CONT {victim.pid} there"
+    hit, patience = threading.Event(), Patience()
+    patience.processes |= {"trainer rank 0": actors.rank} | by_name({"decode-0": (other, victim)})
+
+    def stop() -> None:
+        os.kill(victim.pid, signal.SIGSTOP)
+        hit.set()
+
+    recording.then = stop
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(actors.send, recording.url)
+        assert hit.wait(LIMIT)
+        report: list[str] = []
+        while (
+            not (any("round (execute.py:" in line for line in report) and " finish (engine" in str(report)) and not sent.done()
+        ):
+            report = patience.explain().splitlines()
+    said = {line.strip().partition("): ")[0] + ")": line for line in report}
+    assert "round (execute.py:" in said[f"trainer rank 0 ({actors.rank})"], report
+    # It has its own share, and waits for its neighbour before the engine is told.
+    assert " < finish (engine_feed.py:" in said[f"receiver 0 of engine decode-0 ({other})"], report
+    assert any(line.strip().startswith(stopped.format(":")) for line in report), report
+    compared = [line.strip() for line in report if "has begun on" in line]
+    assert compared and all(" of the receivers (ranks 0, 1)" in line and "trainer" not in line for line in compared), compared
+    assert any(
+        record.getMessage().startswith(f"{stopped.format('')} lets it go on) while sending") for record in caplog.records
+    )
+    ends = " lets it go on), while sending weights v1; trainer rank 0 waited for it:"
+    assert str(sent.result()).splitlines()[0] == stopped.format("") + ends, sent.result()
+    actors.stop()
 
 
 @by_hand("a minute")
 def test_a_trainer_rank_that_is_killed_is_named_and_the_receivers_are_free_again(cluster, recording, served, tmp_path):
     actors = Actors.start(served[2], tmp_path)
-    pid, *_ = actors.pids()
-    recording.then = lambda: os.kill(pid, signal.SIGKILL)
+    recording.then = lambda: os.kill(actors.rank.pid, signal.SIGKILL)
     said = str(actors.send(recording.url))
-    assert said.startswith("trainer rank 0 ") and "died" in said and "while sending weights v1" in said, said
+    assert said.startswith(f"trainer rank 0 ({actors.rank}) was killed") and "while sending weights v1" in said, said
     # An actor does one thing after another: it answers once its part of the sync has ended.
-    free = [one.__ray_call__.remote(lambda self: "here") for one in actors.receivers]
+    free = [one.actor.__ray_call__.remote(lambda self: "here") for one in actors.receivers]
     assert ray.get(free, timeout=LIMIT) == ["here"] * 2
     actors.stop()
 
