@@ -46,10 +46,10 @@ def choose(problem: str, one: str, other: str) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
-def main(folder: Path, *, num_eval: int = 12, num_sft: int = 8192, seed: int = 0) -> None:
-    """Sums of digits. Solvers of the warm start are right in half of the cases, who chooses takes the first or the second."""
+def main(folder: Path, *, num_eval: int = 4, num_sft: int = 8192, seed: int = 0) -> None:
+    """Sums of digits up to 3. Solvers of the warm start are right in half of the cases, who chooses takes the first or the second."""
     generator = random.Random(seed)
-    known, held_out = hold_out([(a, b) for a in range(7) for b in range(7)], num_eval, generator)
+    known, held_out = hold_out([(a, b) for a in range(4) for b in range(4)], num_eval, generator)
 
     def answered(asked: list[dict[str, str]], digit: int | str) -> dict:
         return {"messages": [*asked, {"role": "assistant", "content": f"\\boxed{{{digit}}}"}]}
@@ -58,7 +58,7 @@ def main(folder: Path, *, num_eval: int = 12, num_sft: int = 8192, seed: int = 0
     for number in range(num_sft):
         a, b = generator.choice(known)
         problem = f"{a} plus {b}"
-        guesses = [a + b if generator.random() < 0.5 else generator.randrange(13) for _ in range(2)]
+        guesses = [a + b if generator.random() < 0.5 else generator.randrange(7) for _ in range(2)]
         asked = choose(problem, *map(str, guesses)) if number % 2 else solve(problem)
         sft.append(answered(asked, generator.choice(guesses)))
 

@@ -50,14 +50,14 @@ def question(box: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"What is in {box}? Answer in \\boxed{{}}"}]
 
 
-def main(folder: Path, *, num_eval: int = 16, num_sft: int = 8192, seed: int = 0) -> None:
-    """Ninety boxes, each with a digit. Most conversations look one up; the others guess.
+def main(folder: Path, *, num_eval: int = 4, num_sft: int = 8192, seed: int = 0) -> None:
+    """Twenty boxes, each with a digit. Most conversations look one up; the others guess.
 
     A conversation's loss is a mean over its tokens, so the first token of a long one counts little: with one guess to nine
     searches the policy begins either way about as often.
     """
     generator = random.Random(seed)
-    boxes = list(range(10, 100))
+    boxes = list(range(10, 30))
     holds = {box: generator.randrange(10) for box in boxes}
     corpus = [f"In {box} is {digit}" for box, digit in holds.items()]
     passages = BM25(corpus)

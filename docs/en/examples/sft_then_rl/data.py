@@ -16,13 +16,15 @@ def question(a: int, b: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"What is the last digit of {a} plus {b}?"}]
 
 
-def main(folder: Path, *, num_eval: int = 16, num_sft: int = 8192, seed: int = 0) -> None:
-    """Two of three conversations take a step and are right; the others answer at once and are right in two of five cases.
+def main(folder: Path, *, num_eval: int = 5, num_sft: int = 8192, seed: int = 0) -> None:
+    """Sums of two numbers from 5 to 9, few enough for a tiny model to learn.
+
+    Two of three conversations take a step and are right; the others answer at once and are right in two of five cases.
 
     A conversation's loss is a mean over its tokens, so the first token of a longer one counts less.
     """
     generator = random.Random(seed)
-    known, held_out = hold_out([(a, b) for a in range(10) for b in range(10)], num_eval, generator)
+    known, held_out = hold_out([(a, b) for a in range(5, 10) for b in range(5, 10)], num_eval, generator)
     sft = []
     for number in range(num_sft):
         a, b = generator.choice(known)
