@@ -47,7 +47,8 @@ def choose(problem: str, one: str, other: str) -> list[dict[str, str]]:
 
 
 def main(folder: Path, *, num_eval: int = 4, num_sft: int = 8192, seed: int = 0) -> None:
-    """Sums of digits up to 3. Solvers of the warm start are right in half of the cases, who chooses takes the first or the second."""
+    """Sums of digits up to 3. Solvers of the warm start are right in half of the cases; who chooses takes the first or the
+    second."""
     generator = random.Random(seed)
     known, held_out = hold_out([(a, b) for a in range(4) for b in range(4)], num_eval, generator)
 
