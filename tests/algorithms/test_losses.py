@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from test_importance import args
 
 from slime.algorithms import advantages, importance, kl, policy_loss
 from slime.algorithms.entropy import entropy
 from slime.algorithms.sft import nll
+from slime.training.importance_functions import icepop_function, importance_function, vanilla_tis_function
 
 T = torch.tensor
 LN2 = math.log(2.0)
@@ -189,8 +191,20 @@ def numeric_gradient(function, at: torch.Tensor, step: float = 1e-6) -> torch.Te
     return torch.tensor(slopes, dtype=at.dtype)
 
 
-@pytest.mark.parametrize("name", ["clipped", "dual clip", "sequence", "value", "k2", "k3", "low_var_kl", "unbiased"])
+WEIGHTED = {
+    "truncate": dict(tis_mode="truncate"),
+    "clip, by sequence": dict(tis_level="sequence", tis_lower_bound=0.2),
+    "mask, geometric": dict(tis_mode="mask", tis_level="geometric", tis_lower_bound=0.5),
+    "icepop": dict(tis_mode="icepop", tis_lower_bound=0.2, tis_upper_bound=4.0),
+    "rejection": dict(use_tis=False, use_rs=True, rs_lower_bound=0.2, rs_upper_bound=4.0),
+}
+"""Flags of importance weights beside those of test_importance.args; each drops or bounds some tokens and not all."""
+NAMES = ["clipped", "dual clip", "sequence", "cispo", "value", "k2", "k3", "low_var_kl", "unbiased"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "vanilla tis", "slime's icepop", *WEIGHTED])
 def test_gradients_equal_finite_differences(name):
+    """Each function is given the log-probs twice: to differentiate, and as what it must take for a constant."""
     generator = torch.Generator().manual_seed(5)
     log_ratio, advantages, other = (torch.randn(12, generator=generator, dtype=torch.float64) for _ in range(3))
     segments, mask = torch.arange(12) // 4, (torch.arange(12) % 5 > 0).double()
@@ -198,21 +212,39 @@ def test_gradients_equal_finite_differences(name):
     def clipped(x, c=None):
         return policy_loss.clipped_loss(x, advantages, eps_clip=0.2, eps_clip_high=0.3, eps_clip_c=c)[0]
 
+    def weighed(function, **flags):
+        def loss(x, constant):
+            found, masks, _ = function(
+                args(**flags), pg_loss=clipped(x), train_log_probs=constant.split(4), rollout_log_probs=other.split(4),
+                loss_masks=mask.split(4), total_lengths=[5] * 3, response_lengths=[4] * 3,
+            )  # fmt: skip
+            return found * torch.cat(list(masks))
+
+        return loss
+
     functions = {
-        "clipped": clipped,
-        "dual clip": lambda x: clipped(x, 1.5),
-        "sequence": lambda x: clipped(policy_loss.sequence_log_ratio(x, mask, segments, 3)),
-        "k2": lambda x: _kl64(x, other, "k2"),
-        "k3": lambda x: _kl64(x, other, "k3"),
-        "low_var_kl": lambda x: _kl64(x, other, "low_var_kl"),
-        "value": lambda x: policy_loss.clipped_value_loss(x, other, advantages, value_clip=0.5)[0],
-        "unbiased": lambda x: _kl64(x, other, "k3", x - advantages),
+        "clipped": lambda x, _: clipped(x),
+        "dual clip": lambda x, _: clipped(x, 1.5),
+        "sequence": lambda x, _: clipped(policy_loss.sequence_log_ratio(x, mask, segments, 3)),
+        "cispo": lambda x, constant: policy_loss.cispo_loss(constant - other, x, advantages, eps_clip=0.2, eps_clip_high=0.3)[
+            0
+        ],
+        "k2": lambda x, _: _kl64(x, other, "k2"),
+        "k3": lambda x, _: _kl64(x, other, "k3"),
+        "low_var_kl": lambda x, _: _kl64(x, other, "low_var_kl"),
+        "value": lambda x, _: policy_loss.clipped_value_loss(x, other, advantages, value_clip=0.5)[0],
+        "unbiased": lambda x, _: _kl64(x, other, "k3", x - advantages),
+        "vanilla tis": weighed(vanilla_tis_function, tis_clip=1.5),
+        "slime's icepop": weighed(icepop_function, tis_clip_low=0.2, tis_clip=4.0),
+        **{weights: weighed(importance_function, **flags) for weights, flags in WEIGHTED.items()},
     }
     x = log_ratio.clone().requires_grad_()
-    functions[name](x).sum().backward()
+    functions[name](x, x).sum().backward()
     # KL is in float32, so its step is larger and the rest rougher.
     rounding, step = (2e-2, 1e-2) if name in ("k2", "k3", "low_var_kl", "unbiased") else (1e-6, 1e-6)
-    torch.testing.assert_close(x.grad, numeric_gradient(functions[name], log_ratio, step), rtol=rounding, atol=rounding)
+    numeric = numeric_gradient(lambda at: functions[name](at, log_ratio), log_ratio, step)
+    torch.testing.assert_close(x.grad, numeric, rtol=rounding, atol=rounding)
+    assert x.grad.any()
 
 
 def _kl64(log_probs, reference, kind, ratio=None):

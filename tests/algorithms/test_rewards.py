@@ -53,3 +53,21 @@ def test_the_overlong_penalty_by_hand():
     found = overlong_penalty(lengths, longest=20480, buffer=4096, factor=1.0)
     np.testing.assert_allclose(found, [0, 0, -0.25, -0.5, -1, -1])
     np.testing.assert_allclose(overlong_penalty(lengths, longest=20480, buffer=4096, factor=0.5), found / 2)
+
+
+def test_the_overlong_penalty_equals_the_papers_three_cases():
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        longest = int(rng.integers(2, 5000))
+        buffer, factor = int(rng.integers(1, longest)), float(rng.uniform(0.1, 2))
+        lengths = rng.integers(1, 2 * longest, 50)
+        cases = []
+        for length in lengths.tolist():
+            if length + buffer <= longest:
+                cases.append(0.0)
+            elif length <= longest:
+                cases.append(factor * (longest - buffer - length) / buffer)
+            else:
+                cases.append(-factor)
+        found = overlong_penalty(lengths, longest=longest, buffer=buffer, factor=factor)
+        np.testing.assert_allclose(found, cases, rtol=1e-12, atol=1e-12)
