@@ -5,7 +5,9 @@
 
 Seconds are the processor's. `copies` counts with tracemalloc, which NumPy's and Python's memory goes through, in copies of the
 token ids at 8 bytes: what a stage keeps, and the most that it holds meanwhile. A micro-batch keeps eight columns as long as its
-tokens.
+tokens. An id of an answer is copied into the sample's column and from there into its row of the stream; two of the eight,
+the targets of the policy and of the draft layer, hold it again one and two rows earlier. Between the processes of rollout and
+trainer Ray's shared memory holds the columns once on each node, which is not counted here.
 """
 
 from __future__ import annotations
