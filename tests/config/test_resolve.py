@@ -198,6 +198,13 @@ def test_prefill_and_decode_without_yaml():
     assert [(group.worker_type, group.num_gpus, group.num_engines) for group in groups] == [("prefill", 2, 1), ("decode", 6, 3)]
 
 
+def test_switches_that_sglang_no_longer_has_are_told_by_their_names_of_today():
+    config = config_of("--sglang-enable-ep-moe", "--sglang-enable-deepep-moe")
+    said = "is read as ep_size of all ranks of an engine"
+    assert f"--sglang-enable-ep-moe {said}" in config.notes
+    assert f"--sglang-enable-deepep-moe {said} and moe_a2a_backend deepep" in config.notes
+
+
 def test_separate_gpus_keep_their_memory():
     words = [word for word in MINIMAL if word != "--colocate"]
     config = parse([*words, "--rollout-num-gpus", "4"], facts=Facts())

@@ -106,8 +106,8 @@ def trained_apart(v: Values) -> list[EngineSizes]:
 def sizes(v: Values) -> None:
     """Each group's engines are made of ranks that divide, and lie on whole nodes or inside one."""
     for switch in RETIRED.keys() & v["sglang"].keys():
-        spelt = ["ep_size, of all ranks of an engine", *(f"{name} {value}" for name, value in RETIRED[switch].items())]
-        v.notes.append(f"--sglang-{switch.replace('_', '-')} is spelt {' and '.join(spelt)} in the SGLang of today")
+        meant = ["ep_size of all ranks of an engine", *(f"{name} {value}" for name, value in RETIRED[switch].items())]
+        v.notes.append(f"--sglang-{switch.replace('_', '-')} is read as {' and '.join(meant)}")
     for answer in _answers(v):
         if isinstance(answer, ConfigError):
             v.mistakes.append(str(answer))
