@@ -2,6 +2,7 @@
 
     python3 tools/bench/weight_sync.py simulate [--nic 50] [--nvlink 450] [--buffer BYTES]
     python3 tools/bench/weight_sync.py served
+    python3 tools/bench/weight_sync.py measure [--bf16 DIR --fp8 DIR] [--trainers 2 --engine 2 --apart 2] [-- FLAGS]
 
 `simulate`: GLM-5.2 (FP8) from the recipe's 256 GPUs (TP4 PP8 CP8 EP32, stages of 14, 8 x 6 and 16 layers) to one prefill and
 three decode engines of 64 on the same GPUs, by a model of links (`link_model.py`) that shares no code with the planner: the
@@ -9,15 +10,26 @@ plan beside a broadcast of everything to everyone and a scheme that goes layer b
 measured.
 
 `served`: what an engine rank takes in, beside what it serves, by classes of tensors, for engines of several kinds.
+
+`measure`: syncs on this machine, without a launch, on GPUs or a CPU (`measured_sync.py`): to an engine on the trainer's devices
+and to one on devices of its own by receivers, each with its phases apart, beside a plain broadcast of as many bytes. Without
+DIRs a tiny GLM-5.2. FLAGS: MODEL_ARGS of the checkpoint, and the trainer's layout. In the place of engines stand processes
+that copy what they are given; --sglang: a server of SGLang on the trainer's devices, and its pause as a run has it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import resource
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -30,6 +42,10 @@ from tools.bench import served  # noqa: E402
 from tools.bench.link_model import Ports, Timing, simulate  # noqa: E402
 from tools.bench.sync_schemes import Sizes, broadcast, layer_by_layer  # noqa: E402
 
+if TYPE_CHECKING:
+    from tools.bench.measured_sync import Measured, Setup, Way
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 FLAGSHIP = Trainer(Grid(world=256, tp=4, pp=8, cp=8, ep=32, etp=1), tuple(cut_layers(Cut(78, 8, first=14, last=16))))
 ENGINES = tuple(Receiver(number, tuple(range(64 * number, 64 * number + 64)), tp=64, ep=64, drafts=True) for number in range(4))
 
@@ -74,6 +90,77 @@ def print_served(args: argparse.Namespace) -> None:
             print(f"{label:74}{row.taken:>10.3f}{row.served:>9.3f}{row.taken / row.served:>8.3f}")
 
 
+def print_measured(args: argparse.Namespace) -> None:
+    from slime.device import get_device
+    from tools.bench.measured_sync import measure
+
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of packages that say what they lack, in every process
+    with tempfile.TemporaryDirectory(prefix="sync-") as folder, _engine(_setup(args, folder), args.sglang) as setup:
+        print(f"{get_device().kind}: {get_device().reason}; {setup.trainers} trainer ranks, medians of {args.repeats}")
+        print("\n".join(_lines(measure(setup), setup)))
+
+
+def _setup(args: argparse.Namespace, folder: str) -> Setup:
+    from tools.bench.measured_sync import Setup
+    from tools.make_tiny_checkpoint import main as make_checkpoint
+
+    bf16, fp8, flags = args.bf16, args.fp8, args.flags
+    if bf16 is None:
+        make_checkpoint(["--preset", "cpu", "--output", f"{folder}/model"])
+        bf16, fp8 = f"{folder}/model/bf16", f"{folder}/model/fp8"
+        script = f"source {ROOT}/scripts/models/glm5.2-tiny.sh; printf '%s\\0' \"${{MODEL_ARGS[@]}}\""
+        words = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+        layout = ["--tensor-model-parallel-size", str(args.trainers), "--sequence-parallel"]
+        flags = [*words.rstrip("\0").split("\0"), *(layout if args.trainers > 1 else ()), *flags]
+    ranks = {"trainers": args.trainers, "engine": args.engine, "apart": args.apart, "experts_apart": args.experts_apart}
+    return Setup(folder, bf16, fp8 or bf16, tuple(flags), **ranks, limit_bytes=args.buffer, repeats=args.repeats)
+
+
+@contextmanager
+def _engine(setup: Setup, wanted: bool) -> Iterator[Setup]:
+    """The setup with a server of SGLang, if one is wanted."""
+    if not wanted:
+        yield setup
+        return
+    from dataclasses import replace
+
+    from slime.device import get_device
+    from slime.engine.process import EngineProcess
+    from slime.engine.spec import EngineSpec
+
+    sizes = {"num_gpus": setup.engine, "num_nodes": 1, "tp_size": setup.engine, "pp_size": 1, "dp_size": 1, "ep_size": 1}
+    sizes |= {"engine_id": 0, "gpu_offset": 0, "random_seed": 0, "update_weights": True, "needs_offload": False}
+    spec = EngineSpec("default", "regular", model_path=setup.fp8, settings={"max_total_tokens": 2048}, **sizes)
+    log = pathlib.Path(setup.folder, "engine.log")
+    engine = EngineProcess(spec, device_kind=get_device().kind, token="measured", log_path=log)
+    try:
+        engine.start()
+        engine.wait_ready()
+        yield replace(setup, url=engine.url, token="measured", is_real=True, experts_apart=False)
+    finally:
+        engine.stop()
+
+
+def _lines(found: Measured, setup: Setup) -> Iterator[str]:
+    served = "SGLang, pause to continue" if setup.is_real else "no SGLang"
+    yield f"one copy of the model travels as {found.nbytes / 1e6:,.1f} MB in {found.rounds} rounds"
+    yield f"{'':58}{'s':>8}{'GB/s a rank':>13}{'export':>9}{'quantise':>10}{'wire':>8}{'load':>8}"
+    yield _line(f"{setup.engine} ranks on the trainer's devices ({served})", found.shared, found.taken, found.export_share)
+    if found.apart is not None:
+        yield _line(
+            f"{setup.apart} ranks elsewhere, by receivers (no SGLang)", found.apart, found.taken_apart, found.export_share
+        )
+        rate = found.nbytes / 1e9 / found.broadcast_seconds
+        yield f"{f'plain broadcast of one copy to {setup.apart} ranks':58}{found.broadcast_seconds:>8.3f}{rate:>13.3f}"
+    yield "export, quantise: the making of a sync, shared out as in a pass that waits after each; load: what no round hides"
+    yield "no SGLang: a process in the place of each engine rank copies what it is given, and looks nothing up"
+
+
+def _line(name: str, way: Way, nbytes: int, export: float) -> str:
+    made = f"{way.make * export:>9.3f}{way.make * (1 - export):>10.3f}"
+    return f"{name:58}{way.seconds:>8.3f}{nbytes / 1e9 / way.seconds:>13.3f}{made}{way.exchange:>8.3f}{way.hand_over:>8.3f}"
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -84,6 +171,20 @@ def main(argv: list[str]) -> None:
     wire.set_defaults(run=print_simulated)
     taken = commands.add_parser("served", help="bytes that an engine rank takes in, beside those that it serves")
     taken.set_defaults(run=print_served)
+    one = commands.add_parser("measure", help="syncs on this machine, phase by phase")
+    one.add_argument("--bf16", help="checkpoint that is trained; a tiny one unless said")
+    one.add_argument("--fp8", help="checkpoint whose format is served; that of --bf16 unless said")
+    one.add_argument("--trainers", type=int, default=2, help="ranks of the trainer")
+    one.add_argument("--engine", type=int, default=2, help="ranks of the engine on the first of the trainer's devices")
+    one.add_argument(
+        "--apart", type=int, default=2, help="ranks of the engine on devices behind the trainer's; 0 leaves it out"
+    )
+    one.add_argument("--experts-apart", action="store_true", help="engines are expert-parallel over their ranks")
+    one.add_argument("--sglang", action="store_true", help="the engine on the trainer's devices is a server of SGLang")
+    one.add_argument("--buffer", type=int, default=2**31, help="--update-weight-buffer-size")
+    one.add_argument("--repeats", type=int, default=3)
+    one.add_argument("flags", nargs="*", help="behind --: MODEL_ARGS and the trainer's layout")
+    one.set_defaults(run=print_measured)
     args = parser.parse_args(argv)
     args.run(args)
 
