@@ -72,8 +72,8 @@ def from_custom(args: Any, samples: list[Sample], groups: np.ndarray, rollout_id
         truncated=np.asarray(data.get("truncated", np.zeros(n)), dtype=bool),
         rollout_log_probs=per_token("rollout_log_probs"),
         teacher_log_probs=per_token("teacher_log_probs"),
-        routed_experts=None if (told := data.get("rollout_routed_experts")) is None else _experts(told, args),
-        indexer_topk=None if (told := data.get("rollout_indexer_topk")) is None else _selections(told, who),
+        routed_experts=_experts(data["rollout_routed_experts"], args) if args.use_rollout_routing_replay else None,
+        indexer_topk=_selections(data["rollout_indexer_topk"], who) if args.use_rollout_indexer_replay else None,
         metadata=None if (told := data.get("metadata")) is None else tuple(row or {} for row in told),
     )
     _compare_mask_sums(data, batch, who)
@@ -133,7 +133,7 @@ def _kept_words(data: Mapping[str, Any], batch: RolloutBatch, who: str) -> tuple
 
 def _experts(told: Any, args: Any) -> tuple[np.ndarray, ...]:
     """None of a row stands for a sample of which nothing is trained."""
-    nothing = np.zeros((0, args.num_layers, args.moe_router_topk or 0), np.uint8)
+    nothing = np.zeros((0, args.num_layers, args.moe_router_topk), np.uint8)
     return tuple(nothing if row is None else np.asarray(row) for row in told)
 
 

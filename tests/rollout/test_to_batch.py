@@ -214,6 +214,9 @@ def test_a_conversion_without_what_a_replay_flag_trains_with_is_refused():
     seen.metadata["more"] = {"rollout_indexer_topk": [Selections(())] * 2}
     batch = make_rollout_batch([[seen, sample(1, 0, 0.0, remove_sample=True)]], rollout_id=0, config=config)
     assert [rows.shape for rows in batch.routed_experts] == [(4, 2, 3), (0, 2, 3)] and len(batch.indexer_topk) == 2
+    config = make_config(custom_convert_samples_to_train_data_path=f"{__name__}.every_column")
+    batch = make_rollout_batch([[seen, sample(1, 0, 0.0)]], rollout_id=0, config=config)
+    assert batch.routed_experts is None and batch.indexer_topk is None, "without its flag a column is not taken"
 
 
 def test_columns_of_a_conversion_that_nothing_reads_are_named_once(caplog):
