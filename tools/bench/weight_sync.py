@@ -142,7 +142,7 @@ def _engine(setup: Setup, wanted: bool) -> Iterator[Setup]:
 
 
 def _lines(found: Measured, setup: Setup) -> Iterator[str]:
-    served = "SGLang, pause to continue" if setup.is_real else "no SGLang"
+    served = "SGLang, with its pause" if setup.is_real else "no SGLang"
     yield f"one copy of the model travels as {found.nbytes / 1e6:,.1f} MB in {found.rounds} rounds"
     yield f"{'':58}{'s':>8}{'GB/s a rank':>13}{'export':>9}{'quantise':>10}{'wire':>8}{'load':>8}"
     yield _line(f"{setup.engine} ranks on the trainer's devices ({served})", found.shared, found.taken, found.export_share)
