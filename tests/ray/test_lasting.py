@@ -7,18 +7,24 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
+from by_hand import by_hand
+from recording_engine import RecordingEngine
 
-from slime.config.cluster import ClusterConfig
+from slime.config.cluster import ClusterConfig, EngineConfig
 from slime.config.upkeep import UpkeepConfig
 from slime.ray.calls import ProcessLost
+from slime.ray.destinations import Destinations, EngineTarget
 from slime.ray.lasting import LastingTrainers, Restarts, make_trainers
 from slime.ray.placement import place
 from slime.ray.standstill import Patience
 from slime.ray.train_group import TrainGroup
+from slime.ray.weight_receivers import WeightReceiver, with_processes
+from slime.weights.serving import Receiver
 
 pytestmark = pytest.mark.slow
 
@@ -157,6 +163,56 @@ def test_a_killed_rank_costs_a_restart_from_memory_and_the_end_is_the_same_to_th
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{pid}").exists(), "the memory goes with the keeper"
+
+
+def destinations(engine: RecordingEngine, way: str, logs: Path) -> tuple[Destinations, list]:
+    """(one engine of two ranks behind the trainer's two, what to end afterwards)"""
+    target = EngineTarget("decode-0", engine.url, "secret", Receiver(0, (2, 3), 2))
+    actors = []
+    if way == "receivers":
+        actors = [WeightReceiver.options(num_cpus=0).remote(f"receiver-{number}", 0, logs) for number in range(2)]
+        target = replace(target, receivers=with_processes({"decode-0": actors})["decode-0"])
+    else:
+        target = replace(target, receiver=Receiver(0, (2,), 1))
+    return Destinations((target,), (0,) * (2 + len(target.receiver.gpus))), actors
+
+
+@by_hand("two minutes")
+@pytest.mark.parametrize("way", ["nccl", "receivers"])
+def test_a_rank_that_is_killed_amid_a_transfer_to_devices_of_their_own_is_replaced_and_all_is_sent_anew(
+    model, placement, tmp_path, way
+):
+    """To engines that joined a broadcast (over gloo), and to receivers; each rank in turn, with a rollout between them."""
+    config = config_for(model, tmp_path / "save", snapshot_interval=1, max_trainer_restarts=2)
+    config.engine = EngineConfig(update_weight_transport=way, update_weight_buffer_size=20_000)
+    trainers, _ = trained(config, placement, 1)
+    engine = RecordingEngine()
+    trainers.destinations, actors = destinations(engine, way, tmp_path)
+    sent = []
+    for number, victim in enumerate(("trainer rank 0", "trainer rank 1")):
+        process = trainers._group.processes[victim]
+        engine.then = lambda pid=process.pid: os.kill(pid, signal.SIGKILL)
+        with pytest.raises(ProcessLost) as lost:
+            trainers.stream(number)
+        first = str(lost.value).splitlines()[0]
+        assert first.startswith(f"{victim} ({process}) was killed by signal 9") and f"while sending weights v{number}" in first
+        assert 2 <= len(engine.digests) < 6, "amid the transfer"
+        engine.then = lambda: None
+        assert trainers.can_recover(lost.value)
+        trainers.recover(lost.value)
+        for _ in range(2):  # by the new ranks, and once more with nobody disturbed
+            engine.digests = []
+            report = trainers.stream(number)
+            assert report.lost == () and report.buckets > 6
+            sent.append(engine.digests)
+        engine.digests = []
+        train(trainers, config, number + 1)
+    assert sent[0] == sent[1] and sent[2] == sent[3] and len(sent[0]) == report.buckets
+    assert sent[0] != sent[2], "the rollout between them changed the weights"
+    trainers.stop()
+    for actor in actors:
+        ray.kill(actor)
+    engine.close()
 
 
 def test_restarts_are_counted_and_a_place_has_one():
