@@ -65,6 +65,18 @@ class _Evaluation:
     """How often servers had been started again when it began."""
 
 
+def start_ray(slots: int) -> None:
+    """A local cluster of this run alone. Raises RuntimeError with Ray's reason where it does not come up within Ray's 30 s."""
+    try:
+        # "local": without it Ray would join any cluster that runs on this machine, and refuse to change its size.
+        ray.init("local", num_gpus=slots, num_cpus=slots + 4, include_dashboard=False, logging_level=logging.WARNING)
+    except Exception as error:  # a class of its own Ray has for none of them
+        raise RuntimeError(
+            f"Ray did not start on this machine: {' '.join(str(error).split())}; end what else computes here and try again, "
+            "or start it by hand (ray start --head) and name it in RAY_ADDRESS"
+        ) from error
+
+
 class Run:
     """Owns everything that a run starts, and stops it on leaving the `with` block, also after an error."""
 
@@ -108,8 +120,7 @@ class Run:
         # No cluster was named: a local one with as many logical device slots as the run wants.
         slots = max(slot_counts(**self._slots())[0], 1)
         logger.info("RAY_ADDRESS is not set: starting a local Ray with %d device slots", slots)
-        # "local": without it Ray would join any cluster that runs on this machine, and refuse to change its size.
-        ray.init("local", num_gpus=slots, num_cpus=slots + 4, include_dashboard=False, logging_level=logging.WARNING)
+        start_ray(slots)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if self._rollout is not None:

@@ -77,3 +77,19 @@ def test_a_local_ray_asks_for_a_secret_answers_no_metrics_and_tells_an_error_onc
     assert (said["length"], said["mode"], said["inherited"]) == (64, 0o600, False)
     assert not Path(said["secret"]).exists(), "it goes with the run"
     assert "Unhandled error" not in ran.stderr and "told once" not in ran.stderr
+
+
+def test_a_local_ray_that_cannot_start_is_one_line(tmp_path):
+    """On a machine that is busy it is Ray's 30 seconds that end; here it has no folder."""
+    (tmp_path / "file").touch()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    program = "from slime.ray.run import start_ray; start_ray(1)"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
+        env=env | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(tmp_path / "file")},
+    )  # fmt: skip
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1] == (
+        f"RuntimeError: Ray did not start on this machine: [Errno 20] Not a directory: '{tmp_path}/file/ray'; end what else "
+        "computes here and try again, or start it by hand (ray start --head) and name it in RAY_ADDRESS"
+    )
