@@ -113,7 +113,9 @@ def test_the_reader_sees_what_is_wrong(tmp_path: Path):
     assert missing_files(told) == ["-m slime.gone", "scripts/gone.sh"]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "en" / "examples").glob("*/README.md")), ids=lambda page: page.parent.name)
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "docs" / "en" / "examples").glob("*/README.md")), ids=lambda page: page.parent.name
+)
 def test_every_example_shows_what_a_run_of_it_gave(page):
     text = page.read_text()
     assert not re.search(r"\bCURVE\b|[Nn]o curve yet", text)
