@@ -68,6 +68,24 @@ def test_limits_end_code_and_the_policy_is_told_which(code, exceeded, told):
     assert len(found.output) <= SMALL.output_bytes and found.status != 0
 
 
+def test_output_that_nobody_read_in_time_does_not_keep_its_process(monkeypatch):
+    """Its buffer was full, so asyncio had stopped to look at the pipe when the code was ended."""
+
+    class Busy(PythonSandbox):
+        async def _read(self, process, code):
+            read = process.stdout.read
+
+            async def late(count):
+                await asyncio.sleep(1)
+                return await read(count)
+
+            monkeypatch.setattr(process.stdout, "read", late)
+            return await super()._read(process, code)
+
+    found = asyncio.run(asyncio.wait_for(Busy(SMALL).run("while True: print('a' * 100)"), 40))
+    assert found.exceeded == "output" and found.status == 128 + 9
+
+
 def test_code_sees_no_network(isolated):
     with socket.create_server(("127.0.0.1", 0)) as server:
         connect = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"

@@ -107,6 +107,8 @@ class PythonSandbox:
                 # The whole session: where there is no namespace, what the code started may have outlived it.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+                # asyncio waits for the end of the pipes too, and never sees it where a full buffer has paused their reader.
+                process._transport.close()
                 await process.wait()
         status = process.returncode if process.returncode >= 0 else 128 - process.returncode
         if not exceeded and status in _BY_CPU:
