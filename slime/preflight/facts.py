@@ -114,7 +114,7 @@ def gather(name: str, wanted: Wanted, seed_path: Mapping[str, str]) -> NodeFacts
         packages=packages.versions(),
         unloadable=import_errors(wanted.modules),
         memory_gb=memory_gb(Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")),
-        memory_taken_gb=(memory.total - memory.available) / 1e9,
+        memory_taken_gb=taken_gb(memory.total - memory.available, Path("/sys/fs/cgroup")),
     )
 
 
@@ -124,6 +124,16 @@ def memory_gb(meminfo: Path, limit: Path) -> float:
     sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
     word = limit.read_text().strip() if limit.is_file() else "max"
     return min(sizes + ([int(word)] if word.isdecimal() else []), default=0) / 1e9
+
+
+def taken_gb(of_machine: int, cgroup: Path) -> float:
+    """What programs hold of the memory that `memory_gb` tells of: a container's own where it has a limit, and there without
+    files that the kernel gives back (cgroup v2), else of_machine, bytes."""
+    limit, current, stat = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not (limit.is_file() and limit.read_text().strip().isdecimal() and current.is_file() and stat.is_file()):
+        return of_machine / 1e9
+    files = sum(int(line.split()[1]) for line in stat.read_text().splitlines() if line.startswith("inactive_file "))
+    return max(0, int(current.read_text()) - files) / 1e9
 
 
 def _gpus() -> tuple[Gpu, ...]:

@@ -22,6 +22,7 @@ from slime.preflight.facts import (
     memory_gb,
     rdma_devices,
     reach,
+    taken_gb,
     try_shared,
 )
 from slime.preflight.judge import judge
@@ -243,6 +244,16 @@ def test_main_memory_is_what_the_container_may_have(tmp_path: Path) -> None:
     assert memory_gb(meminfo, limit) == pytest.approx(2048.0)
     limit.write_text("549755813888\n")
     assert memory_gb(meminfo, limit) == pytest.approx(549.755813888)
+
+
+def test_of_a_containers_memory_its_own_programs_hold_some_and_not_those_of_the_machine(tmp_path: Path) -> None:
+    assert taken_gb(600 * 10**9, tmp_path) == 600
+    (tmp_path / "memory.current").write_text("50000000000\n")
+    (tmp_path / "memory.stat").write_text("anon 20000000000\ninactive_file 30000000000\nactive_file 0\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert taken_gb(600 * 10**9, tmp_path) == 600
+    (tmp_path / "memory.max").write_text("549755813888\n")
+    assert taken_gb(600 * 10**9, tmp_path) == 20
 
 
 def test_two_machines_with_one_address_are_named() -> None:
