@@ -14,15 +14,11 @@ from safetensors.torch import load_file
 
 from slime.engine.client import EngineClient, sync
 from slime.engine.process import EngineProcess
+from tools.bench.model_args import model_args
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-
-
-def _model_args() -> list[str]:
-    script = f"source {ROOT}/scripts/models/qwen3-tiny.sh; printf '%s\\0' \"${{MODEL_ARGS[@]}}\""
-    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.rstrip("\0").split("\0")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +46,7 @@ def run(
     make_data(["--output", str(tmp_path), "--train", "64", "--eval", "8", "--max-operand", "4"])
     # Rewards are random, because an untrained model earns none, and the step is large enough to show in bf16.
     flags = [
-        *_model_args(),
+        *model_args("qwen3-tiny"),
         "--hf-checkpoint",
         checkpoint,
         "--save",

@@ -21,16 +21,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from tools.bench.model_args import model_args  # noqa: E402
+
 SCHEDULES = ("sync", "one-step-ahead", "fully-async")
 WARM = 2
 """Rollouts whose seconds are left out: engine and trainer warm up, and nothing is ahead yet."""
 EXAMPLE = ROOT / "docs" / "en" / "examples" / "fully_async"
 """Its long_tail.py has the answers and the reward."""
-
-
-def model_args() -> list[str]:
-    script = f"source {ROOT}/scripts/models/qwen3-tiny.sh; printf '%s\\0' \"${{MODEL_ARGS[@]}}\""
-    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.rstrip("\0").split("\0")
 
 
 def prepare(folder: Path) -> Path:
@@ -50,7 +48,7 @@ def run(
     """One row for each rollout."""
     logs = folder / f"{schedule}-{estimator}-{seed}"
     flags = [
-        *model_args(), "--hf-checkpoint", checkpoint, "--actor-num-nodes", 1, "--actor-num-gpus-per-node", 1,
+        *model_args("qwen3-tiny"), "--hf-checkpoint", checkpoint, "--actor-num-nodes", 1, "--actor-num-gpus-per-node", 1,
         "--num-gpus-per-node", 2, "--rollout-num-gpus", 1, "--rollout-num-gpus-per-engine", 1,
         "--prompt-data", folder / "train.jsonl", "--input-key", "prompt", "--label-key", "label", "--apply-chat-template",
         "--rollout-shuffle", "--rollout-seed", seed, "--seed", seed, "--custom-rm-path", "long_tail.reward",

@@ -23,7 +23,6 @@ import argparse
 import os
 import pathlib
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,12 +39,12 @@ from slime.rehearse.known_models import known_config  # noqa: E402
 from slime.weights.plan import Receiver, SyncPlan, Trainer, nodes_of, plan_sync  # noqa: E402
 from tools.bench import served  # noqa: E402
 from tools.bench.link_model import Ports, Timing, simulate  # noqa: E402
+from tools.bench.model_args import model_args  # noqa: E402
 from tools.bench.sync_schemes import Sizes, broadcast, layer_by_layer  # noqa: E402
 
 if TYPE_CHECKING:
     from tools.bench.measured_sync import Measured, Setup, Way
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 FLAGSHIP = Trainer(Grid(world=256, tp=4, pp=8, cp=8, ep=32, etp=1), tuple(cut_layers(Cut(78, 8, first=14, last=16))))
 ENGINES = tuple(Receiver(number, tuple(range(64 * number, 64 * number + 64)), tp=64, ep=64, drafts=True) for number in range(4))
 
@@ -108,10 +107,8 @@ def _setup(args: argparse.Namespace, folder: str) -> Setup:
     if bf16 is None:
         make_checkpoint(["--preset", "cpu", "--output", f"{folder}/model"])
         bf16, fp8 = f"{folder}/model/bf16", f"{folder}/model/fp8"
-        script = f"source {ROOT}/scripts/models/glm5.2-tiny.sh; printf '%s\\0' \"${{MODEL_ARGS[@]}}\""
-        words = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
         layout = ["--tensor-model-parallel-size", str(args.trainers), "--sequence-parallel"]
-        flags = [*words.rstrip("\0").split("\0"), *(layout if args.trainers > 1 else ()), *flags]
+        flags = [*model_args("glm5.2-tiny"), *(layout if args.trainers > 1 else ()), *flags]
     ranks = {"trainers": args.trainers, "engine": args.engine, "apart": args.apart, "experts_apart": args.experts_apart}
     return Setup(folder, bf16, fp8 or bf16, tuple(flags), **ranks, limit_bytes=args.buffer, repeats=args.repeats)
 
