@@ -127,7 +127,9 @@ def _engine(setup: Setup, wanted: bool) -> Iterator[Setup]:
 
     sizes = {"num_gpus": setup.engine, "num_nodes": 1, "tp_size": setup.engine, "pp_size": 1, "dp_size": 1, "ep_size": 1}
     sizes |= {"engine_id": 0, "gpu_offset": 0, "random_seed": 0, "update_weights": True, "needs_offload": False}
-    spec = EngineSpec("default", "regular", model_path=setup.fp8, settings={"max_total_tokens": 2048}, **sizes)
+    # Little of the device, beside the trainer; nothing is generated, so no graph is captured.
+    small = {"max_total_tokens": 2048, "max_running_requests": 8, "mem_fraction_static": 0.5, "disable_cuda_graph": True}
+    spec = EngineSpec("default", "regular", model_path=setup.fp8, settings=small, **sizes)
     log = pathlib.Path(setup.folder, "engine.log")
     engine = EngineProcess(spec, device_kind=get_device().kind, token="measured", log_path=log)
     try:
