@@ -6,6 +6,7 @@ A project is laid out under a path with a space, with an environment of its own 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -297,6 +299,34 @@ def test_a_second_launcher_is_refused_and_one_that_was_killed_leaves_nothing(she
     assert [(folder / ".slime-owner").exists() for folder in saves] == [False, False, True]
     shell.run(QWEN, BASE_DIR="my base")
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_launcher_or_driver_that_is_stopped_is_told_and_that_it_goes_on(tmp_path: Path):
+    (tmp_path / "slime").mkdir()
+    (tmp_path / "slime" / "__init__.py").touch()
+    (tmp_path / "slime" / "train.py").write_text("import time; time.sleep(100)")
+    environment = os.environ | {"SLIME_LAUNCH": "f" * 32}
+    driver = subprocess.Popen([sys.executable, "-m", "slime.train"], cwd=tmp_path, env=environment)
+    launcher = subprocess.Popen(["sleep", "100"], env=environment)
+    command = ["bash", str(ROOT / "scripts" / "lib" / "keeper.sh"), str(launcher.pid), "f" * 32, "", ""]
+    with (tmp_path / "said").open("w") as file:
+        keeper = subprocess.Popen(command, stderr=file, start_new_session=True)
+
+    def said(after: int = 0) -> list[str]:
+        return (tmp_path / "said").read_text().splitlines()[after:]
+
+    for pid, name in ((driver.pid, "the job's driver"), (launcher.pid, "the launcher")):
+        before = len(said())
+        os.kill(pid, signal.SIGSTOP)
+        (line,) = wait_for(partial(said, before))
+        assert line.startswith(
+            f"[launch] {name} (pid {pid}) is stopped (SIGSTOP, or a debugger; kill -CONT {pid} there lets it"
+        )
+        os.kill(pid, signal.SIGCONT)
+        assert f"[launch] {name} (pid {pid}) goes on, after " in wait_for(partial(said, before + 1))[0]
+    launcher.kill()
+    launcher.wait()
+    assert driver.wait(60) == -signal.SIGTERM and keeper.wait(60) == 0
 
 
 KILLED = """
