@@ -66,19 +66,19 @@ def gather(
                 results[names[ref]] = ray.get(ref)
             except ray.exceptions.RayError as error:
                 raise _explained(names, ref, error, pending, doing, processes, beside) from None
+        if not done and processes:  # before a report, whose questions such a process may hold up
+            told |= _tell_unwell({names[ref]: processes[names[ref]] for ref in pending} | beside, doing, started, told)
         if not done and wait is not None:
             wait.look()
-        if not done and processes:
-            told |= _tell_unwell({names[ref]: processes[names[ref]] for ref in pending} | beside, doing, elapsed, told)
     if wait is not None:
         wait.end()
     return {name: results[name] for name in refs}
 
 
-def _tell_unwell(processes: Mapping[str, Process], doing: str, seconds: float, told: set[str]) -> set[str]:
+def _tell_unwell(processes: Mapping[str, Process], doing: str, started: float, told: set[str]) -> set[str]:
     unwell = _unwell({name: process for name, process in processes.items() if name not in told})
     for what in unwell.values():
-        logger.warning("%s while %s; the others have waited %.0f s", what, doing, seconds)
+        logger.warning("%s while %s, which has lasted %.0f s", what, doing, time.monotonic() - started)
     return set(unwell)
 
 
