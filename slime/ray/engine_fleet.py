@@ -70,6 +70,10 @@ class EngineFleet:
         self._config, self._placement, self._log_folder, self._token = config, placement, log_folder, token
         self.engines: list[Engine] = []
         self._known_dead: frozenset[str] = frozenset()
+        self._silent: frozenset[str] = frozenset()
+        """Nodes that did not answer for a minute when they were asked last."""
+        self._told_dead: dict[str, Death] = {}
+        """By the last `obituaries`."""
         self._receivers: dict[str, tuple[Beside, ...]] = {}
         """Engine -> its `WeightReceiver`s, rank by rank."""
         self.routers: dict[str, RouterProcess | JoinedRouter] = {}
@@ -297,7 +301,8 @@ class EngineFleet:
 
     def obituaries(self) -> list[str]:
         """Why engines or the router are gone; empty while all live."""
-        return [death.why for death in self._deaths().values()] + list(self._dead_routers().values())
+        self._told_dead = self._deaths()
+        return [death.why for death in self._told_dead.values()] + list(self._dead_routers().values())
 
     def _nodes(self, engines: Sequence[Engine] | None = None) -> dict[str, EngineNode]:
         return {node.name: node for engine in (self.engines if engines is None else engines) for node in engine.nodes}
@@ -307,7 +312,8 @@ class EngineFleet:
 
     def _deaths(self) -> dict[str, Death]:
         """By the name of the node; of an external engine, its address."""
-        found = engine_nodes.deaths(list(self._nodes().values()))
+        found = engine_nodes.deaths(list(self._nodes().values()), silent=self._silent)
+        self._silent = frozenset(name for name, death in found.items() if death.hangs)
         for engine in self._external():
             if why := absent(engine.url, self._token):
                 found[engine.url] = Death(f"external engine {engine.label} at {engine.url} does not answer: {why}")
@@ -386,11 +392,13 @@ class EngineFleet:
 
     def recover(self) -> list[str]:
         """Start what died again, at the address where it was, and wait until it serves. What was started; empty if all live.
+        Whom `obituaries` called dead just now is not asked again: others have acted on it.
 
         A restarted engine holds the checkpoint's weights. Requests that wait for a dead partner are aborted on the others.
         Raises RuntimeError where the machine of an engine is gone.
         """
-        dead, routers_died = self._deaths(), self._dead_routers()
+        dead, routers_died = self._told_dead or self._deaths(), self._dead_routers()
+        self._told_dead = {}
         for text in (*(death.why for death in dead.values()), *routers_died.values()):
             logger.error("%s", text)
         if not dead and not routers_died:
@@ -418,7 +426,7 @@ class EngineFleet:
             ):  # one that runs on may have lost its workers meanwhile
                 router.start()
                 router.wait_ready()
-        self._known_dead = frozenset()
+        self._known_dead = self._silent = frozenset()
         return [*labels, *(self.routers[model].name for model in routers_died)]
 
     def _abort_on(self, engines: list[Engine]) -> None:

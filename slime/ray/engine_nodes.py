@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ from slime.engine.ports import EnginePorts
 from slime.ray.fates import Process, death, end, fates
 from slime.ray.machines import lost_nodes
 
+logger = logging.getLogger(__name__)
+
 # An actor that has not said in this time whether its server lives does not look after it either.
 _ANSWER_SECONDS = 60.0
+# Most answer in milliseconds. One that has not is told if it is stopped; who was silent before is not waited for again.
+_SOON_SECONDS = 5.0
 _STOP_SECONDS = 30.0
 # After which an actor that Ray called unavailable, not dead, is asked once more.
 _ASK_AGAIN_SECONDS = 3.0
@@ -45,20 +50,26 @@ class Death:
     """Nobody ends its connections: its node is gone, or nothing is known. Requests to it would wait for ever."""
 
 
-def deaths(nodes: Sequence[EngineNode]) -> dict[str, Death]:
-    """Name -> what became of it, of the nodes whose server is gone or cannot be asked about. Takes a minute at most."""
-    found, unavailable = _ask(nodes)
+def deaths(nodes: Sequence[EngineNode], *, silent: Set[str] = frozenset()) -> dict[str, Death]:
+    """Name -> what became of it, of the nodes whose server is gone or cannot be asked about. Takes a minute at most.
+
+    silent: names of those that were waited for in vain already.
+    """
+    found, unavailable = _ask(nodes, silent)
     if unavailable:
         time.sleep(_ASK_AGAIN_SECONDS)
-        again, still = _ask([node for node in nodes if node.name in unavailable])
+        again, still = _ask([node for node in nodes if node.name in unavailable], silent)
         found |= again | still
     return {node.name: found[node.name] for node in nodes if node.name in found}
 
 
-def _ask(nodes: Sequence[EngineNode]) -> tuple[dict[str, Death], dict[str, Death]]:
+def _ask(nodes: Sequence[EngineNode], silent: Set[str]) -> tuple[dict[str, Death], dict[str, Death]]:
     """(those that are gone, those of which Ray says that they may come back)."""
-    asked = {node.actor.obituary.remote(): node for node in nodes}
-    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS) if asked else ([], [])
+    asked, deadline = {node.actor.obituary.remote(): node for node in nodes}, time.monotonic() + _ANSWER_SECONDS
+    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=_SOON_SECONDS) if asked else ([], [])
+    if new := [ref for ref in late if asked[ref].name not in silent]:
+        _tell_stopped([asked[ref] for ref in new])
+        done += ray.wait(new, num_returns=len(new), timeout=max(0.0, deadline - time.monotonic()))[0]
     found: dict[str, Death] = {}
     unavailable: dict[str, Death] = {}
     for ref, node in asked.items():
@@ -77,14 +88,24 @@ def _ask(nodes: Sequence[EngineNode]) -> tuple[dict[str, Death], dict[str, Death
     return found, unavailable
 
 
+def _tell_stopped(nodes: Sequence[EngineNode]) -> None:
+    for line in _unwell_actors(nodes).values():
+        logger.warning("%s: after %.0f s without an answer it counts as dead", line, _ANSWER_SECONDS)
+
+
+def _unwell_actors(nodes: Sequence[EngineNode]) -> dict[str, str]:
+    """Name -> a line, of those whose actor is gone or stopped."""
+    known = {node.name: node.process for node in nodes if node.process is not None}
+    return {name: f"{name}: its actor ({known[name]}) {fate}" for name, fate in fates(known).items() if fate is not None}
+
+
 def _lost(node: EngineNode, what: str, *, hangs: bool) -> Death:
     return Death(f"{node.name} cannot be asked: its actor on {node.node_ip} {what}{last_words(node.log_path)}", True, hangs)
 
 
 def unwell(nodes: Sequence[EngineNode], timeout: float) -> list[str]:
     """For a report, so soon: a line for each actor or server that is gone or stopped, or silent for `timeout` seconds."""
-    known = {node.name: node.process for node in nodes if node.process is not None}
-    lines = {name: f"{name}: its actor ({known[name]}) {fate}" for name, fate in fates(known).items() if fate is not None}
+    lines = _unwell_actors(nodes)
     asked = {node.actor.condition.remote(): node for node in nodes if node.name not in lines}
     done, silent = ray.wait(list(asked), num_returns=len(asked), timeout=timeout) if asked else ([], [])
     found = list(lines.values())

@@ -92,10 +92,7 @@ class Lease:
         """The trainer keeps its weights only and the engines take memory for theirs; at the end it gives up the rest."""
         self._expect(Holder.TRAINER)
         # Who died beside training. A new engine takes what is free for its cache, so the trainer sleeps until it stands.
-        revived = self._revive(self._sleep)
-        if revived:
-            self._engines.release_memory(revived)
-            self._trainers.wake()
+        self._revive_beside(self._sleep)
         self._trainers.sleep("steps")
         self.holder = Holder.SYNC
         try:
@@ -120,9 +117,8 @@ class Lease:
         try:
             self._engines.release_memory()
         except RuntimeError as broken:
-            if not self._died_lately():
+            if not self._died_lately() or not (revived := self._revive(lambda: None)):
                 raise
-            revived = self._revive(lambda: None)
             logger.warning("giving memory back went on with a new engine; what broke: %s", broken)
             self._engines.release_memory(revived)
 
@@ -130,11 +126,10 @@ class Lease:
         """Within `syncing`, after a death: the dead are started while the trainer sleeps, then all is as before, but for their
         weights. False: nobody was dead."""
         self._expect(Holder.SYNC)
-        revived = self._revive(lambda: self._trainers.sleep("weights"))
-        if revived:
-            self._engines.release_memory(revived)
-            self._trainers.wake()
+        revived, woken = self._revive_beside(lambda: self._trainers.sleep("weights"))
+        if woken:
             self._trainers.sleep("steps")
+        if revived:
             self._engines.resume_memory("weights", revived)
         return bool(revived)
 
@@ -145,6 +140,23 @@ class Lease:
         restart(lost)
         self._trainers.sleep("steps")
         self._engines.resume_memory("weights")
+
+    def _revive_beside(self, sleep: Callable[[], None]) -> tuple[list[str], bool]:
+        """(who was started again while the trainer slept, whether it did). It is awake again, even where nobody was started:
+        one that was taken for dead may be back by then."""
+        slept = False
+
+        def prepare() -> None:
+            nonlocal slept
+            sleep()
+            slept = True
+
+        revived = self._revive(prepare)
+        if revived:
+            self._engines.release_memory(revived)
+        if slept:
+            self._trainers.wake()
+        return revived, slept
 
     def _sleep(self) -> None:
         self._trainers.sleep("steps")

@@ -314,9 +314,9 @@ class Run:
         if not self._tolerates_deaths or not self._rollout.obituaries():
             return []
         prepare()
-        started_again = self._rollout.recover()
-        self._num_mended += 1
-        logger.warning("started again: %s", ", ".join(started_again))
+        if started_again := self._rollout.recover():
+            self._num_mended += 1
+            logger.warning("started again: %s", ", ".join(started_again))
         return started_again
 
     def train(self, rollout: Rollout) -> Training:

@@ -315,13 +315,19 @@ def test_an_engine_whose_actor_was_killed_is_dead_with_the_signal_and_its_last_w
     assert found["engine b"] == engine_nodes.Death("engine x was killed by signal 9")
 
 
-def test_an_actor_that_does_not_answer_is_dead_and_out_of_reach_and_can_be_ended(nodes, monkeypatch):
+def test_an_actor_that_does_not_answer_is_dead_and_out_of_reach_and_can_be_ended(nodes, monkeypatch, caplog):
     (a, _), *_ = nodes
+    monkeypatch.setattr(engine_nodes, "_SOON_SECONDS", 1.0)
     monkeypatch.setattr(engine_nodes, "_ANSWER_SECONDS", 3.0)
     monkeypatch.setattr(engine_nodes, "_STOP_SECONDS", 3.0)
     os.kill(a.process.pid, signal.SIGSTOP)
     (death,) = engine_nodes.deaths([a]).values()
     assert death.actor_is_lost and death.hangs and "has not answered for 3 s" in death.why
+    stopped = f"engine a: its actor ({a.process}) is stopped (SIGSTOP, or a debugger; kill -CONT {a.process.pid} there"
+    assert [line.startswith(stopped) for line in caplog.messages] == [True], "told while it is waited for"
+    monkeypatch.setattr(engine_nodes, "_ANSWER_SECONDS", 3600.0)
+    assert set(engine_nodes.deaths([a], silent={"engine a"})) == {"engine a"}, "it is not waited for again"
+    assert len(caplog.messages) == 1
     engine_nodes.stop([node for node, _ in nodes])
     deadline = time.monotonic() + 60
     while read_fate(a.process) not in ("is gone",) and "signal 9" not in str(read_fate(a.process)):

@@ -77,6 +77,33 @@ def test_an_engine_that_died_after_its_last_answer_is_started_again_before_the_t
     assert both.events == ["start ['decode-1']", "engines release", "trainer wakes"]
 
 
+def back_again(prepare) -> list[str]:
+    """An engine that did not answer is there after all, once everything is prepared for its start."""
+    prepare()
+    return []
+
+
+def test_a_trainer_that_slept_for_an_engine_which_is_back_again_wakes():
+    both = Recorder()
+    with Lease(both, both, holder=Holder.TRAINER, revive=back_again).syncing():
+        both.events.append("sync")
+    assert both.events[:5] == [
+        "trainer puts steps to sleep", "trainer puts weights to sleep", "trainer wakes", "trainer puts steps to sleep",
+        "engines resume weights",
+    ]  # fmt: skip
+    both = Recorder()
+    lease = Lease(both, both, holder=Holder.SYNC, revive=back_again)
+    assert not lease.restart_engines(), "what broke was no death"
+    assert both.events == ["trainer puts weights to sleep", "trainer wakes", "trainer puts steps to sleep"]
+
+
+def test_an_engine_that_kept_its_memory_and_is_back_again_ends_the_run():
+    both = DiesAt("release")
+    with pytest.raises(RuntimeError, match="default-decode-1"):
+        with Lease(both, both, holder=Holder.ENGINES, revive=back_again, died_lately=lambda: True).training():
+            pass
+
+
 def test_an_engine_that_died_beside_training_is_started_again_while_the_trainer_sleeps():
     both = Mortal()
     with Lease(both, both, holder=Holder.TRAINER, revive=both.revive).syncing():

@@ -93,6 +93,15 @@ def test_nothing_is_touched_while_all_live_and_a_server_alone_keeps_its_actor(fl
     assert not [event for event in fleet.events if event.startswith(("kill", "new"))]
 
 
+def test_who_was_called_dead_is_started_again_even_if_it_answers_by_then(fleet):
+    """A stopped actor that goes on: others have acted on its death, and its server may have missed what they did."""
+    looks = [{"node 1 of engine b": Death("its actor has not answered", actor_is_lost=True, hangs=True)}, {}, {}]
+    fleet._deaths = lambda: looks.pop(0)
+    assert fleet.obituaries() == ["its actor has not answered"]
+    assert fleet.recover() == ["b"] and "kill b-1" in fleet.events
+    assert fleet.obituaries() == [] and fleet.recover() == []
+
+
 def test_an_engine_whose_machine_is_gone_is_not_waited_for(fleet, monkeypatch):
     monkeypatch.setattr(engine_nodes, "lost_nodes", lambda addresses: sorted(addresses & {"10.0.0.2"}))
     fleet._deaths = lambda: {"node 1 of engine b": Death("its node is gone", actor_is_lost=True, hangs=True)}
@@ -113,7 +122,7 @@ def test_a_dead_engine_is_not_asked_again_whether_it_answers(fleet):
 def test_an_external_engine_that_is_gone_is_named_and_not_started(fleet, monkeypatch):
     spec = SimpleNamespace(label="default-regular-2", model="default", role="regular", num_nodes=1)
     fleet.engines = [Engine(spec, "http://10.0.0.9:30000", None, ())]
-    monkeypatch.setattr(engine_nodes, "deaths", lambda nodes: {})
+    monkeypatch.setattr(engine_nodes, "deaths", lambda nodes, silent: {})
     monkeypatch.setattr(engine_fleet, "absent", lambda url, token: "ConnectError")
     assert fleet.obituaries() == ["external engine default-regular-2 at http://10.0.0.9:30000 does not answer: ConnectError"]
     with pytest.raises(RuntimeError, match="http://10.0.0.9:30000 is gone, and it is not this run's to start"):

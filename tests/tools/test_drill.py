@@ -105,6 +105,12 @@ def test_a_line_that_names_somebody_else_or_nothing_that_happened_is_no_cause(li
         ("OSError: the process that wrote __0_0.distcp ended with exit code -9 before the file was whole", "writer", ""),
         ("07:41:20 [driver] stopped from outside (SIGTERM): ending engines and trainer", "launcher", ""),
         ("  trainer rank 0 (pid 4242 on 10.0.0.7): is stopped (SIGSTOP, or a debugger)", "trainer", ""),
+        (
+            "  engine default-decode-1: its actor (pid 4242 on 10.0.0.7) is stopped (SIGSTOP, or",
+            "engine-actor",
+            "default-decode-1",
+        ),
+        ("[launch] the job's driver (pid 4242) is stopped (SIGSTOP, or a debugger; kill -CONT 4242 there lets", "driver", ""),
     ],
 )
 def test_lines_that_do_name_it(line, process, label):

@@ -28,7 +28,7 @@ NAMES = {
     "raylet": r"\braylet\b",
     "driver": r"\bthe (?:job's )?driver\b|stopped from outside",
     "rollout": r"\brollout \(pid|\brollout actor\b|\brollout failed while\b",
-    "engine-actor": r"{label} cannot be asked|\b{label} \(pid {pid}",
+    "engine-actor": r"{label} cannot be asked|\b{label}(?:: its actor)? \(pid {pid}",
     "scheduler": r"engine {label}\b",
     "router": r"\brouter\b",
     "trainer": r"trainer rank \d+ \(pid {pid}\b|trainer rank \d+ failed while\b",
