@@ -41,13 +41,22 @@ def stopped(pid: int) -> bool:
 def test_a_worker_that_gives_no_verdict_is_ended_and_the_next_question_gets_another(pool):
     assert pool.grade_now(question(), 60) == 1.0
     worker = pool._idle.queue[0]
-    os.kill(worker.pid, signal.SIGSTOP)  # the state of a process that is deep in a library: it answers nothing
-    while not stopped(worker.pid):
-        pass
-    with pytest.raises(GradingError, match=r"f1 gave no verdict within 0.2 s \(--rm-timeout\)") as caught:
-        pool.grade_now(question(), 0.2)
+    long = question(response="a cat " * 4_000_000)  # 24 MB, which a worker has not read in a hundredth of a second
+    with pytest.raises(GradingError, match=r"f1 gave no verdict within 0.01 s \(--rm-timeout\)") as caught:
+        pool.grade_now(long, 0.01)
     assert caught.value.reason == "timeout"
     assert pool.grade_now(question(), 60) == 1.0 and pool._idle.queue[0].pid != worker.pid
+
+
+def test_a_worker_that_was_stopped_is_told_and_ended_and_another_one_is_asked(pool, caplog):
+    assert pool.grade_now(question(), 60) == 1.0
+    worker = pool._idle.queue[0]
+    os.kill(worker.pid, signal.SIGSTOP)
+    while not stopped(worker.pid):
+        pass
+    assert pool.grade_now(question(), 2.0) == 1.0, "the answer is not to blame"
+    assert [line.startswith(f"a grader (pid {worker.pid}) is stopped (SIGSTOP") for line in caplog.messages] == [True]
+    assert [idle.pid != worker.pid for idle in pool._idle.queue] == [True]
 
 
 def test_workers_that_died_while_they_were_idle_are_not_the_next_questions_fault(pool):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import json
+import logging
 import os
 import queue
 import socket
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from slime.rollout.grading.question import Question, Verdict
+
+logger = logging.getLogger(__name__)
 
 _NURSERY = Path(__file__).with_name("nursery.py")
 _ROOT = Path(__file__).resolve().parents[3]
@@ -78,7 +81,7 @@ class Pool:
     def grade_now(self, question: Question, seconds: float) -> Verdict:
         """The same for code without an event loop; it blocks. The time counts from when a worker has the question."""
         line = json.dumps(asdict(question) | {"seconds": seconds}, default=_plain).encode() + b"\n"
-        # A worker that somebody ended while it was idle is noticed by the next question, which is not to blame for it.
+        # A worker that somebody ended or stopped is noticed by the next question, which is not to blame for it.
         answer = self._ask(self._take(), question, line, seconds) or self._ask(self._fork(), question, line, seconds)
         if not answer:
             raise GradingError(
@@ -92,14 +95,17 @@ class Pool:
         raise GradingError(found["kind"], f"grader {question.grader}: {found['kind']}: {found['error']}")
 
     def _ask(self, worker: _Worker, question: Question, line: bytes, seconds: float) -> bytes:
-        """The answer; b"" of a worker that died."""
+        """The answer; b"" of a worker that died, or is stopped."""
         try:
             answer = worker.ask(line, seconds)
         except TimeoutError:
-            self._end(worker)
-            raise GradingError(
-                "timeout", f"grader {question.grader} gave no verdict within {seconds:g} s (--rm-timeout)"
-            ) from None
+            if not _is_stopped(worker.pid):
+                self._end(worker)
+                raise GradingError(
+                    "timeout", f"grader {question.grader} gave no verdict within {seconds:g} s (--rm-timeout)"
+                ) from None
+            logger.warning("a grader (pid %d) is stopped (SIGSTOP, or a debugger): it is ended, and another asked", worker.pid)
+            answer = b""
         except OSError:
             answer = b""
         if answer:
@@ -180,6 +186,13 @@ class Pool:
             self._idle.get_nowait().connection.close()
         with self._lock:
             self._stop_nursery()
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
+    except OSError:
+        return False
 
 
 def _plain(value: Any) -> Any:
