@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _LOOK_SECONDS = 30.0
 # A keeper writes its note within milliseconds of the end.
 _NOTE_SECONDS = 2.0
+_SAID = 400
 _STOPPED = "is stopped (SIGSTOP, or a debugger; kill -CONT {} there lets it go on)"
 
 
@@ -69,13 +70,13 @@ def process_in(error: Exception) -> Process | None:
 
 def death(error: Exception, process: Process | None) -> str:
     """A clause for an actor of which Ray says that it is gone: by the fate of its process where that can be read."""
-    said = " ".join(str(error).split())[:400]
+    said = " ".join(str(error).split())  # long names and ids come first, what happened last
     if "low on memory" in said:
-        return f"was killed by Ray's memory monitor: {said}"
+        return f"was killed by Ray's memory monitor: {said[:_SAID]}"
     if "receives a SIGTERM" in said:  # Ray's own handler then leaves with 1, which says less
         return "was ended by a SIGTERM that somebody sent"
     fate = fates({"": process})[""] if process is not None else None
-    return fate if fate not in (None, "is gone") else f"died ({type(error).__name__}: {said})"
+    return fate if fate not in (None, "is gone") else f"died ({type(error).__name__}: {said[:_SAID]})"
 
 
 def fates(processes: Mapping[str, Process]) -> dict[str, str | None]:

@@ -95,8 +95,10 @@ def test_rays_memory_monitor_is_told_as_the_cause():
 
 def test_a_worker_that_heard_sigterm_is_told_by_rays_words_for_it_leaves_with_1():
     said = (
-        "The actor died unexpectedly before finishing this task. The actor is dead because its worker process has "
-        "died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker exits unexpectedly. Worker exits with an exit code 1. "
+        "The actor died unexpectedly before finishing this task.\n\tclass_name: RolloutActor\n\tactor_id: "
+        f"{'38eeb7ac' * 4}\n\tpid: 25181\n\tnamespace: a21a75c4-8dc4-4792-862b-d18a148a4443\n\tip: 192.0.2.2\n"
+        "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
+        "exits unexpectedly by a signal. SystemExit is raised (sys.exit is called). Exit code: 1. "
         "The process receives a SIGTERM."
     )
     assert death(RuntimeError(said), None) == "was ended by a SIGTERM that somebody sent"
