@@ -169,7 +169,8 @@ def _told(processes: Mapping[str, Process], said: Mapping[str, Testimony | str])
 def missing(states: Mapping[str, Sequence[GroupState]], silent: Sequence[str] = ()) -> list[str]:
     """Per process group in which ranks differ: which collective has begun, and who has not come to it.
 
-    silent: processes that say nothing; where one may be a rank that nobody speaks for, it is named.
+    silent: processes that say nothing; where one may be a rank that nobody speaks for, it is named, if the group has done
+    anything yet.
     """
     groups: dict[str, dict[int, tuple[str, GroupState]]] = {}
     for name, own in states.items():
@@ -181,7 +182,7 @@ def missing(states: Mapping[str, Sequence[GroupState]], silent: Sequence[str] = 
         newest = max(state.num_begun for _, state in members.values())
         behind = [f"{name} is at {state.num_begun}" for name, state in members.values() if state.num_begun < newest]
         unheard = [rank for rank in any_state.ranks if rank not in members]
-        if unheard and silent:
+        if unheard and silent and newest:
             behind.append(f"rank {', '.join(map(str, unheard))} of it says nothing")
         if behind:
             there = [name for name, state in members.values() if state.num_begun == newest]

@@ -381,3 +381,4 @@ def test_who_has_not_come_to_which_collective_by_hand():
         "tensor-parallel (ranks 2, 3): collective 7 has begun on r3; rank 2 of it says nothing",
     ]
     assert missing({"r0": states(0, 5, 8), "r1": states(1, 5, 8)}) == []
+    assert missing({"r0": states(0, 0, 0)}, silent=["r1"]) == [], "nobody has begun anything"
