@@ -412,7 +412,7 @@ class EngineFleet:
             )
         whole, broken = self._without(dead)
         self._abort_on(whole)
-        engine_nodes.stop(list(self._nodes(broken).values()))
+        engine_nodes.stop(list(self._nodes(broken).values()), silent={name for name, death in dead.items() if death.hangs})
         for engine in broken:
             self._start_again(engine, {name for name, death in dead.items() if death.actor_is_lost})
         labels = [engine.label for engine in broken]

@@ -117,19 +117,23 @@ def unwell(nodes: Sequence[EngineNode], timeout: float) -> list[str]:
     return found + [f"{asked[ref].name}: its actor has not answered for {timeout:.0f} s" for ref in silent]
 
 
-def stop(nodes: Sequence[EngineNode]) -> None:
-    """End the servers; of an actor that does not do so in time, the process, and with it the server whose pipe it holds."""
-    stops = {node.actor.stop.remote(): node for node in nodes}
+def stop(nodes: Sequence[EngineNode], *, silent: Set[str] = frozenset()) -> None:
+    """End the servers; of an actor that does not do so in time, the process, and with it the server whose pipe it holds.
+
+    silent: names of those that need not be asked, because they do not answer.
+    """
+    stops = {node.actor.stop.remote(): node for node in nodes if node.name not in silent}
     done, _ = ray.wait(list(stops), num_returns=len(stops), timeout=_STOP_SECONDS) if stops else ([], [])
     for ref in done:
         try:
             ray.get(ref)
         except ray.exceptions.RayError:
             pass  # an actor that is gone took its server along
-    silent = [node for ref, node in stops.items() if ref not in done]
-    for node in silent:
+    ended = {stops[ref].name for ref in done}
+    left = [node for node in nodes if node.name not in ended]
+    for node in left:
         ray.kill(node.actor)
-    end({node.name: node.process for node in silent if node.process is not None})
+    end({node.name: node.process for node in left if node.process is not None})
 
 
 def refuse_lost_nodes(nodes: Mapping[str, EngineNode], dead: Mapping[str, Death]) -> None:

@@ -38,7 +38,9 @@ def fleet(monkeypatch):
     events: list[str] = []
     monkeypatch.setattr(engine_fleet, "gather", lambda refs, **how: dict(refs))
     monkeypatch.setattr(engine_fleet.ray, "kill", lambda actor: events.append(f"kill {actor.name}"))
-    monkeypatch.setattr(engine_nodes, "stop", lambda nodes: events.append(f"stop {', '.join(node.name for node in nodes)}"))
+    monkeypatch.setattr(
+        engine_nodes, "stop", lambda nodes, silent: events.append(f"stop {', '.join(node.name for node in nodes)}")
+    )
     monkeypatch.setattr(engine_nodes, "lost_nodes", lambda addresses: [])
     fleet = EngineFleet(None, None, None, "token")
     fleet.events = events
