@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,17 +44,31 @@ def quantize_blockwise_into(weight: Tensor, codes: Tensor, scale_inv: Tensor, bl
     codes [out, in] e4m3 and scale_inv [ceil(out/block), ceil(in/block)] float32 are contiguous views of a flat bucket.
     Raises ValueError when a shape, dtype or layout does not fit.
     """
+    quantize_many([(weight, codes, scale_inv)], block)
+
+
+def quantize_many(matrices: Sequence[tuple[Tensor, Tensor, Tensor]], block: int = 128) -> None:
+    """quantize_blockwise_into for many (weight, codes, scale_inv) of one device, with a launch for each dtype of weights.
+
+    A launch costs the host as much as a small matrix costs the device. Raises ValueError when a shape, dtype or layout does
+    not fit; nothing is written then.
+    """
+    for weight, codes, scale_inv in matrices:
+        _check_room(weight, codes, scale_inv, block)
+    if matrices:
+        from slime.ops import triton_kernels
+
+        ready = [(w if w.stride(1) == 1 else w.contiguous(), codes, scale_inv) for w, codes, scale_inv in matrices if w.numel()]
+        with torch.cuda.device(matrices[0][0].device):
+            triton_kernels.quantize_blocks(ready, block, FP8_MAX, SMALLEST_SCALE)
+
+
+def _check_room(weight: Tensor, codes: Tensor, scale_inv: Tensor, block: int) -> None:
     if codes.shape != weight.shape or codes.dtype != FP8 or not codes.is_contiguous():
         raise ValueError(f"want contiguous e4m3 codes of shape {tuple(weight.shape)}; got {codes.dtype} {tuple(codes.shape)}")
     want = scale_shape(weight.shape, block)
     if tuple(scale_inv.shape) != want or scale_inv.dtype != torch.float32 or not scale_inv.is_contiguous():
         raise ValueError(f"want contiguous float32 scales of shape {want}; got {scale_inv.dtype} {tuple(scale_inv.shape)}")
-    from slime.ops import triton_kernels
-
-    if weight.stride(1) != 1:
-        weight = weight.contiguous()
-    with torch.cuda.device(weight.device):
-        triton_kernels.quantize_blocks(weight, codes, scale_inv, block, FP8_MAX, SMALLEST_SCALE)
 
 
 def quantize_reference(weight: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:

@@ -2,28 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
-def quantize_blocks(weight: Tensor, codes: Tensor, scale_inv: Tensor, block: int, fp8_max: float, smallest: float) -> None:
-    """weight [out, in] -> codes [out, in] e4m3 and scale_inv, written in place; rows of weight and codes are contiguous."""
-    rows, cols = weight.shape
-    if weight.numel():
-        _quantize_block[(triton.cdiv(cols, block), triton.cdiv(rows, block))](
-            weight, codes, scale_inv, rows, cols, weight.stride(0), fp8_max, smallest, BLOCK=block, num_warps=4
+def quantize_blocks(matrices: Sequence[tuple[Tensor, Tensor, Tensor]], block: int, fp8_max: float, smallest: float) -> None:
+    """Each weight [out, in] -> its codes [out, in] e4m3 and scale_inv, written in place; rows of weight and codes are contiguous."""
+    kinds: dict[tuple[torch.dtype, bool], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for matrix in matrices:
+        kinds.setdefault((matrix[0].dtype, _in_sixteens(*matrix)), []).append(matrix)
+    for (dtype, aligned), alike in kinds.items():
+        rows = np.array(
+            [(*(one.data_ptr() for one in matrix), *matrix[0].shape, matrix[0].stride(0)) for matrix in alike], dtype=np.int64
         )
+        tiles = -(-rows[:, 3] // block) * -(-rows[:, 4] // block)
+        table = np.concatenate([rows, (np.cumsum(tiles) - tiles)[:, None]], axis=1)
+        device = alike[0][0].device
+        _quantize_block[(int(tiles.sum()),)](
+            torch.from_numpy(np.repeat(np.arange(len(alike), dtype=np.int32), tiles)).to(device),
+            torch.from_numpy(table).to(device),
+            fp8_max, smallest, SOURCE=_SOURCES[dtype], ALIGNED=aligned, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+
+
+_SOURCES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def _in_sixteens(weight: Tensor, codes: Tensor, scale_inv: Tensor) -> bool:
+    """Whether rows of weight and codes can be read and written in vectors of 16 bytes."""
+    numbers = (weight.data_ptr(), codes.data_ptr(), weight.shape[1], weight.stride(0))
+    return all(number % 16 == 0 for number in numbers)
 
 
 @triton.jit
-def _quantize_block(weight, codes, scale_inv, rows, cols, row_stride, fp8_max, smallest_scale, BLOCK: tl.constexpr):
-    tile_col, tile_row = tl.program_id(0), tl.program_id(1)
-    r = tile_row * BLOCK + tl.arange(0, BLOCK)
-    c = tile_col * BLOCK + tl.arange(0, BLOCK)
+def _quantize_block(owners, table, fp8_max, smallest_scale, SOURCE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """One tile of one matrix. owners [tiles]: its row of table [matrices, 7]: addresses of weight, codes and scales, rows,
+    columns, elements from row to row, and its first tile."""
+    row = table + tl.load(owners + tl.program_id(0)).to(tl.int64) * 7
+    rows, cols, row_stride = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    if ALIGNED:
+        cols, row_stride = tl.multiple_of(cols, 16), tl.multiple_of(row_stride, 16)
+    tile = tl.program_id(0) - tl.load(row + 6)
+    tile_cols = tl.cdiv(cols, BLOCK)
+    r = (tile // tile_cols) * BLOCK + tl.arange(0, BLOCK)
+    c = (tile % tile_cols) * BLOCK + tl.arange(0, BLOCK)
     inside = (r < rows)[:, None] & (c < cols)[None, :]
-    x = tl.load(weight + r.to(tl.int64)[:, None] * row_stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(row).to(tl.pointer_type(SOURCE)) + (r[:, None] * row_stride + c[None, :])
+    codes = tl.load(row + 1).to(tl.pointer_type(tl.float8e4nv)) + (r[:, None] * cols + c[None, :])
+    if ALIGNED:
+        weight, codes = tl.multiple_of(weight, [16, 16]), tl.multiple_of(codes, [16, 16])
+    x = tl.load(weight, mask=inside, other=0.0).to(tl.float32)
     amax = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
     scale = tl.where(amax == 0.0, 1.0, tl.maximum(tl.div_rn(amax, fp8_max), smallest_scale))
     # x / scale, correctly rounded (the same bytes as the plain-torch formula) in 3 instructions instead of a division's 10:
@@ -31,8 +64,8 @@ def _quantize_block(weight, codes, scale_inv, rows, cols, row_stride, fp8_max, s
     per_scale = tl.div_rn(1.0, scale)
     y = x * per_scale
     y = tl.fma(tl.fma(-y, scale, x), per_scale, y)
-    tl.store(codes + r.to(tl.int64)[:, None] * cols + c[None, :], y.to(codes.dtype.element_ty), mask=inside)
-    tl.store(scale_inv + tile_row * tl.num_programs(0) + tile_col, scale)
+    tl.store(codes, y.to(tl.float8e4nv), mask=inside)
+    tl.store(tl.load(row + 2).to(tl.pointer_type(tl.float32)) + tile, scale)
 
 
 def add_row_stats(

@@ -117,6 +117,7 @@ class Execution:
                 self.parts.write(pieces, delivery.part, buffers[self.rank, key], gathered=lane.gathered)
             else:
                 self.parts.take_part(entry for unit in delivery.units for entry in lane.units[unit].entries)
+        self.parts.finish()
 
     def _exchange(self, hop: int, deliveries: Sequence[Delivery], buffers: Mapping[Key, Tensor]) -> None:
         """All sends and receives of a hop at once; both ends of a link take them in the plan's order."""

@@ -13,7 +13,7 @@ from slime.model.layout import unmerge, unshard
 from slime.model.local import local_tensors, split_of, unwrap
 from slime.model.names import Entry, NameTable
 from slime.model.placement import Grid
-from slime.ops.fp8 import quantize_blockwise, quantize_blockwise_into, scale_shape
+from slime.ops.fp8 import quantize_blockwise, quantize_many, scale_shape
 from slime.parallel import Ranks
 from slime.weights.plan import Piece, Trainer
 
@@ -34,13 +34,14 @@ class TrainedParts:
         for local in local_tensors(chunks, ranks):
             # A later stage's copy of the embedding has another name, or the name of the tied head.
             self._tensors.setdefault(table.aliases.get(local.name, local.name), local.tensor)
+        self._to_quantize: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def is_in_group(self, entry: Entry, holder: int) -> bool:
         """Whether this rank is in the tensor-parallel group of a holder of the entry."""
         return holder in dist.get_process_group_ranks(self._group(entry))
 
     def write(self, pieces: Iterable[Piece], part: int, into: Tensor, *, gathered: bool) -> None:
-        """A delivery's bytes, in one pass: number formats are changed on the way.
+        """A delivery's bytes, in one pass: number formats are changed on the way. They are there after `finish`.
 
         part: which part of its tensors it is. into: uint8 [bytes of the delivery]. gathered: the tensor-parallel group puts
         each tensor together first, all of its members in the same order (`take_part` for those that write nothing).
@@ -55,6 +56,13 @@ class TrainedParts:
                 whole = weight.entry, self._hf_parts(weight.entry, gathered)
             number = [tensor.name for tensor in weight.entry.hf].index(weight.tensor.name)
             self._encode(whole[1][number].narrow(weight.tensor.axis, start, length), weight, scale, into)
+        if gathered:
+            self.finish()  # a tensor that was put together is let go again
+
+    def finish(self) -> None:
+        """Quantises all that was written on a GPU since the last time, at once."""
+        quantize_many(self._to_quantize, self._block)
+        self._to_quantize = []
 
     def take_part(self, entries: Iterable[Entry]) -> None:
         """In the gathering of tensors that another rank of the group writes."""
@@ -84,7 +92,7 @@ class TrainedParts:
         raw = into[scale.offset : scale.offset + scale.nbytes]
         scales = typed(raw, scale.tensor.dtype, scale_shape(part.shape, self._block))
         if part.is_cuda:
-            quantize_blockwise_into(part, room, scales, self._block)
+            self._to_quantize.append((part, room, scales))
             return
         for target, found in zip((room, scales), quantize_blockwise(part, self._block), strict=True):
             target.copy_(found)

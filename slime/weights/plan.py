@@ -138,20 +138,38 @@ class SyncPlan:
             for hop, source, target in delivery.legs:
                 yield delivery.round, hop, source, target, delivery.nbytes
 
-    def pieces(self, delivery: Delivery) -> list[Piece]:
-        """What a delivery's bytes are, in order."""
-        found: list[Piece] = []
+    def pieces(self, delivery: Delivery) -> tuple[Piece, ...]:
+        """What a delivery's bytes are, in order. Worked out once: every sync asks for the same."""
+        if delivery.number not in self._pieces:
+            self._pieces[delivery.number] = tuple(self._pieces_of(delivery))
+        return self._pieces[delivery.number]
+
+    def _pieces_of(self, delivery: Delivery) -> Iterator[Piece]:
         offset = 0
         for unit in delivery.units:
             for entry in self.lanes[delivery.lane].units[unit].entries:
                 for tensor in self.wire.tensors(entry):
                     nbytes = tensor.part_bytes(delivery.part)
-                    found.append(Piece(entry, tensor, offset, nbytes))
+                    yield Piece(entry, tensor, offset, nbytes)
                     offset += padded(nbytes)
-        return found
+
+    @cached_property
+    def _pieces(self) -> dict[int, tuple[Piece, ...]]:
+        """By number of the delivery, of those that this process was asked for."""
+        return {}
 
     def duties(self, gpu: int, round: int) -> Duties:
-        """Everything that the process of a GPU does in a round."""
+        """Everything that the process of a GPU does in a round. Worked out once, as `pieces`."""
+        if (gpu, round) not in self._duties:
+            self._duties[gpu, round] = self._duties_of(gpu, round)
+        return self._duties[gpu, round]
+
+    @cached_property
+    def _duties(self) -> dict[tuple[int, int], Duties]:
+        """By GPU and round, of those that this process was asked for."""
+        return {}
+
+    def _duties_of(self, gpu: int, round: int) -> Duties:
         mine = tuple(self._by_gpu.get((gpu, round), ()))
         metas: list[TensorMeta] = []
         places: dict[int, int] = {}

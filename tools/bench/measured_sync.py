@@ -161,6 +161,7 @@ class _Trainer:
         if self._rank == 0:
             Path(setup.folder, "trainer").write_bytes(pickle.dumps(self._trainer))
         group = _joined("apart", self._rank, setup.trainers + setup.apart, setup, device)
+        _meet(group, device)
         plan = setup.plan(self._trainer, apart=True)
         homes = range(len(plan.nodes))
         for _ in range(setup.repeats + 1):
@@ -183,6 +184,7 @@ def _received(number: int, setup: Setup, device: Device) -> dict[str, list]:
     beside = f"file://{setup.folder}/receivers"
     dist.init_process_group("gloo", init_method=beside, rank=own, world_size=setup.apart, timeout=WAIT)
     group = _joined("apart", number, setup.trainers + setup.apart, setup, device)
+    _meet(group, device)  # NCCL joins later, when first asked; the file is there by then
     plan = setup.plan(pickle.loads(Path(setup.folder, "trainer").read_bytes()), apart=True)
     local, found = [gpu - setup.trainers for gpu in range(len(plan.nodes))], []
     for _ in range(setup.repeats + 1):
@@ -264,6 +266,11 @@ def timed_parts(clock: Stopwatch, wait: Callable[[], None]) -> type[TrainedParts
         def _encode(self, *args: object) -> None:
             with clock("quantise"):
                 super()._encode(*args)
+                wait()
+
+        def finish(self) -> None:
+            with clock("quantise"):
+                super().finish()
                 wait()
 
     return Timed
