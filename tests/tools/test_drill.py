@@ -282,7 +282,7 @@ def row(number: int, outcome: str, *, cause: float | None = None, end: float | N
 
 def test_the_table_counts_and_names_the_longest():
     rows = [
-        row(0, "survived", cause=99.0),
+        row(0, "survived", cause=99.0, end=130.0),
         row(1, "named", cause=4.0, end=30.0, exact=True),
         row(2, "named", cause=7.4, end=20.0, left=["process 7 x"], resumed=False),
         row(3, "unnamed", end=200.0, exact=False),
@@ -294,6 +294,7 @@ def test_the_table_counts_and_names_the_longest():
     assert "Longest time from a fault to the named cause: 7 s (1/2, kill of router in sync)." in text
     assert "Longest time from a fault to the end of the run: 200 s (1/3, kill of router in sync)." in text
     assert "| 1/2 | kill | router | sync | yes | named | 7 s | 20 s | **no** | - | process 7 x |" in text
+    assert "| 1/0 | kill | router | sync | yes | survived | 99 s | - |" in text, "it ended with its last rollout"
 
 
 def test_a_drill_with_flags_of_its_own_is_another_one_and_says_them(tmp_path: Path):

@@ -66,7 +66,8 @@ def markdown(rows: Sequence[Row]) -> str:
         told.append((
             _number(row), row.fault, row.process, row.hit or row.phase,
             "yes" if row.tolerant else "no", row.outcome,
-            _seconds(row.seconds_to_cause), _seconds(row.seconds_to_end), _yes(row.resumed), _yes(row.exact),
+            _seconds(row.seconds_to_cause), _seconds(None if row.outcome == "survived" else row.seconds_to_end),
+            _yes(row.resumed), _yes(row.exact),
             ", ".join(row.left) or "-",
         ))  # fmt: skip
     starred = [] if all(row.engines for row in rows) else ["", "\\* without engines, on recorded rollouts"]
