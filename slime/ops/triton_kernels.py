@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def quantize_blocks(matrices: Sequence[tuple[Tensor, Tensor, Tensor]], block: int, fp8_max: float, smallest: float) -> None:
-    """Each weight [out, in] -> its codes [out, in] e4m3 and scale_inv, written in place; rows of weight and codes are contiguous."""
+    """Each weight [out, in] -> its codes [out, in] e4m3 and scale_inv, written in place; rows of both are contiguous."""
     kinds: dict[tuple[torch.dtype, bool], list[tuple[Tensor, Tensor, Tensor]]] = {}
     for matrix in matrices:
         kinds.setdefault((matrix[0].dtype, _in_sixteens(*matrix)), []).append(matrix)
