@@ -76,7 +76,9 @@ class Telling:
             metrics["perf/update_weights_make_time"] = spent.make
             metrics["perf/update_weights_exchange_time"] = spent.exchange
             metrics["perf/update_weights_hand_over_time"] = spent.hand_over
-            logger.debug("%s; slowest ranks: %s", sync.line(), spent)
+            metrics["perf/update_weights_engine_time"] = sync.engine_seconds
+            steps = ", ".join(f"{step} {seconds:.3f}" for step, seconds in sync.steps.items())
+            logger.debug("%s; slowest ranks: %s; steps, s: %s", sync.line(), spent, steps)
         self._tracker.write(metrics, Axis.ROLLOUT, rollout.rollout_id + 1)
         line = RolloutLine(
             rollout_id=rollout.rollout_id,

@@ -15,10 +15,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from slime.weights.stopwatch import StreamSeconds
+from slime.weights.stopwatch import Stopwatch, StreamSeconds
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,13 @@ class SyncReport:
     pause_seconds: float
     """From the pause to the moment the engines may answer again."""
     stream_seconds: float
+    steps: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of each step of the order above; `end` with the versions that are read back."""
+
+    @property
+    def engine_seconds(self) -> float:
+        """What engines took besides loading: to pause, empty their cache, open and close the update, and go on."""
+        return sum(seconds for step, seconds in self.steps.items() if step not in ("stream", "load", "check"))
 
     def line(self) -> str:
         return (
@@ -81,28 +88,38 @@ def sync_weights(engines: Engines, trainers: Trainers, *, version: int, read_bac
 
     read_back: the engines' weights are also compared with what was sent, and RuntimeError is raised if they differ.
     """
-    started = time.monotonic()
-    engines.pause()
-    engines.flush()
+    started, clock = time.monotonic(), Stopwatch()
+    with clock("pause"):
+        engines.pause()
+    with clock("flush"):
+        engines.flush()
     streaming = time.monotonic()
-    stream = _update(engines, trainers, version)
+    stream = _update(engines, trainers, version, clock)
     streamed = time.monotonic()
-    if read_back and (silent := trainers.check(version)):
-        _check_by_sending_again(engines, trainers, version, silent)
-    engines.proceed()
-    return SyncReport(version, stream, time.monotonic() - started, streamed - streaming)
+    if read_back:
+        with clock("check"):
+            if silent := trainers.check(version):
+                _check_by_sending_again(engines, trainers, version, silent)
+    with clock("continue"):
+        engines.proceed()
+    return SyncReport(version, stream, time.monotonic() - started, streamed - streaming, dict(clock.spent))
 
 
-def _update(engines: Engines, trainers: Trainers, version: int) -> StreamReport:
+def _update(engines: Engines, trainers: Trainers, version: int, clock: Stopwatch) -> StreamReport:
     """begin, stream, end, check the versions."""
-    engines.begin(version)
-    stream = trainers.stream(version)
+    with clock("begin"):
+        engines.begin(version)
+    with clock("stream"):
+        stream = trainers.stream(version)
     if stream.lost:
         raise RuntimeError(f"lost while weights v{version} were sent: {'; '.join(stream.lost)}")
     if stream.published:
-        engines.load(version, stream.published)
-    engines.end(version)
-    stale = {engine: found for engine, found in engines.versions().items() if found != str(version)}
+        with clock("load"):
+            engines.load(version, stream.published)
+    with clock("end"):
+        engines.end(version)
+        versions = engines.versions()
+    stale = {engine: found for engine, found in versions.items() if found != str(version)}
     if stale:
         raise RuntimeError(
             f"after sending weights v{version}, these engines report another version: {stale}; they stay paused. "
@@ -114,7 +131,7 @@ def _update(engines: Engines, trainers: Trainers, version: int) -> StreamReport:
 def _check_by_sending_again(engines: Engines, trainers: Trainers, version: int, labels: Sequence[str]) -> None:
     """labels: of the engines that must hold the same after a second stream. RuntimeError names what does not."""
     held = engines.checksums(labels)
-    _update(engines, trainers, version)
+    _update(engines, trainers, version, Stopwatch())
     again = engines.checksums(labels)
     for label in labels:
         ranks = list(zip(held[label], again[label], strict=True))

@@ -61,6 +61,9 @@ def test_an_update_runs_in_the_one_legal_order():
     assert events == ["pause", "flush", "begin 7", "stream 7", "end 7", "check", "continue"]
     assert report.line().startswith("weights v7: 2 buckets, 5 tensors")
     assert 0 <= report.stream_seconds <= report.pause_seconds, "what streams is a part of the pause"
+    assert list(report.steps) == ["pause", "flush", "begin", "stream", "end", "continue"]
+    assert sum(report.steps.values()) <= report.pause_seconds
+    assert report.engine_seconds == pytest.approx(sum(report.steps.values()) - report.steps["stream"])
 
 
 def test_an_engine_with_another_version_keeps_all_paused_and_is_named():

@@ -135,7 +135,7 @@ class _Trainer:
         sending = Sending(stream, to)
         if self._setup.is_real and self._rank == 0:
             report = sync_weights(OneEngine("engine", self._setup.url, self._setup.token), sending, version=version)
-            return {"seconds": report.pause_seconds, **asdict(report.stream.seconds)}
+            return {"seconds": report.pause_seconds, "engine": report.engine_seconds, **asdict(report.stream.seconds)}
         report = sending.stream(version)
         return {"seconds": sending.seconds, **asdict(report.seconds)}
 
@@ -287,6 +287,8 @@ class Way:
     make: float
     exchange: float
     hand_over: float
+    engine: float = 0.0
+    """Of SGLang, besides loading."""
 
 
 @dataclass(frozen=True)
@@ -347,5 +349,5 @@ def read_results(results: Sequence[dict], setup: Setup) -> Measured:
 
 def _way(ranks: Sequence[Sequence[dict[str, float]]]) -> Way:
     repeats = list(zip(*ranks, strict=True))[1:]
-    names = ("seconds", "make", "exchange", "hand_over")
+    names = ("seconds", "make", "exchange", "hand_over", "engine")
     return Way(*(statistics.median(max(rank.get(name, 0.0) for rank in one) for one in repeats) for name in names))

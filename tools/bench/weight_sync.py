@@ -143,7 +143,7 @@ def _engine(setup: Setup, wanted: bool) -> Iterator[Setup]:
 def _lines(found: Measured, setup: Setup) -> Iterator[str]:
     served = "SGLang, with its pause" if setup.is_real else "no SGLang"
     yield f"one copy of the model travels as {found.nbytes / 1e6:,.1f} MB in {found.rounds} rounds"
-    yield f"{'':58}{'s':>8}{'GB/s a rank':>13}{'export':>9}{'quantise':>10}{'wire':>8}{'load':>8}"
+    yield f"{'':58}{'s':>8}{'GB/s a rank':>13}{'export':>9}{'quantise':>10}{'wire':>8}{'load':>8}{'engine':>9}"
     yield _line(f"{setup.engine} ranks on the trainer's devices ({served})", found.shared, found.taken, found.export_share)
     if found.apart is not None:
         yield _line(
@@ -152,12 +152,13 @@ def _lines(found: Measured, setup: Setup) -> Iterator[str]:
         rate = found.nbytes / 1e9 / found.broadcast_seconds
         yield f"{f'plain broadcast of one copy to {setup.apart} ranks':58}{found.broadcast_seconds:>8.3f}{rate:>13.3f}"
     yield "export, quantise: the making of a sync, shared out as in a pass that waits after each; load: what no round hides"
+    yield "engine: SGLang's pause, emptied cache, opening and closing of the update"
     yield "no SGLang: a process in the place of each engine rank copies what it is given, and looks nothing up"
 
 
 def _line(name: str, way: Way, nbytes: int, export: float) -> str:
     made = f"{way.make * export:>9.3f}{way.make * (1 - export):>10.3f}"
-    return f"{name:58}{way.seconds:>8.3f}{nbytes / 1e9 / way.seconds:>13.3f}{made}{way.exchange:>8.3f}{way.hand_over:>8.3f}"
+    return f"{name:58}{way.seconds:>8.3f}{nbytes / 1e9 / way.seconds:>13.3f}{made}{way.exchange:>8.3f}{way.hand_over:>8.3f}{way.engine:>9.3f}"
 
 
 def main(argv: list[str]) -> None:
