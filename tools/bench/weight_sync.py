@@ -157,8 +157,9 @@ def _lines(found: Measured, setup: Setup) -> Iterator[str]:
 
 
 def _line(name: str, way: Way, nbytes: int, export: float) -> str:
-    made = f"{way.make * export:>9.3f}{way.make * (1 - export):>10.3f}"
-    return f"{name:58}{way.seconds:>8.3f}{nbytes / 1e9 / way.seconds:>13.3f}{made}{way.exchange:>8.3f}{way.hand_over:>8.3f}{way.engine:>9.3f}"
+    making = f"{way.make * export:>9.3f}{way.make * (1 - export):>10.3f}"
+    rest = f"{way.exchange:>8.3f}{way.hand_over:>8.3f}{way.engine:>9.3f}"
+    return f"{name:58}{way.seconds:>8.3f}{nbytes / 1e9 / way.seconds:>13.3f}{making}{rest}"
 
 
 def main(argv: list[str]) -> None:
