@@ -80,7 +80,9 @@ class HttpClient:
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
             headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-            self._pools[loop] = httpx.AsyncClient(base_url=self.url, headers=headers, limits=self._limits, trust_env=False)
+            told = {"headers": headers, "limits": self._limits, "trust_env": False}
+            # Where nothing is encrypted, the certificates would be read for nothing: 15 ms a client, in every weight sync.
+            self._pools[loop] = httpx.AsyncClient(base_url=self.url, verify=self.url.startswith("https:"), **told)
         return self._pools[loop]
 
     async def close(self) -> None:

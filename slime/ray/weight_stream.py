@@ -64,6 +64,8 @@ class WeightStream:
         self._others: Receivers | None = None
         self._trainer: Trainer | None = None
         self._plans: dict[tuple, SyncPlan] = {}
+        self._summaries: dict[int, tuple[int, int, str]] = {}
+        """Bytes, tensors and digest of each of the plans, by its identity."""
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def send(self, version: int, to: Destinations) -> StreamReport:
@@ -115,7 +117,9 @@ class WeightStream:
         del buckets  # the last ones would be held while the cache is emptied
         self._device.empty_cache()
         lost += [feed.lost for feed in posts if feed.lost is not None]
-        return StreamReport(plan.rounds, *plan_size(plan), plan_digest(plan), lost=tuple(lost), seconds=clock.seconds)
+        if id(plan) not in self._summaries:
+            self._summaries[id(plan)] = (*plan_size(plan), plan_digest(plan))
+        return StreamReport(plan.rounds, *self._summaries[id(plan)], lost=tuple(lost), seconds=clock.seconds)
 
     def check(self, version: int, to: Destinations) -> list[ReadBack]:
         """Read what the last `send` gave to this rank's engines back. No collective, engines still paused.
