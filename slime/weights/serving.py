@@ -14,6 +14,9 @@ CUTS_OTHERWISE = re.compile(
 )
 """In the name of an option: with it not every matrix is cut over all tensor-parallel ranks, and which are depends on the model
 and the version."""
+HEAD_IS_CUT = re.compile(r"^(enable_dp_attention|(attn_)?dp_size|moe_dense_tp_size|moe_a2a_backend|deepep_\w+)$")
+"""Of these options, those beside which the output layer is cut over all tensor-parallel ranks in every model and version,
+unless enable_dp_lm_head says otherwise (`use_attn_tp_group` of SGLang's ParallelLMHead)."""
 
 
 class ServingSpec(Protocol):
@@ -51,11 +54,14 @@ class Receiver:
     cuts: bool = False
     """Its tensor-parallel ranks load equal shares of the matrices that tensor parallelism cuts (`slime.weights.shares`); else
     each of them is given whole ones."""
+    cuts_head: bool = False
+    """They load equal shares of the output layer, whatever they do with the rest."""
 
     @staticmethod
     def of(spec: ServingSpec, *, first_gpu: int) -> Receiver:
         """first_gpu: global GPU of the first rollout slot, 0 where engines share the trainer's GPUs."""
         start = first_gpu + spec.gpu_offset
+        otherwise = [name for name in spec.settings if CUTS_OTHERWISE.search(name) and _is_on(spec.settings, name)]
         return Receiver(
             spec.engine_id,
             tuple(range(start, start + spec.tp_size * spec.pp_size)),
@@ -64,8 +70,8 @@ class Receiver:
             ep=spec.ep_size,
             drafts=drafts_with_mtp(spec.settings),
             fixed_experts=not _moves_experts(spec.settings),
-            cuts=spec.tp_size > 1
-            and not any(_is_on(spec.settings, name) for name in spec.settings if CUTS_OTHERWISE.search(name)),
+            cuts=spec.tp_size > 1 and not otherwise,
+            cuts_head=spec.tp_size > 1 and all(map(HEAD_IS_CUT.match, otherwise)),
         )
 
     def keepers(self, entry: Entry, *, num_experts: int, num_layers: int) -> tuple[int, ...]:

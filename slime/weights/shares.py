@@ -18,6 +18,7 @@ from slime.weights.wire import Format
 
 VOCAB_PADDING = 64
 """Rows of a vocabulary are padded to a multiple of it before they are cut."""
+OUTPUT_LAYER = "output_layer.weight"
 MLP_ALIGNMENT, EXPERT_ALIGNMENT = 32, 128
 """Rows of a share that SGLang pads to on some devices and backends; a share that is no multiple of it may begin elsewhere."""
 
@@ -27,7 +28,7 @@ class Shares:
 
     def __init__(self, receivers: Sequence[Receiver], hf: HfConfig, form: Format):
         self._receivers, self._hf, self._form = tuple(receivers), hf, form
-        self._any = any(receiver.cuts for receiver in receivers)
+        self._any = any(receiver.cuts or receiver.cuts_head for receiver in receivers)
         self._whole = (1,) * len(receivers)
         self._found: dict[tuple, tuple[int, ...]] = {}
 
@@ -43,7 +44,8 @@ class Shares:
 
     def _count(self, entry: Entry, receiver: Receiver) -> int:
         shares = receiver.tp if entry.expert is None else receiver.tp // receiver.ep
-        if not receiver.cuts or shares == 1 or (entry.expert is not None and not receiver.fixed_experts):
+        cuts = receiver.cuts or (receiver.cuts_head and entry.name == OUTPUT_LAYER)
+        if not cuts or shares == 1 or (entry.expert is not None and not receiver.fixed_experts):
             return 1
         if entry.split == "vocab":
             # A rank without any real row would not hear of the tensor, and its padding would stay as it is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -19,10 +20,10 @@ SCALE = "_scale_inv"
 
 def with_holes(
     named: Sequence[tuple[str, torch.Tensor]], hf: HfConfig, receiver: Receiver, rank: int
-) -> tuple[list[tuple[str, torch.Tensor]], int]:
-    """(the same tensors, garbage wherever the rank loads nothing; how many weights are not garbage, scales not counted)."""
+) -> tuple[list[tuple[str, torch.Tensor]], Counter[str]]:
+    """(the same tensors, garbage wherever the rank loads nothing; by name how many weights are not, without scales)."""
     table, form = NameTable.for_model(hf), Format.of(hf)
-    shares, found, weights = Shares([receiver], hf, form), [], 0
+    shares, found, weights = Shares([receiver], hf, form), [], Counter()
     for name, tensor in named:
         entry = table.by_hf(name.removesuffix(SCALE))
         [count] = shares.of(entry)
@@ -33,5 +34,6 @@ def with_holes(
         holed.view(torch.uint8).fill_(GARBAGE)
         holed.narrow(axis, start, stop - start).copy_(tensor.narrow(axis, start, stop - start))
         found.append((name, holed))
-        weights += 0 if name.endswith(SCALE) else (stop - start) * tensor.numel() // tensor.shape[axis]
+        if not name.endswith(SCALE):
+            weights[name] += (stop - start) * tensor.numel() // tensor.shape[axis]
     return found, weights

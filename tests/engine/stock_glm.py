@@ -2,11 +2,11 @@
 
     python tests/engine/stock_glm.py RANK RANKS STORE LAYOUT [FOLDER KIND FUSED UPDATE OUT] ...
 
-RANK of RANKS of an engine. STORE: file where they meet. LAYOUT: `recipe` (attention and head data-parallel, experts apart) or
-`plain` (every matrix cut over the ranks). FOLDER: the serving checkpoint (its config.json is read). KIND: target or draft.
-FUSED: 1 builds the indexer as on CUDA, its key and gate projections one matrix. UPDATE: torch file, a list of calls, each a
-list of (name, tensor). OUT: torch file, what every parameter holds after them; FRESH is where nothing was written. The models
-of one folder, kind and form are one.
+RANK of RANKS of an engine. STORE: file where they meet. LAYOUT: `recipe` (attention and head data-parallel, experts apart),
+`head` (the same with the output layer cut over the ranks) or `plain` (every matrix is). FOLDER: the serving checkpoint (its
+config.json is read). KIND: target or draft. FUSED: 1 builds the indexer as on CUDA, its key and gate projections one matrix.
+UPDATE: torch file, a list of calls, each a list of (name, tensor). OUT: torch file, what every parameter holds after them;
+FRESH is where nothing was written. The models of one folder, kind and form are one.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def main(rank: str, ranks: str, store: str, layout: str, *words: str) -> None:
 
     size = int(ranks)
     sizes = dict(tp_size=size)
-    if layout == "recipe" and size > 1:
-        sizes |= dict(ep_size=size, attn_dp_size=size, moe_dense_tp_size=1, enable_dp_lm_head=True)
+    if layout in ("recipe", "head") and size > 1:
+        sizes |= dict(ep_size=size, attn_dp_size=size, moe_dense_tp_size=1, enable_dp_lm_head=layout == "recipe")
     with get_context().override_server_args(device="cpu", dtype="bfloat16", **sizes) as args:
         publish(args, role="scheduler", ranks=SpawnRanks(world_rank=int(rank)))
         place = dict(world_size=size, rank=int(rank), local_rank=int(rank))

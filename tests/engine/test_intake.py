@@ -124,7 +124,7 @@ def test_a_rank_needs_its_shares_of_what_tensor_parallelism_cuts_and_nothing_of_
     engine = Receiver(0, (0, 1), RANKS, ep=RANKS, cuts=True)
     lists = [with_holes(served.served_by(rank), served.hf, engine, rank) for rank in range(RANKS)]
     # Three layers' q, o [96, 64] and k, v [48, 64] in halves; embedding and output layer, 96 rows padded to 128.
-    missing = [sum(tensor.numel() for _, tensor in served.served_by(rank)) - lists[rank][1] for rank in range(RANKS)]
+    missing = [sum(tensor.numel() for _, tensor in served.served_by(rank)) - lists[rank][1].total() for rank in range(RANKS)]
     assert missing == [3 * (96 + 48) * 64 + 2 * (96 - 64) * 64, 3 * (96 + 48) * 64 + 2 * (96 - 32) * 64]
     served.update([payload(named) for named, _ in lists])
     assert served.checksums() == all_to_all

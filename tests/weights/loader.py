@@ -29,7 +29,8 @@ class Loader:
         module, expert = name.split(".")[-2], ".experts." in name
         size = receiver.tp // receiver.ep if expert else receiver.tp
         whole = (slice(None),) * len(shape)
-        if not receiver.cuts or size == 1 or module not in AXIS or (expert and not receiver.fixed_experts):
+        cuts = receiver.cuts or (receiver.cuts_head and module == "lm_head")
+        if not cuts or size == 1 or module not in AXIS or (expert and not receiver.fixed_experts):
             return whole
         if "shared_experts" in name and receiver.ep > 1:
             return whole

@@ -99,7 +99,7 @@ CASES = {
         (
             Receiver(0, (0, 1), 2, cuts=True),
             Receiver(1, (4, 5, 6, 7), 4, ep=2, cuts=True),
-            Receiver(2, (8, 9), 2, ep=2, cuts=True),
+            Receiver(2, (8, 9), 2, ep=2, cuts_head=True),
         ),
         size="whole blocks",
         homes={8: 3, 9: 0},

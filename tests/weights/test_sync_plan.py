@@ -89,7 +89,12 @@ def cases(draw: st.DrawFn) -> Case:
         gpus = tuple(range(first, first + size * stages))
         first += size * stages
         fixed = draw(st.booleans())
-        told = {"drafts": draw(st.booleans()), "fixed_experts": fixed, "cuts": draw(st.booleans())}
+        told = {
+            "drafts": draw(st.booleans()),
+            "fixed_experts": fixed,
+            "cuts": draw(st.booleans()),
+            "cuts_head": draw(st.booleans()),
+        }
         receivers.append(Receiver(number, gpus, size, stages, shards, **told))
     return Case(
         model,
@@ -269,7 +274,7 @@ def test_an_engine_is_given_whole_tensors_where_not_every_matrix_is_cut_over_all
     plain = EngineSpec(
         "default", "regular", 3, 2, 2, 1, 2, 1, 1, 1, "m", True, True, 0, {"attention_backend": "fa3", "ep_size": "1"}
     )
-    assert Receiver.of(plain, first_gpu=8) == Receiver(3, (10, 11), 2, cuts=True)
+    assert Receiver.of(plain, first_gpu=8) == Receiver(3, (10, 11), 2, cuts=True, cuts_head=True)
     assert not Receiver.of(replace(plain, num_gpus=1, tp_size=1), first_gpu=0).cuts
     otherwise = [
         ("enable_dp_attention", "true"), ("attn_cp_size", "2"), ("moe_dense_tp_size", "1"), ("moe_a2a_backend", "deepep"),
@@ -280,3 +285,20 @@ def test_an_engine_is_given_whole_tensors_where_not_every_matrix_is_cut_over_all
     assert [name for name, value in otherwise if Receiver.of(replace(plain, settings={name: value}), first_gpu=0).cuts] == []
     for name, value in (("moe_a2a_backend", "none"), ("enable_dp_attention", "false"), ("disable_cuda_graph", "true")):
         assert Receiver.of(replace(plain, settings={name: value}), first_gpu=0).cuts, name
+
+
+def test_the_output_layer_alone_is_cut_beside_data_parallel_attention() -> None:
+    """Unless enable_dp_lm_head says otherwise, or an option is there beside which nobody looked."""
+    recipe = {"enable_dp_attention": "true", "dp_size": 2, "moe_dense_tp_size": 1, "moe_a2a_backend": "deepep"}
+    spec = EngineSpec("default", "regular", 0, 0, 2, 1, 2, 1, 2, 2, "m", True, True, 0, recipe)
+    found = Receiver.of(spec, first_gpu=0)
+    assert found.cuts_head and not found.cuts
+    for name, value in (
+        ("enable_dp_lm_head", "true"),
+        ("attn_cp_size", 2),
+        ("dcp_size", 2),
+        ("elastic_ep_backend", "mooncake"),
+    ):
+        assert not Receiver.of(replace(spec, settings=recipe | {name: value}), first_gpu=0).cuts_head, name
+    assert Receiver.of(replace(spec, settings=recipe | {"enable_dp_lm_head": "false"}), first_gpu=0).cuts_head
+    assert not Receiver.of(replace(spec, num_gpus=1, tp_size=1), first_gpu=0).cuts_head

@@ -73,7 +73,7 @@ class Setup:
     def receiver(self, *, apart: bool) -> Receiver:
         first, size = (self.trainers, self.apart) if apart else (0, self.engine)
         ep = size if self.experts_apart else 1
-        return Receiver(0, tuple(range(first, first + size)), size, ep=ep, cuts=size > 1)
+        return Receiver(0, tuple(range(first, first + size)), size, ep=ep, cuts=size > 1, cuts_head=size > 1)
 
     def target(self, *, apart: bool) -> EngineTarget:
         return EngineTarget("engine", self.url_apart if apart else self.url, self.token, self.receiver(apart=apart))
