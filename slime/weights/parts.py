@@ -18,6 +18,8 @@ from slime.parallel import Ranks
 from slime.weights.plan import Piece, Trainer
 
 SCALE = "_scale_inv"
+COPIED_BYTES = 1 << 28
+"""Of tensors that were put together or taken apart and wait to be quantised, beside a round's buffers."""
 
 
 def typed(raw: Tensor, dtype: str, shape: Sequence[int]) -> Tensor:
@@ -35,6 +37,7 @@ class TrainedParts:
             # A later stage's copy of the embedding has another name, or the name of the tied head.
             self._tensors.setdefault(table.aliases.get(local.name, local.name), local.tensor)
         self._to_quantize: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._copied = 0
 
     def is_in_group(self, entry: Entry, holder: int) -> bool:
         """Whether this rank is in the tensor-parallel group of a holder of the entry."""
@@ -56,13 +59,11 @@ class TrainedParts:
                 whole = weight.entry, self._hf_parts(weight.entry, gathered)
             number = [tensor.name for tensor in weight.entry.hf].index(weight.tensor.name)
             self._encode(whole[1][number].narrow(weight.tensor.axis, start, length), weight, scale, into)
-        if gathered:
-            self.finish()  # a tensor that was put together is let go again
 
     def finish(self) -> None:
         """Quantises all that was written on a GPU since the last time, at once."""
         quantize_many(self._to_quantize, self._block)
-        self._to_quantize = []
+        self._to_quantize, self._copied = [], 0
 
     def take_part(self, entries: Iterable[Entry]) -> None:
         """In the gathering of tensors that another rank of the group writes."""
@@ -93,6 +94,10 @@ class TrainedParts:
         scales = typed(raw, scale.tensor.dtype, scale_shape(part.shape, self._block))
         if part.is_cuda:
             self._to_quantize.append((part, room, scales))
+            own = self._tensors[weight.entry.name]
+            self._copied += 0 if part.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() else part.nbytes
+            if self._copied > COPIED_BYTES:
+                self.finish()
             return
         for target, found in zip((room, scales), quantize_blockwise(part, self._block), strict=True):
             target.copy_(found)

@@ -36,6 +36,7 @@ from slime.weights.protocol import StreamReport, sync_weights
 from slime.weights.quantize import WireFormat
 from slime.weights.stopwatch import Stopwatch
 from tools.bench.one_engine import OneEngine
+from tools.bench.one_rank import loaded_model
 from tools.bench.taker import take
 
 if TYPE_CHECKING:
@@ -99,8 +100,6 @@ def run_process(number: int, setup: Setup) -> None:
 
 class _Trainer:
     def __init__(self, rank: int, setup: Setup, device: Device):
-        from slime.model.build import build_model, padded_vocab_size
-        from slime.model.hf_io import SafetensorsReader, load_hf
         from slime.parallel import init_ranks
         from slime.weights.parts import trainer_of
 
@@ -108,12 +107,8 @@ class _Trainer:
         config = load([*setup.flags, "--hf-checkpoint", setup.bf16, "--save", setup.folder], door="convert")
         place = {"rank": rank, "world_size": setup.trainers, "init_method": f"file://{setup.folder}/trainers"}
         self._ranks = init_ranks(config.parallel, device=device, seed=1, **place)
-        hf, self._serving = read_hf_config(setup.bf16), read_hf_config(setup.fp8)
-        self._chunks = build_model(config, hf, self._ranks, device, dtype=device.default_params_dtype)
-        reader, vocab = SafetensorsReader(setup.bf16), padded_vocab_size(config, hf)
-        load_hf(self._chunks, NameTable.for_model(hf), reader, self._ranks, padded_vocab=vocab)
-        for chunk in self._chunks:
-            chunk.to(device.torch_device)
+        self._serving = read_hf_config(setup.fp8)
+        self._chunks = loaded_model(config, setup.bf16, self._ranks, device)
         self._trainer = trainer_of(self._chunks, self._ranks, mtp=False)
 
     def results(self) -> dict[str, list]:

@@ -8,22 +8,46 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from slime.config import Config
+    from slime.device import Device
+    from slime.parallel import Ranks
     from slime.types import WeightBucket
 
 BUCKET_BYTES = 2 << 30
+
+
+def loaded_model(config: Config, checkpoint: str, ranks: Ranks, device: Device) -> list[torch.nn.Module]:
+    """A rank's part of the model with the checkpoint's weights, on the device, in the dtype of a run."""
+    from slime.model.build import build_model, padded_vocab_size
+    from slime.model.hf_config import read_hf_config
+
+    hf = read_hf_config(checkpoint)
+    chunks = build_model(config, hf, ranks, device, dtype=device.default_params_dtype)
+    load_weights(chunks, checkpoint, ranks, padded_vocab_size(config, hf))
+    for chunk in chunks:
+        chunk.to(device.torch_device)
+    return chunks
+
+
+def load_weights(chunks: list[torch.nn.Module], checkpoint: str, ranks: Ranks, padded_vocab: int) -> None:
+    from slime.model.hf_config import read_hf_config
+    from slime.model.hf_io import SafetensorsReader, load_hf
+    from slime.model.names import NameTable
+
+    names = NameTable.for_model(read_hf_config(checkpoint))
+    load_hf(chunks, names, SafetensorsReader(checkpoint), ranks, padded_vocab=padded_vocab)
 
 
 class OneRank:
     """The model as the trainer computes it, alone on the first device; its weights go to the engines."""
 
     def __init__(self, config: Config, bf16: str, fp8: str) -> None:
-        import torch
 
         from slime.device import get_device
-        from slime.model.build import build_model, own_vocabulary, padded_vocab_size
+        from slime.model.build import own_vocabulary, padded_vocab_size
         from slime.model.hf_config import read_hf_config
         from slime.parallel import init_ranks
         from slime.training.forward import Pipeline
@@ -35,25 +59,18 @@ class OneRank:
         self.ranks = init_ranks(config.parallel, rank=0, world_size=1, device=self.device, seed=1)
         self.hf = read_hf_config(bf16)
         self.served = {False: self.hf, True: read_hf_config(fp8)}
-        dtype = torch.bfloat16 if self.device.kind == "cuda" else torch.float32
-        self.chunks = build_model(config, self.hf, self.ranks, self.device, dtype=dtype)
         self.checkpoint = bf16
         self.padded_vocab_size = padded_vocab_size(config, self.hf)
-        self.load()
+        self.chunks = loaded_model(config, bf16, self.ranks, self.device)
         for chunk in self.chunks:
-            chunk.to(self.device.torch_device)
             chunk.config.variable_seq_lengths = True
         self.vocab_size = self.hf["vocab_size"]
         self.vocabulary = own_vocabulary(self.padded_vocab_size, self.hf, self.ranks)
         self.pipeline = Pipeline(self.chunks, self.ranks, self.device)
 
     def load(self) -> None:
-        """The checkpoint's weights, also after `change`."""
-        from slime.model.hf_io import SafetensorsReader, load_hf
-        from slime.model.names import NameTable
-
-        names, reader = NameTable.for_model(self.hf), SafetensorsReader(self.checkpoint)
-        load_hf(self.chunks, names, reader, self.ranks, padded_vocab=self.padded_vocab_size)
+        """The checkpoint's weights again, after `change`."""
+        load_weights(self.chunks, self.checkpoint, self.ranks, self.padded_vocab_size)
 
     def log_probs(self, tokens: Sequence[int], num_response: int) -> list[float]:
         """Of the last `num_response` tokens, at temperature 1."""
