@@ -107,6 +107,7 @@ def _late(box: Box, nodes: tuple[int, ...]) -> None:
 
 FAULTS = {
     "die": Fault("all processes of node 2 end", (2,), _die, _boot),
+    "deaths": Fault("all processes of nodes 3 and 4 of four end", (3, 4), _die, _boot, num_nodes=4),
     "down": Fault("the link of node 2 goes down and stays so", (2,), _down, _up),
     "cut": Fault("the link of node 1, where launcher and head are, goes down and stays so", (1,), _down, _up),
     "head": Fault("all processes of node 1, where launcher and head are, end", (1,), _die, _boot),
