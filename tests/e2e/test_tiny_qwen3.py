@@ -5,10 +5,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import audits
 import pytest
 import torch
+from by_hand import by_hand
 from engine.engines import TOKEN, spec
 from safetensors.torch import load_file
 
@@ -36,11 +39,8 @@ WITH_A_JUDGE = ("--actor-num-gpus-per-node", 1, "--num-gpus-per-node", 3, "--rol
 APART = ("--actor-num-gpus-per-node", 1, "--num-gpus-per-node", 2, "--rollout-num-gpus", 1)
 
 
-def run(
-    checkpoint: Path, tmp_path: Path, *more: object, devices: tuple = SHARED, module: str = "slime.train",
-    env: dict[str, str] | None = None,
-) -> subprocess.CompletedProcess:  # fmt: skip
-    """One rollout of a whole run, where `more` does not say otherwise; logs of its servers are in tmp_path / "logs"."""
+def flags_of(checkpoint: Path, tmp_path: Path, *more: object, devices: tuple = SHARED) -> list[str]:
+    """Of one rollout of a whole run, where `more` does not say otherwise."""
     from tools.make_arithmetic_data import main as make_data
 
     make_data(["--output", str(tmp_path), "--train", "64", "--eval", "8", "--max-operand", "4"])
@@ -101,13 +101,21 @@ def run(
         16,
         *more,
     ]
+    return [str(word) for word in flags]
+
+
+def run(
+    checkpoint: Path, tmp_path: Path, *more: object, devices: tuple = SHARED, module: str = "slime.train",
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess:  # fmt: skip
+    """One rollout of a whole run, where `more` does not say otherwise; logs of its servers are in tmp_path / "logs"."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {
         "SLIME_RUN_DIR": str(tmp_path / "logs"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests/rollout"), os.environ.get("PYTHONPATH")])),
         **(env or {}),
     }
     return subprocess.run(
-        [sys.executable, "-m", module, *map(str, flags)],
+        [sys.executable, "-m", module, *flags_of(checkpoint, tmp_path, *more, devices=devices)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -258,3 +266,41 @@ def test_an_engine_of_two_ranks_elsewhere_gets_its_weights_from_a_receiver_besid
     assert float(gap) < 0.05, gap
     logs = "".join(file.read_text() for file in (tmp_path / "logs").rglob("trainer*.log"))
     assert logs.count("2 receivers of 1 engines joined") == 1, "once, for both syncs"
+
+
+LAUNCHER = """
+source "$1/scripts/lib/launch.sh"
+shift
+own BASE_DIR
+start_ray_head
+submit_job "$(runtime_env_json "PYTHONPATH=$PROJECT_ROOT" "SLIME_RUN_DIR=$BASE_DIR/run" OMP_NUM_THREADS=1)" "$@"
+"""
+
+
+@by_hand("two launches and two audits, three minutes")
+@pytest.mark.parametrize("way", ["receivers", "nccl"])
+def test_nothing_is_open_beside_engines_on_devices_of_their_own(checkpoint, tmp_path, way):
+    """The group in which weights travel stays open between two syncs: its store, its connections, the receivers."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "launch.sh").write_text(LAUNCHER)
+    lasting = ("--num-rollout", 1000, "--save-interval", 1000)
+    more = ("--rollout-num-gpus-per-engine", 2, "--update-weight-transport", way, *lasting)
+    environment = os.environ | {"BASE_DIR": str(tmp_path / "base"), "NUM_GPUS": "3", "NUM_CPUS": "8"}
+    with (tmp_path / "said").open("w") as said:
+        launch = subprocess.Popen(
+            ["bash", str(tmp_path / "launch.sh"), str(ROOT), *flags_of(checkpoint, tmp_path, *more, devices=WITH_A_JUDGE)],
+            env=environment, stdout=said, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        while "| reward" not in (tmp_path / "said").read_text():
+            assert launch.poll() is None, (tmp_path / "said").read_text()[-6000:]
+            time.sleep(0.5)
+        found = audits.audited(tmp_path / "base", passed={})
+        assert launch.poll() is None, "the run goes on beside an audit"
+    finally:
+        launch.terminate()
+        launch.wait(90)
+    audits.check(found, passed={})
+    stores = [row for row in found["rows"] if (row["who"], row["protocol"]) == ("ray::TrainActor", "torch store")]
+    assert len(stores) >= 2 and all(row["place"].startswith("127.0.0.1:") for row in stores), "the ranks' and the group's"
+    assert ("ray::WeightReceiver" in {row["who"] for row in found["rows"]}) is (way == "receivers")

@@ -52,7 +52,7 @@ KNOWN = (
     Known("sglang::scheduler.*", "OPEN", "ZeroMQ", ".*", f"addresses for the KV cache; {_ONE_NODE}", loopback=True),
     Known("sglang::scheduler.*", "silent", "", "", f"gloo and the KV cache; {_ONE_NODE}", loopback=True),
     Known("ray::TrainActor", "OPEN", "torch store", r"\d+ keys", f"where trainer ranks meet; {_ONE_NODE}", loopback=True),
-    Known("ray::TrainActor", "silent", "", "", "gloo, which takes a connection from whoever knows the group's addresses"),
+    Known("ray::(TrainActor|WeightReceiver)", "silent", "", "", "gloo, which takes whoever knows the group's addresses"),
 )
 
 
