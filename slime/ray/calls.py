@@ -78,7 +78,7 @@ def gather(
 def _tell_unwell(processes: Mapping[str, Process], doing: str, started: float, told: set[str]) -> set[str]:
     unwell = _unwell({name: process for name, process in processes.items() if name not in told})
     for what in unwell.values():
-        logger.warning("%s while %s, which has lasted %.0f s", what, doing, time.monotonic() - started)
+        logger.warning("%s; %s has lasted %.0f s", what, doing, time.monotonic() - started)
     return set(unwell)
 
 
