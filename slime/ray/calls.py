@@ -22,6 +22,7 @@ _GRACE_SECONDS = 3.0
 # A rank that lost its peer often reports before Ray has noticed that the peer's process has ended.
 _DEATH_SECONDS = 20.0
 _LOOK_SECONDS = 60.0
+_TICK_SECONDS = 5.0
 # What a rank says whose peer has gone: gloo's, NCCL's and the store's words.
 _PEER_LOST = (
     "closed by peer", "reset by peer", "gloo/", "nccl", "broken pipe", "connection refused", "socket timeout", "timed out",
@@ -53,20 +54,23 @@ def gather(
     names, processes, beside = {ref: name for name, ref in refs.items()}, processes or {}, beside or {}
     results: dict[str, Any] = {}
     pending, started, told = list(names), time.monotonic(), set()
+    tell_at = started + _LOOK_SECONDS
     wait = patience.begin(doing) if patience is not None else None
     while pending:
         elapsed = time.monotonic() - started
         if timeout is not None and elapsed > timeout:
             spent = f"within {elapsed:.0f} s while {doing} (expected within {timeout:.0f} s)"
             raise _late([names[ref] for ref in pending], processes, doing, spent)
-        look_in = min(_LOOK_SECONDS, timeout or _LOOK_SECONDS, wait.seconds_left() if wait is not None else _LOOK_SECONDS)
-        done, pending = ray.wait(pending, num_returns=1, timeout=look_in)
+        due = min(tell_at - time.monotonic(), wait.seconds_left() if wait is not None else _LOOK_SECONDS)
+        look_in = min(due, timeout or due, _TICK_SECONDS if wait is not None else due)
+        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, look_in))
         for ref in done:
             try:
                 results[names[ref]] = ray.get(ref)
             except ray.exceptions.RayError as error:
                 raise _explained(names, ref, error, pending, doing, processes, beside) from None
-        if not done and processes:  # before a report, whose questions such a process may hold up
+        if not done and processes and look_in >= due:  # before a report, whose questions such a process may hold up
+            tell_at = time.monotonic() + _LOOK_SECONDS
             told |= _tell_unwell({names[ref]: processes[names[ref]] for ref in pending} | beside, doing, started, told)
         if not done and wait is not None:
             wait.look()

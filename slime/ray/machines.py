@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,31 @@ from slime.ray.phases import RESUMES, phase_of
 KNOCK_SECONDS = 6.0
 """A machine that nobody can connect to for so long is out of reach. A link that flaps may be down for some seconds."""
 _AGAIN_SECONDS = 0.5
+WATCH_SECONDS = 5.0
 
 
 def alive_nodes() -> dict[str, Mapping[str, object]]:
     """Address -> what Ray says of the node there, of the nodes that it counts as alive."""
     return {str(node["NodeManagerAddress"]): node for node in ray.nodes() if node["Alive"]}
+
+
+def watched(addresses: set[str]) -> Callable[[], list[str]]:
+    """A call that says at once which of the addresses Ray counted as dead at its last look, for as long as Ray runs.
+
+    A thread of its own looks, because a control process of Ray's that is stopped does not answer.
+    """
+    gone: list[str] = []
+
+    def look() -> None:
+        while ray.is_initialized():
+            try:
+                gone[:] = sorted(addresses - alive_nodes().keys())
+            except Exception:  # Ray ends, or is out of reach: others tell
+                gone.clear()
+            time.sleep(WATCH_SECONDS)
+
+    threading.Thread(target=look, name="machines", daemon=True).start()
+    return lambda: list(gone)
 
 
 def lost_nodes(addresses: set[str]) -> list[str]:

@@ -26,7 +26,7 @@ from slime.ray.in_flight import InFlight, Rollout
 from slime.ray.lasting import Trainers, make_trainers
 from slime.ray.lease import Awake, FreeLease, Holder, Lease
 from slime.ray.leaving import Leaving
-from slime.ray.machines import alive_nodes
+from slime.ray.machines import alive_nodes, watched
 from slime.ray.placement import Placement, place, slot_counts
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
 from slime.ray.same_packages import SamePackages
@@ -178,6 +178,7 @@ class Run:
             config, self._placement, run_folder(config.checkpoint.save), os.environ.get(TOKEN_VARIABLE) or secrets.token_hex(16)
         )
         self._patience = Patience(config.upkeep)
+        self._patience.gone = watched({slot.node_ip for slot in self._placement.engine_slots})
         self._rollout = RolloutSide(actor, self._patience)
         if self._has_trainer:
             self._trainers = make_trainers(config, self._placement, self._patience)

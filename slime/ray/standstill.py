@@ -24,6 +24,8 @@ _MARGIN = 2.0
 _TOLD_PROCESSES = 32
 """Spelled out; of 256 ranks most wait at the same place, and are told as many."""
 
+_WITHOUT_ENGINES = ("training", "saving")
+"""What the trainer brings to its end even if the run cannot go on behind it."""
 _NOBODY = "no actor has told of its process yet: Ray is starting them"
 
 
@@ -42,6 +44,8 @@ class Patience:
         """What is waited for, or was at last."""
         self.processes: dict[str, Process] = {}
         self.also: list[Callable[[], Sequence[str]]] = []
+        self.gone: Callable[[], Sequence[str]] = list
+        """Addresses of engines' machines that are lost, which no wait for engines outlasts: a request to one has minutes."""
 
     def report_after(self, doing: str) -> float:
         """Seconds. What took an hour before, like the generation of long answers, is expected to take as long again."""
@@ -82,8 +86,10 @@ class Wait:
         return float("inf") if until is None else max(0.0, until - elapsed)
 
     def look(self) -> None:
-        """Raises RuntimeError with the report where the wait has to end."""
+        """Raises RuntimeError where the wait has to end, with the report, or where a machine of the engines is gone."""
         patience, elapsed = self._patience, time.monotonic() - self._began
+        if not self._doing.startswith(_WITHOUT_ENGINES) and (gone := patience.gone()):
+            raise RuntimeError(f"Ray has lost {', '.join(gone)}, where engines ran, while {self._doing}")
         if not self._report and elapsed >= self._report_after:
             self._report = f"{self._doing} has lasted {elapsed / 60:.1f} min; who is where:\n  {patience.explain()}"
             if patience.exit_seconds is None or elapsed < patience.exit_seconds:

@@ -15,10 +15,13 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from slime.ray import calls, machines
+from slime.ray.calls import gather
 from slime.ray.fates import Process, fates
-from slime.ray.machines import alive_nodes, lost_machines_named, lost_nodes, silent, verdict
+from slime.ray.machines import alive_nodes, lost_machines_named, lost_nodes, silent, verdict, watched
 from slime.ray.placement import place
 from slime.ray.same_packages import SamePackages
+from slime.ray.standstill import Patience
 
 THERE = "127.0.0.2"
 
@@ -64,6 +67,28 @@ def test_a_run_does_not_begin_on_a_machine_with_other_packages(cluster: Cluster,
         "named nodes; of slime, bring the head's checkout there (told is a hash of its files), and run the same command again; "
         "it resumes from the last checkpoint"
     )
+
+
+@ray.remote(num_cpus=0)
+def no_answer() -> None:
+    """As an actor that waits for an engine on a machine which is gone."""
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_no_wait_outlasts_a_machine_of_the_engines(cluster: Cluster, monkeypatch):
+    monkeypatch.setattr(machines, "WATCH_SECONDS", 0.2)
+    monkeypatch.setattr(calls, "_TICK_SECONDS", 0.5)
+    node = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.5", wait=True)
+    patience = Patience()
+    patience.gone = watched({"127.0.0.5"})
+    with pytest.raises(RuntimeError, match="did not answer"):
+        gather({"rollout": no_answer.remote()}, doing="fleet pause", patience=patience, timeout=2.0)
+    cluster.remove_node(node)
+    with pytest.raises(RuntimeError, match=r"^Ray has lost 127\.0\.0\.5, where engines ran, while fleet pause$"):
+        gather({"rollout": no_answer.remote()}, doing="fleet pause", patience=patience, timeout=60.0)
+    with pytest.raises(RuntimeError, match="did not answer"):
+        gather({"trainer rank 0": no_answer.remote()}, doing="saving rollout 3", patience=patience, timeout=2.0)
 
 
 @pytest.mark.slow
