@@ -9,6 +9,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Below this a quotient amax / 448 is subnormal, which GPUs flush to zero: the tile would be divided by 0.
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
@@ -48,7 +49,8 @@ def quantize_blockwise_into(weight: Tensor, codes: Tensor, scale_inv: Tensor, bl
 
 
 def quantize_many(matrices: Sequence[tuple[Tensor, Tensor, Tensor]], block: int = 128) -> None:
-    """quantize_blockwise_into for many (weight, codes, scale_inv) of one device, with a launch for each dtype of weights.
+    """quantize_blockwise_into for many (weight, codes, scale_inv) of one device: a launch for each dtype of weights, and one
+    for those that no vector load can take.
 
     A launch costs the host as much as a small matrix costs the device. Raises ValueError when a shape, dtype or layout does
     not fit; nothing is written then.
@@ -64,6 +66,8 @@ def quantize_many(matrices: Sequence[tuple[Tensor, Tensor, Tensor]], block: int 
 
 
 def _check_room(weight: Tensor, codes: Tensor, scale_inv: Tensor, block: int) -> None:
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"want weights in one of {', '.join(map(str, WEIGHT_DTYPES))}; got {weight.dtype}")
     if codes.shape != weight.shape or codes.dtype != FP8 or not codes.is_contiguous():
         raise ValueError(f"want contiguous e4m3 codes of shape {tuple(weight.shape)}; got {codes.dtype} {tuple(codes.shape)}")
     want = scale_shape(weight.shape, block)

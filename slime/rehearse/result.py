@@ -166,7 +166,7 @@ def _arithmetic(done: Rehearsal, length: int, longest: int | None) -> None:
         return
     done.sync = plan_of_sync(reading, done.engines.specs, done.rates)
     if done.sync is not None:
-        done.cost = with_planned_sync(done.cost, done.sync)
+        done.cost = with_planned_sync(done.cost, done.sync, every=reading.config.engine.update_weights_interval)
     plan = done.sync.carried_out if done.sync else None
     done.weights = build_weight_map(reading.table, reading.hf, trainer_of(reading), done.engines.specs, plan)
     _check_weights(done)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from slime.engine.plan import slots_of
 from slime.engine.spec import EngineSpec
-from slime.rehearse.model.cost import Cost
+from slime.rehearse.model.cost import SYNC, Cost, of_one_every
 from slime.rehearse.model.rates import Rates
 from slime.rehearse.reading import Reading
 from slime.weights.digest import plan_digest
@@ -78,20 +78,24 @@ def _most_tensors(plan: SyncPlan) -> int:
     return max(counts.values())
 
 
-def with_planned_sync(cost: Cost, sync: PlannedSync) -> Cost:
-    """The same cost with what the run's way of sending takes in place of the estimate."""
-    found = sync.price
+def with_planned_sync(cost: Cost, sync: PlannedSync, *, every: int) -> Cost:
+    """The same cost with what the run's way of sending takes in place of the estimate. every: rollouts, a sync."""
+    found, steps = sync.price, cost.sync.steps_s
     seconds, why = (
-        found.seconds,
+        found.seconds + steps,
         (
-            f"{found.wire_seconds:.2f} s on the wire, {found.load_seconds:.2f} s of loading, a round while the last one loads; "
-            f"broadcast to all it would be {cost.sync.broadcast_s:.1f} s"
+            f"{found.wire_seconds:.2f} s on the wire, {found.load_seconds:.2f} s of loading, a round while the last one loads, "
+            f"{steps:.2f} s of the engines around it; broadcast to all it would be {cost.sync.broadcast_s:.1f} s"
         ),
     )
     if sync.broadcasts:
         # Gathered on one rank and sent from there, round after round: its port carries the model twice, once each way.
         gathered = price(sync.carried_out, sync.links).wire_seconds
-        seconds = max(gathered, cost.sync.broadcast_s)
-        why = f"gathered on one rank in {gathered:.1f} s and broadcast to engines elsewhere; by the plan {found.seconds:.2f} s"
-    phases = [replace(phase, seconds=seconds, why=why) if phase.name == "weight sync" else phase for phase in cost.phases]
+        seconds = max(gathered, cost.sync.broadcast_s) + steps
+        why = (
+            f"gathered on one rank in {gathered:.1f} s and broadcast to engines elsewhere, {steps:.2f} s of the engines around "
+            f"it; by the plan {found.seconds:.2f} s"
+        )
+    told = {"seconds": seconds / every, "why": of_one_every(every) + why}
+    phases = [replace(phase, **told) if phase.name == SYNC else phase for phase in cost.phases]
     return replace(cost, phases=tuple(phases))

@@ -37,7 +37,8 @@ class TrainedParts:
             # A later stage's copy of the embedding has another name, or the name of the tied head.
             self._tensors.setdefault(table.aliases.get(local.name, local.name), local.tensor)
         self._to_quantize: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._copied = 0
+        self._copied: dict[int, int] = {}
+        """Of storages that are not the model's: address -> bytes."""
 
     def is_in_group(self, entry: Entry, holder: int) -> bool:
         """Whether this rank is in the tensor-parallel group of a holder of the entry."""
@@ -63,7 +64,7 @@ class TrainedParts:
     def finish(self) -> None:
         """Quantises all that was written on a GPU since the last time, at once."""
         quantize_many(self._to_quantize, self._block)
-        self._to_quantize, self._copied = [], 0
+        self._to_quantize, self._copied = [], {}
 
     def take_part(self, entries: Iterable[Entry]) -> None:
         """In the gathering of tensors that another rank of the group writes."""
@@ -94,9 +95,10 @@ class TrainedParts:
         scales = typed(raw, scale.tensor.dtype, scale_shape(part.shape, self._block))
         if part.is_cuda:
             self._to_quantize.append((part, room, scales))
-            own = self._tensors[weight.entry.name]
-            self._copied += 0 if part.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() else part.nbytes
-            if self._copied > COPIED_BYTES:
+            storage, own = part.untyped_storage(), self._tensors[weight.entry.name].untyped_storage()
+            if storage.data_ptr() != own.data_ptr():
+                self._copied[storage.data_ptr()] = storage.nbytes()
+            if sum(self._copied.values()) > COPIED_BYTES:
                 self.finish()
             return
         for target, found in zip((room, scales), quantize_blockwise(part, self._block), strict=True):

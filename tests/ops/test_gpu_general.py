@@ -31,18 +31,19 @@ def test_quantiser_writes_the_bytes_of_the_cpu_into_a_flat_bucket(shape):
 
 def test_many_matrices_are_quantised_at_once_to_the_bytes_of_each_alone():
     """Partial tiles, rows of another matrix, addresses that no vector load can take, and both dtypes of weights."""
-    wide = torch.randn(300, 1024).bfloat16()
-    weights = [wide[:, 128:640], wide[:, 3:100], torch.zeros(128, 256).bfloat16(), torch.randn(5, 640), torch.randn(0, 16)]
-    weights += [
-        (torch.randn(shape) * torch.logspace(-4, 3, shape[1])).bfloat16() for shape in ((1, 1), (130, 257), (2048, 6144))
-    ]
+    wide = torch.randn(300, 1024, device="cuda").bfloat16()
+    weights = [wide[:, 128:640], wide[:, 3:100]]
+    assert [weight.stride(0) for weight in weights] == [1024, 1024] and weights[1].data_ptr() % 16
+    weights += [tensor.cuda() for tensor in (torch.zeros(128, 256).bfloat16(), torch.randn(5, 640), torch.randn(0, 16))]
+    for shape in ((1, 1), (130, 257), (2048, 6144)):
+        weights.append((torch.randn(shape) * torch.logspace(-4, 3, shape[1])).bfloat16().cuda())
     rooms = [
         (torch.empty(weight.shape, dtype=fp8.FP8, device="cuda"), torch.empty(fp8.scale_shape(weight.shape), device="cuda"))
         for weight in weights
     ]
-    fp8.quantize_many([(weight.cuda(), *room) for weight, room in zip(weights, rooms, strict=True)])
+    fp8.quantize_many([(weight, *room) for weight, room in zip(weights, rooms, strict=True)])
     for weight, (codes, scales) in zip(weights, rooms, strict=True):
-        want_codes, want_scales = fp8.quantize_reference(weight)
+        want_codes, want_scales = fp8.quantize_reference(weight.cpu())
         assert torch.equal(codes.view(torch.uint8).cpu(), want_codes.view(torch.uint8)), weight.shape
         assert torch.equal(scales.cpu(), want_scales), weight.shape
 

@@ -225,7 +225,7 @@ def test_weight_sync_bytes() -> None:
     # The MTP layer's 256 experts over 64 GPUs; its other tensors on each of them.
     assert sync.draft_per_gpu == 4 * 37_757_952 + (10_032_632_960 - 256 * 37_757_952)
     assert round(sync.lower_bound_s, 2) == 0.28 and round(sync.broadcast_s, 1) == 14.9
-    assert sync.load_s == sync.seconds == pytest.approx(sync.lands_per_gpu / 50e9)
+    assert sync.load_s == pytest.approx(sync.lands_per_gpu / 50e9) and sync.seconds == sync.load_s + 0.45
 
 
 def test_stock_split_is_61_percent_by_layers_and_less_by_flops() -> None:

@@ -96,7 +96,8 @@ def test_the_page_is_whole_and_loads_nothing(flagship: Recipe, tmp_path: Path, c
     )
     planned, phase = result["sync_plan"], next(one for one in result["cost"]["phases"] if one["name"] == "weight sync")
     # The plan that the flags ask for is that of the layout written down by hand.
-    assert planned["digest"] == flagship_plan(limit_bytes=2 << 30).digest and phase["seconds"] == planned["seconds"]
+    assert planned["digest"] == flagship_plan(limit_bytes=2 << 30).digest
+    assert phase["seconds"] == pytest.approx(planned["seconds"] + 0.45), "sync_steps_s"
     # 31.96 GB at 50 GB/s; all but the first round's way is hidden behind it.
     assert planned["load_seconds"] == pytest.approx(31.96 / 50, rel=1e-3)
     assert planned["seconds"] - planned["load_seconds"] == pytest.approx(sum(planned["rounds"][0]["hops"]))

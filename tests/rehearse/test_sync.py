@@ -14,6 +14,8 @@ EMBEDDING, LAYERS = 151_936 * 2560, 36
 ATTENTION, MLP, NORMS = 2560 * 128 * (2 * 32 + 2 * 8), 3 * 2560 * 9728, 2 * 2560 + 2 * 128
 MODEL = 2 * (EMBEDDING + LAYERS * (ATTENTION + MLP + NORMS) + 2560)
 """Bytes of Qwen3-4B in bf16, the output layer being the embedding."""
+STEPS = 0.45
+"""Seconds that engines take around a sync (`sync_steps_s`)."""
 
 
 def _rehearsed(*more: str) -> Rehearsal:
@@ -35,7 +37,16 @@ def test_engines_on_the_trainers_gpus_are_given_what_the_plan_says() -> None:
     # The norms aside, half of the model: the bucket has room for all of it.
     assert sum(one.bucket for one in found.rounds) == pytest.approx(MODEL, rel=1e-4)
     phase = next(phase for phase in done.cost.phases if phase.name == "weight sync")
-    assert phase.seconds == found.seconds and as_json(done)["weights"]["stream_digest"] == done.sync.digest
+    assert (
+        phase.seconds == pytest.approx(found.seconds + STEPS) and as_json(done)["weights"]["stream_digest"] == done.sync.digest
+    )
+
+
+def test_weights_that_are_sent_every_fourth_rollout_cost_a_rollout_a_quarter() -> None:
+    ahead = ("--schedule", "one-step-ahead", "--rollout-num-gpus", "8", "--update-weights-interval")
+    once, fourth = (_rehearsed(*ahead, rollouts) for rollouts in ("1", "4"))
+    every, quarter = (next(phase for phase in done.cost.phases if phase.name == "weight sync") for done in (once, fourth))
+    assert quarter.seconds == pytest.approx(every.seconds / 4) and quarter.why.startswith("of one every 4 rollouts: gathered")
 
 
 def test_an_engine_that_cuts_attention_otherwise_is_given_whole_tensors() -> None:
@@ -52,7 +63,7 @@ def test_engines_on_gpus_of_their_own_get_a_broadcast_which_is_what_the_rehearsa
     assert {gpu for lane in done.sync.plan.lanes for gpu in lane.gpus} == set(range(8, 16))
     assert {gpu for lane in done.sync.carried_out.lanes for gpu in lane.gpus} == {16}, "one stands for all of them"
     phase = next(phase for phase in done.cost.phases if phase.name == "weight sync")
-    assert phase.seconds == pytest.approx(MODEL / 50e9, rel=1e-6) and "gathered on one rank" in phase.why
+    assert phase.seconds == pytest.approx(MODEL / 50e9 + STEPS, rel=1e-6) and "gathered on one rank" in phase.why
     assert done.sync.price.wire_seconds < phase.seconds / 3, "the plan would use all eight ports of the node"
     assert "engines elsewhere get a broadcast" in sync_lines(done.sync)[0]
     assert all(row.round is not None and row.makers for row in done.weights.rows) and not done.weights.problems

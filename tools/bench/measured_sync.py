@@ -252,6 +252,8 @@ def timed_parts(clock: Stopwatch, wait: Callable[[], None]) -> type[TrainedParts
     from slime.weights.parts import TrainedParts
 
     class Timed(TrainedParts):
+        _timed = False
+
         def _hf_parts(self, *args: object, **kwargs: object) -> list[Tensor]:
             with clock("export"):
                 found = super()._hf_parts(*args, **kwargs)
@@ -259,14 +261,20 @@ def timed_parts(clock: Stopwatch, wait: Callable[[], None]) -> type[TrainedParts
             return found
 
         def _encode(self, *args: object) -> None:
-            with clock("quantise"):
-                super()._encode(*args)
-                wait()
+            self._quantise(super()._encode, *args)
 
         def finish(self) -> None:
+            self._quantise(super().finish)
+
+        def _quantise(self, call: Callable[..., None], *args: object) -> None:
+            if self._timed:  # by `_encode`, which may finish
+                call(*args)
+                return
+            self._timed = True
             with clock("quantise"):
-                super().finish()
+                call(*args)
                 wait()
+            self._timed = False
 
     return Timed
 

@@ -39,11 +39,13 @@ class SyncBytes:
     """What one GPU keeps, at the rate at which engines load; it goes on while more comes in."""
     broadcast_s: float
     """The simple way beside it: every source broadcasts to all ranks, one after another."""
+    steps_s: float
+    """What engines take around it."""
 
     @property
     def seconds(self) -> float:
         """Without a plan, which knows which link waits for which."""
-        return max(self.lower_bound_s, self.load_s)
+        return max(self.lower_bound_s, self.load_s) + self.steps_s
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class CostPhase:
     why: str
     limit: str = ""
     """What takes the most of it."""
+
+
+def of_one_every(rollouts: int) -> str:
+    return f"of one every {rollouts} rollouts: " if rollouts > 1 else ""
 
 
 SYNC = "weight sync"
@@ -144,6 +150,7 @@ def sync_bytes(
         lower_bound_s=bound,
         load_s=lands / gb / rates.engine_load_gb_per_s,
         broadcast_s=(experts + rest) / gb / rates.nic_gb_per_s,
+        steps_s=rates.sync_steps_s,
     )
 
 
@@ -284,8 +291,8 @@ def predict(
             CostPhase(
                 SYNC,
                 sync.seconds / shape.sync_every,
-                (f"of one every {shape.sync_every} rollouts: " if shape.sync_every > 1 else "")
-                + f"at least {sync.lower_bound_s:.2f} s on the wire, {sync.load_s:.2f} s of loading at the same time; "
+                of_one_every(shape.sync_every) + f"at least {sync.lower_bound_s:.2f} s on the wire, {sync.load_s:.2f} s of "
+                f"loading at the same time, {sync.steps_s:.2f} s of the engines around it; "
                 f"broadcast to all it would be {sync.broadcast_s:.1f} s",
                 "sync",
             )

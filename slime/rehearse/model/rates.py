@@ -53,6 +53,9 @@ class Rates:
     """Share of it that a decode step reaches."""
     engine_load_gb_per_s: float = 50.0
     """At which an engine rank loads weights that lie on its GPU (H200, 12 GB in 1,920 tensors, calls of 2 GiB)."""
+    sync_steps_s: float = 0.45
+    """What engines take around a weight sync: to pause, open the update, prepare what they loaded, and go on (0.35 to 0.5 s of
+    the syncs of two models on H200s, SGLang 0.5.23)."""
     host_link_gb_per_s: float = 50.0
     """GPU to main memory (offload, CPU optimizer)."""
     host_optimizer_gb_per_s: float = 100.0
