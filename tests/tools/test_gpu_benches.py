@@ -1,13 +1,18 @@
 """What the benches of engines and layers reckon, where no GPU is needed: shared keys, FLOPs by parts, tables, an identity that
 notes moments."""
 
-import torch
+import json
 
-from slime.model.hf_config import HfConfig
+import torch
+from by_hand import by_hand
+
+from slime.model.hf_config import HfConfig, read_hf_config
 from slime.model.names import NameTable
 from slime.rehearse.model.flops import model_work
 from tools.bench import engine_matrix, layer_parts
+from tools.bench.model_args import model_args
 from tools.make_tiny_checkpoint import PRESETS, glm_config
+from tools.make_tiny_checkpoint import main as make_checkpoint
 from tools.tiny_tokenizer import TokenizerFacts
 
 MINI = HfConfig(glm_config(PRESETS["mini"].size, TokenizerFacts(320, (1,), 1)))
@@ -58,3 +63,18 @@ def test_moments_of_a_part_stand_around_its_backward():
     (layer.half(start * 1) * 3).sum().backward()
     assert order == ["noted", "noted", "noted", "inside", "noted"]  # forward's two, then backward's around its middle
     assert start.grad.tolist() == [1.5] * 3 and parts.times() == {"half": (0.0, 0.0)}
+
+
+@by_hand("10 s")
+def test_a_layer_over_two_ranks_is_timed_with_half_of_its_work_on_each(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLM52_TINY", "cpu")
+    make_checkpoint(["--preset", "cpu", "--output", str(tmp_path)])
+    layout = "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+    bench = ["--bf16", f"{tmp_path}/bf16", "--rows", "64", "--ranks", "2", "--layers", "7", "--repeats", "1"]
+    layer_parts.main([*bench, "--json", f"{tmp_path}/told", "--", *model_args("glm5.2-tiny"), *layout.split()])
+    parts = json.loads((tmp_path / "told").read_text())["layers"]["7"]
+    whole = layer_parts.model_flops(read_hf_config(f"{tmp_path}/bf16"), 7, 128)
+    assert {part["part"]: part["model_flops"] for part in parts if part["part"] in whole} == {
+        part: work / 2 for part, work in whole.items() if part != "indexer"
+    }
+    assert all(part["forward_ms"] > 0 for part in parts if part["part"] in whole)

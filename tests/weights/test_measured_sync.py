@@ -63,6 +63,7 @@ def test_a_tiny_model_is_measured_by_every_way(capsys):
     for way in ("2 ranks on the trainer's devices (no SGLang)", "1 ranks elsewhere, by receivers (no SGLang)"):
         (line,) = (line for line in said.splitlines() if line.startswith(way))
         numbers = [float(word) for word in re.findall(r"\d+\.\d+", line)]
-        whole, _, export, quantise, wire, load = numbers
+        whole, _, export, quantise, wire, load, engine = numbers
+        assert engine == 0.0, "no SGLang"
         assert 0 < max(export + quantise, wire, load) <= whole + 0.001 and min(numbers) >= 0, line
     assert "plain broadcast of one copy to 1 ranks" in said

@@ -3,11 +3,14 @@
     source scripts/models/glm5.2-mini.sh
     python3 tools/bench/layer_parts.py --bf16 DIR [--rows 8192] [--layers 6,7] [--kernels 40] [--json FILE] -- \
         "${MODEL_ARGS[@]}"
+    python3 tools/bench/layer_parts.py --bf16 DIR --ranks 2 -- "${MODEL_ARGS[@]}" --tensor-model-parallel-size 2 \
+        --sequence-parallel --expert-model-parallel-size 2 --expert-tensor-parallel-size 1
 
-The layer stands in the model as a run builds it, on one device, with the weights of the checkpoint. Events on the device's
-stream stand before and after each part: forward where it is called, backward by identity operators at its ends, which autograd
-meets in the reverse order. Recomputation is a forward without gradient, then one with. FLOPs are those of
-slime.rehearse.model.flops, of one sample of so many rows; the share of the dense rate is of model FLOPs, where the recomputed
+The layer stands in the model as a run builds it, with the weights of the checkpoint, on one device or on --ranks of this
+machine; of several, rank 0's times are told, and the exchanges of a part are in its own. Events on the device's stream stand
+before and after each part: forward where it is called, backward by identity operators at its ends, which autograd meets in the
+reverse order. Recomputation is a forward without gradient, then one with. FLOPs are those of slime.rehearse.model.flops, of one
+sample of so many rows a rank, shared out over the ranks; the share of the dense rate is of model FLOPs, where the recomputed
 forward does not count. What is between the parts (norms, residuals) is the rest. --layers counts from 0; of one that shares its
 keys, the layer that it shares with is run before. --kernels lists those that take longest in one forward and backward.
 """
@@ -144,27 +147,39 @@ class PartTime:
 
 def main(argv: Sequence[str]) -> int:
     args, model_args = _parse(argv)
+    if args.ranks == 1:
+        run_rank(0, args, model_args)
+    else:
+        torch.multiprocessing.spawn(run_rank, args=(args, model_args), nprocs=args.ranks)
+    return 0
+
+
+def run_rank(rank: int, args: argparse.Namespace, model_args: Sequence[str]) -> None:
+    """Times the layers; rank 0 tells."""
     from slime.config import load
 
     config = load([*model_args, "--hf-checkpoint", args.bf16, "--save", args.bf16], door="convert")
-    trainer = OneRank(config, args.bf16, args.bf16)
+    trainer = OneRank(config, args.bf16, args.bf16, rank=rank, world=args.ranks)
     cuda = trainer.device.kind == "cuda"
     dense = dense_tflops() if cuda else float("nan")
-    told = {"machine": torch.cuda.get_device_name() if cuda else "host", "rows": args.rows, "dense_tflops": dense, "layers": {}}
+    machine = torch.cuda.get_device_name() if cuda else "host"
+    told = {"machine": machine, "ranks": args.ranks, "rows": args.rows, "dense_tflops": dense, "layers": {}}
     for layer in args.layers:
         parts = time_layer(trainer, layer, args.rows, args.repeats, kernels=args.kernels)
         told["layers"][layer] = [dataclasses.asdict(part) for part in parts]
-        print("\n".join(table(layer, parts, args.rows, dense)), flush=True)
-    if args.json:
+        if rank == 0:
+            print("\n".join(table(layer, parts, args.rows, dense)), flush=True)
+    if args.json and rank == 0:
         Path(args.json).write_text(json.dumps(told, indent=1))
-    return 0
+    torch.distributed.destroy_process_group()
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     cut = list(argv).index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bf16", required=True, help="Hugging Face checkpoint")
-    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=8192, help="of a rank")
+    parser.add_argument("--ranks", type=int, default=1, help="of this machine, as the layout behind -- wants them")
     parser.add_argument("--layers", type=lambda text: [int(word) for word in text.split(",")], default=[6, 7])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--kernels", type=int, default=0, help="how many of a layer's kernels are listed, longest first")
@@ -186,7 +201,7 @@ def dense_tflops(width: int = 8192, repeats: int = 20) -> float:
 def time_layer(trainer: OneRank, number: int, rows: int, repeats: int, *, kernels: int = 0) -> list[PartTime]:
     """Medians over the repeats, after three that are not counted; the last line is what the parts leave of the whole layer.
 
-    Prints the `kernels` that take longest.
+    rows: of this rank, a sequence-parallel slice of one sample. Prints the `kernels` that take longest.
     """
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -196,8 +211,11 @@ def time_layer(trainer: OneRank, number: int, rows: int, repeats: int, *, kernel
     layers = unwrap(chunk).decoder.layers
     layer = layers[number].train()
     clock = Clock(trainer.device.kind == "cuda")
-    bounds = torch.tensor([0, rows], dtype=torch.int32, device=trainer.device.torch_device)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=rows, max_seqlen_kv=rows)
+    length = rows * trainer.ranks.tp_size
+    bounds = torch.tensor([0, length], dtype=torch.int32, device=trainer.device.torch_device)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=length, max_seqlen_kv=length
+    )
     dtype = next(layer.parameters()).dtype
     hidden = torch.randn(
         rows, 1, trainer.hf["hidden_size"], device=trainer.device.torch_device, dtype=dtype, requires_grad=True
@@ -213,7 +231,9 @@ def time_layer(trainer: OneRank, number: int, rows: int, repeats: int, *, kernel
             run(source)
     gradient = torch.randn_like(hidden)
     if kernels:
-        print(longest_kernels(lambda: run(layer).backward(gradient), kernels))
+        listed = longest_kernels(lambda: run(layer).backward(gradient), kernels)  # of all ranks, which exchange
+        if trainer.ranks.rank == 0:
+            print(listed)
     parts = Parts(clock)
     _mark(parts, layer)
     measured: list[dict[str, tuple[float, float]]] = []
@@ -229,7 +249,7 @@ def time_layer(trainer: OneRank, number: int, rows: int, repeats: int, *, kernel
         measured.append(parts.times() | {"layer": whole})
         for parameter in [hidden, *layer.parameters()]:
             parameter.grad = None
-    flops = model_flops(trainer.hf, number, rows)
+    flops = {part: work / trainer.ranks.tp_size for part, work in model_flops(trainer.hf, number, length).items()}
     medians = {
         part: tuple(statistics.median(one[part][side] for one in measured[3:]) for side in (0, 1)) for part in measured[-1]
     }

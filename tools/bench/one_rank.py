@@ -1,4 +1,4 @@
-"""The trainer's model on one rank, as the benches beside this file use it: a checkpoint loaded, no optimizer, no engine."""
+"""One rank's part of the trainer's model, as the benches beside this file use it: weights loaded, no optimizer, no engine."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def load_weights(chunks: list[torch.nn.Module], checkpoint: str, ranks: Ranks, p
 
 
 class OneRank:
-    """The model as the trainer computes it, alone on the first device; its weights go to the engines."""
+    """The model as the trainer computes it, alone on the first device unless a rank of several is said."""
 
-    def __init__(self, config: Config, bf16: str, fp8: str) -> None:
+    def __init__(self, config: Config, bf16: str, fp8: str, *, rank: int = 0, world: int = 1) -> None:
 
         from slime.device import get_device
         from slime.model.build import own_vocabulary, padded_vocab_size
@@ -55,8 +55,8 @@ class OneRank:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29531")
         self.device = get_device()
-        self.device.init_process(0)
-        self.ranks = init_ranks(config.parallel, rank=0, world_size=1, device=self.device, seed=1)
+        self.device.init_process(rank)
+        self.ranks = init_ranks(config.parallel, rank=rank, world_size=world, device=self.device, seed=1)
         self.hf = read_hf_config(bf16)
         self.served = {False: self.hf, True: read_hf_config(fp8)}
         self.checkpoint = bf16
