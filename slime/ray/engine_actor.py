@@ -29,6 +29,8 @@ class EngineAddress:
     """Where the ranks of an engine over several nodes meet."""
     ports: EnginePorts
     actor: Process
+    compiles: bool = False
+    """Kernels are compiled when they are first called there."""
 
 
 # Threads: whether the server lives can be asked, and it can be stopped, while somebody waits until it is ready.
@@ -52,9 +54,10 @@ class EngineActor:
 
         setup_logging(spec.label, folder=log_path.parent)
         self._who, self._spec = this_process(), spec
+        self._kind = get_device().kind
         self._process = EngineProcess(
             spec,
-            device_kind=get_device().kind,
+            device_kind=self._kind,
             token=token,
             log_path=log_path,
             place=place,
@@ -67,7 +70,8 @@ class EngineActor:
     def start(self) -> EngineAddress:
         self._process.start()
         process = self._process
-        return EngineAddress(process.url, process.ports.bootstrap, process.dist_init_addr, process.ports, self._who)
+        at = (process.url, process.ports.bootstrap, process.dist_init_addr, process.ports)
+        return EngineAddress(*at, self._who, compiles=self._kind == "cuda")
 
     def wait_ready(self) -> float:
         return self._process.wait_ready(timeout=READY_SECONDS)

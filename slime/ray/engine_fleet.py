@@ -32,6 +32,7 @@ from slime.ray.engine_actor import EngineActor, EngineAddress
 from slime.ray.engine_nodes import Death, EngineNode
 from slime.ray.external_engines import absent, ask_all, node_of
 from slime.ray.fates import Process, end
+from slime.ray.first_requests import first_requests
 from slime.ray.placement import ALL_DEVICES, ENGINE_SHARE, Placement
 from slime.ray.weight_receivers import start_receiver, with_processes
 from slime.weights.follow import wait_for_copy
@@ -53,6 +54,8 @@ class Engine:
     nodes: tuple[EngineNode, ...]
     """Node 0, which answers HTTP, first; none of an engine that somebody else runs."""
     starts: int = 1
+    compiles: bool = False
+    """Kernels are compiled when they are first called there."""
 
     @property
     def label(self) -> str:
@@ -91,7 +94,7 @@ class EngineFleet:
         for spec, (head, address) in zip(specs, self._started(heads), strict=True):
             others = [self._node(spec, number, address.dist_init_addr) for number in range(1, spec.num_nodes)]
             # Before the others start: whatever fails from here on, `stop` knows of them.
-            self.engines.append(Engine(spec, address.url, address.bootstrap_port, (head, *others)))
+            self.engines.append(Engine(spec, address.url, address.bootstrap_port, (head, *others), compiles=address.compiles))
             nodes = (head, *(node for node, _ in self._started(others)))
             self.engines[-1] = replace(self.engines[-1], nodes=nodes)
         if (addresses := self._config.engine.rollout_external_engine_addrs) is not None:
@@ -119,6 +122,7 @@ class EngineFleet:
             router.start()
         for router in self.routers.values():
             router.wait_ready()
+        first_requests(self.engines, self.routers, self._token)
         self._start_receivers()
 
     def _start_receivers(self) -> None:
@@ -407,8 +411,7 @@ class EngineFleet:
         if gone := [engine for engine in self._external() if engine.url in dead]:
             raise RuntimeError(
                 f"external engine {', '.join(engine.url for engine in gone)} is gone, and it is not this run's to start: "
-                "start it "
-                "again at that address and run the same command again; it resumes from the last checkpoint"
+                "start it again at that address and run the same command again; it resumes from the last checkpoint"
             )
         whole, broken = self._without(dead)
         self._abort_on(whole)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import ipaddress
+import logging
 import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -35,6 +37,7 @@ from slime.engine.process import EngineDied, EngineProcess
 from slime.engine.router import RouterProcess, Worker
 from slime.engine.spec import NodePlacement
 from slime.ops.fp8 import quantize_blockwise
+from slime.ray.first_requests import first_requests
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +112,29 @@ def test_log_probs_equal_transformers_on_prompts_longer_than_index_topk(pair):
         assert max(largest_difference(pair.model, tokens, answer)) < ROUND_OFF
     # The comparison has teeth: attending to everything instead of the 16 selected positions is far away.
     assert min(largest_difference(pair.model, tokens, answer, index_topk=10**6)) > 0.05
+
+
+def test_engines_that_compile_get_their_first_requests_through_the_router_and_others_none(pair, caplog):
+    def answered(engine) -> int:
+        return (pair.folder / f"{engine.spec.role}.log").read_text().count('"POST /generate HTTP/1.1" 200 OK')
+
+    asked = [SimpleNamespace(spec=engine.spec, url=engine.url, compiles=True) for engine in pair.engines]
+    before = [answered(engine) for engine in pair.engines]
+    with caplog.at_level(logging.INFO):
+        first_requests([SimpleNamespace(spec=one.spec, url=one.url, compiles=False) for one in asked], {}, TOKEN)
+        first_requests(asked, {"default": pair.router}, TOKEN)
+    # Two engines of one rank: two prompts of each length, 32 and 2,560 tokens, meet both engines.
+    assert [answered(engine) - many for engine, many in zip(pair.engines, before, strict=True)] == [4, 4]
+    [line] = [record.getMessage() for record in caplog.records if "first requests" in record.getMessage()]
+    assert line.startswith("2 engines have answered their first requests after ")
+
+
+def test_a_first_request_that_an_engine_refuses_is_told_and_no_error(pair, caplog):
+    gone = SimpleNamespace(spec=replace(pair.engines[0].spec, role="regular"), url="http://127.0.0.1:9", compiles=True)
+    with caplog.at_level(logging.DEBUG, logger="slime.ray.first_requests"):
+        first_requests([gone], {}, TOKEN)
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("first request to engine")]
+    assert len(told) == 2 and all("the server is gone or not reachable" in line for line in told)
 
 
 def test_eight_requests_at_once_are_each_exact(pair):
