@@ -8,6 +8,7 @@ import pytest
 
 import slime.ray.run as run_module
 from slime.config.upkeep import UpkeepConfig
+from slime.ray.placement import Placement
 
 
 class Recorder:
@@ -44,7 +45,7 @@ class Recorder:
 def started(monkeypatch):
     def start(kind: str, *, colocate: bool) -> list[str]:
         both = Recorder(kind)
-        monkeypatch.setattr(run_module, "place", lambda **sizes: SimpleNamespace(addresses=()))
+        monkeypatch.setattr(run_module, "place", lambda **sizes: Placement(None, (), ()))
         packages = SimpleNamespace(check=lambda: both.events.append("packages compared"))
         monkeypatch.setattr(run_module, "SamePackages", lambda addresses: packages)
         actor = SimpleNamespace(remote=lambda *_: None)
