@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -314,12 +314,12 @@ class EngineFleet:
     def _external(self) -> list[Engine]:
         return [engine for engine in self.engines if engine.is_external]
 
-    def _deaths(self) -> dict[str, Death]:
-        """By the name of the node; of an external engine, its address."""
-        found = engine_nodes.deaths(list(self._nodes().values()), silent=self._silent)
+    def _deaths(self, but: Container[str] = ()) -> dict[str, Death]:
+        """By the name of the node; of an external engine, its address. but: who is not asked."""
+        found = engine_nodes.deaths([node for name, node in self._nodes().items() if name not in but], silent=self._silent)
         self._silent = frozenset(name for name, death in found.items() if death.hangs)
         for engine in self._external():
-            if why := absent(engine.url, self._token):
+            if engine.url not in but and (why := absent(engine.url, self._token)):
                 found[engine.url] = Death(f"external engine {engine.label} at {engine.url} does not answer: {why}")
         return found
 
@@ -396,12 +396,12 @@ class EngineFleet:
 
     def recover(self) -> list[str]:
         """Start what died again, at the address where it was, and wait until it serves. What was started; empty if all live.
-        Whom `obituaries` called dead just now is not asked again: others have acted on it.
+        Whom `obituaries` called dead just now is not asked again, for others have acted on it; all others are.
 
         A restarted engine holds the checkpoint's weights. Requests that wait for a dead partner are aborted on the others.
         Raises RuntimeError where the machine of an engine is gone.
         """
-        dead, routers_died = self._told_dead or self._deaths(), self._dead_routers()
+        dead, routers_died = self._told_dead | self._deaths(but=self._told_dead), self._dead_routers()
         self._told_dead = {}
         for text in (*(death.why for death in dead.values()), *routers_died.values()):
             logger.error("%s", text)

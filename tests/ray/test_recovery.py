@@ -69,7 +69,7 @@ def fleet(monkeypatch):
 
 
 def test_a_lost_actor_is_replaced_at_its_address_and_its_partner_starts_its_server_again(fleet):
-    fleet._deaths = lambda: {"node 1 of engine b": Death("its actor is gone", actor_is_lost=True)}
+    fleet._deaths = lambda but=(): {"node 1 of engine b": Death("its actor is gone", actor_is_lost=True)}
     a, b = fleet.engines
     assert fleet.recover() == ["b"]
     assert fleet.events == [
@@ -87,9 +87,9 @@ def test_a_lost_actor_is_replaced_at_its_address_and_its_partner_starts_its_serv
 
 
 def test_nothing_is_touched_while_all_live_and_a_server_alone_keeps_its_actor(fleet):
-    fleet._deaths = lambda: {}
+    fleet._deaths = lambda but=(): {}
     assert fleet.recover() == [] and fleet.events == []
-    fleet._deaths = lambda: {"node 0 of engine a": Death("a-0 was killed by signal 9")}
+    fleet._deaths = lambda but=(): {"node 0 of engine a": Death("a-0 was killed by signal 9")}
     assert fleet.recover() == ["a"]
     assert fleet.events[-3:] == ["start a-0", "start a-1", "wait_ready a-0"]
     assert not [event for event in fleet.events if event.startswith(("kill", "new"))]
@@ -97,23 +97,34 @@ def test_nothing_is_touched_while_all_live_and_a_server_alone_keeps_its_actor(fl
 
 def test_who_was_called_dead_is_started_again_even_if_it_answers_by_then(fleet):
     """A stopped actor that goes on: others have acted on its death, and its server may have missed what they did."""
-    looks = [{"node 1 of engine b": Death("its actor has not answered", actor_is_lost=True, hangs=True)}, {}, {}]
-    fleet._deaths = lambda: looks.pop(0)
+    looks = [{"node 1 of engine b": Death("its actor has not answered", actor_is_lost=True, hangs=True)}, {}, {}, {}]
+    fleet._deaths = lambda but=(): looks.pop(0)
     assert fleet.obituaries() == ["its actor has not answered"]
     assert fleet.recover() == ["b"] and "kill b-1" in fleet.events
     assert fleet.obituaries() == [] and fleet.recover() == []
 
 
+def test_who_died_after_the_others_were_called_dead_is_started_with_them(fleet):
+    looks = [
+        {"node 0 of engine a": Death("a-0 was killed by signal 9")},
+        {"node 1 of engine b": Death("b-1 was killed by signal 9")},
+    ]
+    spared = []
+    fleet._deaths = lambda but=(): spared.append(list(but)) or looks.pop(0)
+    assert fleet.obituaries() == ["a-0 was killed by signal 9"] and fleet.recover() == ["a", "b"]
+    assert spared == [[], ["node 0 of engine a"]], "who is known to be dead is not asked again"
+
+
 def test_an_engine_whose_machine_is_gone_is_not_waited_for(fleet, monkeypatch):
     monkeypatch.setattr(engine_nodes, "lost_nodes", lambda addresses: sorted(addresses & {"10.0.0.2"}))
-    fleet._deaths = lambda: {"node 1 of engine b": Death("its node is gone", actor_is_lost=True, hangs=True)}
+    fleet._deaths = lambda but=(): {"node 1 of engine b": Death("its node is gone", actor_is_lost=True, hangs=True)}
     with pytest.raises(RuntimeError, match=r"node 10\.0\.0\.2 is gone, and with it node 1 of engine b \(10\.0\.0\.2\)"):
         fleet.recover()
     assert fleet.events == []
 
 
 def test_a_dead_engine_is_not_asked_again_whether_it_answers(fleet):
-    fleet._deaths = lambda: {"node 1 of engine b": Death("its actor is gone", actor_is_lost=True)}
+    fleet._deaths = lambda but=(): {"node 1 of engine b": Death("its actor is gone", actor_is_lost=True)}
     asked = []
     fleet._each = lambda engines, call, **_: asked.extend(engine.label for engine in engines) or {}
     fleet.end_hopeless_requests()

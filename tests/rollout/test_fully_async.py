@@ -136,6 +136,7 @@ def test_a_killed_run_goes_on_with_all_that_was_begun_and_trains_nothing_twice(s
     router.answer = answer
     stream, hand_over = stream_of(source_class, max_weight_staleness=None)
     first = hand_over(0, 7)
+    wait_for(lambda: stream._stock.ready)
     state = stream.position(0)
     held.set()
     later, hand_over = stream_of(source_class, max_weight_staleness=None)
