@@ -15,7 +15,7 @@ def quantize_blocks(matrices: Sequence[tuple[Tensor, Tensor, Tensor]], block: in
     """Each weight [out, in] -> its codes [out, in] e4m3 and scale_inv, written in place; rows of both are contiguous."""
     kinds: dict[tuple[torch.dtype, bool], list[tuple[Tensor, Tensor, Tensor]]] = {}
     for matrix in matrices:
-        kinds.setdefault((matrix[0].dtype, _in_sixteens(*matrix)), []).append(matrix)
+        kinds.setdefault((matrix[0].dtype, _in_sixteens(*matrix[:2])), []).append(matrix)
     for (dtype, aligned), alike in kinds.items():
         rows = np.array(
             [(*(one.data_ptr() for one in matrix), *matrix[0].shape, matrix[0].stride(0)) for matrix in alike], dtype=np.int64
@@ -33,7 +33,7 @@ def quantize_blocks(matrices: Sequence[tuple[Tensor, Tensor, Tensor]], block: in
 _SOURCES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def _in_sixteens(weight: Tensor, codes: Tensor, scale_inv: Tensor) -> bool:
+def _in_sixteens(weight: Tensor, codes: Tensor) -> bool:
     """Whether rows of weight and codes can be read and written in vectors of 16 bytes."""
     numbers = (weight.data_ptr(), codes.data_ptr(), weight.shape[1], weight.stride(0))
     return all(number % 16 == 0 for number in numbers)

@@ -158,11 +158,9 @@ class WeightStream:
         the whole vocabulary on each."""
         if self._device.kind != "host":
             return receiver
-        return (
-            replace(receiver, cuts=False, cuts_head=False)
-            if self._hf.model_type in HOST_MODEL_CLASS
-            else replace(receiver, ep=1)
-        )
+        if self._hf.model_type in HOST_MODEL_CLASS:
+            return replace(receiver, cuts=False, cuts_head=False)
+        return replace(receiver, ep=1)
 
     def _plan(self, hf: HfConfig, receivers: tuple[Receiver, ...], nodes: tuple[int, ...]) -> SyncPlan:
         key = (hf.get("quantization_config") is None, receivers, nodes)

@@ -60,6 +60,8 @@ class TrainedParts:
                 whole = weight.entry, self._hf_parts(weight.entry, gathered)
             number = [tensor.name for tensor in weight.entry.hf].index(weight.tensor.name)
             self._encode(whole[1][number].narrow(weight.tensor.axis, start, length), weight, scale, into)
+            if sum(self._copied.values()) > COPIED_BYTES:
+                self.finish()
 
     def finish(self) -> None:
         """Quantises all that was written on a GPU since the last time, at once."""
@@ -98,8 +100,6 @@ class TrainedParts:
             storage, own = part.untyped_storage(), self._tensors[weight.entry.name].untyped_storage()
             if storage.data_ptr() != own.data_ptr():
                 self._copied[storage.data_ptr()] = storage.nbytes()
-            if sum(self._copied.values()) > COPIED_BYTES:
-                self.finish()
             return
         for target, found in zip((room, scales), quantize_blockwise(part, self._block), strict=True):
             target.copy_(found)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from slime.weights.stopwatch import Stopwatch, StreamSeconds
@@ -67,9 +67,13 @@ class SyncReport:
     stream: StreamReport
     pause_seconds: float
     """From the pause to the moment the engines may answer again."""
-    stream_seconds: float
-    steps: Mapping[str, float] = field(default_factory=dict)
+    steps: Mapping[str, float]
     """Seconds of each step of the order above; `end` with the versions that are read back."""
+
+    @property
+    def stream_seconds(self) -> float:
+        """From the opening of the update to its end."""
+        return sum(self.steps.get(step, 0.0) for step in ("begin", "stream", "load", "end"))
 
     @property
     def engine_seconds(self) -> float:
@@ -93,16 +97,14 @@ def sync_weights(engines: Engines, trainers: Trainers, *, version: int, read_bac
         engines.pause()
     with clock("flush"):
         engines.flush()
-    streaming = time.monotonic()
     stream = _update(engines, trainers, version, clock)
-    streamed = time.monotonic()
     if read_back:
         with clock("check"):
             if silent := trainers.check(version):
                 _check_by_sending_again(engines, trainers, version, silent)
     with clock("continue"):
         engines.proceed()
-    return SyncReport(version, stream, time.monotonic() - started, streamed - streaming, dict(clock.spent))
+    return SyncReport(version, stream, time.monotonic() - started, dict(clock.spent))
 
 
 def _update(engines: Engines, trainers: Trainers, version: int, clock: Stopwatch) -> StreamReport:

@@ -252,8 +252,6 @@ def timed_parts(clock: Stopwatch, wait: Callable[[], None]) -> type[TrainedParts
     from slime.weights.parts import TrainedParts
 
     class Timed(TrainedParts):
-        _timed = False
-
         def _hf_parts(self, *args: object, **kwargs: object) -> list[Tensor]:
             with clock("export"):
                 found = super()._hf_parts(*args, **kwargs)
@@ -261,20 +259,14 @@ def timed_parts(clock: Stopwatch, wait: Callable[[], None]) -> type[TrainedParts
             return found
 
         def _encode(self, *args: object) -> None:
-            self._quantise(super()._encode, *args)
+            with clock("quantise"):
+                super()._encode(*args)
+                wait()
 
         def finish(self) -> None:
-            self._quantise(super().finish)
-
-        def _quantise(self, call: Callable[..., None], *args: object) -> None:
-            if self._timed:  # by `_encode`, which may finish
-                call(*args)
-                return
-            self._timed = True
             with clock("quantise"):
-                call(*args)
+                super().finish()
                 wait()
-            self._timed = False
 
     return Timed
 

@@ -45,7 +45,6 @@ class OneRank:
     """The model as the trainer computes it, alone on the first device unless a rank of several is said."""
 
     def __init__(self, config: Config, bf16: str, fp8: str, *, rank: int = 0, world: int = 1) -> None:
-
         from slime.device import get_device
         from slime.model.build import own_vocabulary, padded_vocab_size
         from slime.model.hf_config import read_hf_config
