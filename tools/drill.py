@@ -4,7 +4,8 @@
     .venv/bin/python tools/drill.py plan --seed 1 --count 20         what will be drilled
     .venv/bin/python tools/drill.py run BASE --seed 1 --first 0 --count 20
     .venv/bin/python tools/drill.py run BASE --seed 1 --first 7 --count 1     drill 7 alone, again
-    .venv/bin/python tools/drill.py run BASE --pick scheduler stop generate   one of your choice
+    .venv/bin/python tools/drill.py run BASE --pick scheduler stop generate   one of your choice; more with more of --pick
+    .venv/bin/python tools/drill.py run BASE --pick scheduler kill generate --beside router stop    two faults at once
     .venv/bin/python tools/drill.py run BASE --pick trainer kill train --flags '--snapshot-interval 1'
     .venv/bin/python tools/drill.py table BASE --table FILE          what happened, as markdown
 
@@ -75,7 +76,8 @@ def run(given: argparse.Namespace) -> int:
 def chosen(given: argparse.Namespace, *, engines: bool, done: Sequence[Row]) -> list[Drill]:
     """What was asked for and has no verdict yet; a single one is made again. Drills of one kind of launch come together."""
     if given.pick:
-        return [pick(*given.pick, tolerant=not given.without_tolerance)]
+        beside = tuple(given.beside) if given.beside else None
+        return [pick(*one, tolerant=not given.without_tolerance, beside=beside) for one in given.pick]
     drills = [draw(given.seed, number, engines=engines) for number in range(given.first, given.first + given.count)]
     alike = [row for row in done if (row.engines, row.flags) == (engines, shlex.join(given.flags))]
     known = {(row.seed, row.number) for row in alike} if given.count > 1 else set()
@@ -103,7 +105,9 @@ def main(argv: list[str]) -> int:
                 "--without-engines", action="store_true", help="recorded rollouts alone: quicker, and fewer processes"
             )
         if name == "run":
-            one.add_argument("--pick", nargs=3, metavar=("PROCESS", "FAULT", "PHASE"), help="this drill, instead of drawn ones")
+            three = ("PROCESS", "FAULT", "PHASE")
+            one.add_argument("--pick", nargs=3, action="append", metavar=three, help="this drill, instead of drawn ones")
+            one.add_argument("--beside", nargs=2, metavar=("PROCESS", "FAULT"), help="with this fault at the same moment")
             one.add_argument("--without-tolerance", action="store_true", help="a picked drill without --use-fault-tolerance")
             one.add_argument(
                 "--flags", type=shlex.split, default=[], help="of the launch besides, e.g. '--snapshot-interval 1'"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.drills.draw import FAULTS, PHASES, PROCESSES, draw, exists, pick
-from tools.drills.faults import inflict
+from tools.drills.draw import FAULTS, PHASES, PICKED_ALONE, PROCESSES, draw, exists, pick
+from tools.drills.faults import inflict, memory_groups
 from tools.drills.following import phase_of
 from tools.drills.judge import ENDS_WITHIN, Line, Observed, judge
 from tools.drills.scene import MARK, Scene, Seen, by_role, forks_of, look
@@ -48,11 +48,17 @@ def test_without_engines_only_what_is_there_is_drawn():
 def test_any_drill_can_be_picked_and_one_that_there_is_not_is_refused():
     one = pick("writer", "kill", "save", tolerant=False)
     assert (one.seed, one.process, one.fault, one.phase, one.tolerant) == (0, "writer", "kill", "save", False)
-    numbers = [pick(p, f, h, tolerant=True).number for p in PROCESSES for f in FAULTS for h in PHASES if exists(p, h)]
-    # 12 processes x 4 faults x 7 phases, less 6 phases of the writer and the start of three others.
-    assert sorted(numbers) == list(range(4 * (12 * 7 - 6 - 3)))
+    faults = (*FAULTS, *PICKED_ALONE)
+    numbers = [pick(p, f, h, tolerant=True).number for p in PROCESSES for f in faults for h in PHASES if exists(p, h)]
+    # 12 processes x 5 faults x 7 phases, less 6 phases of the writer and the start of three others.
+    assert sorted(numbers) == list(range(5 * (12 * 7 - 6 - 3)))
+    assert pick("trainer", "stop", "train", tolerant=True).number == 230, "as in every table so far"
     with pytest.raises(ValueError, match="no drill writer kill train"):
         pick("writer", "kill", "train", tolerant=True)
+    with pytest.raises(ValueError, match="no drill writer kill train"):
+        pick("trainer", "kill", "train", tolerant=True, beside=("writer", "kill"))
+    both = pick("scheduler", "kill", "generate", tolerant=True, beside=("router", "stop"))
+    assert str(both).endswith(": kill of scheduler with stop of router in generate")
 
 
 NAMED = (
@@ -115,6 +121,15 @@ def test_a_line_that_names_somebody_else_or_nothing_that_happened_is_no_cause(li
 )
 def test_lines_that_do_name_it(line, process, label):
     assert judge(observed((104.0, line), process=process, label=label)).outcome == "named"
+
+
+def test_of_two_faults_at_once_either_may_be_named():
+    stopped = (104.0, "07:41:20 WARNING x: the router (pid 77) is stopped (SIGSTOP, or a debugger; kill -CONT 77 there lets")
+    assert judge(observed(stopped, process="scheduler", label="default-decode-1")).outcome == "unnamed"
+    both = replace(observed(stopped, process="scheduler", label="default-decode-1"), beside=("router", 77, ""))
+    assert judge(both).outcome == "named"
+    assert judge(replace(both, lines=[Line(104.0, "engine default-decode-1 was killed by signal 9")])).outcome == "named"
+    assert judge(replace(both, lines=[Line(104.0, "a grader (pid 5) is stopped (SIGSTOP")])).outcome == "unnamed"
 
 
 def test_what_is_left_behind_fails_a_named_end_and_a_survivor_alike():
@@ -256,6 +271,29 @@ def test_a_process_short_of_memory_cannot_take_more_until_it_is_undone():
     assert asks(undone=True) == asks(undone=True, hard=1 << 33) == "has it\n"
 
 
+TOUCHES = HOLDS.replace("bytearray(1 << 28)", "x = bytearray(b'x') * (1 << 26)")
+
+
+@pytest.mark.skipif(memory_groups() is None, reason="no cgroups whose memory this user may limit")
+def test_a_process_in_a_group_without_memory_is_killed_by_the_kernel_when_it_takes_more():
+    def asks(*, undone: bool) -> tuple[int, str]:
+        with subprocess.Popen(
+            [sys.executable, "-c", TOUCHES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            process.stdout.readline()
+            undo = inflict("oom", process.pid, stop_seconds=0)
+            if undone:
+                undo()
+            out, _ = process.communicate("\n")
+        if not undone:
+            undo()
+        return process.returncode, out
+
+    assert asks(undone=False) == (-signal.SIGKILL, "")
+    assert asks(undone=True) == (0, "has it\n")
+    assert list(memory_groups().glob("slime-drill-*")) == []
+
+
 def test_a_stopped_process_goes_on_after_the_time_and_nobody_else_is_woken():
     with subprocess.Popen(["sleep", "60"]) as process:
 
@@ -303,6 +341,14 @@ def test_a_drill_with_flags_of_its_own_is_another_one_and_says_them(tmp_path: Pa
     file.write_text("".join(json.dumps(asdict(one)) + "\n" for one in rows))
     assert [(one.outcome, one.flags) for one in read(file)] == [("named", ""), ("survived", "--snapshot-interval 1")]
     assert "| 1/0 `--snapshot-interval 1` | kill | router |" in markdown(read(file))
+
+
+def test_a_drill_with_a_second_fault_is_another_one_and_names_both(tmp_path: Path):
+    file = tmp_path / "drills.jsonl"
+    rows = [row(0, "named"), replace(row(0, "survived"), second="stop of trainer")]
+    file.write_text("".join(json.dumps(asdict(one)) + "\n" for one in rows))
+    assert [(one.outcome, one.second) for one in read(file)] == [("named", ""), ("survived", "stop of trainer")]
+    assert "| 1/0 | kill | router, stop of trainer | sync |" in markdown(read(file))
 
 
 def test_a_drill_that_was_made_again_counts_once(tmp_path: Path):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tools.drills import exact
@@ -33,6 +33,19 @@ _SURVIVED_SECONDS = 40.0
 _TRIES = 5
 _WRITER_SECONDS = 10.0
 """From the beginning of a save, which is over earlier unless the machine is very busy."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Faults that have been inflicted."""
+
+    victims: Sequence[tuple[str, int, str]]
+    """Process, pid and label of an engine ("" for none) of each, the drill's first."""
+    at: float
+    hit: str
+    """The phase of that moment."""
+    mends: Sequence[Callable[[], None]]
+    """What undoes each."""
 
 
 class Campaign:
@@ -58,22 +71,23 @@ class Campaign:
         if placed is None:
             self.leave()
             return None
-        victim, label, at, hit, undo = placed
-        deaf = self._stop_seconds if drill.fault == "stop" else 0.0
+        deaf = self._stop_seconds if "stop" in (drill.fault, *(drill.beside or ())) else 0.0
+        at, (victim, *others) = placed.at, placed.victims
         self._observe(launch, at + deaf, seconds=_READY_SECONDS if drill.phase == "start" else ENDS_WITHIN)
-        undo()
+        for mend in placed.mends:
+            mend()
         went_on = self._went_on(launch, at + deaf)
         ended = launch.process.poll() is not None
         ended_at = time.monotonic() if ended else None
         left = launch.left(seconds=_CLEAN_SECONDS) if ended else []
         seen = Observed(
-            drill.process, victim.pid, label, at, list(launch.lines), ended_at, launch.process.poll(), went_on, left
+            *victim, at, list(launch.lines), ended_at, launch.process.poll(), went_on, left, others[0] if others else None
         )
         verdict = judge(seen)
         row = Row(
             drill.seed, drill.number, drill.process, drill.fault, drill.phase, drill.tolerant, verdict.outcome, verdict.cause,
             verdict.seconds_to_cause, verdict.seconds_to_end, verdict.left, verdict.faults, None, None,
-            self._revision, hit, self._engines, shlex.join(self._flags),
+            self._revision, placed.hit, self._engines, shlex.join(self._flags), drill.second,
         )  # fmt: skip
         self._keep_transcript(launch, drill, at)
         if ended or verdict.outcome == "hung":
@@ -115,8 +129,7 @@ class Campaign:
         self.leave()
         shutil.rmtree(self._folder)
 
-    def _place(self, launch: Launch, drill: Drill) -> tuple[Seen, str, float, str, Callable[[], None]] | None:
-        """(victim, its engine, moment, phase of that moment, how to undo it)."""
+    def _place(self, launch: Launch, drill: Drill) -> Placed | None:
         if drill.phase == "start":
             if not launch.until(lambda: bool(launch.scene.of(drill.process)), seconds=_READY_SECONDS, every=0.3):
                 return None
@@ -131,27 +144,35 @@ class Campaign:
                 return None
             if drill.process != "writer":  # it lives for some hundredths of a second
                 time.sleep(drill.delay)
-            if found := self._victim(launch, drill, ranks):
-                label = label_of(found) if drill.process in ("scheduler", "engine-actor") else ""
-                at, hit = time.monotonic(), launch.phase
-                try:
-                    undo = inflict(drill.fault, found.pid, stop_seconds=self._stop_seconds)
+            wanted = [(drill.process, drill.fault), *([] if drill.beside is None else [drill.beside])]
+            # Of two schedulers, ranks or actors of engines another one.
+            found = [self._victim(launch, one, drill.which + place, ranks) for place, (one, _) in enumerate(wanted)]
+            if None in found:
+                continue
+            victims = [
+                (process, seen.pid, label_of(seen) if process in ("scheduler", "engine-actor") else "")
+                for (process, _), seen in zip(wanted, found, strict=True)
+            ]
+            at, hit, mends = time.monotonic(), launch.phase, []
+            try:
+                for (_, fault), seen in zip(wanted[::-1], found[::-1], strict=True):  # the second must not go with the first
+                    mends.append(inflict(fault, seen.pid, stop_seconds=self._stop_seconds))
                     self._disturbed = True
-                    return found, label, at, hit, undo
-                except ProcessLookupError:
-                    continue
+            except ProcessLookupError:
+                continue
+            return Placed(victims, at, hit, mends)
         return None
 
     @staticmethod
-    def _victim(launch: Launch, drill: Drill, ranks: Sequence[Seen]) -> Seen | None:
+    def _victim(launch: Launch, process: str, which: int, ranks: Sequence[Seen]) -> Seen | None:
         """ranks: the trainer's, where their writers are looked for."""
-        if drill.process != "writer":
-            found = launch.scene.of(drill.process)
+        if process != "writer":
+            found = launch.scene.of(process)
         else:
             deadline = time.monotonic() + _WRITER_SECONDS
             while not (found := forks_of(ranks)) and launch.phase == "save" and time.monotonic() < deadline:
                 pass
-        return found[drill.which % len(found)] if found else None
+        return found[which % len(found)] if found else None
 
     def _observe(self, launch: Launch, since: float, *, seconds: float) -> None:
         """Until the launch has ended, or has gone on for two rollouts after the fault was over."""
@@ -206,4 +227,5 @@ class Campaign:
         folder.mkdir(exist_ok=True)
         kind = "-".join(["", *([] if self._engines else ["replayed"]), *re.findall(r"\w+", shlex.join(self._flags))])
         text = [f"{line.at - at:8.1f} {line.text}\n" for line in launch.lines]
-        (folder / f"{drill.seed}-{drill.number}{kind}.log").write_text("".join(text))
+        second = f"-{'-'.join(drill.beside)}" if drill.beside else ""
+        (folder / f"{drill.seed}-{drill.number}{second}{kind}.log").write_text("".join(text))

@@ -15,6 +15,8 @@ prompts in the rollout actor. Its helpers are drilled instead: the writer, which
 checkpoint's file, and the nursery, which forks the graders."""
 FAULTS = ("kill", "stop", "term", "memory")
 """SIGKILL; SIGSTOP and after some time SIGCONT; SIGTERM; no more address space than it has."""
+PICKED_ALONE = ("oom",)
+"""Picked and never drawn, so that drills keep their numbers: killed by the kernel when it takes more memory (cgroups)."""
 PHASES = ("start", "generate", "hand-over", "train", "save", "sync", "evaluate")
 
 
@@ -31,9 +33,17 @@ class Drill:
     """Seconds from the beginning of the phase to the fault."""
     which: int
     """Of several processes of the kind."""
+    beside: tuple[str, str] | None = None
+    """A second process, and what befalls it at the same moment; a picked drill may have one."""
 
     def __str__(self) -> str:
-        return f"{self.seed}/{self.number}: {self.fault} of {self.process} in {self.phase}"
+        second = "" if self.beside is None else f" with {self.second}"
+        return f"{self.seed}/{self.number}: {self.fault} of {self.process}{second} in {self.phase}"
+
+    @property
+    def second(self) -> str:
+        """ "stop of router"; "" where there is none."""
+        return "" if self.beside is None else f"{self.beside[1]} of {self.beside[0]}"
 
 
 _WITHOUT_ENGINES = (("launcher", "head", "raylet", "driver", "rollout", "trainer", "writer"), ("start", "train", "save"))
@@ -42,13 +52,16 @@ PICKED = 0
 """Seed of drills that somebody picked; their number is the place in the list of all."""
 
 
-def pick(process: str, fault: str, phase: str, *, tolerant: bool) -> Drill:
-    """That drill. Raises ValueError for a process, fault or phase that there is not."""
-    wanted = (process, fault, phase)
-    every = [one for one in product(PROCESSES, FAULTS, PHASES) if exists(one[0], one[2])]
-    if wanted not in every:
-        raise ValueError(f"no drill {' '.join(wanted)}: choose of {PROCESSES}, {FAULTS}, {PHASES}; writers live in save alone")
-    return Drill(PICKED, every.index(wanted), *wanted, tolerant, 0.0, 0)
+def pick(process: str, fault: str, phase: str, *, tolerant: bool, beside: tuple[str, str] | None = None) -> Drill:
+    """That drill. Raises ValueError for a process, fault or phase that there is not. beside: (process, fault) of a second."""
+    every = [one for faults in (FAULTS, PICKED_ALONE) for one in product(PROCESSES, faults, PHASES) if exists(one[0], one[2])]
+    for one in ((process, fault, phase), *([] if beside is None else [(*beside, phase)])):
+        if one not in every:
+            raise ValueError(
+                f"no drill {' '.join(one)}: choose of {PROCESSES}, {(*FAULTS, *PICKED_ALONE)}, {PHASES}; writers live in save "
+                "alone"
+            )
+    return Drill(PICKED, every.index((process, fault, phase)), process, fault, phase, tolerant, 0.0, 0, beside)
 
 
 def exists(process: str, phase: str) -> bool:

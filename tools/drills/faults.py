@@ -6,10 +6,13 @@ import os
 import resource
 import signal
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 _ROOM_BYTES = 1 << 20
+_GROUP_BYTES = 4 << 20
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 def inflict(fault: str, pid: int, *, stop_seconds: float) -> Callable[[], None]:
@@ -30,9 +33,37 @@ def inflict(fault: str, pid: int, *, stop_seconds: float) -> Callable[[], None]:
         room = size + _ROOM_BYTES if hard == resource.RLIM_INFINITY else min(size + _ROOM_BYTES, hard)
         resource.prlimit(pid, resource.RLIMIT_AS, (room, hard))
         return lambda: _quietly(lambda: resource.prlimit(pid, resource.RLIMIT_AS, before))
+    elif fault == "oom":
+        return _confine(pid)
     else:
         raise ValueError(f"no fault {fault!r}")
     return lambda: None
+
+
+def memory_groups() -> Path | None:
+    """Where this user may make groups of processes whose memory the kernel limits (cgroups, 1 or 2); None: nowhere."""
+    one, two = _GROUPS / "memory", _GROUPS / "cgroup.subtree_control"
+    folder = one if one.is_dir() else _GROUPS if two.is_file() and "memory" in two.read_text().split() else None
+    return folder if folder is not None and os.access(folder, os.W_OK) else None
+
+
+def _confine(pid: int) -> Callable[[], None]:
+    """What it and its later children take from now on is limited: whoever takes more is killed by the kernel."""
+    folder = memory_groups()
+    if folder is None:
+        raise ValueError("no fault 'oom' here: it needs root, and cgroups with a memory controller")
+    group = folder / f"slime-drill-{uuid.uuid4().hex[:8]}"
+    group.mkdir()
+    limit = next(group / name for name in ("memory.limit_in_bytes", "memory.max") if (group / name).exists())
+    limit.write_text(str(_GROUP_BYTES))
+    (group / "cgroup.procs").write_text(str(pid))
+
+    def undo() -> None:
+        for one in (group / "cgroup.procs").read_text().split():
+            _quietly(lambda one=one: (folder / "cgroup.procs").write_text(one))
+        group.rmdir()
+
+    return undo
 
 
 def _quietly(do: Callable[[], object]) -> None:

@@ -63,6 +63,8 @@ class Observed:
     """Work was done after the fault: rollouts, or all that there were."""
     left: Sequence[str]
     """What was there after its end and should not be: processes, files in shared memory, sockets, records of owners."""
+    beside: tuple[str, int, str] | None = None
+    """Process, pid and label of a second one with a fault of its own at the same moment: either may be named."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,17 @@ def judge(seen: Observed) -> Verdict:
 
 
 def named(seen: Observed) -> Line | None:
-    """The first line after the fault with the victim's name and what became of it."""
-    label = re.escape(seen.label) if seen.label else r"default-\S+"
-    name = re.compile(rf"{NAMES[seen.process].format(pid=seen.pid, label=label)}|\bits process {seen.pid}\b")
+    """The first line after the fault with a victim's name and what became of it."""
+    victims = [(seen.process, seen.pid, seen.label), *([] if seen.beside is None else [seen.beside])]
+    name = re.compile("|".join(_called(*victim) for victim in victims))
     for line in seen.lines:
         said = _SPEAKER.sub("", line.text)
         if line.at >= seen.fault_at and name.search(said) and HAPPENED.search(said):
             return line
     return None
+
+
+def _called(process: str, pid: int, label: str) -> str:
+    """A pattern."""
+    engine = re.escape(label) if label else r"default-\S+"
+    return rf"{NAMES[process].format(pid=pid, label=engine)}|\bits process {pid}\b"

@@ -36,14 +36,16 @@ class Row:
     """False for a run on recorded rollouts that starts none."""
     flags: str = ""
     """That the launch had besides, e.g. "--snapshot-interval 1"."""
+    second: str = ""
+    """What befell another process at the same moment, e.g. "stop of router"."""
 
 
 def read(file: Path) -> list[Row]:
     """The last verdict of each drill: one that was made again counts once."""
-    rows: dict[tuple[bool, int, int, str], Row] = {}
+    rows: dict[tuple[bool, int, int, str, str], Row] = {}
     for line in file.read_text().splitlines():
         row = Row(**json.loads(line))
-        rows[not row.engines, row.seed, row.number, row.flags] = row
+        rows[not row.engines, row.seed, row.number, row.flags, row.second] = row
     return [rows[key] for key in sorted(rows)]
 
 
@@ -64,7 +66,7 @@ def markdown(rows: Sequence[Row]) -> str:
     told = [("drill", "fault", "process", "phase", "ft", "outcome", "cause after", "end after", "resumed", "equal", "left")]
     for row in rows:
         told.append((
-            _number(row), row.fault, row.process, row.hit or row.phase,
+            _number(row), row.fault, f"{row.process}{row.second and f', {row.second}'}", row.hit or row.phase,
             "yes" if row.tolerant else "no", row.outcome,
             _seconds(row.seconds_to_cause), _seconds(None if row.outcome == "survived" else row.seconds_to_end),
             _yes(row.resumed), _yes(row.exact),
