@@ -24,7 +24,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -36,12 +37,14 @@ from tools.cluster_box import Box  # noqa: E402
 from tools.drills.draw import PHASES  # noqa: E402
 from tools.drills.following import Followed  # noqa: E402
 from tools.drills.launch import newest  # noqa: E402
+from tools.drills.scene import by_role, look_at  # noqa: E402
 
 ENDS_WITHIN, CLEAN_WITHIN, READY_WITHIN = 240.0, 150.0, 480.0
 """Seconds: from the fault to the end of the launch; from there until no node keeps anything of it; and until a phase comes, of
 which a node that was started anew waits three minutes for the record of the run before."""
 FLAP_SECONDS, FLAPS, SLOW_MBIT = 6.0, 4, 4.0
 LATE_MS, LOSS = 50.0, 0.01
+DISK = "6g"
 _SURVIVED_ROLLOUTS = 2
 FLAGS = (
     "--rollout-batch-size", "2", "--n-samples-per-prompt", "2", "--n-samples-per-eval-prompt", "1",
@@ -55,12 +58,14 @@ _REMEDY = "run the same command again"
 class Fault:
     what: str
     nodes: tuple[int, ...]
-    """That it befalls; all have to be named."""
+    """That it befalls; all have to be named. (): the second of those that the launch has."""
     do: Callable[[Box, tuple[int, ...]], object]
     mend: Callable[[Box, tuple[int, ...]], object]
     num_nodes: int = 2
     """Of the box."""
     survives: bool = False
+    disk: bool = False
+    """BASE_DIR has to be a disk of its own, of memory."""
 
 
 def _die(box: Box, nodes: tuple[int, ...]) -> None:
@@ -105,11 +110,61 @@ def _late(box: Box, nodes: tuple[int, ...]) -> None:
         box = cluster_box.delay(box, node, milliseconds=LATE_MS, loss=LOSS)
 
 
+def _die_and_kill(box: Box, nodes: tuple[int, ...]) -> None:
+    """A trainer rank of the first node, too."""
+    _die(box, nodes)
+    _kill_a_rank(box, 1)
+
+
+def _down_and_kill(box: Box, nodes: tuple[int, ...]) -> None:
+    _down(box, nodes)
+    _kill_a_rank(box, 1)
+
+
+def _kill_a_rank(box: Box, node: int) -> None:
+    seen = {pid: one for pid in box.node(node).pids() if (one := look_at(pid)) is not None}
+    ranks = by_role(seen)["trainer"]
+    if ranks:  # at a start there may be none yet
+        os.kill(ranks[0].pid, signal.SIGKILL)
+
+
+def _die_and_fill(box: Box, nodes: tuple[int, ...]) -> None:
+    """The disk that the nodes share has no room left, either."""
+    used = shutil.disk_usage(box.folder / "base").used
+    _call("mount", "-o", f"remount,size={used}", str(box.folder / "base"))
+    _die(box, nodes)
+
+
+def _boot_and_empty(box: Box, nodes: tuple[int, ...]) -> None:
+    _call("mount", "-o", f"remount,size={DISK}", str(box.folder / "base"))
+    _boot(box, nodes)
+
+
+def _replace(box: Box, nodes: tuple[int, ...]) -> None:
+    """The node that the launch had not takes the place of the one that died, which is the next one's spare."""
+    (dead,) = nodes
+    first, *_ = hosts(box)
+    spare = next(node.address for node in box.nodes if node.address not in hosts(box))
+    (box.folder / "hostfile").write_text(f"{first}\n{spare}\n")
+    _boot(box, (dead,))
+
+
+def hosts(box: Box) -> list[str]:
+    """Addresses of the nodes that a launch is given."""
+    return (box.folder / "hostfile").read_text().split()
+
+
 FAULTS = {
     "die": Fault("all processes of node 2 end", (2,), _die, _boot),
     "deaths": Fault("all processes of nodes 3 and 4 of four end", (3, 4), _die, _boot, num_nodes=4),
     "down": Fault("the link of node 2 goes down and stays so", (2,), _down, _up),
     "cut": Fault("the link of node 1, where launcher and head are, goes down and stays so", (1,), _down, _up),
+    "rank-dies": Fault("all processes of node 2 end, and a trainer rank of node 1", (2,), _die_and_kill, _boot),
+    "rank-down": Fault("the link of node 2 goes down, and a trainer rank of node 1 ends", (2,), _down_and_kill, _up),
+    "full": Fault("all processes of node 2 end, and the shared disk is full", (2,), _die_and_fill, _boot_and_empty, disk=True),
+    "spare": Fault(
+        "all processes of one node end; the same command is given a third in its place", (), _die, _replace, num_nodes=3
+    ),
     "head": Fault("all processes of node 1, where launcher and head are, end", (1,), _die, _boot),
     "part": Fault("nodes 3 and 4 of four reach each other alone", (3, 4), cluster_box.part, _up, num_nodes=4),
     "flap": Fault(f"the link of node 2 is down for {FLAP_SECONDS:.0f} s", (2,), _flap, _up, survives=True),
@@ -157,7 +212,7 @@ class Launch(Followed):
         tool = f"{sys.executable} {Path(cluster_box.__file__).resolve()}"
         settings = {
             "BASE_DIR": str(self.base), "HOSTFILE": str(box.folder / "hostfile"), "MASTER_ADDR": box.nodes[0].address,
-            "NUM_NODES": str(len(box.nodes)), "SFT_STEPS": "3", "SSH": f"{tool} ssh {box.folder}",
+            "NUM_NODES": str(len(hosts(box))), "SFT_STEPS": "3", "SSH": f"{tool} ssh {box.folder}",
         }  # fmt: skip
         command = cluster_box.entering(box, 1, ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *flags])
         super().__init__(command, os.environ | settings, self.base / "run")
@@ -227,14 +282,15 @@ class Campaign:
             self._transcribe(launch, name, time.monotonic())
             self.leave()
             return None
-        at, hit = time.monotonic(), launch.phase
+        at, hit, box = time.monotonic(), launch.phase, cluster_box.load(self._box.folder)
+        nodes = fault.nodes or (1 + [node.address for node in box.nodes].index(hosts(box)[1]),)
         try:
-            fault.do(cluster_box.load(self._box.folder), fault.nodes)
+            fault.do(box, nodes)
             launch.until(lambda: launch.reported_since(at) >= _SURVIVED_ROLLOUTS, seconds=ENDS_WITHIN)
-            row = self._judge(launch, fault, name, at, hit)
+            row = self._judge(launch, replace(fault, nodes=nodes), name, at, hit)
             self._transcribe(launch, name, at)
         finally:
-            fault.mend(cluster_box.load(self._box.folder), fault.nodes)
+            fault.mend(cluster_box.load(self._box.folder), nodes)
         if row.outcome != "survived":
             self.leave()
         self._write(row)
@@ -320,11 +376,11 @@ def read(folder: Path) -> list[Row]:
 
 def run(folder: Path, names: Sequence[str], *, undisturbed_nodes: int = 2) -> int:
     failed = 0
-    counts = {FAULTS[name.split("/")[0]].num_nodes for name in names} or {undisturbed_nodes}
+    faults = [FAULTS[name.split("/")[0]] for name in names]
+    counts = {fault.num_nodes for fault in faults} or {undisturbed_nodes}
     if len(counts) > 1:
         raise SystemExit(f"these drills need boxes of {sorted(counts)} nodes: one call for each")
-    box = cluster_box.make(folder, counts.pop())
-    try:
+    with made(folder, counts.pop(), disk=any(fault.disk for fault in faults)) as box:
         campaign = Campaign(box)
         for name in names:
             sys.stdout.write(f"{name}: {FAULTS[name.split('/')[0]].what} ...\n")
@@ -337,9 +393,37 @@ def run(folder: Path, names: Sequence[str], *, undisturbed_nodes: int = 2) -> in
             failed += not campaign.undisturbed()
         campaign.leave()
         failed += sum(row.resumed is False for row in read(folder) if f"{row.fault}/{row.phase}" in names)
-    finally:
-        cluster_box.remove(folder)
     return 1 if failed else 0
+
+
+@contextmanager
+def made(folder: Path, num_nodes: int, *, disk: bool) -> Iterator[Box]:
+    """disk: BASE_DIR is a disk of memory, with what lay there, and goes with the box."""
+    base = folder / "base"
+    if disk:
+        fresh = folder / "disk"
+        for one in (base, fresh):
+            one.mkdir(parents=True, exist_ok=True)
+        _call("mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(fresh))
+        shutil.copytree(base, fresh, dirs_exist_ok=True)
+        _call("mount", "--bind", str(fresh), str(base))
+        _call("umount", str(fresh))
+        fresh.rmdir()
+    try:
+        box = cluster_box.make(folder, num_nodes)
+        try:
+            if num_nodes == 3:  # one is a spare
+                (folder / "hostfile").write_text("".join(f"{node.address}\n" for node in box.nodes[:2]))
+            yield box
+        finally:
+            cluster_box.remove(folder)
+    finally:
+        if disk:
+            _call("umount", str(base))
+
+
+def _call(*command: str) -> None:
+    subprocess.run(command, check=True)
 
 
 def told(row: Row | None) -> str:

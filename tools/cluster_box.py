@@ -54,7 +54,7 @@ _INIT = """
 set -eu
 mount --make-rprivate /
 mkdir -p "$TMP_OF_NODE$BOX"
-mount --bind "$BOX" "$TMP_OF_NODE$BOX"
+mount --rbind "$BOX" "$TMP_OF_NODE$BOX"
 mount -t tmpfs -o "size=$SHM,mode=1777" tmpfs /dev/shm
 mount --bind "$BOX/hosts" /etc/hosts
 hostname "$NAME"

@@ -114,7 +114,11 @@ def unwell(nodes: Sequence[EngineNode], timeout: float) -> list[str]:
             found += ray.get(ref)
         except ray.exceptions.RayError as error:
             found.append(f"{asked[ref].name}: its actor {death(error, asked[ref].process)}")
-    return found + [f"{asked[ref].name}: its actor has not answered for {timeout:.0f} s" for ref in silent]
+    late = _unwell_actors([asked[ref] for ref in silent])  # a busy machine may have stopped one only after the first look
+    return found + [
+        late.get(name, f"{name}: its actor has not answered for {timeout:.0f} s")
+        for name in (asked[ref].name for ref in silent)
+    ]
 
 
 def stop(nodes: Sequence[EngineNode], *, silent: Set[str] = frozenset()) -> None:

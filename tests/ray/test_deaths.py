@@ -39,6 +39,13 @@ def test_rays_own_processes_are_found_by_their_session():
     assert parts_here("session_of_another") == {}
 
 
+def stop(pid: int) -> None:
+    """Until it stands still: a busy machine delivers a signal only when the process is due to run."""
+    os.kill(pid, signal.SIGSTOP)
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
+
+
 @ray.remote(num_cpus=0)
 class Rank:
     """A rank as the trainer has it: a gloo group over a store that rank 0 serves."""
@@ -182,7 +189,7 @@ def test_a_stopped_rank_is_told_while_the_others_still_wait(ranks, monkeypatch, 
     victim = processes["trainer rank 1"]
     monkeypatch.setattr(calls, "_LOOK_SECONDS", 1.0)
     monkeypatch.setattr(calls, "_DEATH_SECONDS", 3.0)
-    os.kill(victim.pid, signal.SIGSTOP)
+    stop(victim.pid)
     told(actors, processes)
     (line,) = [record.getMessage() for record in caplog.records if " has lasted " in record.getMessage()]
     assert line.startswith(
@@ -196,7 +203,7 @@ def test_a_stopped_process_that_is_not_called_is_told_and_named_by_those_that_wa
     actors, processes = ranks
     victim = processes["trainer rank 1"]
     actors["trainer rank 1"].reduce.remote(1)
-    os.kill(victim.pid, signal.SIGSTOP)
+    stop(victim.pid)
     with pytest.raises(RuntimeError) as told:
         one = {"trainer rank 0": processes["trainer rank 0"]}
         call = {"trainer rank 0": actors["trainer rank 0"].reduce.remote(0)}
@@ -240,7 +247,7 @@ def test_a_rank_that_is_stopped_is_explained_once_while_the_others_wait(ranks, m
     monkeypatch.setattr(calls, "_DEATH_SECONDS", 3.0)
     actors, processes = ranks
     victim = processes["trainer rank 1"]
-    os.kill(victim.pid, signal.SIGSTOP)
+    stop(victim.pid)
     refs = {name: actor.reduce.remote(rank) for rank, (name, actor) in enumerate(actors.items())}
     with pytest.raises(RuntimeError):  # gloo gives up after six seconds
         gather(refs, doing="training", processes=processes, patience=patience(processes, report=1, end=None))
@@ -320,7 +327,7 @@ def test_an_actor_that_does_not_answer_is_dead_and_out_of_reach_and_can_be_ended
     monkeypatch.setattr(engine_nodes, "_SOON_SECONDS", 1.0)
     monkeypatch.setattr(engine_nodes, "_ANSWER_SECONDS", 3.0)
     monkeypatch.setattr(engine_nodes, "_STOP_SECONDS", 3600.0)
-    os.kill(a.process.pid, signal.SIGSTOP)
+    stop(a.process.pid)
     (death,) = engine_nodes.deaths([a]).values()
     assert death.actor_is_lost and death.hangs and "has not answered for 3 s" in death.why
     stopped = f"engine a: its actor ({a.process}) is stopped (SIGSTOP, or a debugger; kill -CONT {a.process.pid} there"
@@ -339,8 +346,8 @@ def test_a_report_names_the_stopped_actor_and_the_stopped_process_of_a_server(no
     (a, _), (b, server_of_b), (c, _) = nodes
     known = [node for node, _ in nodes]
     assert engine_nodes.unwell(known, 10.0) == []
-    os.kill(a.process.pid, signal.SIGSTOP)
-    os.kill(server_of_b, signal.SIGSTOP)
+    stop(a.process.pid)
+    stop(server_of_b)
     on_a = (
         f"engine a: its actor ({a.process}) is stopped (SIGSTOP, or a debugger; kill -CONT {a.process.pid} there lets it go on)"
     )

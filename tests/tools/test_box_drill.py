@@ -56,7 +56,7 @@ def test_one_command_runs_every_layout_misfit_fault_and_phase(tmp_path: Path):
     assert sorted(drills) == sorted(f"{fault}/{phase}" for fault in box_drill.FAULTS for phase in PHASES)
     # Of each size of box one run more, which shows whether the last drill was resumed.
     assert [line[3:] for line in lines if "--nodes" in line] == [
-        [f"{tmp_path}/all/drills-{n}", "--nodes", f"{n}"] for n in (2, 4)
+        [f"{tmp_path}/all/drills-{n}", "--nodes", f"{n}"] for n in (2, 3, 4)
     ]
     assert not (tmp_path / "all").exists()
 
