@@ -16,7 +16,7 @@ checkpoint's file, and the nursery, which forks the graders."""
 FAULTS = ("kill", "stop", "term", "memory")
 """SIGKILL; SIGSTOP and after some time SIGCONT; SIGTERM; no more address space than it has."""
 PICKED_ALONE = ("oom",)
-"""Picked and never drawn, so that drills keep their numbers: killed by the kernel when it takes more memory (cgroups)."""
+"""Picked and never drawn, so that drills keep their numbers: killed by the kernel when it takes any more memory (cgroups)."""
 PHASES = ("start", "generate", "hand-over", "train", "save", "sync", "evaluate")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _ROOM_BYTES = 1 << 20
-_GROUP_BYTES = 4 << 20
+_GROUP_BYTES = 0
 _GROUPS = Path("/sys/fs/cgroup")
 
 
