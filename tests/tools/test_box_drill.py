@@ -96,3 +96,30 @@ def test_what_is_left_on_a_living_node_is_found_and_a_dead_node_keeps_nothing():
             on.wait(20)
         finally:
             cluster_box.remove(box.folder)
+
+
+@pytest.mark.skipif(cluster_box.why_not() is not None, reason=f"no cluster in a box: {cluster_box.why_not()}")
+def test_a_spare_takes_the_place_of_the_node_that_died_and_a_full_disk_is_full_for_every_node():
+    def writes(box: cluster_box.Box, node: int) -> bool:
+        script = f"head -c 1000000 /dev/zero > {box.folder}/base/{node}"
+        return subprocess.run(cluster_box.entering(box, node, ["bash", "-c", script])).returncode == 0
+
+    with tempfile.TemporaryDirectory(prefix="bd-", dir="/tmp") as scratch:
+        folder = Path(scratch) / "box"
+        (folder / "base").mkdir(parents=True)
+        (folder / "base" / "kept").write_text("as it was")
+        with box_drill.made(folder, 3, disk=True) as box:
+            addresses = [node.address for node in box.nodes]
+            assert box_drill.hosts(box) == addresses[:2], "the launch knows nothing of the third"
+            for dead, then in ((2, [0, 2]), (3, [0, 1])):
+                spare = box_drill.FAULTS["spare"]
+                spare.do(cluster_box.load(folder), (dead,))
+                spare.mend(cluster_box.load(folder), (dead,))
+                assert box_drill.hosts(box) == [addresses[one] for one in then]
+            assert (folder / "base" / "kept").read_text() == "as it was"
+            full = box_drill.FAULTS["full"]
+            full.do(cluster_box.load(folder), (2,))
+            assert not writes(cluster_box.load(folder), 1) and not writes(cluster_box.load(folder), 3)
+            full.mend(cluster_box.load(folder), (2,))
+            assert all(writes(cluster_box.load(folder), one) for one in (1, 2, 3))
+        assert [one.name for one in (folder / "base").iterdir()] == ["kept"]
