@@ -21,6 +21,7 @@ from slime.engine.last_words import last_words
 from slime.engine.ports import DIST_INIT_BLOCK, EnginePorts, PortBook, bind_when_free, take_engine_ports
 from slime.engine.spec import EngineSpec, NodePlacement
 from slime.engine.versions import capabilities, installed_version, option_table, typed_argv
+from slime.observability.memory_kills import BY_THE_KERNEL, count_in_container, killed_for_memory
 
 # Nothing is lost by killing a server; SGLang would take 5 s to say goodbye.
 TERMINATE_SECONDS = 3.0
@@ -53,6 +54,9 @@ class ChildProcess:
     started: float = 0.0
     _log: BinaryIO | None = field(default=None, repr=False)
     _shared: set[Path] = field(default_factory=set, repr=False)
+    _members: set[int] = field(default_factory=set, repr=False)
+    """Of its process group, when that was last looked at."""
+    _kills_before: int = field(default=0, repr=False)
 
     def launch(self, argv: Sequence[str], env: dict[str, str], token: str) -> None:
         """Start `argv`; the token is written to its stdin, which stays open until `stop`."""
@@ -66,7 +70,7 @@ class ChildProcess:
         # What an engine was asked may be printed: the log is the owner's alone.
         descriptor = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         self._log = os.fdopen(descriptor, "wb")
-        self.started = time.monotonic()
+        self.started, self._kills_before, self._members = time.monotonic(), count_in_container(), set()
         self.popen = subprocess.Popen(
             list(argv), env=env, stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -110,7 +114,7 @@ class ChildProcess:
             if now != last_phase:
                 detail(f"{self.label}: {now} ({elapsed:.0f} s)")
                 last_phase = now
-                self.note_shared_memory()  # a server that dies while it starts leaves them as well
+                self.note_group()  # a server that dies while it starts leaves them as well
             if elapsed > next_report:
                 report(f"{self.label}: {now} ({elapsed:.0f} s of at most {timeout:.0f})")
                 next_report = elapsed + 30.0
@@ -128,10 +132,24 @@ class ChildProcess:
             if code is not None and code < 0
             else f"exited with {code}"
         )
-        return f"{self.label} {how}{last_words(self.log_path)}"
+        why = self._why_killed() if code == -signal.SIGKILL else ""
+        return f"{self.label} {how}{why}{last_words(self.log_path)}"
 
-    def note_shared_memory(self) -> None:
-        """Remember the files in shared memory that SGLang makes and, being killed, does not remove."""
+    def _why_killed(self) -> str:
+        """SGLang's first process kills itself when one of its others has ended."""
+        killed = killed_for_memory({self.popen.pid, *self._members})
+        if self.popen.pid in killed:
+            return BY_THE_KERNEL
+        if killed:
+            pid, name = next(iter(killed.items()))
+            return f", because its process {pid} ({name}) was killed{BY_THE_KERNEL}"
+        if (count := count_in_container() - self._kills_before) > 0:
+            return f"; memory is the likely reason, the kernel has killed {count} processes of this container since it started"
+        return ""
+
+    def note_group(self) -> None:
+        """Remember its processes, and the files in shared memory that SGLang makes and, being killed, does not remove."""
+        self._members |= set(members(self.pid))
         found = shared_files(self.pid) - self._shared
         if found:
             self._shared |= found
@@ -141,7 +159,7 @@ class ChildProcess:
         """End the whole process group and see it gone: TERM, then KILL. Safe to call twice."""
         if self.popen is None:
             return
-        self.note_shared_memory()
+        self.note_group()
         group = self.popen.pid  # start_new_session made the child the leader of its group
         for number, patience in ((signal.SIGTERM, TERMINATE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
             if not group_exists(group):
@@ -261,7 +279,7 @@ class EngineProcess:
             return 0.0
         took = self.child.wait(self._answers, timeout=timeout, phase=self._phase, report=self.report, detail=self.detail)
         self._book.release()
-        self.child.note_shared_memory()
+        self.child.note_group()
         if self.device_kind == "cuda":
             self.keep_to_the_run()
         self.report(

@@ -14,6 +14,7 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from slime.observability.memory_kills import BY_THE_KERNEL, count_in_container, killed_for_memory
 from slime.ray import witness
 from slime.ray.keeper import keep
 from slime.ray.machines import alive_nodes, lost_nodes
@@ -217,40 +218,9 @@ def _stat(pid: int) -> tuple[str, int, int] | None:
 
 
 def _who_killed(pid: int) -> str:
-    """What the kernel says of a SIGKILL: it counts, per container, the processes that it killed for memory."""
-    if re.search(rf"Killed process {pid}\b", _kernel_log()):
-        return " by the kernel, because memory had run out"
-    count = _oom_kills()
-    if count:
+    """What the kernel says of a SIGKILL."""
+    if killed_for_memory([pid]):
+        return BY_THE_KERNEL
+    if count := count_in_container():
         return f"; memory is the likely reason, the kernel has killed {count} processes of this container for it"
     return "; somebody sent it, or the kernel for want of memory (dmesg on that node tells)"
-
-
-def _oom_kills() -> int:
-    own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
-    for folder in (Path("/sys/fs/cgroup") / own, Path("/sys/fs/cgroup")):
-        try:
-            events = dict(line.split() for line in (folder / "memory.events").read_text().splitlines())
-        except OSError:
-            continue
-        return int(events.get("oom_kill", 0))
-    return 0
-
-
-def _kernel_log() -> str:
-    """Empty where it may not be read."""
-    lines: list[str] = []
-    try:
-        log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return ""
-    try:
-        while True:
-            try:
-                lines.append(os.read(log, 8192).decode(errors="replace"))
-            except BrokenPipeError:  # overwritten meanwhile: reading goes on behind the gap
-                continue
-    except OSError:  # EAGAIN: its end
-        return "".join(lines)
-    finally:
-        os.close(log)

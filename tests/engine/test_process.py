@@ -21,6 +21,7 @@ from slime.engine.ports import EnginePorts, bind_when_free
 from slime.engine.process import ChildProcess, EngineDied, EngineProcess, seconds_until_missed
 from slime.engine.router import RouterProcess
 from slime.engine.spec import EngineSpec, NodePlacement
+from tools.drills.faults import inflict, memory_groups
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -272,13 +273,47 @@ time.sleep(600)
 """
 
 
+# As SGLang does it: a scheduler that computes, and a first process that kills itself when the scheduler has ended.
+HUNGRY = """
+import os, signal, subprocess, sys, time
+eats = "import sys; print('up', flush=True); sys.stdin.readline(); print(len(bytearray(b'x') * (1 << 26)))"
+below = subprocess.Popen([sys.executable, "-c", eats], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+below.stdout.readline()
+print("scheduler", below.pid, flush=True)
+while not os.path.exists({go!r}):
+    time.sleep(0.01)
+below.stdin.write("\\n")
+below.stdin.flush()
+below.wait()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(memory_groups() is None or not os.access("/dev/kmsg", os.R_OK), reason="no cgroups or no kernel's log here")
+@pytest.mark.parametrize("limited", [True, False])
+def test_a_server_whose_scheduler_the_kernel_killed_for_memory_says_so(tmp_path, limited):
+    go = tmp_path / "go"
+    process = child(tmp_path, HUNGRY.format(go=str(go)))
+    wait(process, ready=lambda: "scheduler " in process.log_path.read_text())
+    process.note_group()
+    scheduler = int(process.log_path.read_text().split()[1])
+    undo = inflict("oom", scheduler, stop_seconds=0) if limited else lambda: None
+    go.touch()
+    with pytest.raises(EngineDied) as told:
+        wait(process)
+    process.stop()
+    undo()
+    why = f", because its process {scheduler} (python) was killed by the kernel, because memory had run out" if limited else ""
+    assert str(told.value).startswith(f"engine x was killed by signal 9 (SIGKILL){why}; its log ")
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_shared_memory_of_a_servers_children_goes_with_it_however_it_ends(tmp_path, killed):
     """SGLang's schedulers make such files, and are killed before they could remove them."""
     file = Path(f"/dev/shm/sglang_loads_test_{os.getpid()}.shm")
     process = child(tmp_path, MAPS.format(file=file))
     wait(process, ready=lambda: "mapped" in process.log_path.read_text())
-    process.note_shared_memory()
+    process.note_group()
     assert file.exists()
     if killed:
         os.killpg(process.pid, 9)
@@ -292,7 +327,7 @@ def test_what_an_actor_that_was_killed_left_in_shared_memory_is_removed_by_its_s
     of_a_user.touch()
     lost = child(tmp_path, MAPS.format(file=file))
     wait(lost, ready=lambda: "mapped" in lost.log_path.read_text())
-    lost.note_shared_memory()
+    lost.note_group()
     os.killpg(lost.pid, 9)
     lost.popen.wait()
     shared_list = lost.log_path.with_suffix(".shared")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from slime.ray.fates import Process, _stat, death, process_in, read_fate, stopped_below
 from slime.ray.keeper import keep
+from tools.drills.faults import inflict, memory_groups
 
 
 def ended(command: list[str], number: int | None = None) -> str | None:
@@ -35,6 +37,19 @@ def test_exit_codes_and_signals_are_told():
     assert ended(["sleep", "100"], signal.SIGTERM) == "was killed by signal 15 (SIGTERM)"
     killed = ended(["sleep", "100"], signal.SIGKILL)
     assert killed.startswith("was killed by signal 9 (SIGKILL)") and "memory" in killed
+
+
+@pytest.mark.skipif(memory_groups() is None or not os.access("/dev/kmsg", os.R_OK), reason="no cgroups or no kernel's log here")
+def test_a_process_that_the_kernel_killed_for_want_of_memory_is_told_so():
+    eats = "import sys; print('up', flush=True); sys.stdin.readline(); bytearray(b'x') * (1 << 26)"
+    with subprocess.Popen([sys.executable, "-c", eats], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        child.stdout.readline()
+        undo, process = inflict("oom", child.pid, stop_seconds=0), Process("here", child.pid, _stat(child.pid)[-1])
+        child.stdin.write("\n")
+        child.stdin.flush()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert read_fate(process) == "was killed by signal 9 (SIGKILL) by the kernel, because memory had run out"
+    undo()
 
 
 def test_a_stopped_process_is_told_with_what_lets_it_go_on():
