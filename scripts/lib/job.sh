@@ -66,6 +66,7 @@ submit_job() { # RUNTIME-ENV-JSON FLAGS...
         done
         # Which of Ray's processes ended is one line among two hundred of its statistics.
         which=$(sed 's/\x1b\[[0-9;]*m//g' "$RAY_TEMP_DIR/head.log" | grep -o '[a-z_]* \[exit code=[^]]*\]' | paste -sd ';' || true)
+        [[ $which != *=-9]* ]] || which+=$(run_python -m slime.observability.memory_kills "$SECONDS" || true)
         [[ -z $which ]] || die "Ray itself ended, and the job with it: $which; its log is $RAY_TEMP_DIR/head.log"
         tail -n 20 "$RAY_TEMP_DIR/head.log" >&2
         die "Ray itself ended, and the job with it; its last lines are above, all of them in $RAY_TEMP_DIR/head.log"

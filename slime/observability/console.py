@@ -9,9 +9,12 @@ import argparse
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
+
+from slime.observability.memory_kills import killed_lately
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RAY_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\t(?P<level>\w+) (?P<file>\w+)\.py:\d+ -- (?P<text>.*)")
@@ -24,10 +27,11 @@ _CLIENT_FRAME = re.compile(r'^  File "[^"]*/bin/ray", line ')
 _REPEATED = re.compile(r"Status message: Job entrypoint command failed with exit code (-?\d+)")
 
 
-def readable(lines: Iterable[str]) -> Iterator[str]:
+def readable(lines: Iterable[str], kills: Callable[[], str] = lambda: "") -> Iterator[str]:
     """The lines that are for a person, without colours and without the addresses of actors that name themselves.
 
     Ray's client announces a job in 17 lines, and repeats the end of its output when it fails: that has been read by then.
+    kills: a clause about processes that the kernel has killed meanwhile, for a driver that was killed so itself.
     """
     held = speaker = ""
     for raw in lines:
@@ -45,7 +49,8 @@ def readable(lines: Iterable[str]) -> Iterator[str]:
         found = _RAY_LINE.match(line)
         if failed := _REPEATED.match(found["text"] if found else line):
             if killed := _signal_of(int(failed[1])):
-                yield f"the job's driver (python -m slime.train) was killed by signal {killed} ({signal.Signals(killed).name})"
+                how = f"killed by signal {killed} ({signal.Signals(killed).name})"
+                yield f"the job's driver (python -m slime.train) was {how}{kills() if killed == signal.SIGKILL else ''}"
             return
         if not found or found["file"] not in _CLIENT:
             if ours := _ACTOR.match(line):
@@ -86,7 +91,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         sys.stderr.write(f"the job's output is not kept: {words.log}: {error.strerror}\n")
     lines = _kept(sys.stdin, log)
-    for line in readable(lines):
+    began = time.monotonic()
+    for line in readable(lines, lambda: killed_lately(time.monotonic() - began)):
         sys.stdout.write(line + "\n")
     for _ in lines:  # what repeats goes to the file alone
         pass

@@ -1,20 +1,34 @@
-"""Processes that the kernel has killed because memory had run out: its log names them, and it counts them per container."""
+"""Processes that the kernel has killed because memory had run out: its log names them, and it counts them per container.
+
+python3 -m slime.observability.memory_kills SECONDS        a clause about those of the last SECONDS, or nothing
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 BY_THE_KERNEL = " by the kernel, because memory had run out"
 _GROUPS = Path("/sys/fs/cgroup")
+_KILLED = re.compile(r"^\d+,\d+,(\d+),[^;]*;.*\bKilled process (\d+) \((.*?)\)", re.MULTILINE)
+"""A record of /dev/kmsg: microseconds since boot, pid, name."""
 
 
 def killed_for_memory(pids: Iterable[int]) -> dict[int, str]:
     """Pid -> the kernel's name for it, of those that were; none where its log may not be read."""
-    named = dict(re.findall(r"Killed process (\d+) \((.*?)\)", _kernel_log()))
-    return {pid: named[str(pid)] for pid in pids if str(pid) in named}
+    named = {int(pid): name for _, pid, name in _KILLED.findall(_kernel_log())}
+    return {pid: named[pid] for pid in pids if pid in named}
+
+
+def killed_lately(seconds: float) -> str:
+    """Of whichever there were on this machine: "; meanwhile the kernel has killed 4242 (python), ..."; "" where none."""
+    since = (time.monotonic() - seconds) * 1e6
+    killed = [f"{pid} ({name})" for at, pid, name in _KILLED.findall(_kernel_log()) if int(at) >= since]
+    return f"; meanwhile the kernel has killed {', '.join(killed)} here, because memory had run out" if killed else ""
 
 
 def count_in_container() -> int:
@@ -46,3 +60,7 @@ def _kernel_log() -> str:
         return "".join(lines)
     finally:
         os.close(log)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(killed_lately(float(sys.argv[1])))

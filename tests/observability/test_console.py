@@ -81,6 +81,9 @@ def test_a_client_that_lost_its_cluster_says_nothing_and_a_users_traceback_stays
 def test_a_driver_that_was_killed_is_told_by_its_status_because_it_said_nothing_itself(status: int, told: str | None):
     lines = (BEFORE + BADLY.replace("exit code 1,", f"exit code {status},")).splitlines(keepends=True)
     assert list(readable(lines)) == [*READ, "04:09:00 [driver] the run stopped: KeyError: 'gold'", *([told] if told else [])]
+    why = "; meanwhile the kernel has killed 4242 (python) here, because memory had run out"
+    last = list(readable(lines, lambda: why))[-1]
+    assert last.endswith(why) == (status in (137, -9)), "whoever was killed otherwise was not killed for memory"
 
 
 def test_what_only_rays_client_knows_is_told():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,12 @@ def test_a_process_that_the_kernel_killed_for_want_of_memory_is_told_so():
         child.stdin.flush()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         assert read_fate(process) == "was killed by signal 9 (SIGKILL) by the kernel, because memory had run out"
+        since = ["python", "-m", "slime.observability.memory_kills"]
+        told = subprocess.run([*since, "60"], capture_output=True, text=True, check=True).stdout
+        assert re.fullmatch(
+            rf"; meanwhile the kernel has killed .*\b{child.pid} \(python\).* here, because memory had run out", told
+        )
+        assert subprocess.run([*since, "0"], capture_output=True, text=True, check=True).stdout == ""
     undo()
 
 
