@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slime.types.weight_bucket import WeightBucket
-from slime.weights.parts import TrainedParts, typed
+from slime.weights.parts import TrainedParts
 from slime.weights.plan import Delivery, Duties, Leg, SyncPlan
 from slime.weights.stopwatch import Stopwatch
+from slime.weights.tables import Move
 
 Key = tuple[int, int]
 """(GPU, number of a delivery)"""
@@ -27,9 +28,12 @@ Key = tuple[int, int]
 class Round:
     """A round on one process, before it has travelled."""
 
+    number: int
     duties: Mapping[int, Duties]
     """By GPU here, as the others."""
     buckets: Mapping[int, Tensor]
+    beside: Mapping[int, Tensor]
+    """For what does not lie in the bucket as it travels."""
     buffers: Mapping[Key, Tensor]
     """Where each delivery lies."""
 
@@ -80,29 +84,27 @@ class Execution:
     def make(self, number: int) -> Round:
         """What this rank exports of a round, in the buffers that it travels in; a collective of the ranks that gather."""
         duties = {gpu: self.plan.duties(gpu, number) for gpu in self._mine}
-        buckets = {gpu: torch.empty(one.bucket_bytes, dtype=torch.uint8, device=self.device) for gpu, one in duties.items()}
+        buckets = {gpu: self._empty(one.bucket_bytes) for gpu, one in duties.items()}
+        beside = {gpu: self._empty(one.beside_bytes) for gpu, one in duties.items()}
         buffers = {
-            (gpu, delivery.number): self._buffer(one, delivery, buckets[gpu])
+            (gpu, delivery.number): _buffer(one, delivery, buckets[gpu], beside[gpu])
             for gpu, one in duties.items()
             for delivery in one.deliveries
         }
         self._write(number, duties, buffers)
-        return Round(duties, buckets, buffers)
+        return Round(number, duties, buckets, beside, buffers)
+
+    def _empty(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def _travel(self, made: Round) -> None:
         deliveries = {delivery.number: delivery for one in made.duties.values() for delivery in one.deliveries}
         ordered = [deliveries[key] for key in sorted(deliveries)]
         for hop in range(self.plan.hops):
             self._exchange(hop, ordered, made.buffers)
-        for gpu, one in made.duties.items():
-            self._place(one, made.buffers, made.buckets[gpu])
-
-    def _buffer(self, duties: Duties, delivery: Delivery, bucket: Tensor) -> Tensor:
-        """Where a delivery lies: in the bucket if it can, else in one of its own."""
-        place = duties.place(delivery)
-        if place is not None:
-            return bucket[place : place + delivery.nbytes]
-        return torch.empty(delivery.nbytes, dtype=torch.uint8, device=self.device)
+        for gpu, bucket in made.buckets.items():
+            for move in self.plan.moves(gpu, made.number):
+                _carry(move, made.beside[gpu], bucket)
 
     def _write(self, number: int, duties: Mapping[int, Duties], buffers: Mapping[Key, Tensor]) -> None:
         """Export what this rank is a maker of, and take part in the gathering of what a rank of its group is."""
@@ -113,8 +115,7 @@ class Execution:
         for key, delivery in sorted({**mine, **gathered}.items()):
             lane = self.plan.lanes[delivery.lane]
             if key in mine:
-                pieces = self.plan.pieces(delivery)
-                self.parts.write(pieces, delivery.part, buffers[self.rank, key], gathered=lane.gathered)
+                self.parts.write(self.plan.writes(delivery), buffers[self.rank, key], gathered=lane.gathered)
             else:
                 self.parts.take_part(entry for unit in delivery.units for entry in lane.units[unit].entries)
         self.parts.finish()
@@ -143,23 +144,21 @@ class Execution:
         else:
             flying.append(_op(dist.irecv, buffers[leg.target, delivery.number], source, self.group))
 
-    def _place(self, duties: Duties, buffers: Mapping[Key, Tensor], bucket: Tensor) -> None:
-        """Parts that do not travel as they lie: each of their ranges to its place."""
-        metas = {meta.name: meta for meta in duties.metas}
-        staged = {delivery.number for delivery in duties.staged}
-        for delivery in duties.deliveries:
-            if duties.place(delivery) is not None or delivery.number in staged:
-                continue
-            buffer = buffers[duties.gpu, delivery.number]
-            for piece in self.plan.pieces(delivery):
-                tensor, meta = piece.tensor, metas[piece.tensor.name]
-                whole = typed(bucket[meta.start : meta.start + meta.nbytes], tensor.dtype, tensor.shape)
-                ranges = tensor.parts[delivery.part]
-                shape = list(tensor.shape)
-                shape[tensor.axis] = sum(stop - start for start, stop in ranges)
-                part = typed(buffer[piece.offset : piece.offset + piece.nbytes], tensor.dtype, shape)
-                for (start, stop), values in zip(ranges, part.split([b - a for a, b in ranges], tensor.axis), strict=True):
-                    whole.narrow(tensor.axis, start, stop - start).copy_(values)
+
+def _buffer(duties: Duties, delivery: Delivery, bucket: Tensor, beside: Tensor) -> Tensor:
+    """Where a delivery lies: in the bucket if it can."""
+    place = duties.places.get(delivery.number)
+    flat, first = (beside, duties.beside[delivery.number]) if place is None else (bucket, place)
+    return flat[first : first + delivery.nbytes]
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _carry(move: Move, beside: Tensor, bucket: Tensor) -> None:
+    word = _WORDS[move.word]
+    source = beside.view(word).as_strided(move.shape, move.source_steps, move.source)
+    bucket.view(word).as_strided(move.shape, move.target_steps, move.target).copy_(source)
 
 
 def _op(kind: object, tensor: Tensor, peer: int, group: dist.ProcessGroup | None) -> dist.P2POp:

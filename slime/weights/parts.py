@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,18 +13,13 @@ from slime.model.layout import unmerge, unshard
 from slime.model.local import local_tensors, split_of, unwrap
 from slime.model.names import Entry, NameTable
 from slime.model.placement import Grid
-from slime.ops.fp8 import quantize_blockwise, quantize_many, scale_shape
+from slime.ops.fp8 import quantize_blockwise, quantize_many
 from slime.parallel import Ranks
-from slime.weights.plan import Piece, Trainer
+from slime.weights.lanes import Trainer
+from slime.weights.tables import Room, Write
 
-SCALE = "_scale_inv"
 COPIED_BYTES = 1 << 28
 """Of tensors that were put together or taken apart and wait to be quantised, beside a round's buffers."""
-
-
-def typed(raw: Tensor, dtype: str, shape: Sequence[int]) -> Tensor:
-    """Bytes as a tensor of that dtype and shape."""
-    return raw.view(getattr(torch, dtype)).view(tuple(shape))
 
 
 class TrainedParts:
@@ -44,23 +39,19 @@ class TrainedParts:
         """Whether this rank is in the tensor-parallel group of a holder of the entry."""
         return holder in dist.get_process_group_ranks(self._group(entry))
 
-    def write(self, pieces: Iterable[Piece], part: int, into: Tensor, *, gathered: bool) -> None:
+    def write(self, writes: Iterable[Write], into: Tensor, *, gathered: bool) -> None:
         """A delivery's bytes, in one pass: number formats are changed on the way. They are there after `finish`.
 
-        part: which part of its tensors it is. into: uint8 [bytes of the delivery]. gathered: the tensor-parallel group puts
-        each tensor together first, all of its members in the same order (`take_part` for those that write nothing).
+        into: uint8 [bytes of the delivery]. gathered: the tensor-parallel group puts each tensor together first, all of its
+        members in the same order (`take_part` for those that write nothing).
         """
         whole: tuple[Entry, list[Tensor]] | None = None
-        for weight, scale in _with_scales(pieces):
-            start = weight.tensor.starts[part]
-            length = sum(stop - first for first, stop in weight.tensor.parts[part])
-            if not length:
-                continue
-            if whole is None or whole[0] is not weight.entry:
-                whole = weight.entry, self._hf_parts(weight.entry, gathered)
-            number = [tensor.name for tensor in weight.entry.hf].index(weight.tensor.name)
-            self._encode(whole[1][number].narrow(weight.tensor.axis, start, length), weight, scale, into)
-            if sum(self._copied.values()) > COPIED_BYTES:
+        rooms = _Rooms(into)
+        for one in writes:
+            if whole is None or whole[0] is not one.entry:
+                whole = one.entry, self._hf_parts(one.entry, gathered)
+            self._encode(whole[1][one.number][one.where], one, rooms)
+            if self._copied and sum(self._copied.values()) > COPIED_BYTES:
                 self.finish()
 
     def finish(self) -> None:
@@ -88,16 +79,15 @@ class TrainedParts:
     def _group(self, entry: Entry) -> dist.ProcessGroup:
         return self._ranks.etp_group if entry.expert is not None else self._ranks.tp_group
 
-    def _encode(self, part: Tensor, weight: Piece, scale: Piece | None, into: Tensor) -> None:
-        room = typed(into[weight.offset : weight.offset + weight.nbytes], weight.tensor.dtype, part.shape)
-        if scale is None:
+    def _encode(self, part: Tensor, write: Write, rooms: _Rooms) -> None:
+        room = rooms[write.weight]
+        if write.scale is None:
             room.copy_(part)
             return
-        raw = into[scale.offset : scale.offset + scale.nbytes]
-        scales = typed(raw, scale.tensor.dtype, scale_shape(part.shape, self._block))
+        scales = rooms[write.scale]
         if part.is_cuda:
             self._to_quantize.append((part, room, scales))
-            storage, own = part.untyped_storage(), self._tensors[weight.entry.name].untyped_storage()
+            storage, own = part.untyped_storage(), self._tensors[write.entry.name].untyped_storage()
             if storage.data_ptr() != own.data_ptr():
                 self._copied[storage.data_ptr()] = storage.nbytes()
             return
@@ -105,20 +95,17 @@ class TrainedParts:
             target.copy_(found)
 
 
-def _with_scales(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, Piece | None]]:
-    """A weight with the scale behind it, or alone."""
-    waiting: Piece | None = None
-    for piece in pieces:
-        if piece.tensor.name.endswith(SCALE):
-            assert waiting is not None and piece.tensor.name == waiting.tensor.name + SCALE
-            yield waiting, piece
-            waiting = None
-            continue
-        if waiting is not None:
-            yield waiting, None
-        waiting = piece
-    if waiting is not None:
-        yield waiting, None
+class _Rooms:
+    """The tensors of a delivery in its bytes: one call for each, for there are many."""
+
+    def __init__(self, into: Tensor):
+        self._into, self._typed = into, {}
+
+    def __getitem__(self, room: Room) -> Tensor:
+        if room.dtype not in self._typed:
+            self._typed[room.dtype] = self._into.view(getattr(torch, room.dtype))
+        flat = self._typed[room.dtype]
+        return flat.as_strided(room.shape, room.steps, flat.storage_offset() + room.first)
 
 
 def trainer_of(chunks: Sequence[torch.nn.Module], ranks: Ranks, *, mtp: bool) -> Trainer:

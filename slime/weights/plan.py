@@ -13,18 +13,20 @@ receiver beside an engine on other GPUs, does the same, driven by its number alo
     for round in range(plan.rounds):
         duties = plan.duties(gpu, round)
         bucket = empty(duties.bucket_bytes)            # duties.metas says what lies where: it goes to the engine rank as it is
+        beside = empty(duties.beside_bytes)            # for deliveries that do not lie in the bucket as they travel
         for delivery in duties.makes:                  # export and quantise part `delivery.part` of these tensors:
-            for piece in plan.pieces(delivery): ...    #   into the bucket, or (duties.staged) into a buffer of delivery.nbytes
+            for write in plan.writes(delivery): ...    #   into the bucket, or beside it where `place` says so
         for hop in range(plan.hops):                   # all sends and receives of a hop may fly at once
             duties.sends(hop)                          # [(delivery, target)] in the order that both sides use
             duties.receives(hop)                       # [(delivery, source)]
+        for move in plan.moves(gpu, round): ...        # from beside the bucket to their places in it
 
 The bytes of a delivery are its pieces in order: of each tensor of each unit the part's ranges in row-major order, padded to 16
-bytes. A lane with one part travels as it lies: `duties.place(delivery)` is its first byte in the bucket, and send, receive and
-forward need no copy. With several parts each piece's ranges are copied to their place, `duties.starts[piece.tensor.name]`
-being the tensor's first byte; what the rank does not keep stays as it is. `Lane.gathered` tensors are cut through FP8 blocks:
-before they are quantised, the tensor-parallel group of every maker gathers them, its members together in the order of the
-round's deliveries.
+bytes. A lane with one part travels as it lies: `duties.places` has its first byte in the bucket, and send, receive and
+forward need no copy. With several parts it lies beside the bucket (`duties.beside`), and the ranges of each piece are copied to
+their place, `duties.starts[piece.tensor.name]` being the tensor's first byte; what the rank does not keep stays as it is.
+`Lane.gathered` tensors are cut through FP8 blocks: before they are quantised, the tensor-parallel group of every maker gathers
+them, its members together in the order of the round's deliveries.
 
 Guarantees, which `tests/weights/test_sync_plan.py` checks by a walk through the bytes: every part of a unit reaches
 each GPU that keeps the part exactly once, from a GPU that has it by then; no bucket and no staging buffer exceeds the limit
@@ -47,6 +49,7 @@ from slime.weights.lanes import Lane, Trainer, WireTable, lanes_of
 from slime.weights.rounds import Stop, fill_rounds
 from slime.weights.routes import Leg, Router
 from slime.weights.serving import Receiver
+from slime.weights.tables import Move, Write, moves_of, writes_of
 from slime.weights.wire import WireTensor, padded
 
 __all__ = ["Delivery", "Duties", "Leg", "Piece", "Receiver", "SyncPlan", "Trainer", "nodes_of", "plan_sync"]
@@ -93,15 +96,15 @@ class Duties:
     makes: tuple[Delivery, ...]
     """Whose part it exports."""
     staged: tuple[Delivery, ...]
-    """Of these, the ones that its own engine rank does not keep: each lies in a buffer of its own."""
+    """Of these, the ones that its own engine rank does not keep: they lie beside the bucket and stay there."""
     deliveries: tuple[Delivery, ...]
     """That it sends, receives or makes."""
     places: Mapping[int, int]
     """Number of a delivery that lies in the bucket as it travels -> its first byte there."""
-
-    def place(self, delivery: Delivery) -> int | None:
-        """First byte of the delivery in the bucket; None where it has several parts, or is staged."""
-        return self.places.get(delivery.number)
+    beside: Mapping[int, int]
+    """Of the others, which have several parts or are staged -> first byte in a buffer beside the bucket. Those of a lane's part
+    follow each other."""
+    beside_bytes: int
 
     @cached_property
     def starts(self) -> Mapping[str, int]:
@@ -138,13 +141,8 @@ class SyncPlan:
             for hop, source, target in delivery.legs:
                 yield delivery.round, hop, source, target, delivery.nbytes
 
-    def pieces(self, delivery: Delivery) -> tuple[Piece, ...]:
-        """What a delivery's bytes are, in order. Worked out once: every sync asks for the same."""
-        if delivery.number not in self._pieces:
-            self._pieces[delivery.number] = tuple(self._pieces_of(delivery))
-        return self._pieces[delivery.number]
-
-    def _pieces_of(self, delivery: Delivery) -> Iterator[Piece]:
+    def pieces(self, delivery: Delivery) -> Iterator[Piece]:
+        """What a delivery's bytes are, in order."""
         offset = 0
         for unit in delivery.units:
             for entry in self.lanes[delivery.lane].units[unit].entries:
@@ -153,13 +151,33 @@ class SyncPlan:
                     yield Piece(entry, tensor, offset, nbytes)
                     offset += padded(nbytes)
 
+    def writes(self, delivery: Delivery) -> tuple[Write, ...]:
+        """What its makers put where. Worked out once: every sync asks for the same."""
+        if delivery.number not in self._writes:
+            self._writes[delivery.number] = tuple(writes_of(self.pieces(delivery), delivery.part))
+        return self._writes[delivery.number]
+
     @cached_property
-    def _pieces(self) -> dict[int, tuple[Piece, ...]]:
+    def _writes(self) -> dict[int, tuple[Write, ...]]:
         """By number of the delivery, of those that this process was asked for."""
         return {}
 
+    def moves(self, gpu: int, round: int) -> tuple[Move, ...]:
+        """What a GPU copies to its bucket from beside it when all hops are done. Worked out once."""
+        if (gpu, round) not in self._moves:
+            duties = self.duties(gpu, round)
+            staged = {delivery.number for delivery in duties.staged}
+            parts = [(one, tuple(self.pieces(one))) for one in duties.deliveries if one.number in duties.beside.keys() - staged]
+            self._moves[gpu, round] = tuple(moves_of(parts, beside=duties.beside, starts=duties.starts))
+        return self._moves[gpu, round]
+
+    @cached_property
+    def _moves(self) -> dict[tuple[int, int], tuple[Move, ...]]:
+        """By GPU and round, of those that this process was asked for."""
+        return {}
+
     def duties(self, gpu: int, round: int) -> Duties:
-        """Everything that the process of a GPU does in a round. Worked out once, as `pieces`."""
+        """Everything that the process of a GPU does in a round. Worked out once."""
         if (gpu, round) not in self._duties:
             self._duties[gpu, round] = self._duties_of(gpu, round)
         return self._duties[gpu, round]
@@ -189,7 +207,12 @@ class SyncPlan:
                         end += padded(tensor.nbytes)
         makes = tuple(delivery for delivery in mine if gpu in delivery.makers)
         staged = tuple(delivery for delivery in makes if gpu not in self.keepers[delivery.lane][delivery.part])
-        return Duties(gpu, tuple(metas), end, makes, staged, mine, places)
+        beside, beside_end = {}, 0
+        for delivery in sorted(mine, key=lambda one: (one.lane, one.part, one.units)):
+            if delivery.number not in places:
+                beside[delivery.number] = beside_end
+                beside_end += delivery.nbytes
+        return Duties(gpu, tuple(metas), end, makes, staged, mine, places, beside, beside_end)
 
     @cached_property
     def keepers(self) -> list[list[frozenset[int]]]:

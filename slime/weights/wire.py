@@ -23,7 +23,8 @@ ALIGNMENT = 16
 PIECES = 64
 SMALLEST_PIECE = 2**20
 """Bytes under which splitting a send costs more than it levels."""
-_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
+"""By torch's name of the number format."""
 
 Ranges = tuple[tuple[int, int], ...]
 """[start, stop) along one axis, ascending."""
@@ -57,9 +58,9 @@ class Format:
         """Of one of the entry's tensors, its FP8 scales included."""
         numel = prod(tensor.shape)
         if not self.is_fp8(tensor):
-            return numel * _ITEM_BYTES["float32" if entry.float32 else self.dtype]
+            return numel * ITEM_BYTES["float32" if entry.float32 else self.dtype]
         rows, columns = tensor.shape
-        return numel + -(-rows // self.block) * -(-columns // self.block) * _ITEM_BYTES["float32"]
+        return numel + -(-rows // self.block) * -(-columns // self.block) * ITEM_BYTES["float32"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class WireTensor:
 
     def _along(self) -> int:
         """Bytes of one row, or of one column."""
-        total = _ITEM_BYTES[self.dtype]
+        total = ITEM_BYTES[self.dtype]
         for axis, size in enumerate(self.shape):
             total *= 1 if axis == self.axis else size
         return total

@@ -190,6 +190,7 @@ def _walk(case: Case, plan: SyncPlan) -> None:
         duties = [plan.duties(gpu, number) for gpu in range(case.num_gpus)]
         for gpu, mine in enumerate(duties):
             _check_buffers(case, plan, gpu, mine)
+            _check_moves(plan, gpu, number)
             arrived.update((gpu, meta.name) for meta in mine.metas)
         counts: dict[tuple[int, str], Tensor] = {
             (gpu, meta.name): torch.zeros(meta.shape, dtype=torch.int32)
@@ -251,6 +252,37 @@ def _check_made(case: Case, plan: SyncPlan, delivery: Delivery, gpu: int) -> Non
             assert held.narrow(piece.tensor.axis, start, stop - start).all(), (gpu, piece.tensor.name)
 
 
+def _check_moves(plan: SyncPlan, gpu: int, number: int) -> None:
+    """Every byte beside the bucket that belongs into it goes to its place, once; nothing else is copied."""
+    mine, wanted, found = plan.duties(gpu, number), {}, []
+    for move in plan.moves(gpu, number):
+        sources, targets = (
+            _addresses(move.shape, steps, first, move.word)
+            for steps, first in ((move.source_steps, move.source), (move.target_steps, move.target))
+        )
+        found += zip(targets, sources, strict=True)
+    for delivery in mine.deliveries:
+        if delivery.number in mine.places or delivery in mine.staged:
+            continue
+        for piece in plan.pieces(delivery):
+            tensor, width = piece.tensor, wire.ITEM_BYTES[piece.tensor.dtype]
+            whole = mine.starts[tensor.name] + torch.arange(tensor.nbytes).reshape(*tensor.shape, width)
+            part = torch.cat([whole.narrow(tensor.axis, a, b - a) for a, b in tensor.parts[delivery.part]], tensor.axis)
+            first = mine.beside[delivery.number] + piece.offset
+            wanted |= dict(zip(part.reshape(-1).tolist(), range(first, first + piece.nbytes), strict=True))
+    assert len(found) == len(wanted) and dict(found) == wanted
+
+
+def _addresses(shape: tuple[int, ...], steps: tuple[int, ...], first: int, word: int) -> list[int]:
+    words = sum(
+        (torch.arange(size).mul(step).reshape(-1, *[1] * (len(shape) - axis - 1)) for axis, (size, step) in enumerate(
+            zip(shape, steps, strict=True)
+        )),
+        torch.tensor(first),
+    )  # fmt: skip
+    return (words.reshape(-1, 1) * word + torch.arange(word)).reshape(-1).tolist()
+
+
 def _check_buffers(case: Case, plan: SyncPlan, gpu: int, mine) -> None:
     ends = [meta.start + meta.nbytes for meta in mine.metas]
     assert all(meta.start % 16 == 0 for meta in mine.metas)
@@ -268,6 +300,22 @@ def test_every_byte_arrives_once_from_a_rank_that_has_it(case: Case) -> None:
         plan = case.plan()
         _walk(case, plan)
         assert plan.digest == case.plan().digest
+
+
+def test_parts_of_all_experts_are_put_in_their_places_by_as_few_copies_as_those_of_few() -> None:
+    case = Case("glm_moe_dsa", Grid(2, 2, 1, 1, 2, 1), 1, False, (Receiver(0, (0, 1), 2, cuts=True),), 2, 1 << 30, 100)
+    moves, parts = [], []
+    for experts in (8, 32):
+        changed = MODELS | {"glm_moe_dsa": MODELS["glm_moe_dsa"] | {"n_routed_experts": experts}}
+        with patch.dict(MODELS, changed), patch.multiple(shares, VOCAB_PADDING=4, MLP_ALIGNMENT=4, EXPERT_ALIGNMENT=4):
+            plan = case.plan()
+            mine = plan.duties(0, 0)
+            moved = [one for one in mine.deliveries if one.number in mine.beside and one not in mine.staged]
+            moves.append(len(plan.moves(0, 0)))
+            parts.append(sum(len(tuple(plan.pieces(one))) for one in moved))
+            _check_moves(plan, 0, 0)
+    # Three layers of experts, codes and scales of three matrices each: the rank keeps a half of all of them.
+    assert moves[0] == moves[1] and parts[1] - parts[0] == 3 * (32 - 8) * 6
 
 
 def test_an_engine_is_given_whole_tensors_where_not_every_matrix_is_cut_over_all_ranks() -> None:
