@@ -19,6 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from slime.compat.megatron import prepare
+from slime.observability.memory_kills import BY_THE_KERNEL, killed_for_memory
 
 prepare()
 
@@ -90,8 +91,9 @@ class Writing:
                 answer, file_sum = reader.recv()
             except EOFError:
                 process.join()
-                told = f"the process that wrote {name} ended with exit code {process.exitcode} before the file was whole"
-                answer, file_sum = RuntimeError(told), None
+                why = f" (killed{BY_THE_KERNEL})" if killed_for_memory([process.pid]) else ""
+                told = f"ended with exit code {process.exitcode}{why} before the file was whole"
+                answer, file_sum = RuntimeError(f"the process that wrote {name} {told}"), None
             process.join()
             reader.close()
             if isinstance(answer, Exception):
