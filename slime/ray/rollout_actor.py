@@ -205,6 +205,7 @@ class RolloutSide:
         self._actor, self._patience = actor, patience
         self._patience.also.append(self.engines_say)
         self._processes: dict[str, Process] = {}
+        """Empty while the actor has not told of its process: it may never come up, and no server was started."""
 
     def load_plugins(self) -> None:
         self._wait(self._actor.load_plugins.remote(), "loading plugins")
@@ -242,6 +243,8 @@ class RolloutSide:
 
     def obituaries(self, *, timeout: float | None = None) -> list[str]:
         """Why servers are gone; empty if all live, or if nobody can tell (within `timeout` seconds, None: whenever)."""
+        if not self._processes:
+            return []
         answer = self._actor.fleet.remote("obituaries")
         done, _ = ray.wait([answer], timeout=timeout)
         try:
@@ -263,7 +266,7 @@ class RolloutSide:
         return self._call("fleet", "recover")
 
     def stop(self) -> None:
-        stopped, _ = ray.wait([self._actor.stop.remote()], timeout=60)
+        stopped = not self._processes or ray.wait([self._actor.stop.remote()], timeout=60)[0]
         ray.kill(self._actor)
         if not stopped:
             end(self._processes)  # a stopped one does not hear Ray

@@ -19,6 +19,7 @@ from slime.ray.calls import gather
 from slime.ray.cluster_watch import parts_here
 from slime.ray.engine_nodes import EngineNode
 from slime.ray.fates import Process, end, read_fate, stopped_below, this_process
+from slime.ray.rollout_actor import RolloutSide
 from slime.ray.standstill import Patience, missing
 from slime.ray.witness import GroupState
 
@@ -363,6 +364,13 @@ def test_a_machine_that_is_gone_is_named_and_ends_the_run(nodes):
     with pytest.raises(RuntimeError, match=r"node 203\.0\.113\.9 is gone, and with it engine d \(203\.0\.113\.9\)"):
         engine_nodes.refuse_lost_nodes({"engine a": a, "engine d": away}, dead)
     engine_nodes.refuse_lost_nodes({"engine a": a, "engine d": away}, {"engine a": engine_nodes.Death("killed")})
+
+
+def test_a_rollout_actor_that_never_came_up_is_not_waited_for():
+    """Its node was lost while Ray made it there: the run that ends for it has no server to ask after or to end."""
+    side = RolloutSide(Server.options(num_gpus=1).remote(), Patience())  # there is no such node
+    assert side.obituaries() == []
+    side.stop()
 
 
 # ------------------------------------------------------------------------------------------------------ who is behind
