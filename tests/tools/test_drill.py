@@ -108,6 +108,11 @@ def test_a_line_that_names_somebody_else_or_nothing_that_happened_is_no_cause(li
         ("engine default-prefill-0 cannot be asked: its actor on 10.0.0.7 exited with 1", "engine-actor", "default-prefill-0"),
         ("[launch] error: Ray itself ended, and the job with it: gcs_server [exit code=-9]", "head", ""),
         ("07:41:20 [driver] router was killed by signal 9 (SIGKILL)", "router", ""),
+        (
+            "02:04:00 [rollout] default-prefill-0, default-decode-1 died and nobody can take its place: ending all requests",
+            "scheduler",
+            "default-prefill-0",
+        ),
         ("OSError: the process that wrote __0_0.distcp ended with exit code -9 before the file was whole", "writer", ""),
         ("07:41:20 [driver] stopped from outside (SIGTERM): ending engines and trainer", "launcher", ""),
         ("  trainer rank 0 (pid 4242 on 10.0.0.7): is stopped (SIGSTOP, or a debugger)", "trainer", ""),

@@ -29,7 +29,7 @@ NAMES = {
     "driver": r"\bthe (?:job's )?driver\b|stopped from outside",
     "rollout": r"\brollout \(pid|\brollout actor\b|\brollout failed while\b",
     "engine-actor": r"{label} cannot be asked|\b{label}(?:: its actor)? \(pid {pid}",
-    "scheduler": r"engine {label}\b",
+    "scheduler": r"engine {label}\b|(?:^|, ){label}(?:, \S+)* died\b",
     "router": r"\brouter\b",
     "trainer": r"trainer rank \d+ \(pid {pid}\b|trainer rank \d+ failed while\b",
     "writer": r"process that wrote|\bwriter\b",
