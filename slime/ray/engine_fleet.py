@@ -17,7 +17,6 @@ from pathlib import Path
 
 import ray
 
-from slime.compat.peers import peers_of
 from slime.config import Config
 from slime.engine.client import UPDATE_SECONDS, EngineClient, EngineError
 from slime.engine.plan import plan_engines, slots_of
@@ -33,7 +32,7 @@ from slime.ray.engine_nodes import Death, EngineNode
 from slime.ray.external_engines import absent, ask_all, node_of
 from slime.ray.fates import Process, end
 from slime.ray.first_requests import first_requests
-from slime.ray.placement import ALL_DEVICES, ENGINE_SHARE, Placement
+from slime.ray.placement import ALL_DEVICES, ENGINE_SHARE, Placement, Slot, listens
 from slime.ray.weight_receivers import start_receiver, with_processes
 from slime.weights.follow import wait_for_copy
 from slime.weights.serving import Receiver
@@ -158,16 +157,11 @@ class EngineFleet:
             token=self._token,
             log_path=self._log_folder / f"{name.replace(' of ', '-')}.log",
             name=name,
-            host=self._host(),
+            host=listens(self._placement, ray.util.get_node_ip_address())[0],
             port=engine.sglang_router_port if number == 0 else None,
             options={"request_timeout_secs": engine.sglang_router_request_timeout_secs, **engine.router},
             report=logger.info,
         )
-
-    def _host(self) -> str:
-        """Where servers of one node listen: on loopback while nothing of them needs to be reached from outside."""
-        nodes = {slot.node_ip for slot in self._placement.engine_slots}
-        return "127.0.0.1" if len(nodes) == 1 else ray.util.get_node_ip_address()
 
     @staticmethod
     def _started(nodes: Sequence[EngineNode], *, timeout: float | None = None) -> list[tuple[EngineNode, EngineAddress]]:
@@ -180,8 +174,7 @@ class EngineFleet:
         self, spec: EngineSpec, number: int, dist_init_addr: str | None = None, ports: EnginePorts | None = None
     ) -> EngineNode:
         slot = self._placement.engine_slots[spec.gpu_offset + number * spec.gpus_per_node]
-        nodes = sorted({slot.node_ip for slot in self._placement.engine_slots})
-        host, peers = ("127.0.0.1", ()) if len(nodes) == 1 else (slot.node_ip, tuple(peers_of(nodes)))
+        host, peers = listens(self._placement, slot.node_ip)
         log_path = self._log_folder / f"{spec.label}-{number}.log"
         actor = EngineActor.options(
             num_gpus=ENGINE_SHARE,
@@ -205,9 +198,12 @@ class EngineFleet:
         """The engines that serve the model being trained."""
         return [engine for engine in self.engines if engine.spec.update_weights]
 
-    def destinations(self) -> Destinations:
-        """GPUs count through the trainer's ranks, then through the slots of engines elsewhere."""
-        placement, first = self._placement, slots_of(self._config).first_rollout_gpu
+    def destinations(self, trainer_slots: Sequence[Slot]) -> Destinations:
+        """GPUs count through the trainer's ranks, then through the slots of engines elsewhere.
+
+        trainer_slots: where its ranks are now; some may have moved to a spare node.
+        """
+        first = slots_of(self._config).first_rollout_gpu
         engines = tuple(
             EngineTarget(
                 engine.label,
@@ -219,8 +215,7 @@ class EngineFleet:
             )
             for engine in self.updated()
         )
-        shared = set(placement.trainer_slots)
-        slots = [*placement.trainer_slots, *(slot for slot in placement.engine_slots if slot not in shared)]
+        slots = [*trainer_slots, *(slot for slot in self._placement.engine_slots if slot not in set(trainer_slots))]
         at = [slot.node_ip for slot in slots]
         for engine in self.engines:
             if engine.is_external:

@@ -14,6 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime.compat.peers import peers_of
 from slime.ray.machines import alive_nodes, verdict
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,18 @@ def place(*, num_trainer: int, num_engine: int, colocate: bool, wait_seconds: fl
     _wait_until_ready(group, total, wait_seconds)
     slots = _ordered_slots(group, total)
     return Placement(group, tuple(slots[:num_trainer]), tuple(slots[engine_start : engine_start + num_engine]))
+
+
+def listens(placement: Placement, node_ip: str) -> tuple[str, tuple[str, ...]]:
+    """(address at which a server on that node listens, addresses that may connect); asked by the rollout actor.
+
+    Loopback, with nobody to list, where engines, trainer ranks and that actor, which Ray may put anywhere, are on one node.
+    """
+    here = ray.util.get_node_ip_address()
+    if placement.addresses == {here}:
+        return "127.0.0.1", ()
+    # A spare node, to which a trainer's ranks may move, can be in the cluster already.
+    return node_ip, tuple(peers_of(sorted({*placement.addresses, here, *alive_nodes()})))
 
 
 def with_spares(placement: Placement, lost: Sequence[str], wait_seconds: float = 600.0) -> Placement:

@@ -19,7 +19,7 @@ from slime.ray import witness
 from slime.ray.destinations import Destinations
 from slime.ray.fates import Process, end, this_process
 from slime.ray.health import HealthWatch
-from slime.ray.placement import Placement
+from slime.ray.placement import Placement, Slot
 from slime.ray.standstill import Patience
 from slime.rollout.reports import Report
 
@@ -182,8 +182,8 @@ class RolloutActor:
         else:
             return_to(self._data_source, state)
 
-    def destinations(self) -> Destinations:
-        return self._fleet.destinations()
+    def destinations(self, trainer_slots: Sequence[Slot]) -> Destinations:
+        return self._fleet.destinations(trainer_slots)
 
     def fleet(self, method: str, *args):
         """One of the fleet's calls (pause, flush, begin, ...)."""
@@ -238,8 +238,8 @@ class RolloutSide:
     def restore(self, state: dict) -> None:
         self._call("restore", state)
 
-    def destinations(self) -> Destinations:
-        return self._call("destinations")
+    def destinations(self, trainer_slots: Sequence[Slot]) -> Destinations:
+        return self._wait(self._actor.destinations.remote(trainer_slots), "destinations")
 
     def obituaries(self, *, timeout: float | None = None) -> list[str]:
         """Why servers are gone; empty if all live, or if nobody can tell (within `timeout` seconds, None: whenever)."""

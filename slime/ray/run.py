@@ -374,7 +374,8 @@ class Run:
         return self._send_weights()
 
     def _send_weights(self) -> SyncReport:
-        self._trainers.destinations = self._rollout.destinations()  # an engine may have been started anew
+        # An engine may have been started anew, a rank on a spare node.
+        self._trainers.destinations = self._rollout.destinations(self._trainers.placement.trainer_slots)
         read_back = self._config.engine.check_weight_update_equal
         return sync_weights(self._rollout, self._trainers, version=self._version, read_back=read_back)
 

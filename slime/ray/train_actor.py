@@ -49,7 +49,8 @@ def meeting_place(nodes: Sequence[str]) -> tuple[str, list[str]]:
     """(address of this node at which ranks on `nodes` find a server here, addresses that may connect; none where loopback)."""
     if len(set(nodes)) == 1:
         return "127.0.0.1", []
-    return ray.util.get_node_ip_address(), peers_of(nodes)
+    here = ray.util.get_node_ip_address()
+    return here, peers_of([*nodes, here])
 
 
 @ray.remote

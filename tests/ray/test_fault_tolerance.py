@@ -44,8 +44,8 @@ class Side:
         self.starts += 1
         return started
 
-    def destinations(self):
-        return f"engines of start {self.starts}"
+    def destinations(self, trainer_slots):
+        return f"engines of start {self.starts}, {trainer_slots}"
 
     def state(self, saving=None):
         return {"next": self.next_prompt}
@@ -136,7 +136,8 @@ def sync_with(run_with, monkeypatch):
     def make(deaths: list[list[str]], **how) -> tuple[Run, Side]:
         run, side = run_with([], **how)
         del run.sync_weights
-        run._trainers = SimpleNamespace(has_failed=False, can_recover=lambda broken: False)
+        placement = SimpleNamespace(trainer_slots="ranks on a spare")
+        run._trainers = SimpleNamespace(has_failed=False, can_recover=lambda broken: False, placement=placement)
         run._config.engine.check_weight_update_equal = False
         left = list(deaths)
 
@@ -162,7 +163,8 @@ def sync_with(run_with, monkeypatch):
 def test_an_engine_that_dies_while_weights_are_sent_is_started_again_and_all_get_the_same_version(sync_with):
     run, side = sync_with([["decode-1"], [], []])
     assert run.sync_weights() == "report of v1"
-    assert run._trainers.destinations == "engines of start 2", "what was started anew has joined no group for weights"
+    now = "engines of start 2, ranks on a spare"
+    assert run._trainers.destinations == now, "what was started anew has joined no group for weights"
     assert side.events == ["send v1", "start ['decode-1']", "send v1"]
     assert run.sync_weights() == "report of v2"
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from slime.ray.placement import Placement, Slot, visible_index, with_spares
+from slime.ray.placement import Placement, Slot, listens, visible_index, with_spares
 
 # Two slots of a machine of which a share is visible, and what an actor in the second slot sees.
 JOB = """
@@ -52,3 +52,20 @@ def test_ranks_of_a_lost_node_move_to_a_spare_one_and_engines_do_not():
     assert with_spares(apart, []) is apart
     with pytest.raises(RuntimeError, match="node 10.0.0.2 is gone, with engines on it, .*; it resumes from the last"):
         with_spares(Placement(None, trainers, trainers), ["10.0.0.2"])
+
+
+@pytest.mark.parametrize(
+    ("trainer", "engine", "here", "in_cluster", "host", "peers"),
+    [
+        ("10.0.0.1", "10.0.0.1", "10.0.0.1", ["10.0.0.1"], "127.0.0.1", ()),
+        # All engines on one node, the trainer on another: ranks there send weights to them.
+        ("10.0.0.1", "10.0.0.2", "10.0.0.2", ["10.0.0.1", "10.0.0.2"], "10.0.0.2", ("10.0.0.1", "10.0.0.2")),
+        # Ray put the actor that asks them on a third, and a fourth is there as a spare.
+        ("10.0.0.1", "10.0.0.1", "10.0.0.3", ["10.0.0.4"], "10.0.0.1", ("10.0.0.1", "10.0.0.3", "10.0.0.4")),
+    ],
+)
+def test_servers_listen_where_all_that_speak_to_them_reach_them(monkeypatch, trainer, engine, here, in_cluster, host, peers):
+    monkeypatch.setattr("slime.ray.placement.ray.util.get_node_ip_address", lambda: here)
+    monkeypatch.setattr("slime.ray.placement.alive_nodes", lambda: dict.fromkeys(in_cluster))
+    placement = Placement(None, (Slot(0, trainer, 0),), (Slot(1, engine, 0),))
+    assert listens(placement, engine) == (host, peers)

@@ -16,9 +16,14 @@ class Recorder:
 
     def __init__(self, kind: str):
         self.events, self.kind = [], kind
+        self.placement = Placement(None, (), ())
 
     def device_kind(self):
         return self.kind
+
+    def destinations(self, trainer_slots):
+        assert trainer_slots == ()
+        self.events.append("destinations")
 
     def start(self):
         self.events.append("trainer starts")
