@@ -167,7 +167,8 @@ def _read_note(pid: int) -> str:
         if note.exists():
             return _how(pid, int(note.read_text()))
         time.sleep(0.05)
-    return "is gone"
+    # An actor that is being made has no keeper yet.
+    return f"was killed{BY_THE_KERNEL}" if killed_for_memory([pid]) else "is gone"
 
 
 def stopped(pid: int) -> str | None:

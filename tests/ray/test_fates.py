@@ -57,6 +57,7 @@ def test_a_process_that_the_kernel_killed_for_want_of_memory_is_told_so():
         )
         assert subprocess.run([*since, "0"], capture_output=True, text=True, check=True).stdout == ""
     undo()
+    assert read_fate(process) == "was killed by the kernel, because memory had run out", "also once nobody has its status"
 
 
 def test_a_stopped_process_is_told_with_what_lets_it_go_on():
