@@ -14,6 +14,12 @@ def reads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("reads")
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """BASE_DIR of the tiny GLM-5.2 on one node, whose first run makes checkpoints and data that later ones find."""
+    return tmp_path_factory.mktemp("tiny")
+
+
 @pytest.fixture
 def recorded_run(reads: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every process of this test's runs has the recorder (recorder/sitecustomize.py)."""

@@ -110,11 +110,6 @@ def nothing_runs_on():
     Launch.begun.clear()
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("tiny")
-
-
 SMALL = ("--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--n-samples-per-eval-prompt", "1")
 
 

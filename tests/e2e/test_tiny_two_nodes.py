@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,17 +17,41 @@ import audits
 import pytest
 from by_hand import by_hand
 
-from tools import cluster_box
+from tools import box_drill, cluster_box
 
 ROOT = Path(__file__).resolve().parents[2]
+FLAGS = (
+    "--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--num-rollout", "2", "--save-interval", "1",
+    "--eval-interval", "1000", "--skip-eval-before-train", "--check-weight-update-equal",
+)  # fmt: skip
+MADE = ("arithmetic", *(f"GLM-5.2-tiny{which}" for which in ("", "-FP8", "_torch_dist", "_warm_start")))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(cluster_box.why_not() is not None, reason=f"no cluster in a box: {cluster_box.why_not()}"),
 ]
 
 
-def test_the_launcher_trains_over_two_nodes_and_leaves_nothing_on_them():
+def test_a_node_that_dies_is_named_and_the_same_command_goes_on_over_two_nodes_and_leaves_nothing(base, monkeypatch):
+    monkeypatch.setenv("PASS_ENV", passed())
     with made(2) as box:
+        for name in MADE if (base / MADE[-1]).exists() else ():  # else the launcher makes them here
+            shutil.copytree(base / name, box.folder / "base" / name)
+        first = box_drill.Launch(box, FLAGS)
+        try:
+            assert first.comes_to("train"), text(first)[-6000:]
+            cluster_box.die(box, 2)
+            first.until(lambda: False, seconds=240)
+        finally:
+            first.leave()
+        told = [line for line in text(first).splitlines() if "the run stopped: " in line]
+        assert told and all("node 10.98.0.2 is gone, training: " in line for line in told), told
+        assert all(box_drill.says_all(line, ["10.98.0.2"]) for line in told), told
+        assert first.process.returncode == 1
+        until_empty(box)
+        box = cluster_box.boot(cluster_box.load(box.folder), 2)
+        logs = folders_of_ray(box)
+        assert len(logs) == 1, "a launch that failed keeps its own"
+
         status, said = ended(box, launched(box))
         assert status == 0, said[-6000:]
         assert "1 other nodes joined" in said
@@ -35,23 +60,36 @@ def test_the_launcher_trains_over_two_nodes_and_leaves_nothing_on_them():
         assert re.search(r"trainer: 2 ranks = TP 1 x CP 1 x PP 2 x DP 1", said)
         read_back = re.findall(r"weights v2: (\d+) of \1 tensors read back equal from (default-\w+-\d)", said)
         assert len(read_back) == 2, said[-6000:]
-        (gap,) = re.findall(r"rollout 1/1 \| reward .* \| gap ([\d.]+) ", said)
+        ((number, gap),) = re.findall(r"rollout (\d)/2 \| reward .* \| gap ([\d.]+) ", said)
+        assert number == "2", "it went on behind the checkpoint of the first"
         assert float(gap) < 0.25, "float32 against weights rounded to FP8: hundredths, not units"
         saved = box.folder / "base" / "GLM-5.2-tiny_slime" / "latest_checkpointed_iteration.txt"
-        assert saved.read_text().strip() == "0"
-        # A keeper looks every two seconds whether its launcher, or on another node its Ray, is there.
-        deadline = time.monotonic() + 60
-        while box.pids() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert box.pids() == []
-        assert [path for node in box.nodes for path in (box.folder / "of" / node.name / "tmp").glob("slime*")] == []
+        assert saved.read_text().strip() == "1"
+        until_empty(box)
+        assert folders_of_ray(box) == logs
         assert not (box.folder / "base" / "run" / ".launched").exists()
+
+
+def until_empty(box: cluster_box.Box) -> None:
+    """A keeper looks every two seconds whether its launcher, or on another node its Ray, is there."""
+    deadline = time.monotonic() + 60
+    while (left := box_drill.left_on(box)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
+
+
+def folders_of_ray(box: cluster_box.Box) -> list[Path]:
+    return [folder for node in box.nodes for folder in box.tmp(node).glob("slime*")]
+
+
+def text(launch: box_drill.Launch) -> str:
+    return "\n".join(line.text for line in launch.lines)
 
 
 @by_hand("a launch and an audit of three minutes")
 def test_nothing_on_two_nodes_that_train_is_open_to_a_third():
     """Every listener of both nodes, called from there as another user, and from the third node, which is not of the run."""
-    hook = ("--custom-megatron-before-train-step-hook-path", "step_hook.wait")
+    hook = ("--num-rollout", "1", "--custom-megatron-before-train-step-hook-path", "step_hook.wait")
     with made(3) as box:
         base, run = box.folder / "base", launched(box, *hook, PYTHONPATH=str(Path(__file__).with_name("hooks")))
         try:
@@ -78,6 +116,10 @@ def test_nothing_on_two_nodes_that_train_is_open_to_a_third():
         assert nodes >= {node.address for node in box.nodes[:2]}, nodes
 
 
+def passed() -> str:
+    return " ".join(name for name in ("RAY_worker_niceness",) if name in os.environ)
+
+
 @contextmanager
 def made(num_nodes: int) -> Iterator[cluster_box.Box]:
     with tempfile.TemporaryDirectory(prefix="box-", dir="/tmp") as folder:
@@ -95,13 +137,9 @@ def launched(box: cluster_box.Box, *more: str, **environment: str) -> subprocess
     settings = {
         "BASE_DIR": str(box.folder / "base"), "HOSTFILE": str(hosts), "MASTER_ADDR": box.nodes[0].address,
         "NUM_NODES": "2", "SFT_STEPS": "2", "SSH": f"{tool} ssh {box.folder}",
-        "PASS_ENV": " ".join(name for name in ("RAY_worker_niceness",) if name in os.environ),
+        "PASS_ENV": passed(),
     }  # fmt: skip
-    flags = (
-        "--rollout-batch-size", "4", "--n-samples-per-prompt", "4", "--num-rollout", "1", "--save-interval", "1",
-        "--eval-interval", "1000", "--skip-eval-before-train", "--check-weight-update-equal", *more,
-    )  # fmt: skip
-    command = cluster_box.entering(box, "1", ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *flags])
+    command = cluster_box.entering(box, "1", ["bash", str(ROOT / "scripts" / "run-glm5.2-tiny.sh"), *FLAGS, *more])
     with (box.folder / "said").open("w") as out:
         return subprocess.Popen(command, env=os.environ | settings | environment, stdout=out, stderr=subprocess.STDOUT)
 
