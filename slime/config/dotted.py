@@ -75,12 +75,19 @@ def _check_arguments(who: str, found: Callable[..., Any], call: Call) -> None:
         signature = inspect.signature(found)
     except (TypeError, ValueError):
         return  # a builtin without a signature: Python will say what is wrong when it is called
+    if problem := does_not_take(signature, call):
+        name = getattr(found, "__name__", type(found).__name__)
+        raise ValueError(f"{who}: found {name}{signature} ({problem}); expected {call.shown}")
+
+
+def does_not_take(signature: inspect.Signature, call: Call) -> str:
+    """Why a function of this signature cannot be called so; empty when it can."""
     try:
-        offered = accepted_keywords(found, dict.fromkeys(call.offered))
+        offered = _taken(signature, dict.fromkeys(call.offered))
         signature.bind(*range(call.positional), **dict.fromkeys(call.keywords), **offered)
     except TypeError as error:
-        name = getattr(found, "__name__", type(found).__name__)
-        raise ValueError(f"{who}: found {name}{signature} ({error}); expected {call.shown}") from None
+        return str(error)
+    return ""
 
 
 def _is_async(found: Callable[..., Any]) -> bool:
@@ -90,7 +97,11 @@ def _is_async(found: Callable[..., Any]) -> bool:
 
 def accepted_keywords(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
     """Those of `offered` that the function takes."""
-    parameters = inspect.signature(function).parameters
+    return _taken(inspect.signature(function), offered)
+
+
+def _taken(signature: inspect.Signature, offered: dict[str, Any]) -> dict[str, Any]:
+    parameters = signature.parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return offered
     return {name: value for name, value in offered.items() if name in parameters}

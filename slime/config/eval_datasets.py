@@ -75,6 +75,11 @@ FROM_FLAGS: dict[str, tuple[str, ...]] = {
 """Setting of a data set -> attributes to ask, in order; the first that is not None is taken."""
 
 _FIELDS = tuple(item.name for item in dataclasses.fields(EvalDataset))
+_SHOWN = {
+    "int": "whole number", "float": "number", "str": "text", "bool": "truth value", "tuple[str, ...]": "list of texts",
+    "tuple[int, ...]": "list of whole numbers", "Mapping[str, object]": "mapping",
+}  # fmt: skip
+"""Types as a message names them."""
 _SETTINGS = tuple(name for name in _FIELDS if name not in ("name", "path"))
 
 
@@ -113,6 +118,8 @@ def _from_yaml(file: str, values: Mapping[str, object]) -> tuple[EvalDataset, ..
     if not isinstance(root, dict):
         raise ConfigError(f"{file}: the top must be a mapping with 'datasets' (and 'defaults'), possibly under 'eval'")
     prefix = "eval." if root is not content else ""
+    if prefix:
+        refuse_unknown_keys(content, ("eval",), file=file, path="")
     refuse_unknown_keys(root, ("defaults", "datasets"), file=file, path=prefix.rstrip("."))
     defaults = root.get("defaults") or {}
     if not isinstance(defaults, dict):
@@ -120,7 +127,7 @@ def _from_yaml(file: str, values: Mapping[str, object]) -> tuple[EvalDataset, ..
     _check_keys(defaults, _SETTINGS, file, f"{prefix}defaults")
     listed = root.get("datasets") or []
     if isinstance(listed, dict):
-        listed = [{"name": name, **(entry or {})} for name, entry in listed.items()]
+        listed = [_named(name, entry, file, f"{prefix}datasets") for name, entry in listed.items()]
     if not isinstance(listed, list) or not listed:
         raise ConfigError(
             f"{file}: {prefix}datasets must be a list of entries (name, path, ...) or a mapping from name to entry"
@@ -131,11 +138,18 @@ def _from_yaml(file: str, values: Mapping[str, object]) -> tuple[EvalDataset, ..
         if not isinstance(entry, dict):
             raise ConfigError(f"{file}: {path} must be a mapping, found {entry!r}")
         _check_keys(entry, _FIELDS, file, path)
-        missing = [key for key in ("name", "path") if not isinstance(entry.get(key), str)]
+        missing = [key for key in ("name", "path") if not (isinstance(entry.get(key), str) and entry[key].strip())]
         if missing:
             raise ConfigError(f"{file}: {path} needs {' and '.join(missing)} as text")
         made.append(_make(entry, defaults, values, f"{file}: {path}"))
     return _refuse_twins(made, file)
+
+
+def _named(name: object, entry: object, file: str, path: str) -> dict:
+    """An entry of the mapping from name to entry."""
+    if not isinstance(name, str) or not isinstance(entry, dict):
+        raise ConfigError(f"{file}: {path}.{name} must be a mapping under a name that is text, found {entry!r}")
+    return {"name": name, **entry}
 
 
 def _check_keys(mapping: dict, legal: tuple[str, ...], file: str, path: str) -> None:
@@ -172,13 +186,19 @@ def _typed(item: dataclasses.Field, value: object, where: str) -> object:
                 bounds.refuse(one)
             return listed
         if kind.startswith("Mapping"):
+            if not isinstance(value, Mapping):
+                raise ValueError("wants a mapping")
             return FrozenMap(dict(value))  # type: ignore[call-overload]
         if kind == "bool" and not isinstance(value, bool):
             raise ValueError("wants true or false")
+        if kind == "float" and isinstance(value, bool):
+            raise ValueError("wants a number")
+        if kind == "str" and not isinstance(value, str):
+            raise ValueError("wants a text; put it into quotes")
         if kind == "int" and (isinstance(value, bool) or int(value) != float(value)):  # type: ignore[call-overload, arg-type]
             raise ValueError("wants a whole number")
         made = {"int": int, "float": float, "str": str, "bool": bool}[kind](value)  # type: ignore[arg-type]
         bounds.refuse(made)
         return made
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{where}.{item.name}: {value!r} is no {kind} ({error})") from None
+        raise ConfigError(f"{where}.{item.name}: {value!r} is no {_SHOWN.get(kind, kind)} ({error})") from None

@@ -42,4 +42,29 @@ def file_problem(path: str) -> str:
         return f"{file} cannot be read by this user; change its permissions"
     if os.path.getsize(file) == 0:
         return f"{file} is empty; write the prompts first, one per row"
-    return ""
+    return _another_kind(file)
+
+
+_BEGINNINGS = (
+    (b"version https://git-lfs", "a pointer of git-lfs; fetch what it stands for (git lfs pull)"),
+    (b"\x1f\x8b", "a gzip archive; unpack it"),
+    (b"PK\x03\x04", "a zip archive; unpack it"),
+    (b"\xff\xfe", "UTF-16 text; write it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text; write it as UTF-8"),
+    (b"<!DOCTYPE", "a page of HTML, as a failed download leaves it; download it again"),
+    (b"<html", "a page of HTML, as a failed download leaves it; download it again"),
+)
+"""First bytes -> what such a file is, and the way out."""
+
+
+def _another_kind(file: str) -> str:
+    """What a file is that has another kind's name."""
+    with open(file, "rb") as stream:
+        begin = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    known = [*_BEGINNINGS]
+    if file.endswith(".jsonl"):
+        known += [(b"PAR1", "a parquet file; name it .parquet"), (b"[{", "one JSON array; write one object per line")]
+        known += [(b"[\n", "one JSON array; write one object per line")]
+    if file.endswith(".parquet"):
+        known += [(b"{", "JSON text; name it .jsonl")]
+    return next((f"{file} is {what}" for magic, what in known if begin.startswith(magic)), "")

@@ -32,6 +32,7 @@ Basis = Literal["file", "release", "flags", "nothing"]
 
 SUBJECTS = {
     "engine_model": "engines",
+    "engine_answers": "engines",
     "engine_options": "engines",
     "engine_server": "engines",
     "context": "engines",

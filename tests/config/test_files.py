@@ -144,10 +144,18 @@ def test_an_entry_wins_over_defaults_which_win_over_flags(tmp_path: Path):
         ("temperature: 0.5", "temprature: 0.5", "unknown key at eval.datasets[0]: 'temprature'; did you mean temperature?"),
         ("  datasets:", "  data_sets:", "unknown key at eval: 'data_sets'; did you mean datasets?"),
         ("temperature: 1e-5", "top_kk: 1", "unknown key at eval.defaults: 'top_kk'; did you mean top_k?"),
-        ("temperature: 0.5", "temperature: warm", "eval.datasets[0].temperature: 'warm' is no float"),
+        ("temperature: 0.5", "temperature: warm", "eval.datasets[0].temperature: 'warm' is no number"),
         ("path: /b.jsonl, ", "", "eval.datasets[1] needs path as text"),
         ("name: b", "name: a", "found twice: a"),
         ("rm_type: random", "reward_model: x", "does not act on reward_model"),
+        ("temperature: 0.5", "temperature: true", "eval.datasets[0].temperature: True is no number (wants a number)"),
+        ("stop: END", "label_key: [x]", "eval.datasets[0].label_key: ['x'] is no text (wants a text; put it into quotes)"),
+        ("{level: 3}", "[[level, 3]]", "metadata_overrides: [['level', 3]] is no mapping (wants a mapping)"),
+        ("name: b", "name: ' '", "eval.datasets[1] needs name as text"),
+        ("eval:", "defaults: {top_k: 5}\neval:", "unknown key at the top: 'defaults'"),
+        (EVAL, "datasets: {a: a.jsonl}\n", "datasets.a must be a mapping under a name that is text, found 'a.jsonl'"),
+        (EVAL, "datasets: {3: {path: a.jsonl}}\n", "datasets.3 must be a mapping under a name that is text"),
+        (EVAL, "datasets: {a: }\n", "datasets.a must be a mapping under a name that is text, found None"),
     ],
 )
 def test_a_wrong_evaluation_file_is_one_clear_error(tmp_path: Path, old: str, new: str, said: str):
@@ -325,3 +333,11 @@ def test_expressions_are_worked_out(text: str, value: object):
 def test_expressions_execute_nothing(text: str):
     with pytest.raises(ValueError, match="cannot|only numbers"):
         evaluate(text)
+
+
+def test_a_grader_among_the_overrides_is_asked_for_too(tmp_path: Path):
+    file = written(
+        tmp_path, EVAL.replace("rm_type: random, metadata_overrides: {level: 3}", "metadata_overrides: {rm_type: maths}")
+    )
+    with pytest.raises(ConfigError, match="evaluation b: rm-type 'maths' is no grader; did you mean math"):
+        config_of("--eval-config", file)

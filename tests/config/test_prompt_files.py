@@ -41,6 +41,28 @@ def test_prompts_that_are_not_there_are_said_before_anything_starts(disk, name, 
     assert text.startswith("--prompt-data ") and reason in text
 
 
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of git-lfs; fetch"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a pointer of git-lfs; fetch"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", "a gzip archive; unpack it"),
+        ("a.jsonl", '{"input": "q"}\n'.encode("utf-16"), "UTF-16 text; write it as UTF-8"),
+        ("a.jsonl", b"PAR1\x15\x04", "a parquet file; name it .parquet"),
+        ("a.jsonl", b'[{"input": "q"},\n {"input": "r"}]', "one JSON array; write one object per line"),
+        ("a.jsonl", b'[\n {"input": "q"}\n]', "one JSON array; write one object per line"),
+        ("a.jsonl", b"<!DOCTYPE html>", "a page of HTML"),
+        ("a.parquet", b'{"input": "q"}\n', "JSON text; name it .jsonl"),
+        ("a.jsonl", b'\xef\xbb\xbf{"input": "q"}\r\n', ""),
+        ("a.jsonl", b'[1]\n{"input": "q"}\n', ""),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    said = file_problem(str(tmp_path / name))
+    assert (reason in said and said.startswith(f"{tmp_path / name} is ")) if reason else said == ""
+
+
 @pytest.mark.parametrize("when", [[], ["--skip-eval-before-train"], ["--num-rollout", "0"]])
 def test_evaluation_files_are_looked_for_however_far_the_evaluation_is(disk, when):
     facts, folder = disk

@@ -36,3 +36,46 @@ def test_a_package_that_is_elsewhere_is_unchecked(flagship: Recipe, tmp_path: Pa
     done = rehearse(recipe.written(tmp_path), Options(env=recipe.env, quick=True, build_ranks=False))
     assert done.findings.verdict == "launchable"
     assert any("--custom-rm-path rewards_of_mine.grade" in finding.what for finding in done.findings.of("unchecked"))
+
+
+CALLED = {
+    "too few arguments": (
+        "def grade(sample): ...",
+        "found grade(sample) (too many positional arguments); expected async fn(args, sample",
+    ),
+    "too many": ("async def grade(args, sample, gold): ...", "missing a required argument: 'gold'"),
+    "awaited and plain": (
+        "def grade(args, sample, **kwargs): ...",
+        "found a plain function; expected async fn(args, sample, **kwargs)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_arguments_are_asked_of_the_source(
+    name: str, flagship: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, message = CALLED[name]
+    (tmp_path / "judge_of_mine.py").write_text(f"import a_package_that_is_not_here\n{source}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = flagship.with_flag("--custom-rm-path", "judge_of_mine.grade")
+    done = rehearse(recipe.written(tmp_path), Options(env=recipe.env, quick=True, build_ranks=False))
+    told = [finding.line() for finding in done.findings.of("violation")]
+    assert any("--custom-rm-path judge_of_mine.grade" in line and message in line for line in told), told
+
+
+def test_functions_of_one_evaluation_are_asked_too(flagship: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "judge_of_mine.py").write_text("async def grade(args, sample): ...\ndef play(args): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "eval.yaml").write_text(
+        "datasets:\n"
+        "  - {name: a, path: /data/a.jsonl, custom_rm_path: judge_of_mine.grade}\n"
+        "  - {name: b, path: /data/b.jsonl, custom_rm_path: judge_of_mine.grades}\n"
+        "  - {name: c, path: /data/c.jsonl, custom_generate_function_path: judge_of_mine.play}\n"
+    )
+    recipe = flagship.with_flag("--eval-config", str(tmp_path / "eval.yaml")).with_flag("--eval-interval", "5")
+    done = rehearse(recipe.written(tmp_path), Options(env=recipe.env, quick=True, build_ranks=False))
+    told = "\n".join(finding.line() for finding in done.findings.of("violation"))
+    assert "evaluation a" not in told
+    assert "evaluation b: custom_rm_path judge_of_mine.grades" in told and "defines no grades" in told
+    assert "evaluation c: custom_generate_function_path judge_of_mine.play: found play(args)" in told

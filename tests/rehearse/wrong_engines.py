@@ -150,6 +150,29 @@ WRONG_ENGINES: dict[str, tuple[Edit, str]] = {
         "goes with schedule_policy fcfs or lof, not lpm",
     ),
     "less than no caution": (flags("--sglang-schedule-conservativeness", "-0.5"), "schedule_conservativeness -0.5; give 0"),
+    "answers without text": (flags("--sglang-skip-tokenizer-init"), "an engine with skip_tokenizer_init answers without text"),
+    "embeddings": (flags("--sglang-is-embedding"), "an engine with is_embedding serves embeddings"),
+    "another protocol": (option("decode", "grpc_mode: true"), "default decode: an engine with grpc_mode is asked by gRPC"),
+    "encrypted requests": (
+        flags("--sglang-ssl-keyfile", "/k.pem"),
+        "an engine with ssl_keyfile answers encrypted requests alone",
+    ),
+    "a checkpoint that removes itself": (
+        flags("--sglang-delete-ckpt-after-loading"),
+        "delete_ckpt_after_loading removes the folder that it was started from",
+    ),
+    "adapters": (flags("--sglang-lora-paths", "a=/b"), "an engine with lora_paths serves adapters"),
+    "a draw that nobody knows of": (
+        option("decode", "preferred_sampling_params: '{\"min_p\": 0.1}'"),
+        'preferred_sampling_params {"min_p": 0.1} changes how tokens are drawn',
+    ),
+    "a loader's options that are no JSON": (
+        flags("--sglang-model-loader-extra-config", "threads=8"),
+        "model_loader_extra_config threads=8 is no JSON object",
+    ),
+    "a watchdog without patience": (flags("--sglang-watchdog-timeout", "0"), "watchdog_timeout 0.0 is no time"),
+    "a line of the log every 0 steps": (flags("--sglang-decode-log-interval", "0"), "decode_log_interval 0; give 1"),
+    "decoding in steps of none": (flags("--sglang-num-continuous-decode-steps", "0"), "decode_steps 0; give 1"),
     "metrics to no folder": (flags("--sglang-export-metrics-to-file"), "export_metrics_to_file has no folder"),
     "a size that is said twice": (
         option("decode", "dp_size: 32"),

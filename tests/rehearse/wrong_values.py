@@ -183,6 +183,21 @@ WRONG_VALUES: dict[str, tuple[Edit, str]] = {
         ),
         "places 0 multi-token-prediction layers (m), and 1 are trained; write m before L",
     ),
+    # What is filled in, and where it is sent.
+    "a folder that wants a text": (
+        flags("--save-hf", "/hf/{rollout_id:s}"),
+        "--save-hf /hf/{rollout_id:s} is filled in with a whole number, and asks for something else",
+    ),
+    "a folder that wants what is no conversion": (flags("--save-hf", "/hf/{rollout_id!x}"), "is filled in with a whole number"),
+    "a port that there is not": (
+        flags("--rm-type", "remote_rm", "--rm-url", "http://judge:99999/score"),
+        "--rm-url http://judge:99999/score is no address of a server",
+    ),
+    "one rank's number for all": (
+        flags("--train-env-vars", '{"RANK": "0"}'),
+        "--train-env-vars RANK: every rank would get one value",
+    ),
+    "one GPU for all": (flags("--train-env-vars", '{"CUDA_VISIBLE_DEVICES": "0"}'), "CUDA_VISIBLE_DEVICES: every rank"),
     # What the router is told by this project.
     "the router's engines": (flags("--router-worker-urls", "http://a"), "--router-worker-urls is set by slime itself"),
     "the router's kind": (flags("--router-pd-disaggregation"), "use worker_type in --sglang-config"),

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 AT_LEAST_ONE = (
     "tokenizer_worker_num", "max_total_tokens", "max_prefill_tokens", "stream_interval", "speculative_num_steps",
-    "speculative_eagle_topk", "speculative_num_draft_tokens",
+    "speculative_eagle_topk", "speculative_num_draft_tokens", "decode_log_interval", "num_continuous_decode_steps",
+    "triton_attention_num_kv_splits",
 )  # fmt: skip
 AT_LEAST_ZERO = ("schedule_conservativeness",)
 THRESHOLDS = ("speculative_accept_threshold_single", "speculative_accept_threshold_acc")

@@ -35,6 +35,12 @@ def of_the_trainer(v: Values) -> dict[str, str] | None:
     return {**v.env, **{str(name): str(value) for name, value in v["train_env_vars"].items()}}
 
 
+A_RANKS_OWN = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+"""Variables that say which of the training processes one is."""
+
+
 def trainers_own(v: Values) -> None:
     """--train-env-vars holds words and numbers, of what the trainer's libraries read."""
     for name, value in v["train_env_vars"].items():
@@ -43,6 +49,10 @@ def trainers_own(v: Values) -> None:
             f"--train-env-vars {name} is {value!r}; an environment variable is a text or a number, so write it as one",
         )
         v.require(name and "=" not in name, f"--train-env-vars {name!r} is no name of a variable; it has a letter and no =")
+        v.require(
+            name not in A_RANKS_OWN,
+            f"--train-env-vars {name}: every rank would get one value, and each has its own, which the run sets; remove it",
+        )
         v.require(
             not name.startswith("SGLANG_"),
             f"--train-env-vars {name}: engines read it, and these variables reach the trainer alone; set it in the launcher's "

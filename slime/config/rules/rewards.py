@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from slime.config.graders import GRADERS, grader_facts, unknown_grader
 
@@ -28,7 +29,8 @@ def grading(v: Values) -> None:
         )
         _needs(v, v["rm_type"], "--rm-type", label=v["label_key"], key=v["reward_key"], key_flag="--reward-key")
     for one in v["datasets"]:
-        name = one.rm_type or v["rm_type"]
+        said = one.rm_type or one.metadata_overrides.get("rm_type")
+        name = said or v["rm_type"]
         v.require(
             own or one.custom_rm_path or one.custom_generate_function_path or name or "metadata_key" in v.given,
             f"evaluation {one.name}: nothing grades the samples; pass --rm-type or --custom-rm-path",
@@ -36,13 +38,13 @@ def grading(v: Values) -> None:
         if own or one.custom_rm_path or one.custom_generate_function_path:
             continue
         v.require(
-            one.rm_type is None or grader_facts(one.rm_type),
-            f"evaluation {one.name}: {unknown_grader(one.rm_type or '').removeprefix('--')}",
+            said is None or grader_facts(str(said)),
+            f"evaluation {one.name}: {unknown_grader(str(said)).removeprefix('--')}",
         )
-        if one.rm_type not in (None, v["rm_type"]):
+        if said not in (None, v["rm_type"]):
             _needs(
                 v,
-                one.rm_type,
+                str(said),
                 f"evaluation {one.name}: rm_type",
                 label=one.label_key,
                 key=v["eval_reward_key"],
@@ -73,6 +75,14 @@ def _needs(v: Values, name: str | None, where: str, *, label: str | None, key: s
 def address(v: Values) -> None:
     """--rm-url, which is given, can be asked."""
     v.require(
-        re.match(r"https?://[^/\s]+", v["rm_url"]),
+        re.match(r"https?://[^/\s]+", v["rm_url"]) and _has_sound_port(v["rm_url"]),
         f"--rm-url {v['rm_url']} is no address of a server; write it as http://HOST:PORT/PATH",
     )
+
+
+def _has_sound_port(url: str) -> bool:
+    """No port, or one that there is."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False

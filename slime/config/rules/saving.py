@@ -112,6 +112,12 @@ def _template(v: Values, name: str, fields: tuple[str, ...]) -> None:
         f"{flag} {text}: {', '.join('{' + one + '}' for one in unknown)} is filled in by nobody; only "
         f"{', '.join('{' + one + '}' for one in fields)} may stand in braces",
     )
+    if unknown:
+        return
+    try:
+        text.format(**dict.fromkeys(fields, 0))
+    except ValueError:
+        v.mistakes.append(f"{flag} {text} is filled in with a whole number, and asks for something else; write {{rollout_id}}")
 
 
 def initial_weights(v: Values) -> None:

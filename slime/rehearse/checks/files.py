@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from slime.config.prompt_files import KINDS, split_slice
+from slime.config.prompt_files import KINDS, file_problem, split_slice
 from slime.config.rules.environment import is_host
 from slime.rehearse.checks.index import check_index
 from slime.rehearse.checks.plugins import check_plugins
@@ -59,6 +59,8 @@ def _check_prompts(reading: Reading, findings: Findings) -> None:
             findings.violation("files", f"{flag} {file} is neither .jsonl nor .parquet", "", "convert it, or correct the name")
         elif not file.exists():
             findings.unchecked("files", f"{flag} {file} is not on this machine")
+        elif problem := file_problem(path):
+            findings.violation("files", f"{flag} {problem.rpartition('; ')[0] or problem}", "", problem.rpartition("; ")[2])
         elif str(file) != path:
             _check_rows(
                 f"{flag} {path}",
