@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from slime.compat.peers import peers_of
 from slime.ray.machines import alive_nodes, verdict
@@ -74,10 +74,15 @@ def place(*, num_trainer: int, num_engine: int, colocate: bool, wait_seconds: fl
     return Placement(group, tuple(slots[:num_trainer]), tuple(slots[engine_start : engine_start + num_engine]))
 
 
+def this_node() -> NodeAffinitySchedulingStrategy:
+    """Of whoever calls it."""
+    return NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def listens(placement: Placement, node_ip: str) -> tuple[str, tuple[str, ...]]:
     """(address at which a server on that node listens, addresses that may connect); asked by the rollout actor.
 
-    Loopback, with nobody to list, where engines, trainer ranks and that actor, which Ray may put anywhere, are on one node.
+    Loopback, with nobody to list, where engines, trainer ranks and that actor, which is on the driver's node, are on one.
     """
     here = ray.util.get_node_ip_address()
     if placement.addresses == {here}:

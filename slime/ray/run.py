@@ -27,7 +27,7 @@ from slime.ray.lasting import Trainers, make_trainers
 from slime.ray.lease import Awake, FreeLease, Holder, Lease
 from slime.ray.leaving import Leaving
 from slime.ray.machines import alive_nodes, watched
-from slime.ray.placement import Placement, place, slot_counts
+from slime.ray.placement import Placement, place, slot_counts, this_node
 from slime.ray.rollout_actor import RolloutActor, RolloutSide
 from slime.ray.same_packages import SamePackages
 from slime.ray.standstill import Patience
@@ -172,9 +172,10 @@ class Run:
             self._rehearsed = rehearsed_digest(config.engine.rehearsed, key=os.environ.get(KEY_VARIABLE))
         self._placement = place(**self._slots())
         packages = SamePackages(self._placement.addresses)
-        # It takes no CPU from the slots. Four threads: a rollout, an evaluation,
-        # a call of the sync, and `stop`, which must get through whatever the others wait for.
-        actor = RolloutActor.options(num_cpus=0, max_concurrency=4, runtime_env={"env_vars": QUIET}).remote(
+        # No CPU of the slots, and no other node, whose loss would end the run. Four threads: a rollout, an evaluation, a call
+        # of the sync, and `stop`, which must get through whatever the others wait for.
+        options = {"num_cpus": 0, "max_concurrency": 4, "runtime_env": {"env_vars": QUIET}, "scheduling_strategy": this_node()}
+        actor = RolloutActor.options(**options).remote(
             config, self._placement, run_folder(config.checkpoint.save), os.environ.get(TOKEN_VARIABLE) or secrets.token_hex(16)
         )
         self._patience = Patience(config.upkeep)

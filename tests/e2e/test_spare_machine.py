@@ -53,7 +53,7 @@ def test_a_lost_machine_of_the_trainer_is_replaced_by_a_spare_one_from_the_snaps
             )  # fmt: skip
         said = until(work / "said", r"rollout 2/4 \| ", run)
         ranks = [number for number in (1, 2, 3, 4) if roles(box, number)["trainer"]]
-        assert len(ranks) == 2 and ranks[1] > 1, said[-6000:]
+        assert len(ranks) == 2 and ranks[1] > 1 and roles(box, 1)["rollout"], said[-6000:]
         cluster_box.die(box, ranks[1])
         try:
             status = run.wait(400)

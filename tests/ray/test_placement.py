@@ -60,7 +60,7 @@ def test_ranks_of_a_lost_node_move_to_a_spare_one_and_engines_do_not():
         ("10.0.0.1", "10.0.0.1", "10.0.0.1", ["10.0.0.1"], "127.0.0.1", ()),
         # All engines on one node, the trainer on another: ranks there send weights to them.
         ("10.0.0.1", "10.0.0.2", "10.0.0.2", ["10.0.0.1", "10.0.0.2"], "10.0.0.2", ("10.0.0.1", "10.0.0.2")),
-        # Ray put the actor that asks them on a third, and a fourth is there as a spare.
+        # The driver, with the actor that asks them, is on a third, and a fourth is there as a spare.
         ("10.0.0.1", "10.0.0.1", "10.0.0.3", ["10.0.0.4"], "10.0.0.1", ("10.0.0.1", "10.0.0.3", "10.0.0.4")),
     ],
 )

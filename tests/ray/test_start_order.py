@@ -55,6 +55,7 @@ def started(monkeypatch):
         monkeypatch.setattr(run_module, "SamePackages", lambda addresses: packages)
         actor = SimpleNamespace(remote=lambda *_: None)
         monkeypatch.setattr(run_module, "RolloutActor", SimpleNamespace(options=lambda **_: actor))
+        monkeypatch.setattr(run_module, "this_node", lambda: None)
         monkeypatch.setattr(run_module, "RolloutSide", lambda *_: both)
         monkeypatch.setattr(run_module, "make_trainers", lambda *_: both)
         monkeypatch.setattr(run_module, "Telling", lambda config: both)
