@@ -58,6 +58,9 @@ class Execution:
     """(source GPU, target GPU) -> bytes that this process sent over the link."""
 
     def __post_init__(self) -> None:
+        self._next: Round | None = None
+        # What only receives has nothing to make: a buffer more, and no second saved.
+        self._looks_ahead = self.parts is not None and makes_while_sending(self.plan, self.homes)
         self._mine = [gpu for gpu, home in enumerate(self.homes) if home == self.rank]
         self._gathered: dict[int, list[Delivery]] = {}
         for delivery in self.plan.deliveries:
@@ -72,12 +75,23 @@ class Execution:
         """GPU -> its bucket, of those GPUs here that an engine serves on; one without tensors gets nothing in this round.
 
         A new buffer each time: an engine may answer before its copy kernels have run, so a reused one would corrupt the last.
+        The next round is made in this thread while bytes fly without it: collectives are in one order on all ranks.
         """
-        with self.clock("make"):
-            made = self.make(number)
-            self.wait()
+        made, self._next = self._next, None
+        if made is None:
+            with self.clock("make"):
+                made = self.make(number)
+                self.wait()
+        try:
+            with self.clock("exchange"):
+                flying = self._depart(0, made)
+        finally:
+            # Also when nothing departed because a receiver is gone: a rank that gathers with this one would wait for ever.
+            if self._looks_ahead and number + 1 < self.plan.rounds:
+                with self.clock("make"):
+                    self._next = self.make(number + 1)
         with self.clock("exchange"):
-            self._travel(made)
+            self._arrive(made, flying)
             self.wait()
         return {gpu: WeightBucket(one.metas, made.buckets[gpu]) for gpu, one in made.duties.items() if one.metas}
 
@@ -97,11 +111,11 @@ class Execution:
     def _empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def _travel(self, made: Round) -> None:
-        deliveries = {delivery.number: delivery for one in made.duties.values() for delivery in one.deliveries}
-        ordered = [deliveries[key] for key in sorted(deliveries)]
+    def _arrive(self, made: Round, flying: Sequence[dist.Work]) -> None:
+        """What flies in hop 0, then the other hops; then everything is put in its place."""
         for hop in range(self.plan.hops):
-            self._exchange(hop, ordered, made.buffers)
+            for work in flying if hop == 0 else self._depart(hop, made):
+                work.wait()
         for gpu, bucket in made.buckets.items():
             for move in self.plan.moves(gpu, made.number):
                 _carry(move, made.beside[gpu], bucket)
@@ -120,16 +134,15 @@ class Execution:
                 self.parts.take_part(entry for unit in delivery.units for entry in lane.units[unit].entries)
         self.parts.finish()
 
-    def _exchange(self, hop: int, deliveries: Sequence[Delivery], buffers: Mapping[Key, Tensor]) -> None:
+    def _depart(self, hop: int, made: Round) -> list[dist.Work]:
         """All sends and receives of a hop at once; both ends of a link take them in the plan's order."""
+        deliveries = {delivery.number: delivery for one in made.duties.values() for delivery in one.deliveries}
         flying: list[dist.P2POp] = []
-        for delivery in deliveries:
+        for _, delivery in sorted(deliveries.items()):
             for leg in delivery.legs:
                 if leg.hop == hop:
-                    self._fly(leg, delivery, buffers, flying)
-        if flying:
-            for work in dist.batch_isend_irecv(flying):
-                work.wait()
+                    self._fly(leg, delivery, made.buffers, flying)
+        return dist.batch_isend_irecv(flying) if flying else []
 
     def _fly(self, leg: Leg, delivery: Delivery, buffers: Mapping[Key, Tensor], flying: list[dist.P2POp]) -> None:
         source, target = self.homes[leg.source], self.homes[leg.target]
@@ -143,6 +156,15 @@ class Execution:
             flying.append(_op(dist.isend, buffers[leg.source, delivery.number], target, self.group))
         else:
             flying.append(_op(dist.irecv, buffers[leg.target, delivery.number], source, self.group))
+
+
+def makes_while_sending(plan: SyncPlan, homes: Sequence[int]) -> bool:
+    """Whether trainer ranks make a round while the one before travels: where none of them holds the bucket of an engine's rank.
+
+    Each has two rounds of what it sends in its memory then. Where buckets that engines load are there too, a round is made
+    while the engines load the one before. All ranks find the same, so that those that gather a tensor do it in one order.
+    """
+    return all(homes[gpu] >= plan.wire.trainer.grid.world for lane in plan.lanes for gpu in lane.gpus)
 
 
 def _buffer(duties: Duties, delivery: Delivery, bucket: Tensor, beside: Tensor) -> Tensor:

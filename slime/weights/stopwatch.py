@@ -16,7 +16,8 @@ class StreamSeconds:
     make: float = 0.0
     """Tensors gathered and written into the buffers that travel, in the engines' number formats."""
     exchange: float = 0.0
-    """The plan's sends and receives, hop by hop, and parts put in their places."""
+    """The plan's sends and receives, hop by hop, and parts put in their places; where the next round is made meanwhile, what is
+    left of both when the host has done its part of the making."""
     hand_over: float = 0.0
     """Buckets given to engines, and waits until these have loaded: what is not hidden behind the next round. A broadcast's wire
     is in it."""
