@@ -23,8 +23,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 
 from slime.model.hf_config import HfConfig  # noqa: E402
 from slime.model.layers import DuplicatedLinear, NormColumnParallelLinear, RMSNorm  # noqa: E402
-from slime.model.rope import RopeTable, rotate  # noqa: E402
+from slime.model.rope import RopeTable  # noqa: E402
 from slime.model.stream import Segment, Stream, stream_of  # noqa: E402
+from slime.ops.rope import rotate  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -255,23 +256,22 @@ class LatentAttention(PackedAttention):
         self.linear_kv_up_proj = NormColumnParallelLinear(shape.kv_latent, shape.heads * (shape.nope + shape.value), **linear)
         self.linear_proj = self.output_projection(shape.heads * shape.value)
 
-    def queries(self, hidden: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
-        """-> (without position [t, heads, nope], rotated [t, heads, rope], raw query latent of this slice or None)."""
+    def queries(self, hidden: Tensor, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        """-> ([t, heads, nope + rope], the last ones rotated; raw query latent of this slice or None)."""
         latent = self.linear_q_down_proj(hidden) if self.shape.q_latent else None
         query, _ = self.linear_q_up_proj(latent) if self.shape.q_latent else self.linear_q_proj(hidden)
-        nope, rope = query.view(-1, self.heads_here, self.shape.query).split([self.shape.nope, self.shape.rope_width], dim=-1)
-        cos, sin = self.shape.rope.cos_sin(stream)
-        return nope, rotate(rope, cos, sin, interleaved=self.shape.interleaved), latent
+        return self._rotated(query.view(-1, self.heads_here, self.shape.query), stream, self.shape.nope), latent
 
-    def latents(self, hidden: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
-        """-> (normalised key/value latent [t, latent], rotated shared key [t, rope]) of this context-parallel rank's rows."""
+    def latents(self, hidden: Tensor, stream: Stream) -> Tensor:
+        """-> [t, latent + rope] of this context-parallel rank's rows: normalised key/value latent, rotated shared key."""
         both = self.linear_kv_down_proj(hidden).squeeze(1)
         latent, rope = both.split([self.shape.kv_latent, self.shape.rope_width], dim=-1)
-        latent = self.linear_kv_up_proj.normalised(latent)
-        whole = self.whole_sequence(torch.cat([latent, rope], dim=-1))
-        latent, rope = whole.split([self.shape.kv_latent, self.shape.rope_width], dim=-1)
+        whole = self.whole_sequence(torch.cat([self.linear_kv_up_proj.normalised(latent), rope], dim=-1))
+        return self._rotated(whole.unsqueeze(1), stream, self.shape.kv_latent).squeeze(1)
+
+    def _rotated(self, x: Tensor, stream: Stream, first: int) -> Tensor:
         cos, sin = self.shape.rope.cos_sin(stream)
-        return latent, rotate(rope.unsqueeze(1), cos, sin, interleaved=self.shape.interleaved).squeeze(1)
+        return rotate(x, cos, sin, interleaved=self.shape.interleaved, first=first)
 
     def local_rows(self, hidden: Tensor) -> int:
         """Rows of this context-parallel rank, from a hidden state that sequence parallelism may have sliced."""
@@ -287,11 +287,10 @@ class LatentAttention(PackedAttention):
     ) -> tuple[Tensor, Tensor | None]:
         shape = self.shape
         stream = self.stream(packed_seq_params, self.local_rows(hidden_states), hidden_states.device)
-        nope, rope, _ = self.queries(hidden_states, stream)
-        latent, shared_key = self.latents(hidden_states, stream)
+        query, _ = self.queries(hidden_states, stream)
+        latent, shared_key = self.latents(hidden_states, stream).split([shape.kv_latent, shape.rope_width], dim=-1)
         both = F.linear(latent, self.linear_kv_up_proj.weight).view(-1, self.heads_here, shape.nope + shape.value)
         key, value = both.split([shape.nope, shape.value], dim=-1)
-        query = torch.cat([nope, rope], dim=-1)
         key = torch.cat([key, shared_key[:, None, :].expand(-1, self.heads_here, -1)], dim=-1)
         out = packed_causal_attention(query, stream.gather(key), stream.gather(value), stream, scale=shape.scale)
         return self.linear_proj(out.flatten(1).unsqueeze(1))

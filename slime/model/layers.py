@@ -24,8 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; float32 inside (float64 stays), rounded once to x's dtype."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def new_parameter(config: TransformerConfig, *shape: int, fill: float | None = None, sharded_tokens: bool = True) -> Parameter:

@@ -1,4 +1,4 @@
-"""Rotary position tables from an HF config's rope parameters, and the two ways of pairing dimensions."""
+"""Rotary position tables from an HF config's rope parameters."""
 
 from __future__ import annotations
 
@@ -92,20 +92,3 @@ def _llama3(plain: Tensor, factor: float, parameters: dict[str, object]) -> Tens
     turns = original * plain / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return plain / factor * (1 - blend) + plain * blend
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Turn the first 2 x cos.shape[1] dimensions of x [t, heads, d]; the rest passes. float32 inside, rounded once.
-
-    interleaved: pairs are (2i, 2i+1) and stay where they are; otherwise (i, i + width/2).
-    """
-    width = 2 * cos.shape[-1]
-    turned, passed = x[..., :width].float(), x[..., width:]
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-        out = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
-    else:
-        first, second = turned.chunk(2, dim=-1)
-        out = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([out.to(x.dtype), passed], dim=-1) if passed.shape[-1] else out.to(x.dtype)

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def quantize_blocks(matrices: Sequence[tuple[Tensor, Tensor, Tensor]], block: int, fp8_max: float, smallest: float) -> None:
@@ -208,3 +209,89 @@ def _swiglu_backward(gate_up, probs, grad_act, grad_gate_up, grad_probs, f, HAS_
         tl.store(grad_gate_up + row * 2 * f + f + c, g * silu, mask=c < f)
     if HAS_PROBS:
         tl.store(grad_probs + row, tl.sum(of_probs, axis=0))
+
+
+class Rotation(torch.autograd.Function):
+    """slime.ops.rope.rotate; x may be any view whose last dimension is contiguous."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, first: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.layout = interleaved, first
+        return _turned(x, cos, sin, interleaved, first, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Back by the same angle: the transpose of a rotation.
+        return _turned(grad, *ctx.saved_tensors, *ctx.layout, back=True), None, None, None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, first: int, *, back: bool) -> Tensor:
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, heads, width = x.shape
+    if x.numel():
+        at_once = max(1, min(triton.next_power_of_2(heads), 2048 // triton.next_power_of_2(width)))
+        _rotate[(rows, triton.cdiv(heads, at_once))](
+            x, cos.contiguous(), sin.contiguous(), out, heads, width, first, cos.shape[1], x.stride(0), x.stride(1),
+            BACK=back, INTERLEAVED=interleaved, HEADS=at_once, WIDTH=triton.next_power_of_2(width),
+            PAIRS=triton.next_power_of_2(cos.shape[1]), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _rotate(
+    x, cos, sin, out, heads, width, first, pairs, row_stride, head_stride,
+    BACK: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    source = x + row * row_stride + head[:, None] * head_stride
+    target = out + (row * heads + head[:, None]) * width
+    c = tl.arange(0, WIDTH)[None, :]
+    passes = (head < heads)[:, None] & (c < width) & ((c < first) | (c >= first + 2 * pairs))
+    tl.store(target + c, tl.load(source + c, mask=passes, other=0.0), mask=passes)
+    pair = tl.arange(0, PAIRS)
+    cosine = tl.load(cos + row * pairs + pair, mask=pair < pairs, other=0.0).to(tl.float32)[None, :]
+    sine = tl.load(sin + row * pairs + pair, mask=pair < pairs, other=0.0).to(tl.float32)[None, :]
+    if BACK:
+        sine = -sine
+    if INTERLEAVED:
+        both = tl.arange(0, 2 * PAIRS)[None, :]
+        turns = (head < heads)[:, None] & (both < 2 * pairs)
+        v = tl.load(source + first + both, mask=turns, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(v, [HEADS, PAIRS, 2]))
+        turned = tl.reshape(tl.join(even * cosine - odd * sine, odd * cosine + even * sine), [HEADS, 2 * PAIRS])
+        tl.store(target + first + both, turned, mask=turns)
+    else:
+        turns = (head < heads)[:, None] & (pair < pairs)[None, :]
+        near, far = first + pair[None, :], first + pairs + pair[None, :]
+        even = tl.load(source + near, mask=turns, other=0.0).to(tl.float32)
+        odd = tl.load(source + far, mask=turns, other=0.0).to(tl.float32)
+        tl.store(target + near, even * cosine - odd * sine, mask=turns)
+        tl.store(target + far, odd * cosine + even * sine, mask=turns)
+
+
+def sum_rows(rows: Tensor, places: Tensor) -> Tensor:
+    """[n, h], int64 [t, k] -> [t, h]: out[i] = rows[places[i, 0]] + ... in float32 in that order, rounded once."""
+    out = rows.new_empty(len(places), rows.shape[1])
+    if out.numel():
+        block = min(triton.next_power_of_2(rows.shape[1]), 2048)
+        _sum_rows[(len(places), triton.cdiv(rows.shape[1], block))](
+            rows, places, out, rows.shape[1], K=places.shape[1], BLOCK=block, num_warps=4
+        )
+    return out
+
+
+@triton.jit
+def _sum_rows(rows, places, out, h, K: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        place = tl.load(places + i * K + k)
+        total += tl.load(rows + place * h + c, mask=c < h, other=0.0).to(tl.float32)
+    tl.store(out + i * h + c, total, mask=c < h)

@@ -17,7 +17,7 @@ from slime.model.build import build_model, own_vocabulary, padded_vocab_size
 from slime.model.hf_config import HfConfig, read_hf_config
 from slime.model.local import check_shapes, local_tensors
 from slime.model.names import NameTable
-from slime.model.rope import RopeTable, rotate
+from slime.model.rope import RopeTable
 from slime.model.stream import make_stream
 from slime.model.transformer_config import transformer_config
 from slime.parallel import init_ranks
@@ -89,15 +89,6 @@ def test_the_yarn_table_equals_transformers() -> None:
     hf = HfConfig({"qk_rope_head_dim": 64, "kv_lora_rank": 1, "rope_parameters": parameters, "max_position_embeddings": 163840})
     found, ours = RopeTable.for_model(hf).frequencies()
     assert torch.allclose(found, wanted, rtol=1e-6) and ours == pytest.approx(magnitude)
-
-
-def test_rotation_by_hand() -> None:
-    """A quarter turn: (1, 0) becomes (0, 1) in each pair, wherever its two members lie; the rest passes."""
-    x = torch.tensor([[[1.0, 0, 2, 0, 9]]])
-    quarter = (torch.zeros(1, 2), torch.ones(1, 2))
-    assert rotate(x, *quarter, interleaved=True).flatten().tolist() == [0, 1, 0, 2, 9]
-    y = torch.tensor([[[1.0, 2, 0, 0, 9]]])
-    assert rotate(y, *quarter, interleaved=False).flatten().tolist() == [0, 0, 1, 2, 9]
 
 
 def test_rows_of_a_stream_know_their_sample() -> None:

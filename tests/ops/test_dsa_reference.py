@@ -146,22 +146,6 @@ def test_index_topk_does_not_see_keys_outside_a_rows_range():
     assert torch.equal(got, torch_ops.index_topk(q[:5], k[:5], gates[:5], starts[:5], ends[:5], topk=3))
 
 
-def test_rope_turns_each_pair_by_its_angle():
-    x = torch.randn(4, 3, 6)
-    angle = torch.rand(4, 3) * 6
-    turn = torch.polar(torch.ones(4, 1, 3).double(), angle[:, None].double())
-    turned = torch.view_as_complex(x.double().view(4, 3, 3, 2)) * turn
-    got = torch_ops.rope_interleaved(x, angle.cos(), angle.sin())
-    torch.testing.assert_close(got.double(), torch.view_as_real(turned).flatten(-2), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch_ops.rope_interleaved(x[:, 0], angle.cos(), angle.sin()), got[:, 0])
-
-
-def test_rms_norm_matches_its_formula():
-    x, weight = torch.randn(5, 16), torch.randn(16)
-    want = x.double() / (x.double().pow(2).sum(-1, keepdim=True) / 16 + 1e-2).sqrt() * weight.double()
-    torch.testing.assert_close(torch_ops.rms_norm(x, weight, 1e-2).double(), want, rtol=1e-5, atol=1e-6)
-
-
 def test_the_choice_on_a_cpu_is_plain_torch_made_once_and_says_why(caplog):
     get_ops.cache_clear()
     with caplog.at_level("DEBUG", logger="slime_plugins.models.glm5.ops"):

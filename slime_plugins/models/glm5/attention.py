@@ -19,9 +19,11 @@ from slime.model.attention import LatentAttention, MlaShape  # noqa: E402
 from slime.model.hf_config import HfConfig  # noqa: E402
 from slime.model.layers import DuplicatedLinear, LayerNorm  # noqa: E402
 from slime.model.stream import Stream  # noqa: E402
+from slime.ops.rope import rotate  # noqa: E402
 from slime_plugins.models.glm5.balance import deal_rows  # noqa: E402
 from slime_plugins.models.glm5.exchange import Traffic, heads_to_queries, queries_to_heads, whole_weight  # noqa: E402
 from slime_plugins.models.glm5.ops import get_ops  # noqa: E402
+from slime_plugins.models.glm5.ops.absorb import absorbed_queries, released_values  # noqa: E402
 
 KEY_NORM_EPS = 1e-6  # fixed in the released model, whatever rms_norm_eps says
 
@@ -97,11 +99,10 @@ class SparseLatentAttention(LatentAttention):
         **_: object,
     ) -> tuple[Tensor, Tensor | None]:
         stream = self.stream(packed_seq_params, self.local_rows(hidden_states), hidden_states.device)
-        nope, rope, query_latent = self.queries(hidden_states, stream)
-        latent, shared_key = self.latents(hidden_states, stream)
-        keys = stream.gather(torch.cat([latent, shared_key], dim=-1))
+        query, query_latent = self.queries(hidden_states, stream)
+        keys = stream.gather(self.latents(hidden_states, stream))
         indices = self.selected_keys(hidden_states, query_latent, stream)
-        query, up = torch.cat([nope, rope], dim=-1), self.linear_kv_up_proj.weight
+        up = self.linear_kv_up_proj.weight
         if self.by_queries:
             # Exchanged before W_k and after W_v are absorbed: 256 + 256 columns per head then travel instead of 576 + 512.
             out = self.core(heads_to_queries(query, self.tp_group), keys, indices, whole_weight(up, self.tp_group))
@@ -119,11 +120,10 @@ class SparseLatentAttention(LatentAttention):
         """
         shape = self.shape
         w_key, w_value = up.view(-1, shape.nope + shape.value, shape.kv_latent).split([shape.nope, shape.value], dim=1)
-        nope, rope = query.split([shape.nope, shape.rope_width], dim=-1)
-        query = torch.cat([torch.einsum("thn,hnl->thl", nope, w_key), rope], dim=-1)
         ops = get_ops(query.device.type, self.attention_forward)
-        out, _ = ops.sparse_mla(query, keys, indices, scale=shape.scale, v_dim=shape.kv_latent)
-        return torch.einsum("thl,hvl->thv", out, w_value)
+        absorbed = absorbed_queries(query, w_key)
+        out, _ = ops.sparse_mla(absorbed, keys, indices, scale=shape.scale, v_dim=shape.kv_latent)
+        return released_values(out, w_value)
 
     def selected_keys(self, hidden: Tensor, query_latent: Tensor, stream: Stream) -> Tensor:
         """int32 [rows, topk] rows of the whole stream, -1 = none: computed here, or by the layer this one shares with."""
@@ -185,8 +185,6 @@ class SparseLatentAttention(LatentAttention):
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The first rope_width dimensions turn (rope first here, last in the attention's heads)."""
-        from slime.model.rope import rotate
-
         return rotate(x, cos, sin, interleaved=self.indexer_shape.interleaved)
 
     def _slice(self, stream: Stream) -> slice:

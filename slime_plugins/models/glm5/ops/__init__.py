@@ -1,4 +1,4 @@
-"""DSA operators of GLM-5.2: sparse MLA, the indexer's top-k, interleaved RoPE, RMSNorm.
+"""DSA operators of GLM-5.2: sparse MLA and the indexer's top-k.
 
 In: tensors, every dimension read from them. Out: tensors. `get_ops` chooses the implementation once, by what is installed and
 what the device is, and logs why; `torch_ops` is the reference and the answer on a CPU. Must never know: configs, process
@@ -26,8 +26,6 @@ class Ops:
     sparse_mla: Callable[..., tuple[Tensor, Tensor]]
     index_topk: Callable[..., Tensor]
     index_topk_fp8: Callable[..., Tensor]
-    rope_interleaved: Callable[[Tensor, Tensor, Tensor], Tensor]
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     reason: str
     """What was chosen, and why."""
 
@@ -51,12 +49,9 @@ def _choose(device_type: str, attention_forward: str) -> Ops:
             sparse_mla=torch_ops.sparse_mla,
             index_topk=torch_ops.index_topk,
             index_topk_fp8=torch_ops.index_topk_fp8,
-            rope_interleaved=torch_ops.rope_interleaved,
-            rms_norm=torch_ops.rms_norm,
             reason=f"plain torch (device {device_type})",
         )
     from slime.ops import cuda_build
-    from slime_plugins.models.glm5.ops import triton_ops
 
     obstacle = cuda_build.why_not()
     if obstacle is not None:
@@ -64,9 +59,7 @@ def _choose(device_type: str, attention_forward: str) -> Ops:
             sparse_mla=torch_ops.sparse_mla,
             index_topk=torch_ops.index_topk,
             index_topk_fp8=torch_ops.index_topk_fp8,
-            rope_interleaved=triton_ops.rope_interleaved,
-            rms_norm=triton_ops.rms_norm,
-            reason=f"plain torch for attention and indexer ({obstacle}), Triton for RoPE and norm",
+            reason=f"plain torch for attention and indexer ({obstacle})",
         )
     import torch
 
@@ -85,7 +78,5 @@ def _choose(device_type: str, attention_forward: str) -> Ops:
         sparse_mla=functools.partial(hopper_ops.sparse_mla, flash_mla=forward),
         index_topk=hopper_ops.index_topk,
         index_topk_fp8=hopper_ops.index_topk_fp8,
-        rope_interleaved=triton_ops.rope_interleaved,
-        rms_norm=triton_ops.rms_norm,
-        reason=f"our Hopper kernels for the indexer and {whose}, Triton for RoPE and norm",
+        reason=f"our Hopper kernels for the indexer and {whose}",
     )

@@ -204,21 +204,3 @@ def select_topk(scores: Tensor, own: Tensor, topk: int, first_position: int) -> 
     positions = torch.where(own.gather(1, best), best + first_position, outside).sort(dim=1).values
     positions = torch.where(positions == outside, -1, positions).to(torch.int32)
     return torch.nn.functional.pad(positions, (0, topk - positions.shape[1]), value=-1)
-
-
-def rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each pair (2i, 2i+1) of the last dimension by the angle whose cosine and sine are cos[:, i], sin[:, i].
-
-    x [t, d] or [t, h, d]; cos, sin [t, d/2] -> as x. Computed in float32, rounded once.
-    """
-    if x.dim() == 3:
-        cos, sin = cos[:, None, :], sin[:, None, :]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    even, odd = x[..., 0::2].to(dtype), x[..., 1::2].to(dtype)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; float32 throughout, rounded once to x's dtype."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)).to(x.dtype)
