@@ -21,6 +21,7 @@ from slime.config.dotted import accepted_keywords  # noqa: E402
 from slime.config.hf_check import differences  # noqa: E402
 from slime.config.hf_fields import faults  # noqa: E402
 from slime.device import Device  # noqa: E402
+from slime.model.dispatcher import own_dispatchers  # noqa: E402
 from slime.model.head import LastChunk  # noqa: E402
 from slime.model.hf_config import HfConfig  # noqa: E402
 from slime.model.local import VALUE_HEAD, local_tensors  # noqa: E402
@@ -61,6 +62,8 @@ def build_model(
     _check_mtp(config.model, hf)
     stages = range(ranks.vpp_size) if ranks.vpp_size else [None]
     chunks = [_chunk(config, megatron, hf, ranks, vp_stage, value_head=value_head) for vp_stage in stages]
+    for chunk in chunks:
+        own_dispatchers(chunk)
     if config.parallel.dsa_send_indices and hf.has_indexer:
         _send_indices(chunks, config, hf, ranks)
     _check_recomputation(chunks, megatron)

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from slime.model.layers import rms_norm
 from slime.ops import experts, fp8
+from slime.ops.rope import rotate
+from slime.ops.rows import Order
 from slime.ops.vocab_logprob import linear_log_prob, vocab_parallel_log_prob
 
 pytestmark = pytest.mark.gpu
@@ -107,3 +110,48 @@ def experts_and_gradients(counts, device="cuda"):
         out = experts.grouped_swiglu(inputs[0], torch.tensor(counts), *inputs[1:])
         results.append((out.detach(), *torch.autograd.grad(out, inputs, slopes)))
     return results
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(("width", "first", "pairs"), [(256, 192, 32), (64, 0, 32), (576, 512, 32), (128, 0, 24), (80, 7, 20)])
+def test_rotation_of_a_view_with_its_gradient(interleaved, width, first, pairs):
+    angle = torch.rand(300, pairs, device="cuda") * 6
+    x = torch.randn(300, 5, width + 8, device="cuda").bfloat16()[..., 8:].requires_grad_()
+    grad = torch.randn(300, 5, width, device="cuda").bfloat16()
+    out = rotate(x, angle.cos(), angle.sin(), interleaved=interleaved, first=first)
+    got = (out, *torch.autograd.grad(out, x, grad))
+    wide = x.detach().double().requires_grad_()
+    right = rotate(wide, angle.double().cos(), angle.double().sin(), interleaved=interleaved, first=first)
+    want = (right, *torch.autograd.grad(right, wide, grad.double()))
+    for mine, theirs in zip(got, want, strict=True):
+        assert error(mine, theirs) < 3e-3
+        assert torch.equal(mine[..., :first].double(), theirs[..., :first])
+        assert torch.equal(mine[..., first + 2 * pairs :].double(), theirs[..., first + 2 * pairs :])
+
+
+@pytest.mark.parametrize("width", [100, 512, 6144])
+def test_rms_norm_with_gradients_that_repeat(width):
+    x = torch.randn(1001, width, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(width, device="cuda").bfloat16().requires_grad_()
+    grad = torch.randn(1001, width, device="cuda").bfloat16()
+    runs = [torch.autograd.grad(rms_norm(x, weight, 1e-5), (x, weight), grad) for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+    wide = [v.detach().double().requires_grad_() for v in (x, weight)]
+    want = wide[0] / (wide[0].square().mean(-1, keepdim=True) + 1e-5).sqrt() * wide[1]
+    for mine, right in zip(
+        (rms_norm(x, weight, 1e-5), *runs[0]), (want, *torch.autograd.grad(want, wide, grad.double())), strict=True
+    ):
+        assert error(mine, right) < 3e-3
+
+
+@pytest.mark.parametrize(("t", "targets", "k", "width"), [(301, 16, 8, 6144), (64, 256, 8, 100), (1, 2, 1, 2049)])
+def test_rows_of_tokens_are_those_of_the_cpu_to_the_bit(t, targets, k, width):
+    chosen = torch.zeros(t, targets, dtype=torch.bool).scatter_(1, torch.rand(t, targets).topk(k).indices, True)
+    here, there = Order.of(chosen, k), Order.of(chosen.cuda(), k)
+    for name in ("token", "places", "chosen"):
+        assert torch.equal(getattr(here, name), getattr(there, name).cpu())
+    rows = torch.randn(t * k, width).bfloat16()
+    assert torch.equal(here.collect(rows), there.collect(rows.cuda()).cpu())
+    tokens = torch.randn(t, width).bfloat16().cuda().requires_grad_()
+    (back,) = torch.autograd.grad(there.spread(tokens), tokens, rows.cuda())
+    assert torch.equal(back.cpu(), here.collect(rows))
