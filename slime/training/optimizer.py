@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +175,24 @@ def make_optimizer(wrapped: Sequence[DistributedDataParallel], config: Config) -
     for part in parts_of(optimizer):
         put_state_together_by_parameter(part)
     return optimizer
+
+
+@contextmanager
+def step_threads(optimizer: MegatronOptimizer, config: Config) -> Iterator[int]:
+    """How many threads torch's operators have here for a step of `optimizer`; the former number comes back afterwards.
+
+    A trainer rank has one thread (OMP_NUM_THREADS; Ray sets it where nobody did), and its arithmetic is the GPU's. Adam in main
+    memory is not: it gets this rank's share of the cores, 63 GB of state having taken one thread 10 s.
+    """
+    before = count = torch.get_num_threads()
+    if optimizer.config.optimizer_cpu_offload:
+        ranks_here = min(config.cluster.actor_num_gpus_per_node, dist.get_world_size())
+        count = max(before, len(os.sched_getaffinity(0)) // ranks_here)
+        torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:

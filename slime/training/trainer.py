@@ -46,6 +46,7 @@ from slime.training.optimizer import (
     gradient_norm,
     make_optimizer,
     make_scheduler,
+    step_threads,
     wrap_gradients,
 )
 from slime.training.routing_replay import RoutingReplay
@@ -345,7 +346,10 @@ class Trainer:
         metrics = self._reduce(values)
         if self.guard.allows(where, self._judged(grad_norm, metrics), samples, self.device.torch_device):
             clip_gradients(self.optimizer, self.config.optimizer.clip_grad, grad_norm)
-            self.optimizer.step_with_ready_grads()
+            with step_threads(self.optimizer, self.config) as threads:
+                begin = time.monotonic()
+                self.optimizer.step_with_ready_grads()
+                log.debug("%s: optimizer %.2f s, %d threads", where, time.monotonic() - begin, threads)
             self.scheduler.step(increment=plan.num_trajectories)
         else:
             for live, before in zip(self._expert_biases(), bias, strict=True):

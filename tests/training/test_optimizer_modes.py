@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import textwrap
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import config_for, plans, rollout, start
 
 import slime.training.optimizer
 from slime.training import memory
-from slime.training.optimizer import optimizer_modes
+from slime.training.optimizer import optimizer_modes, step_threads
 
 pytestmark = pytest.mark.slow
 
@@ -184,6 +185,10 @@ def two_rollouts_and_a_resume(rank: int, folder, root, changes: dict) -> tuple:
     assert resumed.load().start_rollout_id == 1
     report = resumed.train(batch, plans(batch, config, 1))
     ends.append((report.per_step, {name: weight.clone() for name, weight in resumed.named_weights()}))
+    before = torch.get_num_threads()
+    with step_threads(trainer.optimizer, config) as threads:  # all cores are this one rank's, where the host takes the step
+        assert threads == torch.get_num_threads() == (max(before, len(os.sched_getaffinity(0))) if changes else before)
+    assert torch.get_num_threads() == before
     return ends
 
 

@@ -20,6 +20,7 @@ prepare()
 import megatron.core.models.gpt.gpt_model  # noqa: E402, F401  (imported before ranks fork, which then share it)
 
 from slime.batch.plan import plan_steps  # noqa: E402
+from slime.config.cluster import ClusterConfig  # noqa: E402
 from slime.config.hf_check import megatron_values  # noqa: E402
 from slime.config.model import ModelConfig, ParallelConfig  # noqa: E402
 from slime.config.rollout import DataConfig, RolloutConfig  # noqa: E402
@@ -149,6 +150,7 @@ def config_for(folder: Path, **changes: Any) -> SimpleNamespace:
         model["spec"] = ("slime_plugins.models.glm5.glm5", "get_glm5_spec")
     given: dict[type, dict[str, Any]] = {
         ModelConfig: model,
+        ClusterConfig: {},
         ParallelConfig: {},
         OptimizerConfig: {"lr": 1e-2, "lr_decay_style": "constant", "adam_beta2": 0.98, "weight_decay": 0.1},
         CheckpointConfig: {"hf_checkpoint": str(folder)},
@@ -169,7 +171,7 @@ def config_for(folder: Path, **changes: Any) -> SimpleNamespace:
     sections = {section: section(**values) for section, values in given.items()}
     flat = SimpleNamespace(**{name: value for section in sections.values() for name, value in vars(section).items()})
     names = {
-        "model": ModelConfig, "parallel": ParallelConfig, "optimizer": OptimizerConfig, "checkpoint": CheckpointConfig,
+        "model": ModelConfig, "cluster": ClusterConfig, "parallel": ParallelConfig, "optimizer": OptimizerConfig, "checkpoint": CheckpointConfig,
         "batch": BatchConfig, "algorithm": AlgorithmConfig, "data": DataConfig, "rollout": RolloutConfig, "debug": DebugConfig,
     }  # fmt: skip
     return SimpleNamespace(**{name: sections[section] for name, section in names.items()}, args=flat)
