@@ -21,6 +21,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -254,25 +255,72 @@ def log_prob(bench: Bench) -> None:
 
 
 def rope_and_norm(bench: Bench) -> None:
-    from slime_plugins.models.glm5.ops import triton_ops
+    from slime.model.layers import rms_norm
+    from slime.ops.rope import rotate
 
-    x = torch.randn(8192, 6144, device="cuda").bfloat16()
-    weight = torch.randn(6144, device="cuda").bfloat16()
-    queries = torch.randn(8192, 16, 256, device="cuda").bfloat16()[..., 192:]
+    weight = torch.randn(6144, device="cuda").bfloat16().requires_grad_()
+    x = torch.randn(8192, 6144, device="cuda").bfloat16().requires_grad_()
+    queries = torch.randn(8192, 64, 256, device="cuda").bfloat16().requires_grad_()
     angle = torch.rand(8192, 32, device="cuda")
     cos, sin = angle.cos(), angle.sin()
-    versions = {
-        "ours (Triton)": (triton_ops.rms_norm, triton_ops.rope_interleaved),
-        "torch.compile": (torch.compile(torch_ops.rms_norm), torch.compile(torch_ops.rope_interleaved)),
-    }
-    for version, (norm, rope) in versions.items():
-        bench.add("RMSNorm 8192 x 6144", version, lambda norm=norm: norm(x, weight, 1e-5), bytes=2 * x.nbytes)
-        bench.add("RoPE 8192 x 16 x 64", version, lambda rope=rope: rope(queries, cos, sin), bytes=4 * queries.numel())
+
+    def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+    def plain_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        passed, turned = x.split([192, 64], dim=-1)
+        even, odd, cos, sin = turned[..., 0::2].float(), turned[..., 1::2].float(), cos[:, None], sin[:, None]
+        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+        return torch.cat([passed, turned.to(x.dtype)], dim=-1)
+
+    def ours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x, cos, sin, interleaved=True, first=192)
+
+    norms = {"torch's rms_norm, in the model": rms_norm, "torch.compile": torch.compile(plain_norm), "plain": plain_norm}
+    rotations = {"ours (Triton)": ours, "torch.compile": torch.compile(plain_rotation), "plain": plain_rotation}
+    for version, norm in norms.items():
+        _both(bench, "RMSNorm 8192 x 6144", version, lambda norm=norm: norm(x, weight, 1e-5), (x, weight), 2 * x.nbytes)
+    for version, turn in rotations.items():
+        both = 2 * queries.nbytes
+        _both(bench, "RoPE, last 64 of 8192 x 64 x 256", version, lambda turn=turn: turn(queries, cos, sin), (queries,), both)
+
+
+def rows(bench: Bench) -> None:
+    """8,192 tokens to 8 of 256 experts each, and back."""
+    from megatron.core.transformer.moe.moe_utils import permute, unpermute
+
+    from slime.ops.rows import Order
+
+    tokens = torch.randn(8192, 6144, device="cuda").bfloat16().requires_grad_()
+    picked = torch.rand(8192, 256, device="cuda").topk(8).indices
+    chosen = torch.zeros(8192, 256, dtype=torch.bool, device="cuda").scatter_(1, picked, True)
+    order, (there, _, mapping) = Order.of(chosen, 8), permute(tokens, chosen, num_out_tokens=65536)
+    spread = there.detach().requires_grad_()
+    moved = tokens.nbytes + spread.nbytes
+    bench.add("the order of the rows", "ours", lambda: Order.of(chosen, 8))
+    _both(bench, "rows to experts", "ours", lambda: order.spread(tokens), (tokens,), moved)
+    _both(
+        bench, "rows to experts", "megatron-core, with its order",
+        lambda: permute(tokens, chosen, num_out_tokens=65536)[0], (tokens,), moved,
+    )  # fmt: skip
+    _both(bench, "rows back", "ours (Triton)", lambda: order.collect(spread), (spread,), moved)
+    _both(bench, "rows back", "megatron-core", lambda: unpermute(spread, mapping, tokens.shape), (spread,), moved)
+
+
+def _both(bench: Bench, name: str, version: str, work: Callable, leaves: tuple[Tensor, ...], nbytes: int) -> None:
+    """Forward, and backward alone; bytes of either at least."""
+    with torch.no_grad():
+        bench.add(name, version, work, bytes=nbytes)
+    out = work()
+    grad = torch.randn_like(out)
+    backward = lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)  # noqa: E731
+    bench.add(f"{name}, backward", version, backward, bytes=nbytes)
 
 
 PARTS = {
     "limits": limits, "sparse_mla": sparse_mla, "indexer": indexer, "quantise": quantise, "experts": grouped_experts,
-    "log_prob": log_prob, "rope_norm": rope_and_norm,
+    "log_prob": log_prob, "rope_norm": rope_and_norm, "rows": rows,
 }  # fmt: skip
 
 
