@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slime.config import Config
+from slime.config.passes import passes_of
 from slime.engine.spec import EngineSpec
 from slime.rehearse.checks.engines import EnginePlan
 from slime.rehearse.checks.layout import layer_costs
@@ -102,18 +103,16 @@ def _engines(specs: Sequence[EngineSpec], ranks: Sequence[EngineRank], caches: S
 
 def _shape(reading: Reading, shapes: TrainShapes, *, mean: int, longest: int | None) -> Shape:
     """mean, longest: tokens of a sample."""
-    config, algorithm = reading.config, reading.config.algorithm
+    config, steps = reading.config, num_steps(reading.config)
     return Shape(
         samples=num_samples(config),
         mean_tokens=mean,
         trainer_gpus=reading.grid.world,
         rollout_gpus=config.cluster.rollout_num_gpus or 0,
         micro_batches=shapes.micro_batches,
-        steps=num_steps(config),
-        needs_reference=bool(algorithm.kl_coef or algorithm.use_kl_loss),
-        needs_teacher=algorithm.opd_type == "megatron",
-        trains_critic=algorithm.advantage_estimator == "ppo",
-        needs_old_log_probs=algorithm.loss_type == "policy_loss" and (algorithm.use_opd or not algorithm.use_rollout_logprobs),
+        steps=steps,
+        passes=passes_of(config, steps).count,
+        trains_critic=config.algorithm.advantage_estimator == "ppo",
         colocate=config.cluster.colocate,
         overlaps=config.loop.runs_ahead and not config.debug.debug_train_only,
         sync_every=config.engine.update_weights_interval,

@@ -19,6 +19,7 @@ from torch.nn import Module
 
 from slime.batch.pack import pack
 from slime.compat.megatron import prepare
+from slime.config.passes import passes_of
 from slime.device import Device, Peaks
 from slime.model.hf_config import read_hf_config
 from slime.model.local import local_tensors
@@ -29,7 +30,6 @@ from slime.training.columns import (
     call_with_rollout_data,
     fill_advantages,
     mean_importance_weight,
-    passes_of,
     rollout_metrics,
     save_train_data,
     split_column,

@@ -13,7 +13,7 @@ from test_objectives import check_against, hf_log_probs, mean, plain_mean, secon
 from tiny import VOCAB, config_for, plans, rollout, start
 
 from slime.batch.pack import pack
-from slime.training.columns import passes_of
+from slime.config.passes import passes_of
 from slime.training.forward import run_chunk
 from slime.types import RolloutBatch
 

@@ -12,7 +12,8 @@ from ranks import RankFailed, run_ranks
 from tiny import config_for, gradients, plans, rollout, start
 
 from slime.batch.pack import pack
-from slime.training.columns import Columns, fill_advantages, passes_of
+from slime.config.passes import passes_of
+from slime.training.columns import Columns, fill_advantages
 from slime.training.importance_functions import icepop_function
 from slime.training.loss import Objective
 

@@ -12,8 +12,8 @@ from test_gradients import GLM_CUTS
 from tiny import config_for, plans, rollout, start
 
 from slime.batch.layout import SequenceLayout
+from slime.config.passes import passes_of
 from slime.model.hf_config import read_hf_config
-from slime.training.columns import passes_of
 from slime.training.routing_replay import own_rows
 
 pytestmark = pytest.mark.slow

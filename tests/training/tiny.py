@@ -171,7 +171,8 @@ def config_for(folder: Path, **changes: Any) -> SimpleNamespace:
     sections = {section: section(**values) for section, values in given.items()}
     flat = SimpleNamespace(**{name: value for section in sections.values() for name, value in vars(section).items()})
     names = {
-        "model": ModelConfig, "cluster": ClusterConfig, "parallel": ParallelConfig, "optimizer": OptimizerConfig, "checkpoint": CheckpointConfig,
+        "model": ModelConfig, "cluster": ClusterConfig, "parallel": ParallelConfig,
+        "optimizer": OptimizerConfig, "checkpoint": CheckpointConfig,
         "batch": BatchConfig, "algorithm": AlgorithmConfig, "data": DataConfig, "rollout": RolloutConfig, "debug": DebugConfig,
     }  # fmt: skip
     return SimpleNamespace(**{name: sections[section] for name, section in names.items()}, args=flat)

@@ -175,10 +175,9 @@ class Shape:
     rollout_gpus: int
     micro_batches: int
     steps: int
-    needs_reference: bool
-    needs_teacher: bool
+    passes: int
+    """Forward passes over every token beside training."""
     trains_critic: bool
-    needs_old_log_probs: bool
     colocate: bool
     overlaps: bool = False
     """The schedule runs ahead."""
@@ -187,12 +186,6 @@ class Shape:
     vpp: int = 1
     longest_sample: int = 0
     """Tokens; 0 where nothing bounds it."""
-
-    @property
-    def passes(self) -> int:
-        """Forward passes over every token beside training."""
-        needed = (self.needs_old_log_probs, self.needs_reference, self.needs_teacher, self.trains_critic)
-        return sum(map(int, needed))
 
 
 def bubble(pp: int, micro_batches: int, vpp: int = 1) -> float:
