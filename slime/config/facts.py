@@ -50,6 +50,9 @@ class Facts:
     """Is the path a file of this machine?"""
     load_step: int | None = None
     """Rollout after which the newest checkpoint in --load was saved, from 0; None where it holds none."""
+    load_problem: str = ""
+    """Why the checkpoint of --load that its tracker or --ckpt-step names cannot be read, or empty."""
+    ref_load_problem: str = ""
     num_prompts: int | None = None
     """Rows of --prompt-data, at most MOST_LINES; None where nobody can say so quickly."""
 
@@ -60,14 +63,45 @@ def kind_of(folder: str | None) -> LoadKind:
         return "nothing"
     root = Path(folder)
     tracker = root / TRACKER
-    if tracker.exists():
-        return "release" if tracker.read_text().strip() == "release" else "megatron"
+    if tracker.is_file():
+        return "release" if tracker.read_text(errors="replace").strip() == "release" else "megatron"
     if (root / ".metadata").exists() or (root / "common.pt").exists() or (root / "metadata.json").exists():
         return "iteration"
     config = read_hf_config(folder)
     if config is not None:
         return "hf" if config.get("model_type") in FAMILIES else "unknown"
     return "nothing"  # also logs, or a first save that was torn: without a tracker there is nothing to continue from
+
+
+def named_problem(folder: str | None, step: int | None, *, step_flag: str) -> str:
+    """Why `folder` lacks the checkpoint that `step`, or else its tracker, names, with the way out; empty where it has it."""
+    if folder is None or not os.path.isdir(folder):
+        return ""
+    root = Path(folder)
+    tracker = root / TRACKER
+    if step is None and not tracker.is_file():
+        return ""
+    value = str(step) if step is not None else tracker.read_text(errors="replace").strip()
+    if value != "release" and not re.fullmatch(r"\d{1,9}", value):
+        return f"{tracker} says {value[:40]!r}, which is neither a number nor 'release'; {_others(root, step_flag)}"
+    name = value if value == "release" else f"iter_{int(value):07d}"
+    if (root / name).is_dir():
+        return ""
+    said = f"{step_flag} {step}" if step is not None else str(tracker)
+    aside = root / f".replaced_{name}"  # a save that was killed while it put a new state in the place of this one
+    if aside.is_dir():
+        return f"{said} names {root / name}, which does not exist; its former state does: mv {aside} {root / name}"
+    return f"{said} names {root / name}, which does not exist; {_others(root, step_flag)}"
+
+
+def _others(root: Path, step_flag: str) -> str:
+    there = sorted(int(found[1]) for one in root.glob("iter_*") if (found := re.fullmatch(r"iter_(\d+)", one.name)))
+    if not there:
+        return f"no other checkpoint is there: name another folder, or leave {step_flag} out"
+    return (
+        f"{', '.join(map(str, there[-8:]))} are there: take one that tools/inspect_checkpoint.py --verify finds whole, with "
+        f"{step_flag}"
+    )
 
 
 def read_hf_config(folder: str | None) -> Mapping[str, object] | None:
@@ -117,6 +151,8 @@ def gather_facts(
     hf_checkpoint: str | None,
     prompt_data: str | None = None,
     opd_teacher_load: str | None = None,
+    ckpt_step: int | None = None,
+    ref_ckpt_step: int | None = None,
 ) -> Facts:
     return Facts(
         load=kind_of(load),
@@ -127,11 +163,13 @@ def gather_facts(
         prompt_file_problem=file_problem,
         is_file=lambda path: bool(path) and os.path.isfile(path),
         load_step=step_of(load),
+        load_problem=named_problem(load, ckpt_step, step_flag="--ckpt-step"),
+        ref_load_problem=named_problem(ref_load, ref_ckpt_step, step_flag="--ref-ckpt-step"),
         num_prompts=count_prompts(prompt_data),
     )
 
 
 def facts_of(start: Mapping[str, Any]) -> Facts:
     """The facts about the files that attributes name."""
-    names = ("load", "ref_load", "hf_checkpoint", "prompt_data", "opd_teacher_load")
+    names = ("load", "ref_load", "hf_checkpoint", "prompt_data", "opd_teacher_load", "ckpt_step", "ref_ckpt_step")
     return gather_facts(**{name: start[name] for name in names})

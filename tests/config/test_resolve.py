@@ -318,6 +318,44 @@ def test_kinds_of_checkpoint_folders(tmp_path: Path):
     assert (facts.load, facts.ref_load, facts.hf_config) == ("megatron", "release", {"model_type": "glm_moe_dsa"})
 
 
+@pytest.mark.parametrize(
+    ("tracker", "flags", "said"),
+    [
+        ("2\n", [], ""),
+        ("", [], "says '', which is neither a number nor 'release'; 1, 2 are there"),
+        ("2.0", [], "says '2.0', which is neither a number nor 'release'; 1, 2 are there"),
+        ("\x00", [], "which is neither a number nor 'release'"),
+        ("7", [], "names {root}/iter_0000007, which does not exist; 1, 2 are there: take one that"),
+        ("7", ["--ckpt-step", "1"], ""),
+        ("2", ["--ckpt-step", "3"], "--ckpt-step 3 names {root}/iter_0000003, which does not exist; 1, 2 are there"),
+        ("5", [], "does not exist; its former state does: mv {root}/.replaced_iter_0000005 {root}/iter_0000005"),
+        ("release", [], "names {root}/release, which does not exist"),
+    ],
+)
+def test_a_checkpoint_that_nobody_can_load_is_said_before_engines_start(tmp_path: Path, tracker: str, flags: list, said: str):
+    for name in ("iter_0000001", "iter_0000002", ".replaced_iter_0000005"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
+    (tmp_path / "p.jsonl").write_text('{"input": "q"}\n' * 4)
+    argv = [*MINIMAL, "--prompt-data", str(tmp_path / "p.jsonl"), "--num-rollout", "9", *flags]
+    if not said:
+        parse([*argv, "--load", str(tmp_path)])
+        parse([*argv, "--ref-load", str(tmp_path), *(word.replace("--", "--ref-") for word in flags)])
+        return
+    with pytest.raises(ConfigError) as error:
+        parse([*argv, "--load", str(tmp_path)])
+    assert f"--load {tmp_path}: " in str(error.value) and said.format(root=tmp_path) in str(error.value)
+    with pytest.raises(ConfigError, match=f"--ref-load {tmp_path}: "):
+        parse([*argv, "--ref-load", str(tmp_path), *(word.replace("--", "--ref-") for word in flags)])
+
+
+def test_a_tracker_of_other_bytes_or_that_is_a_folder_ends_in_no_traceback(tmp_path: Path):
+    (tmp_path / "bytes").mkdir()
+    (tmp_path / "bytes" / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "folder" / "latest_checkpointed_iteration.txt").mkdir(parents=True)
+    assert kind_of(str(tmp_path / "bytes")) == "megatron" and kind_of(str(tmp_path / "folder")) == "nothing"
+
+
 def test_rehearsal_needs_no_file_of_the_cluster():
     config = config_of("--use-kl-loss", "--ref-load", "/cluster/ref", door="rehearse")
     assert config.checkpoint.ref_load == "/cluster/ref" and config.door == "rehearse"

@@ -136,6 +136,9 @@ def initial_weights(v: Values) -> None:
             f"--load {v['load']} is an HF model of a type that no weight-name table knows ({', '.join(FAMILIES)})"
         )
         return
+    v.require(not v.facts.load_problem, f"--load {v['load']}: {v.facts.load_problem}")
+    if kind == "nothing" or v["use_kl_loss"] or v["kl_coef"]:
+        v.require(not v.facts.ref_load_problem, f"--ref-load {v['ref_load']}: {v.facts.ref_load_problem}")
     if kind == "megatron":
         return
     why = {
