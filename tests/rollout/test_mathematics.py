@@ -68,6 +68,26 @@ def test_the_answer_follows_the_last_thought_and_an_unfinished_thought_has_none(
 
 
 SAME = [
+    (r"2.5 million", "2500000"),
+    (r"2.5\text{ million}", "2.5"),
+    (r"0.333...", r"\frac{1}{3}"),
+    (r"1.2333\ldots", r"\frac{37}{30}"),
+    (r"0.1212\dots", r"\frac{4}{33}"),
+    (r"\text{seven}", "7"),
+    (r"5^{\text{th}}", "5"),
+    (r"3rd", "3"),
+    ("x⁴", "x^4"),
+    ("10⁻³", "0.001"),
+    ("x₁₂", "x_{12}"),
+    (r"\nicefrac{1}{2}", r"\frac12"),
+    (r"3\colon 2", "3:2"),
+    (r"10:30\text{ a.m.}", "10:30 am"),
+    (r"\overline{AB}", "AB"),
+    (r"\triangle ABC", r"\Delta ABC"),
+    (r"A\cup B", r"B\cup A"),
+    (r"15\text{ m}\cdot\text{s}^{-1}", r"15\text{ m/s}"),
+    (r"2\text{ hours }30\text{ minutes}", "2 hours 30 minutes"),
+    (r"\text{H}_2\text{O}", "H_2O"),
     (r"10,\!080", r"10080"),
     (r"10{,}080", r"10080"),
     (r"1{,}234{,}567", r"1234567"),
@@ -449,6 +469,18 @@ SAME = [
     (r"(\pm 1, \pm 2)", r"(\pm 1, \pm 2.0)"),
 ]
 DIFFERENT = [
+    (r"2.5\text{ million}", r"2.5\text{ billion}"),
+    (r"2.5\text{ million}", "25"),
+    ("2^{100}", "2^{100}+1"),
+    (r"\frac{10^{20}+1}{10^{20}}", "1"),
+    (r"\sqrt{10^{20}+1}", "10^{10}"),
+    ("0.333...", "0.3"),
+    ("0.1234...", "0.1234343434"),
+    (r"\overline{AB}", r"\overline{CD}"),
+    (r"\text{seven}", "8"),
+    ("x⁴", "x_4"),
+    (r"A\cup B", r"A\cup C"),
+    (r"15\text{ m}\cdot\text{s}^{-1}", r"15\text{ m}\cdot\text{s}^{-2}"),
     (r"10\text{ cm}^2", r"10\text{ cm}^3"),
     (r"10\text{ cm}", r"10\text{ cm}^2"),
     (r"5\ \mathrm{m/s}", r"5\text{ km/h}"),
@@ -637,6 +669,11 @@ def test_spellings_of_one_answer_are_equal(given, wanted):
 @pytest.mark.parametrize("given, wanted", DIFFERENT)
 def test_different_answers_are_different(given, wanted):
     assert not same_answer(given, wanted) and not same_answer(wanted, given)
+
+
+def test_a_solution_of_gsm8k_is_a_label():
+    assert grade_math(r"\boxed{1,072}", "He pays 3*4=<<3*4=12>>12 more.\n#### 1072")
+    assert not grade_math(r"\boxed{12}", "He pays 3*4=<<3*4=12>>12 more.\n#### 1072")
 
 
 def test_math_needs_a_box_in_the_response_but_not_in_the_label():

@@ -1,6 +1,6 @@
 """Whether two expressions are the same mathematics: math-verify's parser reads them, numbers or math-verify compare them.
 
-Both libraries are used for what they do best. Two expressions are compared by their values at a few points, to 30 digits: fast,
+Both libraries are used for what they do best. Two expressions are compared by their values at a few points, to 60 digits: fast,
 and no near miss passes. Relations, sets, intervals and matrices, and expressions that the points leave open, go to math-verify.
 Nothing that a model wrote is evaluated: the parser is a grammar, and sympy's own is shut (`slime.compat.sympy_text`).
 """
@@ -24,8 +24,8 @@ from slime.compat.sympy_text import no_text_is_evaluated
 _LONGEST = 300
 _DEEPEST = 25
 _MOST_DIGITS = 100_000
-_DIGITS = 30
-_EXACT, _ROUNDED = sympy.Float("1e-20"), sympy.Float("1e-6")
+_DIGITS = 60
+_EXACT, _ROUNDED = sympy.Float("1e-50"), sympy.Float("1e-6")
 # Positive, far from integers and from each other: no two different answers of a textbook agree at all three by accident.
 _POINTS = ((3, 7), (11, 13), (29, 17))
 _WRITTEN = NormalizationConfig(
@@ -107,7 +107,7 @@ def _agree(one: sympy.Expr, other: sympy.Expr, point: dict[str, sympy.Rational],
 
 
 def _value_at(expression: sympy.Expr, point: dict[str, sympy.Rational]) -> sympy.Expr | None:
-    """A finite number of 30 digits, or None."""
+    """A finite number of 60 digits, or None."""
     placed = expression.xreplace({symbol: point[symbol.name] for symbol in expression.free_symbols})
     if placed.has(sympy.Integral, sympy.Derivative, sympy.Sum, sympy.Product, sympy.Limit):
         return None

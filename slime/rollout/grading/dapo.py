@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from slime.rollout.grading.literals import read_literal
-from slime.rollout.grading.mathematics import same_answer
+from slime.rollout.grading.mathematics import answer_of, same_answer
 from slime.rollout.grading.response import last_boxed, without_end_tokens
 from slime.rollout.grading.spelling import normalise, split_unit
 
@@ -34,7 +34,7 @@ def grade_dapo(response: str, label: str) -> dict[str, Any]:
     found = _ANSWER.findall(without_end_tokens(response)[-LOOK_BACK:])
     if not found:
         return {"score": -1.0, "acc": False, "pred": "[INVALID]"}
-    given, wanted = _bare(found[-1]), _bare(label)
+    given, wanted = _bare(found[-1]), _bare(answer_of(label))
     pred = _plain(given)
     correct = bool(pred) and (pred == _plain(wanted) or same_answer(given, wanted))
     return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": pred}

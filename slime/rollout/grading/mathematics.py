@@ -17,16 +17,25 @@ _ASSIGNED = re.compile(
     rf"(?P<name>\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\)|{_NAME})\s*(?:=|\\(?:in|equiv)(?![A-Za-z]))\s*(?P<value>.+)"
 )
 _BASE = re.compile(r"([0-9A-Fa-f]+)_(\d+)")
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _MATRIX = re.compile(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}")
 _SIGNS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _MODULUS = re.compile(r"(?P<value>.+?)\s*\(?\\(?:pmod|mod|bmod|text\s*\{\s*\(?mod)\s*[{}]?\s*(?P<modulus>\w+)[\s{})]*")
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(rf"(?<=\d)\s*(?:\\text\s*\{{\s*)?(?P<word>{'|'.join(_SCALES)})(?:\s*\}})?(?![A-Za-z])", re.IGNORECASE)
+"""2.5 million is 2500000, and 2.5 where the question asks for millions, as with percent."""
 _WORD = re.compile(r"[A-Za-z][A-Za-z' -]*")
 
 
 def grade_math(response: str, label: str) -> bool:
     """Whether the last box of the response is the label, or what the label's own box holds. No box, or an open one: wrong."""
     given = last_boxed(without_end_tokens(response))
-    return given is not None and same_answer(given, last_boxed(label) or label)
+    return given is not None and same_answer(given, answer_of(label))
+
+
+def answer_of(label: str) -> str:
+    """A label is an answer, or a solution that ends with one: in a box, or behind GSM8K's ####."""
+    return last_boxed(label) or label.rpartition("####")[2].strip() or label
 
 
 def same_answer(given: str, wanted: str) -> bool:
@@ -35,7 +44,17 @@ def same_answer(given: str, wanted: str) -> bool:
         return bool(_compact(given))
     if max(len(given), len(wanted)) > _LONGEST:
         return False
-    return _same(normalise(given), normalise(wanted), depth=0)
+    given, wanted = normalise(given), normalise(wanted)
+    scales = len(_SCALE.findall(given)), len(_SCALE.findall(wanted))
+    if not any(scales):
+        return _same(given, wanted, depth=0)
+    if _same(_SCALE.sub(_power_of_ten, given), _SCALE.sub(_power_of_ten, wanted), depth=0):
+        return True
+    return not all(scales) and _same(_SCALE.sub("", given), _SCALE.sub("", wanted), depth=0)
+
+
+def _power_of_ten(found: re.Match) -> str:
+    return rf"\times 10^{{{_SCALES[found['word'].lower()]}}}"
 
 
 def _compact(text: str) -> str:
@@ -46,6 +65,8 @@ def _same(given: str, wanted: str, *, depth: int) -> bool:
     if depth > _DEEPEST or not given.strip() or not wanted.strip():
         return False
     if _compact(given) == _compact(wanted):
+        return True
+    if _compact(_TEXT.sub(r"\1", given)) == _compact(_TEXT.sub(r"\1", wanted)):
         return True
     if _WORD.fullmatch(given) and _WORD.fullmatch(wanted) and given.lower() == wanted.lower():
         return True
@@ -77,6 +98,8 @@ def _same(given: str, wanted: str, *, depth: int) -> bool:
     pieces = _alternatives(given), _alternatives(wanted)
     if None not in pieces and ("\\cup" in given) != ("\\cup" in wanted):
         return _same_in_any_order(*pieces, depth=depth)
+    if None not in pieces and _same_in_any_order(pieces[0], [*pieces[1]], depth=depth):
+        return True
     return _same_algebra(given, wanted)
 
 

@@ -18,7 +18,7 @@ _NOTHING = re.compile(
     r"|\\!|\\limits(?![A-Za-z])|\\phantom\{[^{}]*\}"
 )
 _COMMANDS = (
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\(?:[dtcs]|nice)frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
     (re.compile(r"\\(?:varnothing|O)(?![A-Za-z])"), r"\\emptyset"),
     (re.compile(r"\\lbrace(?![A-Za-z])"), r"\\{"),
@@ -36,12 +36,30 @@ _COMMANDS = (
     (re.compile(r"\\[bpB]matrix|(?<=\{)(?:[bB]|small)matrix(?=\})"), "pmatrix"),
     (re.compile(r"(?<!\\)\\(?:qquad|quad|,|;|:|>| )|~"), " "),
 )  # fmt: skip
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_PERIOD = re.compile(r"(?<![\d.])(\d*\.\d{0,12}?)(?P<period>\d{1,12}?)(?P=period)+(?:\.{3}|…|\\(?:l|c)?dots(?![A-Za-z]))")
+"""0.333... and 0.1212...: what is written twice goes on."""
+_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "₀₁₂₃₄₅₆₇₈₉₋₊"
+_SMALL = str.maketrans(_RAISED + _LOWERED, "0123456789-+" * 2)
+_SMALL_DIGITS = re.compile(f"[{_RAISED}]+|[{_LOWERED}]+")
 _PLAIN = (
     (re.compile(r"\\(?:underline|boldmath|ensuremath)\s*(?=\{)|\\(?:text)?color\s*\{[^{}]*\}"), ""),
     (re.compile(r"^\s*(?:\\approx|\\text\s*\{\s*(?:approximately|about|roughly)\s*\})\s*"), ""),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"\\text\s*\{\s*([:;,])\s*\}"), r"\1"),
     (re.compile(r"\\langle(?![A-Za-z])"), "("),
+    (re.compile(r"\\colon(?![A-Za-z])"), ":"),
+    (re.compile(r"\\triangle(?![A-Za-z])"), r"\\Delta "),
+    (re.compile(r"\b([ap])\.\s?m\.", re.IGNORECASE), r"\1m"),
+    # A segment is named by its ends, with or without its bar; over digits a bar is a period.
+    (re.compile(r"\\overline\s*\{\s*([A-Z]\s*[A-Z])\s*\}"), r"\1"),
+    (re.compile(r"(?<=\d)\s*(?:st|nd|rd|th|\^\s*\{\s*(?:\\text\s*\{\s*)?(?:st|nd|rd|th)\s*\}?\s*\})\s*$"), ""),
+    (re.compile(r"\\cdot\s*(\\text\s*\{\s*[A-Za-z]+\s*\})\s*\^\s*\{\s*-([1-9])\s*\}\s*$"), r"/\1^\2"),
+    (re.compile(r"/(\\text\s*\{\s*[A-Za-z]+\s*\})\^1\s*$"), r"/\1"),
+    (
+        re.compile(rf"^\s*(?:\\text\s*\{{\s*)?({'|'.join(_WORDS)})\s*\}}?\s*$", re.IGNORECASE),
+        lambda found: str(_WORDS.index(found[1].lower())),
+    ),
     (re.compile(r"\\rangle(?![A-Za-z])"), ")"),
     (re.compile(r"\\(?:lor|vee)(?![A-Za-z])"), r"\\text{or}"),
     (re.compile(r"(?<![A-Za-z\\])pi(?![A-Za-z])"), r"\\pi "),
@@ -190,7 +208,8 @@ def _with_power(words: str) -> str:
 
 def normalise(answer: str) -> str:
     """The answer in one spelling, still LaTeX, with its unit and a % behind it if there was one."""
-    text = _bare(answer.translate(_CHARACTERS))
+    text = _SMALL_DIGITS.sub(lambda found: f"{'^' if found[0][0] in _RAISED else '_'}{{{found[0].translate(_SMALL)}}}", answer)
+    text = _bare(_PERIOD.sub(r"\1\\overline{\2}", text).translate(_CHARACTERS))
     text = _NOTHING.sub("", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\;|\\:|\{\\,\})\s*(?=\d{3}(?!\d))", "", text)
     for pattern, replacement in _COMMANDS:
