@@ -89,7 +89,6 @@ class WeightStream:
         lost: list[str] = []
         broadcast = self._joined(away, to, lost) if away and self._ranks.rank == homes[-1] else None
         self._expect([feed.target for feed in posts], away if broadcast is not None else ())
-        buckets: Mapping[int, WeightBucket] = {}
         clock = Stopwatch()
         if others is not None:
             others.begin(self._order(plan, receivers, received, homes, label))
@@ -102,6 +101,8 @@ class WeightStream:
                         feed.deliver(buckets)
                     if broadcast is not None and len(to.nodes) in buckets:
                         broadcast.deliver(buckets[len(to.nodes)])
+                # A feed holds what its engine reads, and a broadcast sends a copy: no third bucket beside the next one.
+                del buckets
             with clock("hand_over"):
                 lost += _finish(feeds, broadcast)
         except RuntimeError as error:
@@ -114,7 +115,6 @@ class WeightStream:
                 feed.close()
         with clock("hand_over"):
             lost += [] if others is None else others.finish()
-        del buckets  # the last ones would be held while the cache is emptied
         self._device.empty_cache()
         lost += [feed.lost for feed in posts if feed.lost is not None]
         if id(plan) not in self._summaries:
