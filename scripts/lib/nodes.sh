@@ -11,13 +11,15 @@ find_nodes() {
     NODES_ARE_KNOWN=1
     local found
     found=$("$PYTHON" -I -S - "${MASTER_ADDR:-127.0.0.1}" "${HOSTFILE:-}" <<'PY'
-import socket, sys
+import ipaddress, re, socket, sys
 
 def address(name):
     """IPv4 where there is one. Exits with a line that names what cannot be looked up."""
     try:
+        if re.fullmatch(r"[0-9.]+", name):
+            ipaddress.ip_address(name)  # the look-up takes 10.0.2 and 10.0.0.02 too, for addresses that nobody meant
         found = {row[0]: row[4][0] for row in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)}
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         unknown.append(f"{name} ({error.args[-1]})")
         return ""
     return found.get(socket.AF_INET) or next(iter(found.values()))
@@ -27,8 +29,12 @@ master, hostfile = sys.argv[1:]
 here = address(master)
 names = []
 if hostfile:
-    with open(hostfile, encoding="utf-8-sig") as lines:
-        names = [words[0] for line in lines if (words := line.split("#")[0].split())]
+    try:
+        with open(hostfile, encoding="utf-8-sig") as lines:
+            names = [words[0] for line in lines if (words := line.split("#")[0].split())]
+    except UnicodeError:
+        print("it is no UTF-8 text; give a text file, one node address per line")
+        sys.exit(1)
 others = {}
 for name in names:
     found = address(name)
@@ -40,6 +46,13 @@ if unknown:
     sys.exit(1)
 if others and here.startswith("127.") and not all(one.startswith("127.") for one in others):
     print(f"MASTER_ADDR={master} is {here} here, where no other node can reach it; give this node's address in the cluster network")
+    sys.exit(1)
+def is_no_node(text):
+    found = ipaddress.ip_address(text.split("%")[0])
+    return found.is_unspecified or found.is_multicast or found.is_loopback and not here.startswith("127.")
+
+if nobody := list(filter(is_no_node, others)):
+    print(f"{', '.join(nobody)} is no other node's address; give each node's own in the cluster network")
     sys.exit(1)
 print(here, *others)
 PY

@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -61,6 +62,29 @@ def test_a_node_has_joined_when_its_ray_is_up_and_says_why_it_is_not(ray, most, 
     assert done.returncode == status and re.fullmatch(out, done.stdout), done
     assert (tmp_path / "guarded").exists(), "whatever is left there is taken away"
     assert re.search(line, (done.stderr.splitlines() or [""])[-1]), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("hosts", "head", "said"),
+    [
+        (b"\xef\xbb\xbf10.0.0.2\r\n", "10.0.0.1", "10.0.0.1 and 10.0.0.2"),
+        (b"127.0.0.2\n", "127.0.0.1", "127.0.0.1 and 127.0.0.2"),
+        ("10.0.0.2\n".encode("utf-16"), "10.0.0.1", "it is no UTF-8 text; give a text file, one node address per line"),
+        (b"10.0.2\n", "10.0.0.1", "no address is known for 10.0.2 ('10.0.2' does not appear to be"),
+        (b"10.0.0.02\n", "10.0.0.1", "no address is known for 10.0.0.02"),
+        (b"0.0.0.0\n", "10.0.0.1", "0.0.0.0 is no other node's address"),
+        (b"127.0.0.1\n", "10.0.0.1", "127.0.0.1 is no other node's address; give each node's own"),
+    ],
+)
+def test_an_address_of_hostfile_is_another_nodes_or_named(hosts: bytes, head: str, said: str, tmp_path: Path):
+    (tmp_path / "hosts").write_bytes(hosts)
+    script = (
+        'die() { echo "$*"; exit 1; }; source scripts/lib/nodes.sh; check_hostfile 2; '
+        'echo "$MASTER_ADDR and ${WORKER_ADDRESSES[*]}"'
+    )
+    env = {**os.environ, "PYTHON": sys.executable, "REHEARSE": "0", "MASTER_ADDR": head, "HOSTFILE": str(tmp_path / "hosts")}
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert said in done.stdout and not done.stderr
 
 
 def test_a_machine_that_was_started_anew_waits_until_its_own_record_is_stale(shell: Shell):  # noqa: F811

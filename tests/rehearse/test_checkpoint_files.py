@@ -114,6 +114,11 @@ def test_hosts_are_read_as_the_launcher_reads_them(flagship: Recipe, tmp_path: P
     hosts.write_bytes("\r\n".join(workers).encode() + b"\r\n")
     assert lines(found(flagship, tmp_path, hostfile=str(hosts))) == ""
     assert lines(found(flagship, tmp_path, hostfile=str(hosts), head="10.0.1.99")) == ""
+    hosts.write_bytes(b"\xef\xbb\xbf" + "\n".join(workers).encode())
+    assert lines(found(flagship, tmp_path, hostfile=str(hosts))) == ""
+    for nobody in ("0.0.0.0", "224.0.0.1"):
+        hosts.write_text("\n".join([*workers[1:], nobody]))
+        assert f"lines that are no address [{nobody}]" in lines(found(flagship, tmp_path, hostfile=str(hosts)))
     assert "cannot be read" in lines(found(flagship, tmp_path, hostfile=str(tmp_path)))
     hosts.write_bytes(b"\xff\xfe1\x00")
     assert "cannot be read" in lines(found(flagship, tmp_path, hostfile=str(hosts)))

@@ -95,8 +95,8 @@ def addresses(v: Values) -> None:
 def is_host(text: str) -> bool:
     """An IP address, or a name that could be looked up."""
     try:
-        ipaddress.ip_address(text)
-        return True
+        found = ipaddress.ip_address(text)
+        return not (found.is_unspecified or found.is_multicast)
     except ValueError:
         return bool(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", text)) and not re.fullmatch(r"[\d.]+", text)
 

@@ -254,7 +254,7 @@ def _check_hosts(reading: Reading, findings: Findings, hostfile: str | None, hea
         findings.unchecked("files", f"HOSTFILE {hostfile} is not on this machine")
         return
     try:
-        hosts = Counter(host_lines(Path(hostfile).read_text()))
+        hosts = Counter(host_lines(Path(hostfile).read_text(encoding="utf-8-sig")))
     except (OSError, UnicodeDecodeError) as error:
         findings.violation("files", f"HOSTFILE {hostfile} cannot be read ({error})", "", "give a text file, one address a line")
         return
