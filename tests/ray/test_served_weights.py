@@ -300,7 +300,8 @@ def test_a_receiver_that_is_stopped_is_explained_and_ends_the_wait_with_its_name
     compared = [line.strip() for line in report if "has begun on" in line]
     assert compared and all(" of the receivers (ranks 0, 1)" in line and "trainer" not in line for line in compared), compared
     assert any(
-        record.getMessage().startswith(f"{stopped.format('')} lets it go on) while sending") for record in caplog.records
+        record.getMessage().startswith(f"{stopped.format('')} lets it go on); sending weights v1 has lasted ")
+        for record in caplog.records
     )
     ends = " lets it go on), while sending weights v1; trainer rank 0 waited for it:"
     assert str(sent.result()).splitlines()[0] == stopped.format("") + ends, sent.result()
