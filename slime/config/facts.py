@@ -117,6 +117,11 @@ def read_hf_config(folder: str | None) -> Mapping[str, object] | None:
         raise ConfigError(f"--hf-checkpoint: cannot read {str(file)!r}: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"--hf-checkpoint: {str(file)!r} is no JSON object but a {type(raw).__name__}; download it again")
+    inner = raw.get("text_config")
+    if not raw.get("model_type") and not (isinstance(inner, dict) and inner.get("model_type")):
+        raise ConfigError(
+            f"--hf-checkpoint: {str(file)!r} has no model_type, by which a model's family is known; download it again"
+        )
     return raw
 
 

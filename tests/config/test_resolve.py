@@ -349,6 +349,13 @@ def test_a_checkpoint_that_nobody_can_load_is_said_before_engines_start(tmp_path
         parse([*argv, "--ref-load", str(tmp_path), *(word.replace("--", "--ref-") for word in flags)])
 
 
+@pytest.mark.parametrize("text", ["{}", '{"model_type": null, "hidden_size": 64}', '{"text_config": {"hidden_size": 64}}'])
+def test_a_config_json_of_no_family_is_refused(tmp_path: Path, text: str):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="config.json' has no model_type, by which a model's family is known; download it"):
+        parse([*MINIMAL, "--hf-checkpoint", str(tmp_path)])
+
+
 def test_a_tracker_of_other_bytes_or_that_is_a_folder_ends_in_no_traceback(tmp_path: Path):
     (tmp_path / "bytes").mkdir()
     (tmp_path / "bytes" / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\xfe\x00")
