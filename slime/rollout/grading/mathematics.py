@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from slime.rollout.grading.literals import read_literal, same_number
 from slime.rollout.grading.response import last_boxed, without_end_tokens
-from slime.rollout.grading.spelling import normalise, split_unit
+from slime.rollout.grading.spelling import has_period, normalise, split_unit
 
 _LONGEST = 2_000
 """Of a longer answer only the spelling is compared."""
@@ -44,7 +44,14 @@ def same_answer(given: str, wanted: str) -> bool:
         return bool(_compact(given))
     if max(len(given), len(wanted)) > _LONGEST:
         return False
-    given, wanted = normalise(given), normalise(wanted)
+    if _same_spelled(normalise(given), normalise(wanted)):
+        return True
+    # 0.577... may be a period and may be cut off.
+    either = has_period(given) or has_period(wanted)
+    return either and _same_spelled(normalise(given, periods=False), normalise(wanted, periods=False))
+
+
+def _same_spelled(given: str, wanted: str) -> bool:
     scales = len(_SCALE.findall(given)), len(_SCALE.findall(wanted))
     if not any(scales):
         return _same(given, wanted, depth=0)

@@ -206,10 +206,17 @@ def _with_power(words: str) -> str:
     return "" if not known else name if power == "1" else f"{name}^{power}"
 
 
-def normalise(answer: str) -> str:
-    """The answer in one spelling, still LaTeX, with its unit and a % behind it if there was one."""
+def has_period(answer: str) -> bool:
+    return _PERIOD.search(answer) is not None
+
+
+def normalise(answer: str, *, periods: bool = True) -> str:
+    """The answer in one spelling, still LaTeX, with its unit and a % behind it if there was one.
+
+    periods: whether digits that are written twice before three dots go on.
+    """
     text = _SMALL_DIGITS.sub(lambda found: f"{'^' if found[0][0] in _RAISED else '_'}{{{found[0].translate(_SMALL)}}}", answer)
-    text = _bare(_PERIOD.sub(r"\1\\overline{\2}", text).translate(_CHARACTERS))
+    text = _bare((_PERIOD.sub(r"\1\\overline{\2}", text) if periods else text).translate(_CHARACTERS))
     text = _NOTHING.sub("", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\;|\\:|\{\\,\})\s*(?=\d{3}(?!\d))", "", text)
     for pattern, replacement in _COMMANDS:
