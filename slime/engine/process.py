@@ -137,7 +137,7 @@ class ChildProcess:
 
     def _why_killed(self) -> str:
         """SGLang's first process kills itself when one of its others has ended."""
-        killed = killed_for_memory({self.popen.pid, *self._members})
+        killed = killed_for_memory({self.popen.pid, *self._members}, since=self.started)
         if self.popen.pid in killed:
             return BY_THE_KERNEL
         if killed:

@@ -12,6 +12,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import time
 import zlib
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,7 +64,7 @@ class Writing:
             tensors.clear()
 
     def _start(self, transforms: list, buckets: list, checksums: bool) -> None:
-        fork = multiprocessing.get_context("fork")
+        fork, self._began = multiprocessing.get_context("fork"), time.monotonic()
         collects = gc.isenabled()
         # A collection in the child would free device tensors that belong to this process.
         gc.disable()
@@ -79,6 +80,9 @@ class Writing:
             if collects:
                 gc.enable()
 
+    def _killed(self, writer: multiprocessing.process.BaseProcess) -> bool:
+        return writer.exitcode == -signal.SIGKILL and bool(killed_for_memory([writer.pid], since=self._began))
+
     def done(self) -> bool:
         """Every writer of this rank has answered or ended."""
         return all(reader.poll() for _, _, reader in self._writers)
@@ -91,7 +95,7 @@ class Writing:
                 answer, file_sum = reader.recv()
             except EOFError:
                 process.join()
-                why = f" (killed{BY_THE_KERNEL})" if killed_for_memory([process.pid]) else ""
+                why = f" (killed{BY_THE_KERNEL})" if self._killed(process) else ""
                 told = f"ended with exit code {process.exitcode}{why} before the file was whole"
                 answer, file_sum = RuntimeError(f"the process that wrote {name} {told}"), None
             process.join()

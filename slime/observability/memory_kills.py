@@ -18,17 +18,23 @@ _KILLED = re.compile(r"^\d+,\d+,(\d+),[^;]*;.*\bKilled process (\d+) \((.*?)\)",
 """A record of /dev/kmsg: microseconds since boot, pid, name."""
 
 
-def killed_for_memory(pids: Iterable[int]) -> dict[int, str]:
-    """Pid -> the kernel's name for it, of those that were; none where its log may not be read."""
-    named = {int(pid): name for _, pid, name in _KILLED.findall(_kernel_log())}
+def killed_for_memory(pids: Iterable[int], *, since: float) -> dict[int, str]:
+    """Pid -> the kernel's name for it, of those that were; none where its log may not be read.
+
+    since: seconds of time.monotonic(), when these processes began: earlier ones had the same numbers.
+    """
+    named = {pid: name for pid, name in _kills(since)}
     return {pid: named[pid] for pid in pids if pid in named}
 
 
 def killed_lately(seconds: float) -> str:
     """Of whichever there were on this machine: "; meanwhile the kernel has killed 4242 (python), ..."; "" where none."""
-    since = (time.monotonic() - seconds) * 1e6
-    killed = [f"{pid} ({name})" for at, pid, name in _KILLED.findall(_kernel_log()) if int(at) >= since]
+    killed = [f"{pid} ({name})" for pid, name in _kills(time.monotonic() - seconds)]
     return f"; meanwhile the kernel has killed {', '.join(killed)} here, because memory had run out" if killed else ""
+
+
+def _kills(since: float) -> list[tuple[int, str]]:
+    return [(int(pid), name) for at, pid, name in _KILLED.findall(_kernel_log()) if int(at) >= since * 1e6]
 
 
 def count_in_container() -> int:

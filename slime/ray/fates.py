@@ -152,23 +152,23 @@ def _read_fate(process: Process) -> str | None:
 
 def read_fate(process: Process) -> str | None:
     """On the process's own node."""
-    stat = _stat(process.pid)
+    stat, since = _stat(process.pid), (process.born or 0) / os.sysconf("SC_CLK_TCK")
     if stat is None or (process.born is not None and stat[-1] != process.born):
-        return _read_note(process.pid)
+        return _read_note(process.pid, since)
     state, status, _ = stat
     if state in "tT":
         return _STOPPED.format(process.pid)
-    return _how(process.pid, status) if state in "ZX" else None
+    return _how(process.pid, status, since) if state in "ZX" else None
 
 
-def _read_note(pid: int) -> str:
+def _read_note(pid: int, since: float) -> str:
     note, deadline = _note(pid) if ray.is_initialized() else None, time.monotonic() + _NOTE_SECONDS
     while note is not None and time.monotonic() < deadline:
         if note.exists():
-            return _how(pid, int(note.read_text()))
+            return _how(pid, int(note.read_text()), since)
         time.sleep(0.05)
     # An actor that is being made has no keeper yet.
-    return f"was killed{BY_THE_KERNEL}" if killed_for_memory([pid]) else "is gone"
+    return f"was killed{BY_THE_KERNEL}" if killed_for_memory([pid], since=since) else "is gone"
 
 
 def stopped(pid: int) -> str | None:
@@ -201,11 +201,11 @@ def _title(pid: int) -> str:
         return "?"
 
 
-def _how(pid: int, status: int) -> str:
-    """status: as wait(2) gives it."""
+def _how(pid: int, status: int, since: float) -> str:
+    """status: as wait(2) gives it. since: its birth, in seconds since the machine's."""
     if number := status & 0x7F:
         how = f"was killed by signal {number} ({signal.Signals(number).name})"
-        return how + (_who_killed(pid) if number == signal.SIGKILL else "")
+        return how + (_who_killed(pid, since) if number == signal.SIGKILL else "")
     return f"exited with {status >> 8}"
 
 
@@ -218,9 +218,9 @@ def _stat(pid: int) -> tuple[str, int, int] | None:
     return fields[0], int(fields[49]), int(fields[19])
 
 
-def _who_killed(pid: int) -> str:
+def _who_killed(pid: int, since: float) -> str:
     """What the kernel says of a SIGKILL."""
-    if killed_for_memory([pid]):
+    if killed_for_memory([pid], since=since):
         return BY_THE_KERNEL
     if count := count_in_container():
         return f"; memory is the likely reason, the kernel has killed {count} processes of this container for it"
