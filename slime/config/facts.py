@@ -53,6 +53,7 @@ class Facts:
     load_problem: str = ""
     """Why the checkpoint of --load that its tracker or --ckpt-step names cannot be read, or empty."""
     ref_load_problem: str = ""
+    opd_teacher_problem: str = ""
     num_prompts: int | None = None
     """Rows of --prompt-data, at most MOST_LINES; None where nobody can say so quickly."""
 
@@ -67,9 +68,9 @@ def kind_of(folder: str | None) -> LoadKind:
         return "release" if tracker.read_text(errors="replace").strip() == "release" else "megatron"
     if (root / ".metadata").exists() or (root / "common.pt").exists() or (root / "metadata.json").exists():
         return "iteration"
-    config = read_hf_config(folder)
-    if config is not None:
-        return "hf" if config.get("model_type") in FAMILIES else "unknown"
+    family = (_config_json(folder, of="a checkpoint's folder") or {}).get("model_type")
+    if family:
+        return "hf" if family in FAMILIES else "unknown"
     return "nothing"  # also logs, or a first save that was torn: without a tracker there is nothing to continue from
 
 
@@ -79,6 +80,8 @@ def named_problem(folder: str | None, step: int | None, *, step_flag: str) -> st
         return ""
     root = Path(folder)
     tracker = root / TRACKER
+    if re.fullmatch(r"iter_\d+", root.name):  # one checkpoint itself, whatever step is asked for
+        return ""
     if step is None and not tracker.is_file():
         return ""
     value = str(step) if step is not None else tracker.read_text(errors="replace").strip()
@@ -105,23 +108,28 @@ def _others(root: Path, step_flag: str) -> str:
 
 
 def read_hf_config(folder: str | None) -> Mapping[str, object] | None:
-    """config.json of an HF folder, or None when there is no such file. Raises ConfigError when it cannot be read."""
-    if folder is None:
-        return None
+    """config.json of an HF folder, or None when there is no such file. Raises ConfigError when it cannot be read, or is none of
+    a model."""
+    raw = None if folder is None else _config_json(folder, of="--hf-checkpoint")
+    inner = {} if raw is None else raw.get("text_config")
+    if raw is not None and not raw.get("model_type") and not (isinstance(inner, dict) and inner.get("model_type")):
+        raise ConfigError(
+            f"--hf-checkpoint: {str(Path(folder) / 'config.json')!r} has no model_type, by which a model's family is known; "
+            "download it again"
+        )
+    return raw
+
+
+def _config_json(folder: str, *, of: str) -> Mapping[str, object] | None:
     file = Path(folder) / "config.json"
     try:
         raw = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--hf-checkpoint: cannot read {str(file)!r}: {error}") from None
+        raise ConfigError(f"{of}: cannot read {str(file)!r}: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"--hf-checkpoint: {str(file)!r} is no JSON object but a {type(raw).__name__}; download it again")
-    inner = raw.get("text_config")
-    if not raw.get("model_type") and not (isinstance(inner, dict) and inner.get("model_type")):
-        raise ConfigError(
-            f"--hf-checkpoint: {str(file)!r} has no model_type, by which a model's family is known; download it again"
-        )
+        raise ConfigError(f"{of}: {str(file)!r} is no JSON object but a {type(raw).__name__}; download it again")
     return raw
 
 
@@ -158,6 +166,7 @@ def gather_facts(
     opd_teacher_load: str | None = None,
     ckpt_step: int | None = None,
     ref_ckpt_step: int | None = None,
+    opd_teacher_ckpt_step: int | None = None,
 ) -> Facts:
     return Facts(
         load=kind_of(load),
@@ -170,11 +179,12 @@ def gather_facts(
         load_step=step_of(load),
         load_problem=named_problem(load, ckpt_step, step_flag="--ckpt-step"),
         ref_load_problem=named_problem(ref_load, ref_ckpt_step, step_flag="--ref-ckpt-step"),
+        opd_teacher_problem=named_problem(opd_teacher_load, opd_teacher_ckpt_step, step_flag="--opd-teacher-ckpt-step"),
         num_prompts=count_prompts(prompt_data),
     )
 
 
 def facts_of(start: Mapping[str, Any]) -> Facts:
     """The facts about the files that attributes name."""
-    names = ("load", "ref_load", "hf_checkpoint", "prompt_data", "opd_teacher_load", "ckpt_step", "ref_ckpt_step")
-    return gather_facts(**{name: start[name] for name in names})
+    names = """load ref_load hf_checkpoint prompt_data opd_teacher_load ckpt_step ref_ckpt_step opd_teacher_ckpt_step"""
+    return gather_facts(**{name: start[name] for name in names.split()})

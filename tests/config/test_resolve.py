@@ -308,7 +308,7 @@ def test_kinds_of_checkpoint_folders(tmp_path: Path):
 
     tracker = "latest_checkpointed_iteration__txt"
     assert kind_of(None) == kind_of(str(tmp_path / "gone")) == kind_of(made("empty")) == "nothing"
-    assert kind_of(made("torn", log__txt="x")) == "nothing"
+    assert kind_of(made("torn", log__txt="x")) == kind_of(made("another's", config__json='{"lr": 1}')) == "nothing"
     assert kind_of(made("saved", **{tracker: "12\n"})) == "megatron"
     assert kind_of(made("converted", **{tracker: "release"})) == "release"
     assert kind_of(made("iter_0000003", common__pt="")) == "iteration"
@@ -338,7 +338,10 @@ def test_a_checkpoint_that_nobody_can_load_is_said_before_engines_start(tmp_path
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
     (tmp_path / "p.jsonl").write_text('{"input": "q"}\n' * 4)
     argv = [*MINIMAL, "--prompt-data", str(tmp_path / "p.jsonl"), "--num-rollout", "9", *flags]
+    teacher = "--use-opd --opd-type megatron --opd-kl-coef 1 --opd-teacher-load".split()
     if not said:
+        parse([*argv, "--ref-load", str(tmp_path / "iter_0000002"), "--ref-ckpt-step", "2"])  # one checkpoint itself
+        parse([*argv, *teacher, str(tmp_path), *(word.replace("--", "--opd-teacher-") for word in flags)])
         parse([*argv, "--load", str(tmp_path)])
         parse([*argv, "--ref-load", str(tmp_path), *(word.replace("--", "--ref-") for word in flags)])
         return
@@ -347,6 +350,8 @@ def test_a_checkpoint_that_nobody_can_load_is_said_before_engines_start(tmp_path
     assert f"--load {tmp_path}: " in str(error.value) and said.format(root=tmp_path) in str(error.value)
     with pytest.raises(ConfigError, match=f"--ref-load {tmp_path}: "):
         parse([*argv, "--ref-load", str(tmp_path), *(word.replace("--", "--ref-") for word in flags)])
+    with pytest.raises(ConfigError, match=f"--opd-teacher-load {tmp_path}: "):
+        parse([*argv, *teacher, str(tmp_path), *(word.replace("--", "--opd-teacher-") for word in flags)])
 
 
 @pytest.mark.parametrize("text", ["{}", '{"model_type": null, "hidden_size": 64}', '{"text_config": {"hidden_size": 64}}'])

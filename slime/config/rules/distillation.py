@@ -33,6 +33,7 @@ def distillation(v: Values) -> None:
             teacher is None or v.facts.opd_teacher_load != "nothing" or v.door == "rehearse",
             f"--opd-type megatron needs the teacher, but there is nothing in --opd-teacher-load {teacher}",
         )
+        v.require(not v.facts.opd_teacher_problem, f"--opd-teacher-load {teacher}: {v.facts.opd_teacher_problem}")
         if not (v["debug_train_only"] or _is_graded(v)):
             v.derive("custom_rm_path", f"{MODULE}.no_reward", "the teacher is all that is learnt from")
         return

@@ -51,7 +51,7 @@ def trainers_own(v: Values) -> None:
         v.require(name and "=" not in name, f"--train-env-vars {name!r} is no name of a variable; it has a letter and no =")
         v.require(
             name not in A_RANKS_OWN,
-            f"--train-env-vars {name}: every rank would get one value, and each has its own, which the run sets; remove it",
+            f"--train-env-vars {name}: the run sets it, for ranks differ in it or must agree on it; remove it",
         )
         v.require(
             not name.startswith("SGLANG_"),
