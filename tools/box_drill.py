@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -399,17 +399,7 @@ def run(folder: Path, names: Sequence[str], *, undisturbed_nodes: int = 2) -> in
 @contextmanager
 def made(folder: Path, num_nodes: int, *, disk: bool) -> Iterator[Box]:
     """disk: BASE_DIR is a disk of memory, with what lay there, and goes with the box."""
-    base = folder / "base"
-    if disk:
-        fresh = folder / "disk"
-        for one in (base, fresh):
-            one.mkdir(parents=True, exist_ok=True)
-        _call("mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(fresh))
-        shutil.copytree(base, fresh, dirs_exist_ok=True)
-        _call("mount", "--bind", str(fresh), str(base))
-        _call("umount", str(fresh))
-        fresh.rmdir()
-    try:
+    with _disk_of_memory(folder) if disk else nullcontext():
         box = cluster_box.make(folder, num_nodes)
         try:
             if num_nodes == 3:  # one is a spare
@@ -417,9 +407,25 @@ def made(folder: Path, num_nodes: int, *, disk: bool) -> Iterator[Box]:
             yield box
         finally:
             cluster_box.remove(folder)
+
+
+@contextmanager
+def _disk_of_memory(folder: Path) -> Iterator[None]:
+    """At folder/base, with what lay there."""
+    base, fresh = folder / "base", folder / "disk"
+    for one in (base, fresh):
+        one.mkdir(parents=True, exist_ok=True)
+    _call("mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(fresh))
+    try:
+        shutil.copytree(base, fresh, dirs_exist_ok=True)
+        _call("mount", "--bind", str(fresh), str(base))
     finally:
-        if disk:
-            _call("umount", str(base))
+        _call("umount", str(fresh))
+        fresh.rmdir()
+    try:
+        yield
+    finally:
+        _call("umount", str(base))
 
 
 def _call(*command: str) -> None:

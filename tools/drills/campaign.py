@@ -159,6 +159,8 @@ class Campaign:
                     mends.append(inflict(fault, seen.pid, stop_seconds=self._stop_seconds))
                     self._disturbed = True
             except ProcessLookupError:
+                for mend in mends:
+                    mend()
                 continue
             return Placed(victims, at, hit, mends)
         return None

@@ -6,12 +6,14 @@ import os
 import resource
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 _ROOM_BYTES = 1 << 20
 _GROUP_BYTES = 0
+_GROUP_SECONDS = 10.0
 _GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -55,14 +57,25 @@ def _confine(pid: int) -> Callable[[], None]:
     group = folder / f"slime-drill-{uuid.uuid4().hex[:8]}"
     group.mkdir()
     limit = next(group / name for name in ("memory.limit_in_bytes", "memory.max") if (group / name).exists())
-    limit.write_text(str(_GROUP_BYTES))
-    (group / "cgroup.procs").write_text(str(pid))
 
     def undo() -> None:
         for one in (group / "cgroup.procs").read_text().split():
             _quietly(lambda one=one: (folder / "cgroup.procs").write_text(one))
-        group.rmdir()
+        deadline = time.monotonic() + _GROUP_SECONDS
+        while True:
+            try:
+                return group.rmdir()
+            except OSError:  # somebody in it is not gone yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
+    try:
+        limit.write_text(str(_GROUP_BYTES))
+        (group / "cgroup.procs").write_text(str(pid))
+    except OSError:
+        undo()
+        raise
     return undo
 
 
