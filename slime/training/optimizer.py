@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -187,12 +188,22 @@ def step_threads(optimizer: MegatronOptimizer, config: Config) -> Iterator[int]:
     before = count = torch.get_num_threads()
     if optimizer.config.optimizer_cpu_offload:
         ranks_here = min(config.cluster.actor_num_gpus_per_node, dist.get_world_size())
-        count = max(before, len(os.sched_getaffinity(0)) // ranks_here)
+        count = max(before, usable_cores() // ranks_here)
         torch.set_num_threads(count)
     try:
         yield count
     finally:
         torch.set_num_threads(before)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, and that its container may use."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except OSError:
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def make_scheduler(optimizer: MegatronOptimizer, config: Config) -> OptimizerParamScheduler:

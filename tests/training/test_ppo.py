@@ -11,8 +11,8 @@ from ranks import RankFailed, run_ranks
 from test_objectives import hf_log_probs, mean, plain_mean, second  # noqa: F401
 from tiny import config_for, plans, rollout, start_ppo
 
+from slime.config.passes import passes_of
 from slime.model.local import VALUE_HEAD, local_tensors
-from slime.training.columns import passes_of
 
 pytestmark = pytest.mark.slow
 
