@@ -24,14 +24,14 @@ class Order:
 
     @staticmethod
     def of(chosen: Tensor, k: int) -> Order:
-        """chosen: bool [t, targets] with k true in every row."""
+        """chosen: bool [t, targets] with k true in every row; the rows of a token with fewer would be those of others."""
         t, targets = chosen.shape
         place = (chosen.t().flatten().cumsum(0) - 1).view(targets, t).t()
         # Those not chosen meet in a column more, which is cut off.
         column = (chosen.cumsum(1) - 1).masked_fill(~chosen, k)
         entry = torch.arange(t * targets, device=chosen.device).view(t, targets)
         places, entries = (
-            source.new_empty(t, k + 1).scatter_(1, column, source)[:, :k].contiguous() for source in (place, entry)
+            source.new_zeros(t, k + 1).scatter_(1, column, source)[:, :k].contiguous() for source in (place, entry)
         )
         ordered = torch.empty_like(entries.view(-1)).scatter_(0, places.view(-1), entries.view(-1))
         return Order(ordered // targets, places, ordered)

@@ -105,7 +105,7 @@ class WeightStream:
                 del buckets
             with clock("hand_over"):
                 lost += _finish(feeds, broadcast)
-        except RuntimeError as error:
+        except Exception as error:
             if others is not None:
                 self._others = None
                 others.explain(error)

@@ -15,7 +15,7 @@ receiver beside an engine on other GPUs, does the same, driven by its number alo
         bucket = empty(duties.bucket_bytes)            # duties.metas says what lies where: it goes to the engine rank as it is
         beside = empty(duties.beside_bytes)            # for deliveries that do not lie in the bucket as they travel
         for delivery in duties.makes:                  # export and quantise part `delivery.part` of these tensors:
-            for write in plan.writes(delivery): ...    #   into the bucket, or beside it where `place` says so
+            for write in plan.writes(delivery): ...    #   into the bucket, or beside it, where the table of places says so
         for hop in range(plan.hops):                   # all sends and receives of a hop may fly at once
             duties.sends(hop)                          # [(delivery, target)] in the order that both sides use
             duties.receives(hop)                       # [(delivery, source)]
