@@ -12,7 +12,6 @@ from typing import Any
 
 from slime.config import view_for_call
 from slime.config.dotted import Call, accepted_keywords, find_callable
-from slime.rollout.data_source import has_a_state, keeps_itself
 
 __all__ = ["CALLS", "Plugins", "accepted_keywords", "load_function", "load_plugins"]
 
@@ -54,6 +53,8 @@ def load_function(flag: str, path: str) -> Callable[..., Any]:
 
 
 def _check_data_source(path: str, found: Any) -> None:
+    from slime.rollout.data_source import has_a_state, keeps_itself
+
     if not isinstance(found, type):
         raise ValueError(f"--data-source-path {path}: found a {type(found).__name__}; expected a class taking (args)")
     missing = [name for name in ("get_samples", "add_samples", "__len__") if not callable(getattr(found, name, None))]

@@ -143,7 +143,7 @@ def make_desk(tmp_path: Path) -> Iterator[Desk]:
         (binaries / name).chmod(0o755)
     base = tmp_path / "base"
     for model in ("GLM-5.2", "Qwen3-4B"):
-        (base / f"{model}_torch_dist").mkdir(parents=True)
+        (base / f"{model}_torch_dist" / "release").mkdir(parents=True)
         (base / f"{model}_torch_dist" / "latest_checkpointed_iteration.txt").write_text("release")
     (base / "GLM-5.2-FP8").mkdir()
     (base / "Qwen3-4B").mkdir()
@@ -499,6 +499,8 @@ def make_tiny_base(base: Path, preset: str) -> None:
     ):
         (base / folder).mkdir()
         (base / folder / file).write_text(text)
+    (base / "GLM-5.2-tiny_torch_dist" / "release").mkdir()
+    (base / "GLM-5.2-tiny_warm_start" / "iter_0000199").mkdir()
     (base / "arithmetic").mkdir()
     for data in ("train.jsonl", "eval.jsonl"):
         (base / "arithmetic" / data).write_text('{"prompt": "1+1=", "label": "2"}\n')

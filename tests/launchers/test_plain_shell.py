@@ -101,7 +101,7 @@ def shell(tmp_path: Path) -> Shell:
         (made.project / name).symlink_to(ROOT / name)
     make_environment(made.project / ".venv")
     for model in ("GLM-5.2", "Qwen3-4B"):
-        (made.base / f"{model}_torch_dist").mkdir(parents=True)
+        (made.base / f"{model}_torch_dist" / "release").mkdir(parents=True)
         (made.base / f"{model}_torch_dist" / "latest_checkpointed_iteration.txt").write_text("release")
     (made.base / "GLM-5.2-FP8").mkdir()
     (made.base / "Qwen3-4B").mkdir()

@@ -1,4 +1,8 @@
-"""The two products with which MLA's absorbed form enters and leaves its core, head by head, without copies between them."""
+"""The two products with which MLA's absorbed form enters and leaves its core, head by head.
+
+On a GPU they are written where they stay, without copies between them. On a CPU einsum takes less memory: products with gaps
+between their rows keep buffers of the library (a training step of 49 M parameters 1.35 instead of 1.27 GB).
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,20 @@ from torch import Tensor
 
 def absorbed_queries(query: Tensor, w_key: Tensor) -> Tensor:
     """[t, heads, nope + rope], [heads, nope, latent] -> [t, heads, latent + rope]: q @ W_k of each head, then its rope part."""
-    return _AbsorbedQueries.apply(query, w_key)
+    if query.is_cuda:
+        return AbsorbedQueries.apply(query, w_key)
+    nope, rope = query.split([w_key.shape[1], query.shape[2] - w_key.shape[1]], dim=-1)
+    return torch.cat([torch.einsum("thn,hnl->thl", nope, w_key), rope], dim=-1)
 
 
 def released_values(out: Tensor, w_value: Tensor) -> Tensor:
     """[t, heads, latent], [heads, value, latent] -> [t, heads, value]: out @ W_v^T for each head."""
-    return _ReleasedValues.apply(out, w_value)
+    return ReleasedValues.apply(out, w_value) if out.is_cuda else torch.einsum("thl,hvl->thv", out, w_value)
 
 
-class _AbsorbedQueries(torch.autograd.Function):
+class AbsorbedQueries(torch.autograd.Function):
+    """As absorbed_queries."""
+
     @staticmethod
     def forward(ctx, query: Tensor, w_key: Tensor) -> Tensor:
         ctx.save_for_backward(query, w_key)
@@ -31,7 +40,9 @@ class _AbsorbedQueries(torch.autograd.Function):
         return _with_tail(grad, w_key.transpose(1, 2)), of_weight
 
 
-class _ReleasedValues(torch.autograd.Function):
+class ReleasedValues(torch.autograd.Function):
+    """As released_values."""
+
     @staticmethod
     def forward(ctx, out: Tensor, w_value: Tensor) -> Tensor:
         ctx.save_for_backward(out, w_value)
