@@ -49,6 +49,8 @@ def test_a_second_run_is_refused_with_who_has_the_folder_and_a_third_follows_the
 def test_the_record_of_a_killed_run_does_not_count_but_that_of_its_children_does(tmp_path: Path):
     first = holder(tmp_path, SLIME_LAUNCH="a-launch")
     child = subprocess.Popen(["sleep", "100"], env=os.environ | {"SLIME_LAUNCH": "a-launch"})
+    while not Path(f"/proc/{child.pid}/environ").read_bytes():  # it has no environment for a moment of its exec
+        time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.wait()
     with pytest.raises(
