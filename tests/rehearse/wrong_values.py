@@ -195,9 +195,9 @@ WRONG_VALUES: dict[str, tuple[Edit, str]] = {
     ),
     "one rank's number for all": (
         flags("--train-env-vars", '{"RANK": "0"}'),
-        "--train-env-vars RANK: every rank would get one value",
+        "--train-env-vars RANK: the run sets it",
     ),
-    "one GPU for all": (flags("--train-env-vars", '{"CUDA_VISIBLE_DEVICES": "0"}'), "CUDA_VISIBLE_DEVICES: every rank"),
+    "one GPU for all": (flags("--train-env-vars", '{"CUDA_VISIBLE_DEVICES": "0"}'), "CUDA_VISIBLE_DEVICES: the run sets it"),
     # What the router is told by this project.
     "the router's engines": (flags("--router-worker-urls", "http://a"), "--router-worker-urls is set by slime itself"),
     "the router's kind": (flags("--router-pd-disaggregation"), "use worker_type in --sglang-config"),
